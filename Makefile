@@ -1,0 +1,79 @@
+# make help lists the targets. Everything that is built lies in build/, but for ./dspark itself.
+CFLAGS ?= -O2
+WARN = -Wall -Wextra -Wshadow -Wconversion
+STD = -std=c11
+
+# OpenMP if the compiler has it: without, the same text on one thread.
+OPENMP := $(shell mkdir -p build && d=$$(mktemp -d build/openmp.XXXXXX) && \
+  printf '\043include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > $$d/a.c && \
+  $(CC) -fopenmp $$d/a.c -o $$d/a 2>/dev/null && echo -fopenmp; rm -rf $$d)
+
+CHECKS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+# A program of tests/ that includes tap.h is a test; the others are tools of its scripts.
+TESTS := $(patsubst tests/%.c,%,$(shell grep -l '"tap.h"' tests/*.c))
+SHELL_TESTS := $(wildcard tests/*.sh)
+FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
+BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/*.c))
+HEADERS := dspark.h $(wildcard tests/*.h)
+export CC
+
+dspark: main.c dspark.h     ## build ./dspark (the default)
+	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) main.c -o $@ -lm $(LDFLAGS)
+
+run: dspark     ## build, and let the small model solve a problem; colours show who made each token
+	./dspark --chat --show --stats -p "John buys 10 packs of magic cards. Each pack has 20 cards and 1/4 of \
+	those cards are uncommon. How many uncommon cards did he get?"
+
+# Tests print TAP, programs and scripts alike. prove runs them, or these few lines.
+RUN_TESTS = if command -v prove >/dev/null; then prove --exec '' $(1) $(2); else passed=0 failed=0; \
+  for t in $(1) $(2); do echo "== $$t"; $$t > build/tap 2>&1; status=$$?; cat build/tap; \
+    bad=$$(grep -c '^not ok' build/tap); passed=$$((passed + $$(grep -c '^ok' build/tap))); \
+    if [ $$status -ne 0 ] && [ $$bad -eq 0 ]; then echo "not ok - $$t: exit status $$status"; bad=1; fi; \
+    failed=$$((failed + bad)); done; echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ]; fi
+
+test: dspark $(TESTS:%=build/tests/%)       ## all tests
+	@$(call RUN_TESTS,$(TESTS:%=build/tests/%),$(SHELL_TESTS))
+
+build/tests/%: tests/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -O1 -g $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
+
+asan: build/asan/dspark $(TESTS:%=build/asan/%)     ## the same under AddressSanitizer and UBSan
+	@export DSPARK=build/asan/dspark; $(call RUN_TESTS,$(TESTS:%=build/asan/%),tests/driver.sh)
+
+build/asan/dspark: main.c dspark.h
+	@mkdir -p $(@D)
+	$(CC) $(STD) -O1 $(OPENMP) $(CHECKS) main.c -o $@ -lm
+
+build/asan/%: tests/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -O1 $(OPENMP) $(CHECKS) -I. -Itests $< -o $@ -lm
+
+fuzz: $(FUZZERS:%=fuzz-%)       ## every target of tests/fuzz for FUZZ_SECONDS (60); needs clang
+FUZZ_SECONDS ?= 60
+
+# Seeds are in tests/fuzz/NAME/, what is found in build/fuzz/NAME/.
+fuzz-%: build/fuzz/%.exe
+	@mkdir -p build/fuzz/$*
+	$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$*- build/fuzz/$* $(wildcard tests/fuzz/$*)
+
+build/fuzz/%.exe: tests/fuzz/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	clang $(STD) -O1 -fsanitize=fuzzer $(CHECKS) -I. -Itests $< -o $@ -lm
+
+bench: $(BENCHES:%=bench-%)     ## every program of bench/; tables on standard output
+bench-%: build/bench/%
+	$<
+
+build/bench/%: bench/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -I. $< -o $@ -lm
+
+clean:      ## remove what was built
+	rm -rf build dspark
+
+help:       ## this list
+	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
+
+.PHONY: run test asan fuzz bench clean help
+.PRECIOUS: build/fuzz/%.exe build/bench/%

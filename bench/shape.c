@@ -1,0 +1,279 @@
+// shape DIR [key=value ...]: a random checkpoint in the official format, of any shape, to time with.
+// Its weights are draws from a normal distribution in the formats of a released model; its text is noise.
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+enum { HIDDEN, LAYERS, EXPERTS, WIDTH, TOP_K, VOCAB, HEADS, HEAD_DIM, ROPE, Q_LORA, GROUPS, O_LORA, INDEX_HEADS, INDEX_DIM,
+       INDEX_TOP_K, WINDOW, HASH, SHARED, COPIES, SINKHORN, RANK, BLOCK, STAGES, N_KEYS };
+static struct { const char *key; int value; } config[N_KEYS] = {
+    { "hidden_size", 512 }, { "num_hidden_layers", 14 }, { "n_routed_experts", 16 }, { "moe_intermediate_size", 256 },
+    { "num_experts_per_tok", 4 }, { "vocab_size", 4096 }, { "num_attention_heads", 8 }, { "head_dim", 128 },
+    { "qk_rope_head_dim", 64 }, { "q_lora_rank", 256 }, { "o_groups", 2 }, { "o_lora_rank", 256 }, { "index_n_heads", 8 },
+    { "index_head_dim", 128 }, { "index_topk", 64 }, { "sliding_window", 128 }, { "num_hash_layers", 3 },
+    { "n_shared_experts", 1 }, { "hc_mult", 4 }, { "hc_sinkhorn_iters", 20 }, { "dspark_markov_rank", 64 },
+    { "dspark_block_size", 5 }, { "stages", 3 }
+};
+static int of(int key) { return config[key].value; }
+
+// The file is walked twice: names and places first, then bytes.
+static FILE *header, *data;
+static uint64_t offset;
+static int writing;
+
+static uint64_t random_state = 1;
+static uint64_t next_random(void) {
+    random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+    return random_state;
+}
+static int below(int n) { return (int)((next_random() >> 33) % (uint64_t)n); }
+
+static float normals[65536];
+static void fill_normals(void) {
+    for (int i = 0; i < 65536; i++) {
+        double u = ((double)(next_random() >> 11) + .5) / 9007199254740992.0, v = (double)(next_random() >> 11) / 9007199254740992.0;
+        normals[i] = (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
+    }
+}
+
+static unsigned e4m3(double x) {
+    double a = fabs(x);
+    int e;
+    unsigned sign = x < 0 ? 128 : 0, code;
+    if (a >= 448) return sign | 0x7e;
+    frexp(a, &e);                                   // a = m 2^e, .5 <= m < 1
+    if (e < -5) e = -5;                             // below 2^-6: subnormal, steps of 2^-9
+    code = (unsigned)((e + 5) * 8) + (unsigned)nearbyint(ldexp(a, 4 - e));
+    return sign | code;
+}
+
+static void put(const void *bytes, size_t n) {
+    if (fwrite(bytes, 1, n, data) == n) return;
+    perror("shape"), exit(1);
+}
+
+typedef struct { const char *dtype; int rows, cols; } tensor;    // cols 0: a vector
+
+// Announces a tensor in the first walk; in the second says 1: write its bytes now.
+static int begin(tensor t, const char *format, va_list args) {
+    char name[256];
+    int size = !strcmp(t.dtype, "F32") ? 4 : !strcmp(t.dtype, "BF16") ? 2 : !strcmp(t.dtype, "I64") ? 8 : 1;
+    uint64_t bytes = (uint64_t)t.rows * (uint64_t)(t.cols ? t.cols : 1) * (uint64_t)size;
+    if (writing) return 1;
+    vsnprintf(name, sizeof name, format, args);
+    fprintf(header, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%d", offset ? "," : "{", name, t.dtype, t.rows);
+    if (t.cols) fprintf(header, ",%d", t.cols);
+    fprintf(header, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)offset, (unsigned long long)(offset + bytes));
+    offset += bytes;
+    return 0;
+}
+
+// mean + deviation N(0, 1), as F32 or BF16
+static void real(const char *dtype, int rows, int cols, double mean, double deviation, const char *format, ...) {
+    tensor t = { dtype, rows, cols };
+    va_list args;
+    va_start(args, format);
+    if (begin(t, format, args))
+        for (int i = 0; i < rows * (cols ? cols : 1); i++) {
+            float x = (float)(mean + deviation * (double)normals[next_random() >> 48]);
+            uint32_t bits;
+            memcpy(&bits, &x, 4);
+            uint16_t high = (uint16_t)((bits + 0x8000) >> 16);
+            if (*dtype == 'F') put(&x, 4);
+            else put(&high, 2);
+        }
+    va_end(args);
+}
+
+static void bytes(const char *dtype, int rows, int cols, const unsigned char *choices, const char *format, ...) {
+    tensor t = { dtype, rows, cols };
+    va_list args;
+    va_start(args, format);
+    if (begin(t, format, args))
+        for (int i = 0; i < rows; i++) {
+            unsigned char row[16384];
+            for (int j = 0; j < cols; j++) row[j] = choices ? choices[next_random() >> 48] : (unsigned char)(next_random() >> 56);
+            put(row, (size_t)cols);
+        }
+    va_end(args);
+}
+
+// FP8 with one scale a block of 128 x 128, so that the largest of a block comes near 448
+static void fp8(int rows, int cols, double gain, const char *prefix, const char *name) {
+    static unsigned char codes[65536], scales[65536];
+    double deviation = gain / sqrt(cols);
+    int e = (int)ceil(log2(4.5 * deviation / 448));
+    for (int i = 0; writing && i < 65536; i++) codes[i] = (unsigned char)e4m3((double)normals[i] * ldexp(deviation, -e));
+    memset(scales, e + 127, sizeof scales);
+    bytes("F8_E4M3", rows, cols, codes, "%s%s.weight", prefix, name);
+    bytes("F8_E8M0", (rows + 127) / 128, (cols + 127) / 128, scales, "%s%s.scale", prefix, name);
+}
+
+static void fp4(int rows, int cols, const char *prefix, int expert, const char *name) {
+    static unsigned char scales[65536];
+    int e = (int)nearbyint(log2(1 / sqrt(cols) / 2.93)) + 127;
+    for (int i = 0; i < 65536; i++) scales[i] = (unsigned char)(e - (i & 1));
+    bytes("I8", rows, cols / 2, NULL, "%sffn.experts.%d.%s.weight", prefix, expert, name);
+    bytes("F8_E8M0", rows, cols / 32, scales, "%sffn.experts.%d.%s.scale", prefix, expert, name);
+}
+
+static void bf16(int rows, int cols, const char *prefix, const char *name) {
+    real("BF16", rows, cols, 0, 1 / sqrt(cols), "%s%s.weight", prefix, name);
+}
+static void norm(int n, const char *prefix, const char *name) { real("BF16", n, 0, 1, .1, "%s%s.weight", prefix, name); }
+
+static void compressor(int ratio, int width, const char *prefix, const char *name) {
+    int w = ratio == 4 ? 2 * width : width;
+    char path[64];
+    snprintf(path, sizeof path, "%s%s.", prefix, name);
+    real("F32", ratio, w, 0, .5, "%sape", path);
+    norm(width, path, "norm");
+    bf16(w, of(HIDDEN), path, "wkv");
+    bf16(w, of(HIDDEN), path, "wgate");
+}
+
+static void mix(int rows, int n_scales, const char *prefix, const char *name) {
+    int n = of(COPIES) * of(HIDDEN);
+    real("F32", rows, n, 0, 1 / sqrt(n), "%s%s_fn", prefix, name);
+    real("F32", rows, 0, 0, .5, "%s%s_base", prefix, name);
+    real("F32", n_scales, 0, .5, 0, "%s%s_scale", prefix, name);
+}
+
+static int announce(tensor t, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    int now = begin(t, format, args);
+    va_end(args);
+    return now;
+}
+
+static void hash_table(const char *prefix) {
+    tensor t = { "I64", of(VOCAB), of(TOP_K) };
+    if (!announce(t, "%sffn.gate.tid2eid", prefix)) return;
+    for (int v = 0; v < t.rows; v++) {
+        int64_t order[1024];
+        for (int e = 0; e < of(EXPERTS); e++) order[e] = e;
+        for (int k = 0; k < t.cols; k++) {
+            int other = k + below(of(EXPERTS) - k);
+            int64_t swap = order[k];
+            order[k] = order[other], order[other] = swap;
+        }
+        put(order, (size_t)t.cols * 8);
+    }
+}
+
+static void attention(const char *prefix, int ratio) {
+    int h = of(HIDDEN), q = of(Q_LORA), wide = of(HEADS) * of(HEAD_DIM), low = of(GROUPS) * of(O_LORA);
+    real("F32", of(HEADS), 0, 0, 1, "%sattn_sink", prefix);
+    fp8(q, h, 1, prefix, "wq_a"), norm(q, prefix, "q_norm"), fp8(wide, q, 1, prefix, "wq_b");
+    fp8(of(HEAD_DIM), h, 1, prefix, "wkv"), norm(of(HEAD_DIM), prefix, "kv_norm");
+    fp8(low, wide / of(GROUPS), 1, prefix, "wo_a"), fp8(h, low, 1.5, prefix, "wo_b");
+    if (ratio) compressor(ratio, of(HEAD_DIM), prefix, "compressor");
+    if (ratio != 4) return;
+    fp8(of(INDEX_HEADS) * of(INDEX_DIM), q, 1, prefix, "indexer.wq_b");
+    bf16(of(INDEX_HEADS), h, prefix, "indexer.weights_proj");
+    compressor(4, of(INDEX_DIM), prefix, "indexer.compressor");
+}
+
+static void block(const char *prefix, int ratio, int hashed) {
+    int h = of(HIDDEN), w = of(WIDTH), C = of(COPIES);
+    char path[64];
+    snprintf(path, sizeof path, "%sattn.", prefix);
+    attention(path, ratio);
+    norm(h, prefix, "attn_norm"), norm(h, prefix, "ffn_norm");
+    bf16(of(EXPERTS), h, prefix, "ffn.gate");
+    if (hashed) hash_table(prefix);
+    else real("F32", of(EXPERTS), 0, 0, .1, "%sffn.gate.bias", prefix);
+    for (int e = 0; e < of(EXPERTS); e++) fp4(w, h, prefix, e, "w1"), fp4(h, w, prefix, e, "w2"), fp4(w, h, prefix, e, "w3");
+    w *= of(SHARED);
+    fp8(w, h, 1, prefix, "ffn.shared_experts.w1"), fp8(h, w, 1, prefix, "ffn.shared_experts.w2");
+    fp8(w, h, 1, prefix, "ffn.shared_experts.w3");
+    mix((2 + C) * C, 3, prefix, "hc_attn"), mix((2 + C) * C, 3, prefix, "hc_ffn");
+}
+
+static int ratio(int l) { return l < 2 ? 0 : l % 2 ? 128 : 4; }
+
+static void walk(void) {
+    int h = of(HIDDEN), v = of(VOCAB), last = of(STAGES) - 1;
+    char prefix[64];
+    real("BF16", v, h, 0, 1, "embed.weight");
+    norm(h, "", "norm");
+    real("BF16", v, h, 0, 2 / sqrt(h), "head.weight");
+    mix(of(COPIES), 1, "", "hc_head");
+    for (int l = 0; l < of(LAYERS); l++) {
+        snprintf(prefix, sizeof prefix, "layers.%d.", l);
+        block(prefix, ratio(l), l < of(HASH));
+    }
+    for (int s = 0; s <= last; s++) {
+        snprintf(prefix, sizeof prefix, "mtp.%d.", s);
+        block(prefix, 0, 0);
+        if (s == 0) fp8(h, 3 * h, 1, prefix, "main_proj"), norm(h, prefix, "main_norm");
+        if (s < last) continue;
+        norm(h, prefix, "norm"), mix(of(COPIES), 1, prefix, "hc_head");
+        real("BF16", v, of(RANK), 0, 1, "%smarkov_head.markov_w1.weight", prefix);
+        bf16(v, of(RANK), prefix, "markov_head.markov_w2");
+        bf16(1, h + of(RANK), prefix, "confidence_head.proj");
+    }
+}
+
+static void write_config(const char *path) {
+    FILE *f = fopen(path, "w");
+    if (!f) perror(path), exit(1);
+    fprintf(f, "{\n");
+    for (int i = 0; i < N_KEYS; i++) if (i != STAGES) fprintf(f, " \"%s\": %d,\n", config[i].key, config[i].value);
+    fprintf(f, " \"compress_ratios\": [");
+    for (int l = 0; l < of(LAYERS) + of(STAGES); l++) fprintf(f, "%s%d", l ? ", " : "", l < of(LAYERS) ? ratio(l) : 0);
+    fprintf(f, "],\n \"dspark_target_layer_ids\": [%d, %d, %d],\n \"dspark_noise_token_id\": %d,\n", of(LAYERS) - 3,
+            of(LAYERS) - 2, of(LAYERS) - 1, of(VOCAB) - 1);
+    fprintf(f, " \"bos_token_id\": %d,\n \"eos_token_id\": %d,\n", of(VOCAB) - 2, of(VOCAB) - 3);
+    fputs(" \"architectures\": [\"DeepseekV4ForCausalLM\"],\n \"attention_bias\": false,\n \"attention_dropout\": 0.0,\n"
+          " \"compress_rope_theta\": 160000,\n \"expert_dtype\": \"fp4\",\n \"hc_eps\": 1e-06,\n \"hidden_act\": \"silu\",\n"
+          " \"initializer_range\": 0.02,\n \"max_position_embeddings\": 1048576,\n \"model_type\": \"deepseek_v4\",\n"
+          " \"norm_topk_prob\": true,\n \"num_key_value_heads\": 1,\n \"num_nextn_predict_layers\": 1,\n"
+          " \"quantization_config\": {\"activation_scheme\": \"dynamic\", \"fmt\": \"e4m3\", \"quant_method\": \"fp8\",\n"
+          "  \"scale_fmt\": \"ue8m0\", \"weight_block_size\": [128, 128]},\n \"rms_norm_eps\": 1e-06,\n"
+          " \"rope_scaling\": {\"beta_fast\": 32, \"beta_slow\": 1, \"factor\": 16,\n"
+          "  \"original_max_position_embeddings\": 65536, \"type\": \"yarn\"},\n \"rope_theta\": 10000,\n"
+          " \"routed_scaling_factor\": 1.5, \"scoring_func\": \"sqrtsoftplus\", \"swiglu_limit\": 10.0,\n"
+          " \"tie_word_embeddings\": false, \"topk_method\": \"noaux_tc\", \"torch_dtype\": \"bfloat16\",\n"
+          " \"transformers_version\": \"4.57.1\", \"use_cache\": true\n}\n", f);
+    fclose(f);
+}
+
+static int set(const char *argument) {
+    for (int i = 0; i < N_KEYS; i++) {
+        size_t n = strlen(config[i].key);
+        if (!strncmp(argument, config[i].key, n) && argument[n] == '=') return config[i].value = atoi(argument + n + 1), 1;
+    }
+    return fprintf(stderr, "shape: no key in %s\n", argument), 0;
+}
+
+int main(int argc, char **argv) {
+    char path[4096], *text;
+    size_t size;
+    uint64_t padded;
+    if (argc < 2) return fprintf(stderr, "shape DIR [key=value ...]\n"), 2;
+    for (int i = 2; i < argc; i++) if (!set(argv[i])) return 2;
+    mkdir(argv[1], 0777);
+    snprintf(path, sizeof path, "%s/config.json", argv[1]);
+    write_config(path);
+    header = open_memstream(&text, &size);
+    walk();
+    fputc('}', header);
+    fclose(header);
+    snprintf(path, sizeof path, "%s/model.safetensors", argv[1]);
+    data = fopen(path, "wb");
+    if (!data) return perror(path), 1;
+    padded = (size + 7) / 8 * 8;
+    put(&padded, 8), put(text, size), put("        ", padded - size);
+    fill_normals();
+    writing = 1;
+    walk();
+    if (fclose(data)) return perror(path), 1;
+    printf("%s: %.1f MB\n", path, (double)(8 + padded + offset) / 1e6);
+    free(text);
+}

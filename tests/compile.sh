@@ -1,0 +1,70 @@
+#!/bin/sh
+# The header as each user would compile it, TAP: C11 and C++17, gcc and clang, no warning; in two objects of
+# one program; static; declarations alone. And its table of contents against its sections.
+cd "$(dirname "$0")/.." || exit 1
+dir=build/compile.$$
+mkdir -p $dir && trap 'rm -rf $dir' EXIT
+n=0 bad=0
+
+# claim, then a command: its output is shown when it fails
+check() {
+    n=$((n + 1)) claim=$1
+    shift
+    if "$@" > $dir/log 2>&1; then echo "ok $n - $claim"
+    else echo "not ok $n - $claim"; sed 's/^/# /' $dir/log | head -n 40; bad=$((bad + 1)); fi
+}
+skip() { n=$((n + 1)); echo "ok $n - $1 # SKIP $2"; }
+
+cat > $dir/declarations.c <<'END'
+#include "dspark.h"
+#include "dspark.h"
+int declarations(void);
+int declarations(void) {
+    dspark_session_desc desc;
+    desc.seed = 0;
+    return (int)desc.seed + (dspark_status_name(DSPARK_OK) != NULL) + (dspark_cpu_backend() != NULL);
+}
+END
+cat > $dir/implementation.c <<'END'
+#define DSPARK_IMPLEMENTATION
+#include "dspark.h"
+#include "dspark.h"
+int declarations(void);
+int main(void) { return declarations() != 2; }
+END
+cat > $dir/static.c <<'END'
+#define DSPARK_STATIC
+#define DSPARK_IMPLEMENTATION
+#include "dspark.h"
+int main(void) { return dspark_status_name(DSPARK_OK)[0] != 'O'; }
+END
+
+# a compiler, and further objects
+both_objects() { "$@" $dir/declarations.o $dir/implementation.o -o $dir/both -lm && $dir/both; }
+compilers() {   # a language, its standard, its compilers
+    language=$1 standard=$2
+    shift 2
+    for cc in "$@"; do
+        name="$cc -std=$standard"
+        if ! command -v $cc >/dev/null; then skip "$name: every way of including" "there is no $cc"; continue; fi
+        flags="-x $language -std=$standard -O0 -I. -Wall -Wextra -Wshadow -Wconversion -Werror"
+        check "$name: declarations alone, included twice, no warning" \
+            $cc $flags -c $dir/declarations.c -o $dir/declarations.o
+        check "$name: the implementation, no warning" $cc $flags -c $dir/implementation.c -o $dir/implementation.o
+        check "$name: two objects of one program" both_objects $cc
+        check "$name: DSPARK_STATIC, no warning" $cc $flags -Dmain=other_main -c $dir/static.c -o $dir/static.o
+        check "$name: a static copy beside the public one" \
+            both_objects $cc $dir/static.o
+    done
+}
+compilers c c11 gcc clang
+compilers c++ c++17 g++ clang++
+
+# The manual is the comment in front; its contents name the sections in their order.
+sed '/^#ifndef DSPARK__PATH/,$d' dspark.h | sed -n '/CONTENTS/,/^ *A section/p' | grep -v '^ *A section' |
+    grep -o '>>[a-z-]*' > $dir/contents
+sed '1,/^#ifndef DSPARK__PATH/d' dspark.h | grep -oE '^(// |   )>>[a-z-]+' | grep -o '>>.*' > $dir/sections
+check "the manual's contents are the sections, in order" diff $dir/contents $dir/sections
+
+echo "1..$n"
+[ $bad -eq 0 ]

@@ -1,0 +1,101 @@
+#!/bin/sh
+# The program ./dspark (or $DSPARK), TAP: what it refuses and how, and what it says with the small model.
+cd "$(dirname "$0")/.." || exit 1
+dspark=${DSPARK:-./dspark} model=${MODEL:-tools/spark-tiny/model}
+dir=build/driver.$$
+mkdir -p $dir && trap 'rm -rf $dir' EXIT
+n=0 bad=0
+
+# claim, then a command that must succeed
+check() {
+    n=$((n + 1)) claim=$1
+    shift
+    if "$@"; then echo "ok $n - $claim"
+    else echo "not ok $n - $claim"; sed 's/^/# /' $dir/out $dir/err | cut -c1-200 | head -n 20; bad=$((bad + 1)); fi
+}
+# arguments of the program; leaves $status, $dir/out, $dir/err
+run() { $dspark "$@" < /dev/null > $dir/out 2> $dir/err; status=$?; }
+# exit status, arguments: nothing on stdout, one line on stderr
+refuses() {
+    expected=$1
+    shift
+    run "$@"
+    [ $status -eq $expected ] && [ ! -s $dir/out ] && [ "$(wc -l < $dir/err)" -eq 1 ]
+}
+says() { run "$@" && [ ! -s $dir/err ]; }
+says_grep() { pattern=$1; shift; run "$@" && grep -q -- "$pattern" $dir/out; }
+
+for call in "--nonsense" "word" "-n" "-n ten" "-n -1" "-n 1.5" "-n 1e99" "-t -1" "-t nan" "--top-p 2" "--seed -1" \
+    "--seed 99999999999999999999" "-c 0" "--threads 0" "--stop" "--schedule fast" "--verify maybe" "--threshold 2" \
+    "--schedule threshold" "--json --show" "--plain --compare" "-m /nonexistent" "-m Makefile"; do
+    check "$call: one line on stderr, exit status 2" refuses 2 -p x $call
+done
+check "an empty --stop is refused" refuses 2 -p x --stop ''
+check "-h: a list on stdout" says_grep '--compare' -h
+mkdir $dir/empty
+check "a directory without a checkpoint: one line, exit status 1" refuses 1 -m $dir/empty -p x
+check "output that cannot be written: exit status 1" \
+    sh -c "$dspark -h > /dev/full 2> $dir/err; [ \$? -eq 1 ]"
+
+# A text of the small model, in the ways of asking for it.
+text() { run -m $model -n 40 "$@" && [ ! -s $dir/err ] && cat $dir/out > $dir/text; }
+same() { text "$@" && cmp -s $dir/text $dir/first; }
+differs() { text "$@" && ! cmp -s $dir/text $dir/first; }
+piped() { printf '%s\n' "$prompt" | $dspark -m $model -n 40 "$@" > $dir/out 2> $dir/err && cmp -s $dir/out $dir/first; }
+stops() { text "$@" --stop "$word" && ! grep -q -- "$word" $dir/text && [ -s $dir/first ]; }
+field() { sed -n 's/.*"'"$1"'": \([^,}]*\).*/\1/p' $dir/out; }
+json() { run -m $model --json "$@" && [ "$(wc -l < $dir/out)" -eq 1 ]; }
+count_tokens() { sed 's/.*"tokens": \[\([^]]*\)\].*/\1/' $dir/out | tr ',' '\n' | grep -c '[0-9]'; }
+makes() { json -p "$prompt" -n $1 && [ "$(count_tokens)" -eq $1 ] && [ "$(field finish)" = '"length"' ]; }
+has_keys() {
+    json -p "$prompt" -n 30 || return 1
+    for key in text tokens prompt_tokens seconds tokens_per_second tau cycles drafted scheduled accepted \
+        accepted_by_position finish; do grep -q "\"$key\": " $dir/out || return 1; done
+}
+parses() { json -p "$1" --chat -n 60 -t 1 && python3 -c 'import json, sys
+d = json.load(open(sys.argv[1], encoding="utf-8"))
+assert len(d["tokens"]) > 0 and d["accepted"] <= d["scheduled"] <= d["drafted"] and d["tau"] >= 1' $dir/out; }
+drafts() { json -p "$prompt" -n 60 "$@"; [ "$(field drafted)" $compare 0 ]; }
+
+if [ ! -e $model/config.json ]; then
+    n=$((n + 1)) && echo "ok $n - texts of the small model # SKIP there is no $model"
+else
+    prompt="Once upon a time" word=the
+    check "-m and -p: a text, and nothing on stderr" text -p "$prompt"
+    cp $dir/text $dir/first
+    check "the same again" same -p "$prompt"
+    check "--plain: the same text" same -p "$prompt" --plain
+    check "one thread: the same text" same -p "$prompt" --threads 1
+    check "--schedule block: the same text" same -p "$prompt" --schedule block
+    check "--schedule threshold: the same text" same -p "$prompt" --schedule threshold --threshold .7
+    check "-p - reads the prompt from standard input" piped -p -
+    check "without -p standard input is the prompt, where it is no terminal" piped
+    check "temperature 1: another text" differs -p "$prompt" -t 1 --seed 3
+    check "--chat: another text" differs -p "$prompt" --chat
+    check "--system and --think are taken" text -p "$prompt" --system "Answer briefly." --think
+    word=$(tr -cs 'A-Za-z' '\n' < $dir/first | sed -n 5p)
+    check "--stop: the text ends before that word" stops -p "$prompt"
+    for limit in 1 2 7 33; do check "-n $limit makes $limit tokens" makes $limit; done
+    check "-n 0 goes on until the context is full" \
+        eval 'json -p "$prompt" -n 0 -c 24 --stop @@@@ && [ "$(field finish)" = "\"context\"" ]'
+    check "a prompt longer than the context: one line, exit status 2" \
+        refuses 2 -m $model -c 3 -p "one two three four five six seven eight"
+    check "a context beyond the model's: one line, exit status 2" refuses 2 -m $model -c 999999999 -p x
+    check "--json has its fields" has_keys
+    if command -v python3 > /dev/null; then
+        check "--json is JSON, quotes, controls and emoji in the prompt" parses "$(printf 'say "\\\\" \t\001 \360\237\230\200')"
+    fi
+    compare=-gt; check "--schedule block drafts" drafts --schedule block
+    compare=-eq; check "--plain does not" drafts --plain
+    check "--compare: the texts are identical" says_grep 'texts identical' -m $model -p "$prompt" -n 60 --compare
+    check "--compare at temperature 1: identical as well" \
+        says_grep 'texts identical' -m $model -p "$prompt" -n 60 --compare -t 1 --seed 5
+    check "--verify rejection runs" text -p "$prompt" -t 1 --verify rejection
+    check "--show colours accepted drafts and lists the cycles" \
+        says_grep 'of 5 verified' -m $model -p "$prompt" -n 40 --show --schedule block
+    check "--stats is on stderr" eval 'run -m $model -p "$prompt" -n 40 --stats && grep -q "^tau " $dir/err'
+    check "--check says whether it fits" says_grep ' in all: fits' -m $model --check
+fi
+
+echo "1..$n"
+[ $bad -eq 0 ]
