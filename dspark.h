@@ -1,5 +1,113 @@
-/* dspark.h
-   CONTENTS
+/* dspark.h - DSpark speculative decoding for DeepSeek-V4 in one C header. MIT license, at the end of the manual.
+
+   The text with speculation is the text without it, bit for bit, and decoding is never slower than plain. Do this:
+
+       #define DSPARK_IMPLEMENTATION       // in one file of the program; the others include the header as it is
+       #include "dspark.h"
+
+       int main(void) {
+           dspark_model *model;
+           dspark_session *session;
+           dspark_step_result r;
+           int32_t ids[64] = { 0 };        // begin of sentence, then the prompt
+           if (dspark_model_open(&model, "tools/spark-tiny/model", NULL)) return puts(dspark_last_error()), 1;
+           int n = 1 + dspark_encode(dspark_model_tokenizer(model), "Once upon a time", 16, 0, ids + 1, 63);
+           if (dspark_session_open(&session, model, NULL)) return puts(dspark_last_error()), 1;
+           dspark_session_append(session, ids, n);
+           do dspark_step(&session, 1, NULL, &r), fwrite(r.text, 1, (size_t)r.text_len, stdout);
+           while (!r.status && !r.finish && dspark_session_length(session) < 200);
+           dspark_session_close(session), dspark_model_close(model);
+       }
+
+   cc -O2 -fopenmp program.c -lm       (without -fopenmp: one thread, the same text)
+
+   CONTENTS (search for a name with its two angle brackets; declarations first)
+       >>api-algorithm     layer 1 declared: schedules, verifiers, random numbers, calibration, on your arrays
+       >>api-model         checkpoint, weights, tokenizer, chat form
+       >>api-engine        sessions, steps, statistics
+       >>api-backend       what a device must do
+       >>base              failures, memory, files
+       >>elementary        exp, log, sin, cos with the same bits everywhere
+       >>random            Philox, distributions, draws
+       >>schedule          Algorithm 1 and its relatives
+       >>verify            coupled, rejection, greedy
+       >>calibrate         sequential temperature scaling; the never-slower account
+       >>json              a strict parser: untrusted bytes are read here ...
+       >>checkpoint        ... here: config.json, safetensors, shards ...
+       >>tokenizer         ... and here: byte-level BPE
+       >>chat              messages to a prompt
+       >>state             what the CPU keeps of a text, indexed by position
+       >>model             what opens it all
+       >>forward           the target, an operation a line
+       >>drafter           backbone and sequential head
+       >>session           append, truncate, fork, save
+       >>engine            one decoding cycle: draft, schedule, verify, commit
+       >>kernels           vectors of arithmetic, declared
+       >>cpu               the operations of the forward pass and the drafter
+       >>paths             the kernels, once for plain C, AVX2, AVX-512, NEON
+   A section opens with a paragraph that says what it takes and gives.
+
+   THREE WAYS TO USE IT
+   1. The algorithm alone (>>api-algorithm): pure functions on arrays, no model, no allocation. An engine that has
+      its own model takes dspark_schedule, dspark_verify, dspark_draw, dspark_sts_fit and leaves the rest.
+   2. A model (>>api-model, >>api-engine): a released checkpoint directory is mapped as it is, and speaks.
+   3. To read: >>forward is DeepSeek-V4 on one screen, >>engine is DSpark's cycle. Names are the papers'.
+
+   GLOSSARY
+       target      the model whose text is wanted; drafter: the small one that proposes, here mtp.* of the checkpoint
+       anchor      the last committed token, not yet run: x_0 of a cycle
+       gamma       drafts a cycle, x_1 .. x_gamma: dspark_block_size
+       c_k         confidence: the chance that x_k is accepted if x_1 .. x_{k-1} were;  a_k = c_1 ... c_k: survival
+       l           length: how many of the drafts the target verifies
+       tau         tokens a cycle commits: accepted drafts, and one more: the correction or the bonus
+       SPS(B)      passes of the target a second with B rows;  T(B) = 1 / SPS(B)
+       tap         the mean of a target layer's stream over its copies, which the drafter reads
+       coupled     draft and target draw with the same random numbers, a draft stands iff it is what plain decoding
+                   draws: the text is a function of (prompt, seed). rejection: accepts more, the same distribution,
+                   but its text depends on the schedule
+
+   ONE CYCLE, WITH NUMBERS
+   Anchor "the". The drafter proposes "cat sat on the mat" with c = .95 .99 .90 .98 .40, so a = .95 .94 .85 .83 .33.
+   Measured here: T(1 .. 6) = 1.0 1.2 1.4 1.6 1.8 2.0 ms, a draft .3 ms. Verifying l drafts brings 1 + a_1 + .. + a_l
+   tokens in T(1 + l) + .3 ms: .77 1.30 1.70 1.97 2.17 2.13 tokens a ms for l = 0 .. 5, so l = 4. The target runs once
+   on "the cat sat on the": five rows. Say that it would have written "cat sat down": cat and sat are accepted, the
+   third row gives the correction, "down", which is committed and is the next anchor. tau = 3, in 2.1 ms; plain
+   decoding takes 3. The rows of "on" and "the" stand in the caches, and are overwritten before anyone reads them.
+
+   NEVER SLOWER
+   Each session has an account in modelled time (T and the draft's cost): a cycle's gain over plain decoding is added,
+   its loss taken off, and it drafts only if the account bears the worst outcome. So any text takes at most 1.01 of
+   plain decoding and one such outcome. (schedule BLOCK and THRESHOLD draft always.)
+
+   SWITCHES (define before the implementation)
+       DSPARK_STATIC           all functions static
+       DSPARK_MALLOC(bytes), DSPARK_REALLOC(p, bytes), DSPARK_FREE(p)      all three or none
+       DSPARK_NO_STDIO         without dspark_session_save and _restore
+   The implementation needs libc with POSIX mmap, libm, and nothing else; threads come from OpenMP if it is on. It
+   compiles as C11 and C++17 and refuses -ffast-math. The file includes itself, as "dspark.h".
+
+   MEMORY
+   Weights stay in the mapped files. dspark_model_bytes and dspark_session_bytes say what is allocated besides;
+   a step allocates nothing. Caches of V4-Flash take .7 KB for each compressed row and layer.
+
+   THREADS
+   A session belongs to one thread at a time; two calls that run a model do not overlap. A tokenizer, a config and
+   all of layer 1 may be used by any number of threads.
+
+   ERRORS
+   Functions return a dspark_status and leave dspark_last_error(), a thread's own: what, where, expected, found.
+   Nothing is printed, nothing exits, nothing leaks. A checkpoint, a tokenizer and a session file are untrusted.
+
+   THE ORDER OF ARITHMETIC is part of the definition (>>kernels): the same text on every path, with any number of
+   threads, at any optimization level, in any batch. Two FP8 codes that released weights do not use, 127 and 255
+   (NaN), are read as +-480.
+
+   WHAT IT DOES NOT DO
+   No GPU yet: >>api-backend is where it goes. Windows and big-endian machines. Tool calls in the chat form.
+   Models other than DeepSeek-V4. Conversion: checkpoints are the official safetensors or nothing.
+
+   VERSIONS
+       0.1.0   first
 */
 
 #ifndef DSPARK__PATH
@@ -8,7 +116,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef DSPARK_STATIC
+#if defined DSPARK_STATIC && defined __GNUC__
+#define DSPARK_API static __attribute__((unused))
+#elif defined DSPARK_STATIC
 #define DSPARK_API static
 #elif defined __cplusplus
 #define DSPARK_API extern "C"
@@ -289,11 +399,12 @@ DSPARK_API void dspark_tokenizer_close(dspark_tokenizer *t);    // NULL is fine
 
 enum { DSPARK_PLAIN_TEXT = 1 };
 
-// The ids of len bytes of text into ids[cap]: n, at most len; no begin-of-sentence is added. flags 0: added
-// tokens ("<think>") in the text are those tokens. DSPARK_PLAIN_TEXT: they are text like any other, as content
-// that is not trusted should be. The text may hold zeros; what is not UTF-8 keeps its bytes. Time is
+// The ids of len bytes of text into ids[cap]: how many, at most len; no begin-of-sentence is added. flags 0:
+// added tokens ("<think>") in the text are those tokens. DSPARK_PLAIN_TEXT: they are text like any other, as
+// content that is not trusted should be. The text may hold zeros; what is not UTF-8 keeps its bytes. Time is
 // O(len log len). Fails with -DSPARK_ERROR_MEMORY, -DSPARK_ERROR_ARGUMENT (len over 2^31 - 1).
-DSPARK_API int dspark_encode(const dspark_tokenizer *t, const char *text, size_t len, int flags, int32_t *ids, int cap);
+DSPARK_API int dspark_encode(const dspark_tokenizer *t, const char *text, size_t len, int flags, int32_t *ids,
+                            int cap);
 
 // The bytes of ids[n] into text[cap], no zero after them, special tokens as their names: their number. They
 // need not be UTF-8 (dspark_utf8_push). An id outside the vocabulary gives nothing. Fails with
@@ -302,18 +413,20 @@ DSPARK_API int dspark_decode(const dspark_tokenizer *t, const int32_t *ids, int 
 
 DSPARK_API int dspark_tokenizer_size(const dspark_tokenizer *t);    // ids are 0 .. size - 1, without a gap
 
-// The bytes of a token, *len of them and a zero, until the tokenizer is closed; NULL and 0 outside the vocabulary.
+// The bytes of a token, *len of them and a zero, until the tokenizer is closed; NULL and 0 outside the
+// vocabulary.
 DSPARK_API const char *dspark_token_bytes(const dspark_tokenizer *t, int32_t id, int *len);
+DSPARK_API int dspark_token_is_special(const dspark_tokenizer *t, int32_t id);  // 1: flagged so in the file
 
-DSPARK_API int dspark_token_is_special(const dspark_tokenizer *t, int32_t id);      // 1: flagged so in the file
-DSPARK_API int32_t dspark_token_id(const dspark_tokenizer *t, const char *text, size_t len);    // -1: no token is these bytes
+// The token whose bytes these are, added or not; -1: none.
+DSPARK_API int32_t dspark_token_id(const dspark_tokenizer *t, const char *text, size_t len);
 
 // Bytes that come in pieces, such as tokens, to whole UTF-8 characters. {0} begins a text.
 typedef struct { unsigned char held[4]; int n; } dspark_utf8;
 
-// Takes n bytes and writes the characters they complete to out, of 3 * (n + 3) bytes; each part that is not
-// UTF-8 becomes one U+FFFD (as Unicode recommends). A character that lacks bytes waits for the next call; last
-// not 0 ends the text, where it becomes U+FFFD. Returns the bytes written.
+// Takes n bytes and writes the characters they complete to out, which has room for 3 * (n + 3) bytes; each
+// maximal part that is not UTF-8 becomes one U+FFFD (as Unicode recommends). A character that lacks bytes
+// waits for the next call; last not 0 ends the text, where it becomes U+FFFD. Returns the bytes written.
 DSPARK_API int dspark_utf8_push(dspark_utf8 *u, const char *bytes, int n, int last, char *out);
 
 // ---- chat: messages to the prompt DeepSeek-V4 was trained on
@@ -324,16 +437,17 @@ DSPARK_API int dspark_utf8_push(dspark_utf8 *u, const char *bytes, int n, int la
 typedef struct { const char *role, *content, *reasoning; int wo_eos; } dspark_message;
 
 typedef struct {
-    int thinking;           // 1: answers after the last user message open with <think>; 0: no reasoning at all
-    int drop_thinking;      // 1: reasoning of the turns before that is left out, the usual form; 0: it is kept
-    int effort_max;         // 1, with thinking: the paragraph that asks for the greatest effort comes first
-    int continued;          // 1: the next turns of a session: no begin-of-sentence and no such paragraph
+    int thinking;       // 1: answers after the last user message open with <think>; 0: no reasoning at all
+    int drop_thinking;  // 1: reasoning of the turns before that is left out, the usual form; 0: it is kept
+    int effort_max;     // 1, with thinking: the paragraph that asks for the greatest effort comes first
+    int continued;      // 1: the next turns of a session: no begin-of-sentence and no such paragraph
 } dspark_chat_desc;
 
-// The prompt as text[cap], no zero after it: its bytes. After a user message that is last, or before an answer,
-// the assistant's turn is opened. form NULL: {0}. Fails with -DSPARK_ERROR_ARGUMENT: a role that is none, over
-// 2^31 - 1 bytes.
-DSPARK_API int dspark_chat_format(const dspark_message *messages, int n, const dspark_chat_desc *form, char *text, int cap);
+// The prompt into text[cap], no zero after it: how many bytes it is. After a user message that is last, or
+// that an answer follows, the assistant's turn is opened. form NULL: {0}. Fails with -DSPARK_ERROR_ARGUMENT:
+// a role that is none of these, over 2^31 - 1 bytes.
+DSPARK_API int dspark_chat_format(const dspark_message *messages, int n, const dspark_chat_desc *form,
+                                  char *text, int cap);
 
 // Its ids into ids[cap]: their number. With DSPARK_PLAIN_TEXT contents and reasoning are text whatever tokens
 // they name, and the form's own tokens are tokens still. Also fails with -DSPARK_ERROR_MEMORY, and with
@@ -460,8 +574,8 @@ typedef struct {
     int prompt_rows;        // of a submitted prompt, run a step at most; 0: what a pass has room for
 } dspark_step_desc;
 
-// One cycle of n sessions of one model, results [n]; desc NULL: defaults. Returns the first error that concerns all; one of a session is in
-// its result. A session that has finished emits nothing and says why.
+// One cycle of n sessions of one model, results [n]; desc NULL: defaults. Returns an error that concerns all
+// (results then mean nothing); one of a session is in its result. A session that has finished emits nothing and says why.
 DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *, dspark_step_result *results);
 
 // >>api-backend
@@ -634,11 +748,6 @@ static void *dspark__carve(dspark__carver *v, size_t n, size_t size) {
     return p;
 }
 
-// offset + n * each <= size, without wrapping
-static int dspark__fits(uint64_t size, uint64_t offset, uint64_t n, uint64_t each) {
-    return offset <= size && (!each || n <= (size - offset) / each);
-}
-
 static double dspark__now_us(void) {
     struct timespec t;
     timespec_get(&t, TIME_UTC);     // of C11: no feature macro has to stand before the user's includes
@@ -782,9 +891,10 @@ static inline void dspark__sincos(double x, double *sine, double *cosine) {
 // Numbers that are a function of what they are for: Philox4x32-10 (Salmon et al. 2011) of seed, purpose,
 // place and token. Nothing is carried from one to the next, so order, batch and threads cannot change them.
 
-// Rows are read in tiles of so many numbers, which compilers turn into vector code.
+// Rows are read in tiles: loops of a constant length, one operation each, are what compilers vectorize.
 enum { DSPARK__TILE = 64 };
 
+// The next n of a row, or as many as a tile holds; `fill` behind the end
 static inline void dspark__row_tile(const float *p, int n, float fill, float tile[DSPARK__TILE]) {
     if (n >= DSPARK__TILE) {
         memcpy(tile, p, DSPARK__TILE * sizeof *tile);
@@ -896,9 +1006,8 @@ DSPARK_API dspark_status dspark_draw(const float *p, int vocab, uint64_t seed, i
     return DSPARK_OK;
 }
 
-// What a row of logits becomes: weights e_v = exp((logit_v - max) / t) of the tokens that stay, 0 for the
-// others. A token stays if, in the order logit descending, id ascending, it does not come after (cut,
-// cut_id), and e_v >= min_p.
+// What a row of logits becomes: e_v = exp((logit_v - max) / t) for the tokens that stay, 0 for the others. One
+// stays if it does not come after (cut, cut_id), logits descending, then ids ascending, and e_v >= min_p.
 typedef struct {
     const float *logits;
     int vocab, filtered, cut_id;        // filtered: cut or min_p take some away
@@ -943,8 +1052,7 @@ static float dspark__logit_of_key(uint32_t key) {
     return z;
 }
 
-// Weight by the next `bits` bits of the key, of the tokens whose key begins with `prefix`. count: each weighs
-// 1.
+// Weight, or number (count), of the tokens whose key begins with `prefix`, by the next `bits` bits of the key
 static void dspark__histogram(const dspark__softmax *s, int count, uint32_t prefix, int shift, int bits,
                               double *mass) {
     float z[DSPARK__TILE];
@@ -962,9 +1070,9 @@ static void dspark__histogram(const dspark__softmax *s, int count, uint32_t pref
     }
 }
 
-// Radix selection, without storage but for one histogram: cuts after the last token before which there is
-// less weight than the limit; that is top_k where each token weighs 1, top_p of the whole where it weighs e
-// (top_k 0). The key's bits from above, then the ids of one key. O(vocab), whatever the logits are.
+// Cuts after the last token, best first, before which there is less than the limit: top_k tokens, or (top_k 0)
+// top_p of the weight. A radix selection, so that nothing is sorted or stored but one histogram: bits of the
+// key from above, then ids among equal keys. O(vocab), whatever the logits are.
 static void dspark__softmax_cut(dspark__softmax *s, int top_k, double top_p) {
     static const int width[3] = { 11, 11, 10 };
     double mass[2048], before = 0, limit = top_k;
@@ -1840,12 +1948,13 @@ static dspark_status dspark__json_parse(dspark__json *j, const char *path, const
 
 // >>checkpoint
 // A directory as released -> dspark_config and dspark_weights. Nothing in it is trusted: a size is compared
-// before it is used, and what is allocated is bounded by the files' sizes. First config.json; then the shards'
-// headers, into one table of tensors by name; then binding, which looks up every tensor that the config implies
-// and holds it against the types and the shape that it must have. The first failure stays in the loader's status
-// and the calls after it do nothing, so that a step reads as a list. Weights stay where the files are mapped and
-// are not looked at: a NaN among them shows as DSPARK_ERROR_NUMERIC when it is met. Vectors become floats; the
-// experts that hash layers name are compared with their number (a token may name one twice).
+// before it is used, and what is allocated is bounded by the files' sizes. First config.json; then the
+// shards' headers, into one table of tensors by name; then binding, which looks up every tensor that the
+// config implies and holds it against the types and the shape it must have. The first failure stays in the
+// loader's status and the calls after it do nothing, so that a step reads as a list. Weights stay where the
+// files are mapped and are not looked at: a NaN among them shows as DSPARK_ERROR_NUMERIC when it is met.
+// Vectors become floats; the experts that hash layers name are compared with their number (a token may name
+// one twice).
 
 typedef struct dspark__owned { struct dspark__owned *next; double align; } dspark__owned;
 
@@ -1864,17 +1973,17 @@ typedef struct {
     int n_files;
     size_t files_cap;
     dspark__owned *owned;   // vectors, layers, experts: each behind its link
-    uint64_t config_hash;
+    uint64_t hash;          // of config.json and the vectors
     size_t bytes, mapped;   // of what is owned, of the shards
 } dspark__checkpoint;
 
 // The types of safetensors; the first five are those of dspark_matrix.
 enum { DSPARK__E8M0 = 5, DSPARK__I64, DSPARK__I32 };
 static const struct { const char *name; unsigned bits; } dspark__types[] = {
-    { "F32", 32 }, { "BF16", 16 }, { "F16", 16 }, { "F8_E4M3", 8 }, { "I8", 8 }, { "F8_E8M0", 8 }, { "I64", 64 },
-    { "I32", 32 }, { "BOOL", 8 }, { "U8", 8 }, { "I16", 16 }, { "U16", 16 }, { "U32", 32 }, { "F64", 64 },
-    { "U64", 64 }, { "C64", 64 }, { "F8_E5M2", 8 }, { "F8_E4M3FNUZ", 8 }, { "F8_E5M2FNUZ", 8 }, { "F4", 4 },
-    { "F6_E2M3", 6 }, { "F6_E3M2", 6 }
+    { "F32", 32 }, { "BF16", 16 }, { "F16", 16 }, { "F8_E4M3", 8 }, { "I8", 8 }, { "F8_E8M0", 8 },
+    { "I64", 64 }, { "I32", 32 }, { "BOOL", 8 }, { "U8", 8 }, { "I16", 16 }, { "U16", 16 }, { "U32", 32 },
+    { "F64", 64 }, { "U64", 64 }, { "C64", 64 }, { "F8_E5M2", 8 }, { "F8_E4M3FNUZ", 8 },
+    { "F8_E5M2FNUZ", 8 }, { "F4", 4 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }
 };
 enum {
     DSPARK__N_TYPES = sizeof dspark__types / sizeof *dspark__types,
@@ -1908,6 +2017,19 @@ typedef struct {
     char scope[64], name[128];      // before the names being bound; the whole of the last one
 } dspark__loader;
 
+// "file: name: ...", FORMAT
+#ifdef __GNUC__
+__attribute__((format(printf, 3, 4)))
+#endif
+static dspark_status dspark__bad(const char *file, const char *name, const char *format, ...) {
+    char text[320];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %.100s: %s", file, name, text);
+}
+
 // ---- files
 
 // The last bytes of a long path are those that tell.
@@ -1916,7 +2038,8 @@ static const char *dspark__path_end(const char *path) {
     return path + (n > 160 ? n - 160 : 0);
 }
 
-static dspark_status dspark__file_open(const dspark_files *io, const char *dir, const char *name, dspark__file *f) {
+static dspark_status dspark__file_open(const dspark_files *io, const char *dir, const char *name,
+                                       dspark__file *f) {
     size_t n = strlen(dir), m = strlen(name) + 1;
     dspark_status status;
     memset(f, 0, sizeof *f);
@@ -1946,16 +2069,20 @@ static void dspark__document_close(const dspark_files *io, dspark__document *d) 
 }
 
 // JSON whose root is an object: a file's, or a shard's header.
-static dspark_status dspark__object_parse(dspark__json *j, const dspark__file *f, uint64_t begin, uint64_t end) {
-    dspark_status status = dspark__json_parse(j, f->name, (const char *)f->data + begin, (size_t)(end - begin));
-    if (!status && dspark__json_kind(j, 0) != DSPARK__JSON_OBJECT)
-        status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: expected an object, found %.40s", f->name, dspark__json_show(j, 0));
-    return status;
+static dspark_status dspark__object_parse(dspark__json *j, const dspark__file *f, size_t begin, size_t end) {
+    dspark_status status = dspark__json_parse(j, f->name, (const char *)f->data + begin, end - begin);
+    if (status || dspark__json_kind(j, 0) == DSPARK__JSON_OBJECT) return status;
+    return dspark__bad(f->name, "JSON", "expected an object, found %.40s", dspark__json_show(j, 0));
 }
 
 static dspark_status dspark__document_open(dspark__loader *b, const char *name, dspark__document *d) {
     dspark_status status = dspark__file_open(&b->ck->io, b->dir, name, &d->file);
-    return status ? status : dspark__object_parse(&d->json, &d->file, 0, d->file.size);
+    return status ? status : dspark__object_parse(&d->json, &d->file, 0, (size_t)d->file.size);
+}
+
+static uint64_t dspark__fold(uint64_t h, const void *data, size_t n) {
+    h = (h ^ dspark__hash((const char *)data, n)) * 0x9E3779B97F4A7C15u;
+    return h ^ h >> 29;
 }
 
 // n zeroed items that live as long as the checkpoint.
@@ -1992,14 +2119,14 @@ static int dspark__key(const dspark__keys *k, const char *key) {
     return dspark__json_kind(&k->d->json, node) == DSPARK__JSON_NULL ? -1 : node;
 }
 
-static void dspark__key_failed(const dspark__keys *k, dspark_status status, const char *key, const char *expected,
-                               int node) {
+static void dspark__key_failed(const dspark__keys *k, dspark_status status, const char *key,
+                               const char *expected, int node) {
     const dspark__json *j = &k->d->json;
-    char length[24] = "";
+    char n[24] = "";
     if (k->b->status) return;
-    if (dspark__json_kind(j, node) == DSPARK__JSON_ARRAY) snprintf(length, sizeof length, " of %d", j->nodes[node].n);
-    k->b->status = dspark__fail(status, "%s: %s%s: expected %s, found %.40s%s", k->d->file.name, k->prefix, key, expected,
-                                dspark__json_show(j, node), length);
+    if (dspark__json_kind(j, node) == DSPARK__JSON_ARRAY) snprintf(n, sizeof n, " of %d", j->nodes[node].n);
+    k->b->status = dspark__fail(status, "%s: %s%s: expected %s, found %.40s%s", k->d->file.name, k->prefix,
+                                key, expected, dspark__json_show(j, node), n);
 }
 
 static int dspark__node_int(const dspark__keys *k, const char *key, int node, int low, int high) {
@@ -2026,10 +2153,10 @@ static double dspark__key_real(const dspark__keys *k, const char *key, double lo
 }
 
 // An integer of the config held against others.
-static void dspark__config_check(dspark__loader *b, int holds, const char *key, int found, const char *expected) {
+static void dspark__config_check(dspark__loader *b, int holds, const char *key, int found,
+                                 const char *expected) {
     if (b->status || holds) return;
-    b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: %s: expected %s, found %d", b->config.file.name, key, expected,
-                             found);
+    b->status = dspark__bad(b->config.file.name, key, "expected %s, found %d", expected, found);
 }
 
 // What the forward pass takes for granted. Absent is as good.
@@ -2138,7 +2265,7 @@ static void dspark__check_config(dspark__loader *b, const dspark_config *c) {
     dspark__config_check(b, R % 2 == 0, "qk_rope_head_dim", R, "an even number");
     dspark__config_check(b, c->num_attention_heads % c->o_groups == 0, "o_groups", c->o_groups,
                          "a divisor of num_attention_heads");
-    dspark__config_check(b, (I & (I - 1)) == 0, "index_head_dim", I, "a power of two (it is Hadamard transformed)");
+    dspark__config_check(b, (I & (I - 1)) == 0, "index_head_dim", I, "a power of two (Hadamard)");
     dspark__config_check(b, I >= R, "index_head_dim", I, "at least qk_rope_head_dim");
 }
 
@@ -2147,7 +2274,7 @@ static void dspark__read_config(dspark__loader *b) {
     dspark__keys k = { b, &b->config, 0, "" };
     b->status = dspark__document_open(b, "config.json", &b->config);
     if (b->status) return;
-    b->ck->config_hash = dspark__hash((const char *)b->config.file.data, (size_t)b->config.file.size);
+    b->ck->hash = dspark__fold(0, b->config.file.data, (size_t)b->config.file.size);
     dspark__read_fixed(&k);
     dspark__read_sizes(&k, c);
     dspark__read_ratios(&k, c);
@@ -2170,8 +2297,9 @@ static void dspark__read_generation(dspark__loader *b) {
     if ((b->status = status) != DSPARK_OK) return;
     dspark__read_eos(&k, c);
     if (dspark__json_kind(&b->generation.json, dspark__key(&k, "do_sample")) == DSPARK__JSON_FALSE) return;
-    if (dspark__key(&k, "temperature") >= 0) c->temperature = (float)dspark__key_real(&k, "temperature", 0, 1000);
-    if (dspark__key(&k, "top_p") >= 0) c->top_p = (float)dspark__key_real(&k, "top_p", 0, 1);
+    if (dspark__key(&k, "temperature") >= 0)
+        c->temperature = (float)dspark__key_real(&k, "temperature", 0, 1000);
+    if (dspark__key(&k, "top_p") >= 0) c->top_p = (float)dspark__key_real(&k, "top_p", 1e-6, 1);
 }
 
 // What the config says of the draft stages that the file has; without any these fields are 0.
@@ -2179,17 +2307,17 @@ static void dspark__read_drafter(dspark__loader *b) {
     dspark_config *c = &b->ck->config;
     dspark__keys k = { b, &b->config, 0, "" };
     int L = c->num_hidden_layers, n = c->n_stages = b->n_stages, node;
+    int *ratios = c->compress_ratios;
     char key[48];
     if (b->status) return;
     if (n && b->n_ratios > L && b->n_ratios != L + n)
-        b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: compress_ratios: expected %d for the layers and %d for the "
-                                 "draft stages (mtp.0 .. mtp.%d in %s), found %d", b->config.file.name, L, n, n - 1,
-                                 b->source, b->n_ratios);
-    dspark__config_check(b, n <= DSPARK_MAX_LAYERS - L, "num_hidden_layers", L, "256 with the draft stages");
+        b->status = dspark__bad(b->config.file.name, "compress_ratios", "expected %d for the layers and %d "
+                                "for the draft stages (mtp.0 .. mtp.%d), found %d", L, n, n - 1, b->n_ratios);
+    dspark__config_check(b, n <= DSPARK_MAX_LAYERS - L, "num_hidden_layers", L, "at most 256, with stages");
     for (int i = L; i < b->n_ratios && !b->status; i++) {
         snprintf(key, sizeof key, "compress_ratios[%d]", i);
-        dspark__config_check(b, !n || !c->compress_ratios[i], key, c->compress_ratios[i], "0 for a draft stage");
-        c->compress_ratios[i] = 0;
+        dspark__config_check(b, !n || !ratios[i], key, ratios[i], "0 for a draft stage");
+        ratios[i] = 0;
     }
     if (!n || b->status) return;
     c->dspark_block_size = dspark__key_int(&k, "dspark_block_size", 1, DSPARK_MAX_BLOCK);
@@ -2197,7 +2325,7 @@ static void dspark__read_drafter(dspark__loader *b) {
     if (dspark__key(&k, "dspark_markov_rank") >= 0)
         c->dspark_markov_rank = dspark__key_int(&k, "dspark_markov_rank", 0, 1 << 16);
     node = dspark__key(&k, "dspark_target_layer_ids");
-    if (dspark__json_kind(&b->config.json, node) == DSPARK__JSON_ARRAY) c->n_taps = b->config.json.nodes[node].n;
+    if (dspark__json_kind(&k.d->json, node) == DSPARK__JSON_ARRAY) c->n_taps = b->config.json.nodes[node].n;
     if (c->n_taps < 1 || c->n_taps > DSPARK_MAX_TAPS)
         dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "dspark_target_layer_ids", "an array of 1 to 16", node);
     for (int i = 0; i < c->n_taps && !b->status; i++) {
@@ -2250,10 +2378,9 @@ static int dspark__tensor_shape(const dspark__json *j, int node, dspark__tensor 
 }
 
 // One entry of a header: "name": { "dtype": "BF16", "shape": [512, 256], "data_offsets": [0, 262144] }
-static dspark_status dspark__tensor_read(const dspark__file *f, const dspark__json *j, int key, dspark__tensor *t) {
-    static const char *const expected[] = { "dtype: expected one of safetensors",
-                                            "shape: expected sizes whose product fits 64 bits" };
-    int type = dspark__json_find(j, key + 1, "dtype"), shape = dspark__json_find(j, key + 1, "shape"), bad;
+static dspark_status dspark__tensor_read(const dspark__file *f, const dspark__json *j, int key,
+                                         dspark__tensor *t) {
+    int type = dspark__json_find(j, key + 1, "dtype"), shape = dspark__json_find(j, key + 1, "shape");
     int ends = dspark__json_find(j, key + 1, "data_offsets");
     uint64_t elements = 0, bits, room = f->size - f->begin;
     int64_t begin = -1, end = -1;
@@ -2261,20 +2388,22 @@ static dspark_status dspark__tensor_read(const dspark__file *f, const dspark__js
     memset(t, 0, sizeof *t);
     t->name = dspark__json_string(j, key, NULL);
     while (t->type < DSPARK__N_TYPES && !dspark__json_is(j, type, dspark__types[t->type].name)) t->type++;
-    bad = t->type == DSPARK__N_TYPES ? 1 : !dspark__tensor_shape(j, shape, t, &elements) ? 2 : 0;
-    if (bad)
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %.100s: %s, found %.40s", f->name, t->name, expected[bad - 1],
-                            dspark__json_show(j, bad == 1 ? type : shape));
+    if (t->type == DSPARK__N_TYPES)
+        return dspark__bad(f->name, t->name, "dtype: expected one of safetensors, found %.40s",
+                           dspark__json_show(j, type));
+    if (!dspark__tensor_shape(j, shape, t, &elements))
+        return dspark__bad(f->name, t->name, "shape: expected sizes whose product fits 64 bits, found %.40s",
+                           dspark__json_show(j, shape));
     if (dspark__json_kind(j, ends) == DSPARK__JSON_ARRAY && j->nodes[ends].n == 2)
         (void)(dspark__json_integer(j, ends + 1, &begin) && dspark__json_integer(j, ends + 2, &end));
     if (begin < 0 || end < begin || (uint64_t)end > room)
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %.100s: data_offsets: expected a part of %llu bytes, found "
-                            "[%lld, %lld]", f->name, t->name, (unsigned long long)room, (long long)begin, (long long)end);
+        return dspark__bad(f->name, t->name, "data_offsets: expected part of %llu bytes, found [%lld, %lld]",
+                           (unsigned long long)room, (long long)begin, (long long)end);
     bits = elements * dspark__types[t->type].bits;
     dspark__tensor_show(t, found, sizeof found);
     if (bits % 8 || bits / 8 != (uint64_t)(end - begin))
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %.100s: data_offsets: expected %llu bytes of %s, found %lld",
-                            f->name, t->name, (unsigned long long)(bits / 8), found, (long long)(end - begin));
+        return dspark__bad(f->name, t->name, "data_offsets: expected %llu bytes of %s, found %lld",
+                           (unsigned long long)(bits / 8), found, (long long)(end - begin));
     t->begin = f->begin + (uint64_t)begin, t->end = f->begin + (uint64_t)end;
     return DSPARK_OK;
 }
@@ -2291,27 +2420,30 @@ static dspark_status dspark__check_overlap(const dspark__file *f, dspark__span *
     qsort(spans, n, sizeof *spans, dspark__span_order);
     for (size_t i = 1; i < n; i++)
         if (spans[i].begin < spans[i - 1].end)
-            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %.100s: data_offsets: expected bytes of its own, found those "
-                                "of %.100s", f->name, spans[i].name, spans[i - 1].name);
+            return dspark__bad(f->name, spans[i].name, "data_offsets: expected bytes of its own, found those "
+                               "of %.100s", spans[i - 1].name);
     return DSPARK_OK;
 }
 
 // Parses the header of a shard: 8 bytes of length, then JSON; the tensors' bytes follow.
 static dspark_status dspark__header_open(dspark__file *f, dspark__json *j) {
     static const char pointer[] = "version https://git-lfs";
-    uint64_t length = 0, limit = 100000000;     // the format's
+    uint64_t length, room;
     if (f->size >= sizeof pointer && !memcmp(f->data, pointer, sizeof pointer - 1))
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: expected safetensors, found a Git LFS pointer (git lfs pull)", f->name);
-    if (f->size >= 8) memcpy(&length, f->data, 8);
-    if (f->size < 8 || length > f->size - 8 || length > limit)
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: header: expected at most %llu bytes in a file of %llu, found %llu",
-                            f->name, (unsigned long long)limit, (unsigned long long)f->size, (unsigned long long)length);
+        return dspark__bad(f->name, "header", "expected safetensors, found a Git LFS pointer (git lfs pull)");
+    if (f->size < 8)
+        return dspark__bad(f->name, "header", "expected 8 bytes of length, found %d", (int)f->size);
+    memcpy(&length, f->data, 8);
+    room = f->size - 8 < 100000000 ? f->size - 8 : 100000000;       // the format's limit
+    if (length > room)
+        return dspark__bad(f->name, "header", "expected at most %llu bytes, found a length of %llu",
+                           (unsigned long long)room, (unsigned long long)length);
     f->begin = 8 + length;
-    return dspark__object_parse(j, f, 8, f->begin);
+    return dspark__object_parse(j, f, 8, (size_t)f->begin);
 }
 
-// The tensors of shard `file`: of the only one into the table; of one of several into the places that the index
-// gave them, without those that it has not or has elsewhere. All are checked.
+// The tensors of shard `file`: of the only one into the table; of one of several into the places that the
+// index gave them, without those that it has not or has elsewhere. All are checked.
 static dspark_status dspark__header_read(dspark__loader *b, int file, const dspark__json *j, int indexed) {
     const dspark__file *f = &b->ck->files[file];
     dspark__span *spans = (dspark__span *)dspark__alloc((size_t)j->nodes[0].n, sizeof *spans);
@@ -2369,8 +2501,8 @@ static dspark_status dspark__shard_of(dspark__loader *b, dspark__names *shards, 
     dspark__name *place;
     dspark_status status;
     if (!name || !len || strcspn(name, "/\\") != len || !strcmp(name, ".") || !strcmp(name, ".."))
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %.100s: expected the name of a file beside it, found %.100s",
-                            b->source, dspark__json_show(&b->index.json, key), dspark__json_show(&b->index.json, key + 1));
+        return dspark__bad(b->source, dspark__json_show(&b->index.json, key), "expected the name of a file "
+                           "beside it, found %.100s", dspark__json_show(&b->index.json, key + 1));
     place = dspark__names_find(shards, name, len);
     if (!place->name) {
         if ((status = dspark__shard_open(b, name)) != DSPARK_OK) return status;
@@ -2403,8 +2535,8 @@ static dspark_status dspark__open_indexed(dspark__loader *b) {
     dspark_status status;
     b->source = b->index.file.name;
     if (dspark__json_kind(j, map) != DSPARK__JSON_OBJECT)
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: weight_map: expected an object, found %.40s", b->source,
-                            dspark__json_show(j, map));
+        return dspark__bad(b->source, "weight_map", "expected an object, found %.40s",
+                           dspark__json_show(j, map));
     status = dspark__tensors_open(b, j->nodes[map].n);
     if (!status) status = dspark__names_open(&shards, j->nodes[map].n);
     if (!status) status = dspark__index_read(b, &shards, map);
@@ -2417,8 +2549,8 @@ static dspark_status dspark__open_indexed(dspark__loader *b) {
     dspark__free(shards.slots);
     for (int i = 0; !status && i < b->n_tensors; i++)
         if (b->tensors[i].type < 0)
-            status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: %.100s: expected where the index has it, found no such tensor",
-                                  b->ck->files[b->tensors[i].file].name, b->tensors[i].name);
+            status = dspark__bad(b->ck->files[b->tensors[i].file].name, b->tensors[i].name,
+                                 "expected here by the index, found no such tensor");
     return status;
 }
 
@@ -2431,7 +2563,7 @@ static void dspark__open_shards(dspark__loader *b) {
         snprintf(first, sizeof first, "%.199s", dspark_last_error());
         b->status = dspark__document_open(b, "model.safetensors.index.json", &b->index);
         if (!b->status) b->status = dspark__open_indexed(b);
-        else if (b->status == DSPARK_ERROR_IO) dspark__fail(b->status, "%s; nor is there an index of shards", first);
+        else if (b->status == DSPARK_ERROR_IO) dspark__fail(b->status, "%s; nor is there an index", first);
     }
 }
 
@@ -2439,13 +2571,14 @@ static void dspark__open_shards(dspark__loader *b) {
 static int dspark__stage_of(const char *name, const char **rest) {
     int n = 0;
     if (strncmp(name, "mtp.", 4) || name[4] < '0' || name[4] > '9') return -1;
-    for (name += 4; *name >= '0' && *name <= '9'; name++) n = dspark__min(10 * n + (*name - '0'), DSPARK_MAX_LAYERS);
+    for (name += 4; *name >= '0' && *name <= '9'; name++)
+        n = dspark__min(10 * n + (*name - '0'), DSPARK_MAX_LAYERS);
     *rest = name + 1;
     return *name == '.' ? n : -1;
 }
 
-// How many draft stages there are. MTP-1, an earlier kind of head, stands in their place and is told by its own
-// tensors.
+// How many draft stages there are. MTP-1, an earlier kind of head, stands in their place and is told by its
+// own tensors.
 static void dspark__count_stages(dspark__loader *b) {
     static const char *const mtp1[] = { "e_proj.", "h_proj.", "enorm.", "hnorm." };
     unsigned char seen[DSPARK_MAX_LAYERS + 1] = { 0 };
@@ -2455,15 +2588,15 @@ static void dspark__count_stages(dspark__loader *b) {
         if (n < 0) continue;
         for (int m = 0; m < 4; m++)
             if (!strncmp(rest, mtp1[m], strlen(mtp1[m])))
-                b->status = dspark__fail(DSPARK_ERROR_UNSUPPORTED, "%s: %.100s: expected a DSpark drafter, found an MTP-1 "
-                                         "head (e_proj, h_proj, enorm, hnorm)", b->source, name);
+                b->status = dspark__fail(DSPARK_ERROR_UNSUPPORTED, "%s: %.100s: expected a DSpark drafter, "
+                                         "found an MTP-1 head", b->source, name);
         seen[n] = 1;
         b->n_stages = dspark__max(b->n_stages, n + 1);
     }
     for (int n = 0; n < b->n_stages && !b->status; n++)
         if (!seen[n])
-            b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: mtp.%d: expected draft stages 0 to %d, found none of its "
-                                     "tensors", b->source, n, b->n_stages - 1);
+            b->status = dspark__bad(b->source, "mtp", "expected stages 0 to %d, found none of the tensors of "
+                                    "mtp.%d", b->n_stages - 1, n);
 }
 
 // ---- binding
@@ -2489,8 +2622,17 @@ static int dspark__has(dspark__loader *b, const char *name, const char *suffix) 
     return !b->status && dspark__find(b, name, suffix);
 }
 
+static const uint8_t *dspark__tensor_data(const dspark__loader *b, const dspark__tensor *t) {
+    return (const uint8_t *)b->ck->files[t->file].data + t->begin;
+}
+
+static const char *dspark__file_of(const dspark__loader *b, const dspark__tensor *t) {
+    return t ? b->ck->files[t->file].name : b->source;
+}
+
 // What b->name should be and is. A type that is right is the one expected; else any of types is.
-static void dspark__bind_failed(dspark__loader *b, const dspark__tensor *t, int types, const dspark__tensor *wanted) {
+static void dspark__bind_failed(dspark__loader *b, const dspark__tensor *t, int types,
+                                const dspark__tensor *wanted) {
     char expected[200], shape[120], found[160] = "no such tensor";
     int n = 0, right = t && types >> t->type & 1;
     for (int i = 0; i < DSPARK__N_TYPES; i++)
@@ -2498,8 +2640,8 @@ static void dspark__bind_failed(dspark__loader *b, const dspark__tensor *t, int 
             n += snprintf(expected + n, sizeof expected - (size_t)n, n ? "/%s" : "%s", dspark__types[i].name);
     dspark__tensor_show(wanted, shape, sizeof shape);
     if (t) dspark__tensor_show(t, found, sizeof found);
-    b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: %s: expected %s %s, found %s",
-                             t ? b->ck->files[t->file].name : b->source, b->name, expected, strchr(shape, '['), found);
+    b->status = dspark__bad(dspark__file_of(b, t), b->name, "expected %s %s, found %s",
+                            expected, strchr(shape, '['), found);
 }
 
 // A tensor of one of `types` and [rows][cols], or with rows 0 [cols]. I8 is FP4, two a byte.
@@ -2520,30 +2662,31 @@ static const dspark__tensor *dspark__bind(dspark__loader *b, int types, int rows
     return NULL;
 }
 
-static const uint8_t *dspark__tensor_data(const dspark__loader *b, const dspark__tensor *t) {
-    return (const uint8_t *)b->ck->files[t->file].data + t->begin;
-}
-
-// A matrix and, beside name.weight, name.scale: where the type has one, and nowhere else.
-static void dspark__bind_matrix(dspark__loader *b, dspark_matrix *m, int types, int rows, int cols, const char *name,
-                                const char *suffix) {
-    const dspark__tensor *t = dspark__bind(b, types, rows, cols, name, suffix), *s;
+// The scales beside name.weight: where its type has them, and nowhere else.
+static void dspark__bind_scale(dspark__loader *b, dspark_matrix *m, const char *name) {
+    int fp8 = m->dtype == DSPARK_FP8;
+    int rows = fp8 ? (m->rows + 127) / 128 : m->rows, cols = fp8 ? (m->cols + 127) / 128 : m->cols / 32;
+    const dspark__tensor *s;
     char found[160];
-    int packed = t && t->type == DSPARK_FP4;
-    if (!t) return;
-    m->data = dspark__tensor_data(b, t), m->rows = rows, m->cols = cols, m->dtype = t->type;
-    if (packed && cols % 32) {
-        b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: %s: expected FP4 rows in whole blocks of 32, found rows of %d",
-                                 b->ck->files[t->file].name, b->name, cols);
-    } else if (packed || t->type == DSPARK_FP8) {
-        s = dspark__bind(b, 1 << DSPARK__E8M0, packed ? rows : (rows + 127) / 128, packed ? cols / 32 : (cols + 127) / 128,
-                         name, ".scale");
+    if (fp8 || m->dtype == DSPARK_FP4) {
+        s = dspark__bind(b, 1 << DSPARK__E8M0, rows, cols, name, ".scale");
         if (s) m->scale = dspark__tensor_data(b, s);
     } else if ((s = dspark__find(b, name, ".scale")) != NULL) {
         dspark__tensor_show(s, found, sizeof found);
-        b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: %s: expected none beside a weight in %s, found %s",
-                                 b->ck->files[s->file].name, b->name, dspark__types[t->type].name, found);
+        b->status = dspark__bad(dspark__file_of(b, s), b->name, "expected none beside %s, found %s",
+                                dspark__types[m->dtype].name, found);
     }
+}
+
+static void dspark__bind_matrix(dspark__loader *b, dspark_matrix *m, int types, int rows, int cols,
+                                const char *name, const char *suffix) {
+    const dspark__tensor *t = dspark__bind(b, types, rows, cols, name, suffix);
+    if (!t) return;
+    if (t->type == DSPARK_FP4 && cols % 32)
+        b->status = dspark__bad(dspark__file_of(b, t), b->name, "expected FP4 in rows of whole blocks (32), "
+                                "found rows of %d", cols);
+    m->data = dspark__tensor_data(b, t), m->rows = rows, m->cols = cols, m->dtype = t->type;
+    if (!b->status) dspark__bind_scale(b, m, name);
 }
 
 static void dspark__bind_linear(dspark__loader *b, dspark_matrix *m, int rows, int cols, const char *name) {
@@ -2577,7 +2720,9 @@ static void dspark__bind_floats(dspark__loader *b, const float **out, int rows, 
     const dspark__tensor *t = dspark__bind(b, DSPARK__PLAIN_TYPES, rows, cols, name, suffix);
     size_t n = (size_t)(rows ? rows : 1) * (size_t)cols;
     float *x = t ? (float *)dspark__own(b, n, sizeof *x) : NULL;
-    for (size_t i = 0; x && i < n; i++) x[i] = dspark__stored_float(dspark__tensor_data(b, t), i, t->type);
+    if (!x) return;
+    for (size_t i = 0; i < n; i++) x[i] = dspark__stored_float(dspark__tensor_data(b, t), i, t->type);
+    b->ck->hash = dspark__fold(b->ck->hash, x, n * sizeof *x);
     *out = x;
 }
 
@@ -2634,15 +2779,13 @@ static void dspark__bind_hash(dspark__loader *b, dspark_layer *l) {
     l->tid2eid = dspark__tensor_data(b, t);
     l->tid2eid_bytes = t->type == DSPARK__I64 ? 8 : 4;
     for (size_t i = 0; i < n; i++) {
-        int64_t wide = 0;
+        int64_t wide;
         int32_t narrow;
-        memcpy(t->type == DSPARK__I64 ? (void *)&wide : (void *)&narrow, l->tid2eid + i * (size_t)l->tid2eid_bytes,
-               (size_t)l->tid2eid_bytes);
-        if (t->type == DSPARK__I32) wide = narrow;
+        if (l->tid2eid_bytes == 8) memcpy(&wide, l->tid2eid + 8 * i, 8);
+        else memcpy(&narrow, l->tid2eid + 4 * i, 4), wide = narrow;
         if (wide >= 0 && wide < c->n_routed_experts) continue;
-        b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: %s: token %zu: expected an expert from 0 to %d, found %lld",
-                                 b->ck->files[t->file].name, b->name, i / (size_t)K, c->n_routed_experts - 1,
-                                 (long long)wide);
+        b->status = dspark__bad(dspark__file_of(b, t), b->name, "token %zu: expected an expert from 0 to "
+                                "%d, found %lld", i / (size_t)K, c->n_routed_experts - 1, (long long)wide);
         return;
     }
 }
@@ -2687,16 +2830,17 @@ static void dspark__bind_layer(dspark__loader *b, int l) {
 }
 
 // The sequential head is known by its tensors; rank 0, and it has none.
-static void dspark__bind_markov(dspark__loader *b) {
+static void dspark__bind_markov(dspark__loader *b, int stage) {
     const dspark_config *c = &b->ck->config;
     dspark_weights *w = &b->ck->weights;
-    int h = c->hidden_size, rank = c->dspark_markov_rank;
-    int gated = dspark__has(b, "gate_proj", ".weight"), rnn = dspark__has(b, "joint_proj", ".weight");
-    int any = gated || rnn || dspark__has(b, "markov_w1", ".weight") || dspark__has(b, "markov_w2", ".weight");
-    dspark__config_check(b, rank || !any, "dspark_markov_rank", rank, "that of the Markov head which the last stage has");
+    int h = c->hidden_size, rank = c->dspark_markov_rank, gated, rnn, any;
+    dspark__scope(b, "mtp.%d.markov_head.", stage);
+    gated = dspark__has(b, "gate_proj", ".weight");
+    rnn = dspark__has(b, "joint_proj", ".weight");
+    any = gated || rnn || dspark__has(b, "markov_w1", ".weight");
+    dspark__config_check(b, rank || !any, "dspark_markov_rank", rank, "that of the last stage's Markov head");
     if (gated && rnn && !b->status)
-        b->status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: %sjoint_proj.weight: expected one kind of Markov head, found "
-                                 "gate_proj as well", b->source, b->scope);
+        b->status = dspark__bad(b->source, b->scope, "expected gate_proj or joint_proj, found both");
     if (!rank) return;
     w->head_kind = gated ? DSPARK_HEAD_GATED : rnn ? DSPARK_HEAD_RNN : DSPARK_HEAD_VANILLA;
     dspark__bind_plain(b, &w->markov_w1, c->vocab_size, rank, "markov_w1", ".weight");
@@ -2720,12 +2864,12 @@ static void dspark__bind_drafter(dspark__loader *b) {
     dspark__scope(b, "mtp.%d.", last);
     dspark__bind_floats(b, &w->draft_norm, 0, h, "norm", ".weight");
     dspark__bind_mix(b, &w->draft_hc_head, c->hc_mult, 1, "hc_head");
+    dspark__bind_markov(b, last);
+    dspark__scope(b, "mtp.%d.", last);
     if (dspark__has(b, "confidence_head.proj", ".weight"))
         dspark__bind_linear(b, &w->confidence_proj, 1, h + c->dspark_markov_rank, "confidence_head.proj");
     if (w->confidence_proj.data) dspark__bind_bias(b, &bias, 1, "confidence_head.proj");
     if (bias) w->confidence_bias = *bias;
-    dspark__scope(b, "mtp.%d.markov_head.", last);
-    dspark__bind_markov(b);
 }
 
 static void dspark__progress(dspark__loader *b, int done, int total) {
@@ -2738,12 +2882,12 @@ static void dspark__bind_all(dspark__loader *b) {
     const dspark_config *c = &b->ck->config;
     dspark_weights *w = &b->ck->weights;
     int n = c->num_hidden_layers + c->n_stages, h = c->hidden_size;
-    dspark__config_check(b, c->n_routed_experts <= b->n_tensors / 3 / n, "n_routed_experts", c->n_routed_experts,
-                         "no more than the number of tensors has room for");
     dspark__bind_plain(b, &w->embed, c->vocab_size, h, "embed", ".weight");
     dspark__bind_linear(b, &w->head, c->vocab_size, h, "head");
     dspark__bind_floats(b, &w->norm, 0, h, "norm", ".weight");
     dspark__bind_mix(b, &w->hc_head, c->hc_mult, 1, "hc_head");
+    dspark__config_check(b, c->n_routed_experts <= b->n_tensors / 3 / n, "n_routed_experts",
+                         c->n_routed_experts, "no more than the number of tensors has room for");
     w->layers = (dspark_layer *)dspark__own(b, (size_t)n, sizeof *w->layers);
     dspark__progress(b, 1, n + 1);
     for (int l = 0; l < n && !b->status; l++) {
@@ -2754,11 +2898,12 @@ static void dspark__bind_all(dspark__loader *b) {
 }
 
 // desc may be NULL. After a failure *ck is empty.
-static dspark_status dspark__checkpoint_open(dspark__checkpoint *ck, const char *dir, const dspark_model_desc *desc) {
+static dspark_status dspark__checkpoint_open(dspark__checkpoint *ck, const char *dir,
+                                             const dspark_model_desc *desc) {
     dspark__loader b;
     memset(ck, 0, sizeof *ck);
     memset(&b, 0, sizeof b);
-    if (!dir || !*dir) return dspark__fail(DSPARK_ERROR_ARGUMENT, "a checkpoint: expected a directory, found none");
+    if (!dir || !*dir) return dspark__fail(DSPARK_ERROR_ARGUMENT, "dir: expected a directory, found none");
     if (desc && desc->files.map) ck->io = desc->files;
     else ck->io.map = dspark__file_map, ck->io.unmap = dspark__file_unmap;
     b.ck = ck, b.desc = desc, b.dir = dir;
@@ -2777,29 +2922,28 @@ static dspark_status dspark__checkpoint_open(dspark__checkpoint *ck, const char 
     return b.status;
 }
 
-// The same for the same checkpoint and hardly for another: of config.json, the headers, and the tensors; of these
-// every page where they are few, else 2000 spread over all.
+// The same for the same checkpoint and hardly for another: of config.json, the vectors, the headers, and the
+// tensors' bytes, which are all taken up to 64 MB and beyond it as 256 pages that are spread over them.
 static dspark_status dspark__checkpoint_fingerprint(const dspark__checkpoint *ck, uint64_t *out) {
-    const uint64_t page = 4096, stride = ((uint64_t)ck->mapped / page / 2000 + 1) * page;
-    uint64_t h = ck->config_hash;
+    const uint64_t page = 4096, pages = ck->mapped <= 64 << 20 ? 1 : (uint64_t)ck->mapped / page / 256 + 1;
+    *out = ck->hash;
     for (int i = 0; i < ck->n_files; i++) {
         const dspark__file *f = &ck->files[i];
         const char *data = (const char *)f->data;
-        h = (h ^ dspark__hash(data, (size_t)f->begin) ^ f->size) * 0x9E3779B97F4A7C15u;
-        for (uint64_t at = f->begin; at < f->size; at = at / page * page + stride, h ^= h >> 29) {
-            uint64_t n = page - at % page;
-            h = (h ^ dspark__hash(data + at, (size_t)(n < f->size - at ? n : f->size - at))) * 0x9E3779B97F4A7C15u;
+        *out = dspark__fold(*out ^ f->size, data, (size_t)f->begin);
+        for (uint64_t at = f->begin; at < f->size; at = (at / page + pages) * page) {
+            uint64_t n = page - at % page < f->size - at ? page - at % page : f->size - at;
+            *out = dspark__fold(*out, data + at, (size_t)n);
         }
     }
-    *out = h;
     return DSPARK_OK;
 }
 
 // >>tokenizer
-// Text to ids as DeepSeek-V4's tokenizer.json says: the text is cut at added tokens, what is between them into
-// pieces by three patterns, and in each piece, bytes at first, the adjacent pair of lowest rank is merged, the
-// leftmost of equals, until no pair has a rank. Ids to text is the tokens' bytes one after another. The file is
-// not trusted: in an open tokenizer every id below n has its bytes, every byte its token, and every merge leads
+// Text to ids as DeepSeek-V4's tokenizer.json says: the text is cut at added tokens, what is between them by
+// three patterns, and in each piece, bytes at first, the adjacent pair of lowest rank is merged, the leftmost
+// of equals, until no pair has a rank. Ids to text is the tokens' bytes one after another. The file is not
+// trusted: in an open tokenizer every id below n has its bytes, every byte its token, and every merge leads
 // from two tokens to a token.
 
 // What a byte of text is to the patterns; all bytes of a character share its class.
@@ -2936,8 +3080,8 @@ static uint64_t dspark__merge_pair(int32_t left, int32_t right) {
 
 // ---- encoding
 
-// A piece while it is merged: the symbol at i began as its byte i. The right part of a merged pair is no longer
-// linked and has rank -1.
+// A piece while it is merged: the symbol at i began as its byte i. The right part of a merged pair is no
+// longer linked and has rank -1.
 typedef struct {
     int32_t id, prev, next;     // neighbours; -1 and the piece's length beyond its ends
     int32_t rank, merged;       // of the pair with next; rank -1: nothing merges them
@@ -2948,7 +3092,7 @@ typedef struct {
     const char *text;
     unsigned char *classes;     // [len] of the text's bytes
     dspark__symbol *symbols;    // of the piece
-    uint64_t *heap;             // rank * 2^32 + place of the left symbol, lowest on top; outdated ones stay in
+    uint64_t *heap;             // rank * 2^32 + place of the left symbol, lowest on top; outdated ones stay
     size_t symbols_cap, heap_cap, n_heap;
     int32_t *ids;
     int n, cap;
@@ -3074,7 +3218,7 @@ static dspark_status dspark__encode_words(dspark__encoder *e, size_t begin, size
     return status;
 }
 
-// The second pattern's: runs of kanji and kana. To each pattern a piece of the one before is a text of its own.
+// The second pattern's: runs of kanji and kana. To a pattern each piece of the one before is a whole text.
 static dspark_status dspark__encode_kanji(dspark__encoder *e, size_t begin, size_t end) {
     dspark_status status = DSPARK_OK;
     for (size_t p = begin, to; p < end && !status; p = to) {
@@ -3161,7 +3305,8 @@ DSPARK_API int dspark_encode(const dspark_tokenizer *t, const char *text, size_t
     memset(&e, 0, sizeof e);
     e.t = t, e.text = text, e.ids = ids, e.cap = cap;
     if (len > INT32_MAX)
-        return -(int)dspark__fail(DSPARK_ERROR_ARGUMENT, "encode: expected less than 2 GiB, found %zu bytes", len);
+        return -(int)dspark__fail(DSPARK_ERROR_ARGUMENT, "encode: expected at most 2^31 - 1 bytes, found %zu",
+                                  len);
     status = dspark__encode(&e, len, flags);
     dspark__free(e.classes);
     dspark__free(e.symbols);
@@ -3207,35 +3352,41 @@ typedef struct {
     dspark__json j;
     size_t used;                // bytes of t->bytes
     int16_t byte_of[0x144];     // the byte that a character stands for in byte-level text; -1: none
-} dspark__tokenizer_reader;
+} dspark__token_file;
 
-static dspark_status dspark__tokenizer_expected(const dspark__tokenizer_reader *r, dspark_status status,
-                                                const char *where, const char *expected, int found) {
-    return dspark__fail(status, "%s: %s: expected %s, found %.160s", r->path, where, expected,
-                        dspark__json_show(&r->j, found));
+// What cannot be served, and what is no tokenizer.
+static dspark_status dspark__unsupported(const dspark__token_file *r, const char *where, const char *expected,
+                                         int found) {
+    return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "%s: %s: expected %s, found %.160s", r->path, where,
+                        expected, dspark__json_show(&r->j, found));
+}
+static dspark_status dspark__malformed(const dspark__token_file *r, const char *where, const char *expected,
+                                       int found) {
+    return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %s: expected %s, found %.160s", r->path, where,
+                        expected, dspark__json_show(&r->j, found));
 }
 
 // The options of an object that would change the ids: null, false or "", or not there.
-static dspark_status dspark__tokenizer_off(const dspark__tokenizer_reader *r, const char *where, int object,
+static dspark_status dspark__tokenizer_off(const dspark__token_file *r, const char *where, int object,
                                            const char *const *keys, int n) {
     for (int i = 0; i < n; i++) {
         char name[64];
         int node = dspark__json_find(&r->j, object, keys[i]), kind = dspark__json_kind(&r->j, node);
         if (kind <= DSPARK__JSON_FALSE || dspark__json_is(&r->j, node, "")) continue;
         snprintf(name, sizeof name, "%s%s", where, keys[i]);
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_UNSUPPORTED, name, "null or false", node);
+        return dspark__unsupported(r, name, "null or false", node);
     }
     return DSPARK_OK;
 }
 
-static dspark_status dspark__tokenizer_type(const dspark__tokenizer_reader *r, const char *where, int object,
+static dspark_status dspark__tokenizer_type(const dspark__token_file *r, const char *where, int object,
                                             const char *type) {
     int node = dspark__json_find(&r->j, object, "type");
     if (dspark__json_is(&r->j, node, type)) return DSPARK_OK;
-    return dspark__tokenizer_expected(r, DSPARK_ERROR_UNSUPPORTED, where, type, node < 0 ? object : node);
+    return dspark__unsupported(r, where, type, node < 0 ? object : node);
 }
 
-static dspark_status dspark__tokenizer_split(const dspark__tokenizer_reader *r, int split, const char *pattern) {
+static dspark_status dspark__tokenizer_split(const dspark__token_file *r, int split, const char *pattern) {
     static const char *const off[] = { "invert" };
     const char *where = "pre_tokenizer.pretokenizers[].";
     int regex = dspark__json_find(&r->j, dspark__json_find(&r->j, split, "pattern"), "Regex");
@@ -3243,15 +3394,14 @@ static dspark_status dspark__tokenizer_split(const dspark__tokenizer_reader *r, 
     dspark_status status = dspark__tokenizer_type(r, "pre_tokenizer.pretokenizers[].type", split, "Split");
     if (status) return status;
     if (!dspark__json_is(&r->j, regex, pattern))
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_UNSUPPORTED, "the pattern of a Split", pattern, regex);
+        return dspark__unsupported(r, "the pattern of a Split", pattern, regex);
     if (!dspark__json_is(&r->j, behavior, "Isolated"))
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_UNSUPPORTED, "the behavior of a Split", "Isolated",
-                                          behavior);
+        return dspark__unsupported(r, "the behavior of a Split", "Isolated", behavior);
     return dspark__tokenizer_off(r, where, split, off, 1);
 }
 
 // The three patterns that >>tokenizer has by hand, then bytes as they are.
-static dspark_status dspark__tokenizer_pieces(const dspark__tokenizer_reader *r) {
+static dspark_status dspark__tokenizer_pieces(const dspark__token_file *r) {
     static const char *const patterns[] = {
         "\\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
         ("[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
@@ -3259,54 +3409,56 @@ static dspark_status dspark__tokenizer_pieces(const dspark__tokenizer_reader *r)
     };
     static const char *const switches[] = { "add_prefix_space", "use_regex" };      // not there: true
     const dspark__json *j = &r->j;
-    int object = dspark__json_find(j, 0, "pre_tokenizer"), list = dspark__json_find(j, object, "pretokenizers");
-    int item = list + 1, node;
+    int object = dspark__json_find(j, 0, "pre_tokenizer");
+    int list = dspark__json_find(j, object, "pretokenizers"), item = list + 1, node;
     dspark_status status = dspark__tokenizer_type(r, "pre_tokenizer", object, "Sequence");
     if (status) return status;
     if (dspark__json_kind(j, list) != DSPARK__JSON_ARRAY || j->nodes[list].n != 4)
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_UNSUPPORTED, "pre_tokenizer.pretokenizers",
-                                          "three of type Split and a ByteLevel", list);
+        return dspark__unsupported(r, "pre_tokenizer.pretokenizers", "three Splits and a ByteLevel", list);
     for (int i = 0; i < 3 && !status; i++, item = dspark__json_next(j, item))
         status = dspark__tokenizer_split(r, item, patterns[i]);
     if (!status) status = dspark__tokenizer_type(r, "pre_tokenizer.pretokenizers[3].type", item, "ByteLevel");
     for (int i = 0; i < 2 && !status; i++) {
         node = dspark__json_find(j, item, switches[i]);
         if (dspark__json_kind(j, node) != DSPARK__JSON_FALSE)
-            status = dspark__tokenizer_expected(r, DSPARK_ERROR_UNSUPPORTED, switches[i], "false", node);
+            status = dspark__unsupported(r, switches[i], "false", node);
     }
     return status;
 }
 
 // Everything but the tokens and merges.
-static dspark_status dspark__tokenizer_form(const dspark__tokenizer_reader *r) {
+static dspark_status dspark__tokenizer_form(const dspark__token_file *r) {
     static const char *const root_off[] = { "truncation", "padding" };
-    static const char *const model_off[] = { "dropout", "unk_token", "continuing_subword_prefix",
-                                             "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges" };
+    static const char *const model_off[] = {
+        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+        "byte_fallback", "ignore_merges"
+    };
     const dspark__json *j = &r->j;
     int model = dspark__json_find(j, 0, "model"), normalizer = dspark__json_find(j, 0, "normalizer");
-    int steps = dspark__json_find(j, normalizer, "normalizers"), post = dspark__json_find(j, 0, "post_processor");
+    int steps = dspark__json_find(j, normalizer, "normalizers"), decoder = dspark__json_find(j, 0, "decoder");
+    int post = dspark__json_find(j, 0, "post_processor");
     dspark_status status;
     if (dspark__json_kind(j, 0) != DSPARK__JSON_OBJECT)
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "the text", "an object", 0);
+        return dspark__malformed(r, "the text", "an object", 0);
     if (dspark__json_kind(j, model) != DSPARK__JSON_OBJECT)
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "model", "an object", model);
+        return dspark__malformed(r, "model", "an object", model);
     status = dspark__tokenizer_type(r, "model.type", model, "BPE");
     if (!status) status = dspark__tokenizer_off(r, "", 0, root_off, 2);
     if (!status) status = dspark__tokenizer_off(r, "model.", model, model_off, 7);
     if (!status && dspark__json_kind(j, normalizer) > DSPARK__JSON_NULL) {
         status = dspark__tokenizer_type(r, "normalizer", normalizer, "Sequence");
         if (!status && (dspark__json_kind(j, steps) != DSPARK__JSON_ARRAY || j->nodes[steps].n))
-            status = dspark__tokenizer_expected(r, DSPARK_ERROR_UNSUPPORTED, "normalizer", "an empty list", steps);
+            status = dspark__unsupported(r, "normalizer", "an empty list", steps);
     }
     if (!status) status = dspark__tokenizer_pieces(r);
     if (!status && dspark__json_kind(j, post) > DSPARK__JSON_NULL)
         status = dspark__tokenizer_type(r, "post_processor", post, "ByteLevel");
-    if (!status) status = dspark__tokenizer_type(r, "decoder", dspark__json_find(j, 0, "decoder"), "ByteLevel");
+    if (!status) status = dspark__tokenizer_type(r, "decoder", decoder, "ByteLevel");
     return status;
 }
 
 // Byte-level text to the bytes it stands for; out may be s. Their number, -1: not byte-level text.
-static int dspark__byte_level(const dspark__tokenizer_reader *r, const char *s, size_t len, char *out) {
+static int dspark__byte_level(const dspark__token_file *r, const char *s, size_t len, char *out) {
     int n = 0;
     for (size_t i = 0; i < len; n++) {
         uint32_t code = 0;
@@ -3319,7 +3471,7 @@ static int dspark__byte_level(const dspark__tokenizer_reader *r, const char *s, 
 }
 
 // A byte is its own character if that can be printed, else one from U+0100 on.
-static void dspark__byte_level_init(dspark__tokenizer_reader *r) {
+static void dspark__byte_level_init(dspark__token_file *r) {
     int others = 0x100;
     for (size_t i = 0; i < sizeof r->byte_of / sizeof *r->byte_of; i++) r->byte_of[i] = -1;
     for (int b = 0; b < 256; b++) {
@@ -3329,7 +3481,7 @@ static void dspark__byte_level_init(dspark__tokenizer_reader *r) {
 }
 
 // An id with a place in tokens, whose number is an upper bound.
-static dspark_status dspark__tokenizer_id(const dspark__tokenizer_reader *r, const char *where, int node,
+static dspark_status dspark__tokenizer_id(const dspark__token_file *r, const char *where, int node,
                                           dspark__token **token) {
     int64_t id;
     char expected[48];
@@ -3339,17 +3491,17 @@ static dspark_status dspark__tokenizer_id(const dspark__tokenizer_reader *r, con
         return DSPARK_OK;
     }
     snprintf(expected, sizeof expected, "an id below %d, the number of tokens", r->t->n);
-    return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, where, expected, node);
+    return dspark__malformed(r, where, expected, node);
 }
 
-static void dspark__tokenizer_keep(dspark__tokenizer_reader *r, dspark__token *token, int len, int kind) {
+static void dspark__tokenizer_keep(dspark__token_file *r, dspark__token *token, int len, int kind) {
     token->bytes = r->t->bytes + r->used;
     token->len = len, token->kind = kind;
     r->used += (size_t)len + 1;
 }
 
 // model.vocab: names in byte-level text to ids
-static dspark_status dspark__tokenizer_vocabulary(dspark__tokenizer_reader *r, int vocab) {
+static dspark_status dspark__tokenizer_vocabulary(dspark__token_file *r, int vocab) {
     const dspark__json *j = &r->j;
     for (int i = vocab + 1; i < dspark__json_next(j, vocab); i = dspark__json_next(j, i + 1)) {
         dspark__token *token;
@@ -3358,9 +3510,8 @@ static dspark_status dspark__tokenizer_vocabulary(dspark__tokenizer_reader *r, i
         dspark_status status = dspark__tokenizer_id(r, "model.vocab", i + 1, &token);
         int n = dspark__byte_level(r, name, len, r->t->bytes + r->used);
         if (status) return status;
-        if (!len) return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.vocab: expected names, found \"\"", r->path);
-        if (token->kind)
-            return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "model.vocab", "one token an id", i);
+        if (!len) return dspark__malformed(r, "model.vocab", "names that are not empty", i);
+        if (token->kind) return dspark__malformed(r, "model.vocab", "one token an id", i);
         if (n < 0) memcpy(r->t->bytes + r->used, name, len);
         dspark__tokenizer_keep(r, token, n < 0 ? (int)len : n,
                                DSPARK__TOKEN_VOCABULARY | (n < 0 ? DSPARK__TOKEN_RAW : 0));
@@ -3375,7 +3526,7 @@ static int dspark__added_order(const void *a, const void *b) {
 }
 
 // added_tokens: names as they are, with an id of their own or that of the same name in the vocabulary
-static dspark_status dspark__tokenizer_added(dspark__tokenizer_reader *r, int list) {
+static dspark_status dspark__tokenizer_added(dspark__token_file *r, int list) {
     static const char *const off[] = { "single_word", "lstrip", "rstrip" };
     const dspark__json *j = &r->j;
     dspark_tokenizer *t = r->t;
@@ -3384,15 +3535,15 @@ static dspark_status dspark__tokenizer_added(dspark__tokenizer_reader *r, int li
         dspark__token *token;
         size_t len;
         const char *name = dspark__json_string(j, content, &len);
-        dspark_status status = dspark__tokenizer_id(r, "added_tokens[].id", dspark__json_find(j, i, "id"), &token);
+        int id = dspark__json_find(j, i, "id");
+        dspark_status status = dspark__tokenizer_id(r, "added_tokens[].id", id, &token);
         if (!status) status = dspark__tokenizer_off(r, "added_tokens[].", i, off, 3);
         if (status) return status;
         if (!len)
-            return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "added_tokens[].content", "a text", content);
+            return dspark__malformed(r, "added_tokens[].content", "a text", content);
         if (token->kind && ((token->kind & DSPARK__TOKEN_ADDED) || (size_t)token->len != len ||
                             memcmp(token->bytes, name, len)))
-            return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "added_tokens[].content",
-                                              "one token an id", content);
+            return dspark__malformed(r, "added_tokens[].content", "one token an id", content);
         if (!token->kind) {
             memcpy(t->bytes + r->used, name, len);
             dspark__tokenizer_keep(r, token, (int)len, 0);
@@ -3415,7 +3566,7 @@ static size_t dspark__table_mask(size_t n) {
 }
 
 // ids 0 .. n - 1, each with its own bytes, and each byte with an id
-static dspark_status dspark__tokenizer_index(dspark__tokenizer_reader *r) {
+static dspark_status dspark__tokenizer_index(dspark__token_file *r) {
     dspark_tokenizer *t = r->t;
     while (t->n && !t->tokens[t->n - 1].kind) t->n--;       // added tokens may repeat the vocabulary's
     t->ids_mask = dspark__table_mask((size_t)t->n);
@@ -3425,8 +3576,8 @@ static dspark_status dspark__tokenizer_index(dspark__tokenizer_reader *r) {
         const dspark__token *token = &t->tokens[id];
         size_t slot;
         if (!token->kind)
-            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: expected ids without a gap, found %d of %d without a "
-                                "token", r->path, id, t->n);
+            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: expected ids without a gap, found no token %d "
+                                "below %d", r->path, id, t->n);
         if ((token->kind & DSPARK__TOKEN_RAW) && !(token->kind & DSPARK__TOKEN_ADDED))
             return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.vocab: expected byte-level text, found %.64s",
                                 r->path, token->bytes);
@@ -3440,14 +3591,14 @@ static dspark_status dspark__tokenizer_index(dspark__tokenizer_reader *r) {
         char byte = (char)b;
         t->byte_id[b] = dspark_token_id(t, &byte, 1);
         if (t->byte_id[b] < 0 || !(t->tokens[t->byte_id[b]].kind & DSPARK__TOKEN_VOCABULARY))
-            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.vocab: expected a token for every byte, found "
-                                "none for 0x%02X", r->path, (unsigned)b);
+            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.vocab: expected a token for every byte, "
+                                "found none for 0x%02X", r->path, (unsigned)b);
     }
     return DSPARK_OK;
 }
 
 // A merge as "a b" or ["a", "b"], to bytes where it stands: a and b side by side. 0: neither.
-static int dspark__merge_parts(const dspark__tokenizer_reader *r, int node, char **at, int *left, int *right) {
+static int dspark__merge_parts(const dspark__token_file *r, int node, char **at, int *left, int *right) {
     const dspark__json *j = &r->j;
     int pair = dspark__json_kind(j, node) == DSPARK__JSON_ARRAY && j->nodes[node].n == 2;
     size_t n_first, n_second;
@@ -3468,7 +3619,7 @@ static int32_t dspark__vocabulary_id(const dspark_tokenizer *t, const char *byte
 }
 
 // model.merges: the pairs in the order of their rank, tokens of the vocabulary that together are one
-static dspark_status dspark__tokenizer_merges(dspark__tokenizer_reader *r, int list) {
+static dspark_status dspark__tokenizer_merges(dspark__token_file *r, int list) {
     dspark_tokenizer *t = r->t;
     int32_t rank = 0;
     t->merges_mask = dspark__table_mask((size_t)r->j.nodes[list].n);
@@ -3480,27 +3631,28 @@ static dspark_status dspark__tokenizer_merges(dspark__tokenizer_reader *r, int l
         int32_t left, right, both;
         dspark__bpe_merge *m;
         if (!dspark__merge_parts(r, i, &bytes, &n_left, &n_right))
-            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.merges[%d]: expected \"a b\" or [\"a\", \"b\"] in "
-                                "byte-level text, found %.64s", r->path, rank, dspark__json_show(&r->j, i));
+            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.merges[%d]: expected byte-level \"a b\" or "
+                                "[\"a\", \"b\"], found %.64s", r->path, rank, dspark__json_show(&r->j, i));
         left = dspark__vocabulary_id(t, bytes, n_left);
         right = dspark__vocabulary_id(t, bytes + n_left, n_right);
         both = dspark__vocabulary_id(t, bytes, n_left + n_right);
         if (left < 0 || right < 0 || both < 0)
-            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.merges[%d]: expected both parts and the whole in "
-                                "the vocabulary, found no %s there", r->path, rank,
+            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.merges[%d]: expected both parts and the "
+                                "whole to be in the vocabulary, found no %s there", r->path, rank,
                                 left < 0 ? "left part" : right < 0 ? "right part" : "whole");
         m = &t->merges[dspark__merge_slot(t, dspark__merge_pair(left, right))];
         if (m->pair)
-            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.merges[%d]: expected another pair, found that of "
-                                "[%d]", r->path, rank, m->rank);
+            return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.merges[%d]: expected a new pair, found that "
+                                "of [%d]", r->path, rank, m->rank);
         m->pair = dspark__merge_pair(left, right), m->rank = rank, m->id = both;
     }
     return DSPARK_OK;
 }
 
 static dspark_status dspark__tokenizer_classes(dspark_tokenizer *t) {
-    static const unsigned char classes[] = { DSPARK__LETTER, DSPARK__MARK, DSPARK__NUMBER, DSPARK__PUNCTUATION,
-                                             DSPARK__SPACE };
+    static const unsigned char classes[] = {
+        DSPARK__LETTER, DSPARK__MARK, DSPARK__NUMBER, DSPARK__PUNCTUATION, DSPARK__SPACE
+    };
     size_t at = 0, numbers[2];
     t->classes = (unsigned char *)dspark__alloc(DSPARK__CODES, 1);
     if (!t->classes) return DSPARK_ERROR_MEMORY;
@@ -3520,7 +3672,7 @@ static dspark_status dspark__tokenizer_classes(dspark_tokenizer *t) {
 }
 
 // Room for every token of the file.
-static dspark_status dspark__tokenizer_room(dspark__tokenizer_reader *r, int vocab, int added) {
+static dspark_status dspark__tokenizer_room(dspark__token_file *r, int vocab, int added) {
     const dspark__json *j = &r->j;
     dspark_tokenizer *t = r->t;
     int n_added = added < 0 ? 0 : j->nodes[added].n;
@@ -3538,18 +3690,18 @@ static dspark_status dspark__tokenizer_room(dspark__tokenizer_reader *r, int voc
     return t->tokens && t->bytes && t->added ? DSPARK_OK : DSPARK_ERROR_MEMORY;
 }
 
-static dspark_status dspark__tokenizer_build(dspark__tokenizer_reader *r) {
+static dspark_status dspark__tokenizer_build(dspark__token_file *r) {
     const dspark__json *j = &r->j;
     int model = dspark__json_find(j, 0, "model"), added = dspark__json_find(j, 0, "added_tokens");
     int vocab = dspark__json_find(j, model, "vocab"), merges = dspark__json_find(j, model, "merges");
     dspark_status status = dspark__tokenizer_form(r);
     if (status) return status;
     if (dspark__json_kind(j, vocab) != DSPARK__JSON_OBJECT)
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "model.vocab", "an object", vocab);
+        return dspark__malformed(r, "model.vocab", "an object", vocab);
     if (dspark__json_kind(j, merges) != DSPARK__JSON_ARRAY)
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "model.merges", "an array", merges);
+        return dspark__malformed(r, "model.merges", "an array", merges);
     if (added >= 0 && dspark__json_kind(j, added) != DSPARK__JSON_ARRAY)
-        return dspark__tokenizer_expected(r, DSPARK_ERROR_FORMAT, "added_tokens", "an array", added);
+        return dspark__malformed(r, "added_tokens", "an array", added);
     dspark__byte_level_init(r);
     if ((status = dspark__tokenizer_room(r, vocab, added)) != DSPARK_OK) return status;
     if ((status = dspark__tokenizer_vocabulary(r, vocab)) != DSPARK_OK) return status;
@@ -3573,7 +3725,7 @@ DSPARK_API void dspark_tokenizer_close(dspark_tokenizer *t) {
 // From the text of a tokenizer.json; path names it in errors.
 static dspark_status dspark__tokenizer_read(dspark_tokenizer **out, const char *path, const char *text,
                                             size_t len) {
-    dspark__tokenizer_reader r;
+    dspark__token_file r;
     dspark_status status;
     memset(&r, 0, sizeof r);
     *out = NULL;
@@ -3601,15 +3753,15 @@ DSPARK_API dspark_status dspark_tokenizer_open(dspark_tokenizer **out, const cha
 
 // >>chat
 // Messages to the prompt that DeepSeek-V4 was trained on, without tools: the release's encoding_dsv4.py.
-// Contents go in as they are. Before an answer, and after a user message that is the last of all, the
-// assistant's turn opens with <think> or </think>: </think> where thinking is off, or for turns before the last
-// user message where their reasoning is dropped.
+// Contents go in as they are. After a user message that an answer follows or that is last, the assistant's
+// turn opens with <think> or </think>: </think> where thinking is off and, if earlier reasoning is dropped,
+// for the turns before the last user message.
 
 static const char dspark__chat_effort[] =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root "
-    "cause, rigorously stress-testing your logic against all potential paths, edge cases, and adversarial "
-    "scenarios.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the "
+    "root cause, rigorously stress-testing your logic against all potential paths, edge cases, and "
+    "adversarial scenarios.\n"
     "Explicitly write out your entire deliberation process, documenting every intermediate step, considered "
     "alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n";
 
@@ -3678,14 +3830,15 @@ static dspark_status dspark__chat_assistant(dspark__chat *c, const dspark_messag
     return status || m->wo_eos ? status : dspark__chat_token(c, "<｜end▁of▁sentence｜>");
 }
 
-static dspark_status dspark__chat_message(dspark__chat *c, const dspark_message *m, int n, int i, int thinking) {
+static dspark_status dspark__chat_message(dspark__chat *c, const dspark_message *m, int n, int i,
+                                          int thinking) {
     dspark_status status;
     if (dspark__chat_is(m, n, i, "system")) return dspark__chat_text(c, m[i].content);
     if (dspark__chat_is(m, n, i, "user")) return dspark__chat_user(c, m, n, i, thinking);
     if (dspark__chat_is(m, n, i, "assistant")) return dspark__chat_assistant(c, &m[i], thinking);
     if (!dspark__chat_is(m, n, i, "latest_reminder"))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "chat: messages[%d].role: expected system, user, assistant or "
-                            "latest_reminder, found %.64s", i, m[i].role ? m[i].role : "NULL");
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "chat: messages[%d].role: expected system, user, "
+                            "assistant or latest_reminder, found %.64s", i, m[i].role ? m[i].role : "NULL");
     status = dspark__chat_token(c, "<｜latest_reminder｜>");
     return status ? status : dspark__chat_text(c, m[i].content);
 }
@@ -3705,8 +3858,8 @@ static dspark_status dspark__chat_all(dspark__chat *c, const dspark_message *m, 
     return status;
 }
 
-DSPARK_API int dspark_chat_format(const dspark_message *messages, int n, const dspark_chat_desc *form, char *text,
-                                  int cap) {
+DSPARK_API int dspark_chat_format(const dspark_message *messages, int n, const dspark_chat_desc *form,
+                                  char *text, int cap) {
     dspark__chat c;
     dspark_status status;
     memset(&c, 0, sizeof c);
@@ -4098,14 +4251,16 @@ static size_t dspark__session_layout(dspark_session *s, const dspark_model *m, c
     return v.n;
 }
 
-static const dspark_session_desc *dspark__session_defaults(const dspark_session_desc *desc) {
-    static const dspark_session_desc none;      // zeroed: greedy, no stops but the checkpoint's, DSpark as it models best
-    return desc ? desc : &none;
+// desc, or where it is NULL all defaults in *none: greedy, no stops but the checkpoint's, the schedule that models best.
+static const dspark_session_desc *dspark__session_defaults(const dspark_session_desc *desc, dspark_session_desc *none) {
+    memset(none, 0, sizeof *none);
+    return desc ? desc : none;
 }
 
 DSPARK_API size_t dspark_session_bytes(const dspark_model *m, const dspark_session_desc *desc) {
     dspark_session s;
-    desc = dspark__session_defaults(desc);
+    dspark_session_desc none;
+    desc = dspark__session_defaults(desc, &none);
     if (dspark__desc_check(m, desc)) return 0;
     return sizeof s + dspark__session_layout(&s, m, desc, NULL) + m->backend->state_bytes(m->device, dspark__context(m, desc));
 }
@@ -4118,10 +4273,11 @@ DSPARK_API void dspark_session_close(dspark_session *s) {
 }
 
 DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *m, const dspark_session_desc *desc) {
+    dspark_session_desc none;
     dspark_session *s;
     dspark_status status;
     *out = NULL;
-    desc = dspark__session_defaults(desc);
+    desc = dspark__session_defaults(desc, &none);
     if ((status = dspark__desc_check(m, desc)) != DSPARK_OK) return status;
     s = (dspark_session *)dspark__alloc(1, sizeof *s);
     if (!s) return DSPARK_ERROR_MEMORY;
@@ -4505,7 +4661,7 @@ static dspark_status dspark__time_best(dspark_session *s, int B, double until_us
     *best = HUGE_VAL;
     for (int i = 0; i < 12 && !status && (i < 3 || dspark__now_us() < until_us); i++) {
         double us;
-        s->n_injected = dspark__min(s->n_injected, s->n_run - 2);      // as after a cycle: some taps are new
+        s->n_injected = dspark__max(0, dspark__min(s->n_injected, s->n_run - 2));       // as after a cycle: some taps are new
         status = dspark__time_pass(s, B, &us);
         if (i && us < *best) *best = us;
     }
@@ -4514,11 +4670,12 @@ static dspark_status dspark__time_best(dspark_session *s, int B, double until_us
 
 static dspark_status dspark__measure(dspark_session *s, dspark_profile *p) {
     static const int more[] = { 10, 12, 16, 24, 32, 48, 64 };
-    int gamma = dspark__config(s)->dspark_block_size, at = 0;
-    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 4e4, draft_us = 0;
+    int gamma = dspark__config(s)->dspark_block_size, at = 0, most = dspark__min(DSPARK_MAX_PROFILE, s->model->max_rows);
+    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 1.2e4, draft_us = 0;
     dspark_status status = DSPARK_OK;
-    for (int B = 1, next = 0; B <= dspark__min(DSPARK_MAX_PROFILE, s->model->max_rows) && !status; at = B, B = next) {
-        if (B > gamma + 1 && dspark__now_us() - start > 6e5) break;
+    most = dspark__min(most, s->desc.max_context - s->n_tokens);
+    for (int B = 1, next = 0; B <= most && !status; at = B, B = next) {
+        if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
         status = dspark__time_best(s, B, dspark__now_us() + slice, &us[B]);
         us[B] = fmax(us[B], us[at]);        // more rows cost no less: what says otherwise is noise
         for (int b = at + 1; b < B; b++) us[b] = us[at] + (us[B] - us[at]) * (b - at) / (B - at);
@@ -4544,7 +4701,8 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
         desc.max_context = dspark__min(c->max_position_embeddings, 256 + DSPARK_MAX_PROFILE);
         status = dspark_session_open(&s, m, &desc);
         if (status) return status;
-        s->n_tokens = dspark__max(1, desc.max_context - DSPARK_MAX_PROFILE - c->dspark_block_size);
+        s->n_tokens = dspark__max(2, desc.max_context - DSPARK_MAX_PROFILE);
+        s->n_tokens = dspark__min(s->n_tokens, desc.max_context - 1);
         for (int i = 0; i < desc.max_context; i++) s->tokens[i] = (int32_t)((int64_t)i * 7919 % c->vocab_size);
         status = dspark__run_pending(s);
         if (!status) status = dspark__measure(s, &p);
@@ -4985,28 +5143,27 @@ typedef struct {
     void (*sinkhorn)(float *comb, int C, int iters, float eps);
 } dspark__kernels;
 
-// A product of up to 4 rows of weights and up to 6 of inputs: acc[r][q] += w_q x_r, 16 lanes each.
+// A product of up to 4 rows of weights and up to 6 of inputs.
 typedef struct {
-    const uint8_t *w[4];        // n weights each, as they are stored
-    const float *scale[4];      // FP4: a float for each 32
+    const uint8_t *w[4];        // n weights each, as they are stored; n a multiple of 32
+    const float *scale;         // FP4: [block of 32][output], as floats
     const float *x[6];
-    float *acc;                 // [rows][outputs][16]
+    float sum[6][4];            // [row][output]
     int n;
     size_t ahead;               // bytes from a row of weights to the one that comes when these four are done
 } dspark__product;
 
-enum {
-    DSPARK__TILE_OUTPUTS = 16, DSPARK__TILE_COLS = 256,     // weights that are decoded for many rows at once
-    DSPARK__TILE_ROWS = 64,     // and how many rows at once
-    DSPARK__DIRECT_ROWS = 6     // up to here weights are decoded in registers
-};
-
-static size_t dspark__linear_scratch(int cols, int n_rows) {
-    size_t pad = ((size_t)cols + 31) / 32 * 32;
-    size_t direct = (size_t)(n_rows < DSPARK__DIRECT_ROWS ? n_rows : DSPARK__DIRECT_ROWS) * pad + pad / 8;
-    size_t tiles = DSPARK__TILE_OUTPUTS *
-                   (DSPARK__TILE_COLS + 16 * (size_t)(n_rows < DSPARK__TILE_ROWS ? n_rows : DSPARK__TILE_ROWS));
-    return 16 + 4 * DSPARK__DIRECT_ROWS * 16 + (direct > tiles ? direct : tiles);
+// Many rows go in even groups of at most this many, whose inputs (scaled, for FP8) stay in the second cache.
+enum { DSPARK__LINEAR_ROWS = 24 };
+static int dspark__linear_rows(int n) {     // the size of the next group when n are left
+    int groups = (n + DSPARK__LINEAR_ROWS - 1) / DSPARK__LINEAR_ROWS;
+    return groups ? (n + groups - 1) / groups : 0;
+}
+// 16 more: rows a multiple of 4 KiB apart would fall on the same lines of the first cache.
+static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
+static size_t dspark__linear_scratch(int cols, int n_rows) {    // inputs, four rows' scales, four rows' weights
+    size_t stride = dspark__input_stride(cols);
+    return 32 + stride / 8 + 4 * stride + stride * (size_t)(n_rows < DSPARK__LINEAR_ROWS ? n_rows : DSPARK__LINEAR_ROWS);
 }
 
 static size_t dspark__row_bytes(const dspark_matrix *m) {
@@ -5078,8 +5235,10 @@ static void dspark__float_mode_restore(uint64_t old) {
 
 #ifdef __GNUC__
 #define DSPARK__INLINE static inline __attribute__((always_inline))
+#define DSPARK__CALLED static __attribute__((noinline, unused))
 #else
 #define DSPARK__INLINE static inline
+#define DSPARK__CALLED static inline
 #endif
 #define DSPARK__PASTE_(a, b) a##_##b
 #define DSPARK__PASTE(a, b) DSPARK__PASTE_(a, b)
@@ -5198,21 +5357,23 @@ static int dspark__expert_width(const dspark_config *c) {
 
 typedef void (*dspark__work)(dspark__cpu *, int thread, int item, void *arg);
 
+// A thread's share of the items, in the float mode that the bits are defined by.
+static void dspark__each_share(dspark__cpu *d, int thread, int threads, int n, dspark__work f, void *arg) {
+    uint64_t mode = dspark__float_mode_set();
+    for (int i = thread; i < n; i += threads) f(d, thread, i, arg);
+    dspark__float_mode_restore(mode);
+}
+
 // f for each item of [0, n), in any order, on all threads.
 static void dspark__each(dspark__cpu *d, int n, dspark__work f, void *arg) {
 #ifdef _OPENMP
     if (d->n_threads > 1 && n > 1) {
         #pragma omp parallel num_threads(d->n_threads)
-        {
-            int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-            uint64_t mode = dspark__float_mode_set();
-            for (int i = thread; i < n; i += threads) f(d, thread, i, arg);
-            dspark__float_mode_restore(mode);
-        }
+        dspark__each_share(d, omp_get_thread_num(), omp_get_num_threads(), n, f, arg);
         return;
     }
 #endif
-    for (int i = 0; i < n; i++) f(d, 0, i, arg);
+    dspark__each_share(d, 0, 1, n, f, arg);
 }
 
 static float *dspark__scratch(dspark__cpu *d, int thread) {
@@ -5873,6 +6034,9 @@ static void dspark__project_logits(dspark__cpu *d, const dspark_mix *mix, const 
     dspark__mix_arg a;
     dspark__job *job;
     a.mix = mix, a.norm = norm;
+    d->n_logits = 0;
+    for (int i = 0; i < d->pass->n_segments; i++) d->n_logits += d->pass->segments[i].n_rows - d->pass->segments[i].logits_from;
+    if (!d->n_logits) return;
     dspark__mix_project(d, mix);
     dspark__each(d, d->n_rows, dspark__head_row, &a);
     job = dspark__job_add(d, &d->w->head, 0, d->w->head.rows, d->n_rows);
@@ -5881,8 +6045,7 @@ static void dspark__project_logits(dspark__cpu *d, const dspark_mix *mix, const 
         for (int r = s->logits_from; r < s->n_rows; r++, n++)
             dspark__job_row(d, job, (int)n, dspark__row(d->w->head.dtype >= DSPARK_FP8 ? d->xq : d->x, s->row + r, h), logits + n * V);
     }
-    job->n_rows = d->n_logits = (int)n;
-    if (!n) d->n_jobs = 0, d->n_pointers = 0;
+    job->n_rows = (int)n;
     dspark__run_jobs(d);
 }
 static void dspark__cpu_head(void *device) {
@@ -5996,8 +6159,7 @@ static void dspark__step_linear(dspark__cpu *d, int k, const dspark_matrix *w, f
     dspark__run_jobs(d);
 }
 
-static void dspark__cpu_draft_step(void *device, int k, const int32_t *previous) {
-    dspark__cpu *d = (dspark__cpu *)device;
+static void dspark__sequential_step(dspark__cpu *d, int k, const int32_t *previous) {
     int kind = d->w->head_kind, rank = d->c->dspark_markov_rank, V = d->c->vocab_size, n = d->pass->n_segments;
     const dspark_matrix *joint = kind == DSPARK_HEAD_GATED ? &d->w->gate_proj : &d->w->joint_proj;
     for (int i = 0; i < n; i++) dspark__markov_input(d, d->pass->segments[i].row + k, previous[i]);
@@ -6012,6 +6174,12 @@ static void dspark__cpu_draft_step(void *device, int k, const int32_t *previous)
         int r = d->pass->segments[i].row + k;
         d->k->axpy(d->draft_logits + (size_t)r * (size_t)V, 1, dspark__row(d->bias, r, V), V);
     }
+}
+
+static void dspark__cpu_draft_step(void *device, int k, const int32_t *previous) {
+    uint64_t mode = dspark__float_mode_set();
+    dspark__sequential_step((dspark__cpu *)device, k, previous);
+    dspark__float_mode_restore(mode);
 }
 
 static float *dspark__cpu_draft_logits(void *device) { return ((dspark__cpu *)device)->draft_logits; }
@@ -6295,7 +6463,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__v DSPARK__AT(v)
 #define dspark__i DSPARK__AT(i)
 #define dspark__v_set DSPARK__AT(v_set)             // all lanes
-#define dspark__v_load DSPARK__AT(v_load)           // 16 floats, unaligned
+#define dspark__v_load DSPARK__AT(v_load)           // 16 floats at any byte
 #define dspark__v_store DSPARK__AT(v_store)
 #define dspark__v_add DSPARK__AT(v_add)
 #define dspark__v_sub DSPARK__AT(v_sub)
@@ -6322,77 +6490,98 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__v_swap2 DSPARK__AT(v_swap2)
 #define dspark__v_swap1 DSPARK__AT(v_swap1)
 #define dspark__v_first DSPARK__AT(v_first)         // lane 0
-#define dspark__v_fp8 DSPARK__AT(v_fp8)             // 16 E4M3 codes: 2^-8 of their values, codes 127 and 255 +-480/256
-#define dspark__v_fp4 DSPARK__AT(v_fp4)             // 16 E2M1 codes (8 bytes) times a scale, in the order of ...
-#define dspark__v_fp4_order DSPARK__AT(v_fp4_order) // ... lanes from which this restores the natural one
+// A piece: as many lanes as one step of a product takes at once, a vector or half of one.
+#define dspark__p DSPARK__AT(p)
+#define dspark__p_zero DSPARK__AT(p_zero)
+#define dspark__p_load DSPARK__AT(p_load)
+#define dspark__p_fma DSPARK__AT(p_fma)
+#define dspark__p_fp8 DSPARK__AT(p_fp8)             // E4M3 codes: 2^-8 of their values, codes 127 and 255 +-480/256
+#define dspark__p_table DSPARK__AT(p_table)         // what p_fp4 needs of a scale
+#define dspark__p_fp4 DSPARK__AT(p_fp4)             // E2M1 codes times that scale, in an order of lanes ...
+#define dspark__v_order DSPARK__AT(v_order)         // ... from which this restores the natural one,
+#define dspark__v_disorder DSPARK__AT(v_disorder)   // and the way there
+#define dspark__p_bf16 DSPARK__AT(p_bf16)
+#define dspark__p_f16 DSPARK__AT(p_f16)
+#define dspark__v_join DSPARK__AT(v_join)           // the vector of two pieces (of the first, if a piece is one)
+#define dspark__v_sum4 DSPARK__AT(v_sum4)           // the sums (v_sum) of four vectors
 #define dspark__v_bf16 DSPARK__AT(v_bf16)
 #define dspark__v_f16 DSPARK__AT(v_f16)
 #define dspark__v_e8m0 DSPARK__AT(v_e8m0)           // 16 scales
+#define dspark__interleave DSPARK__AT(interleave)   // bytes a[0] b[0] c[0] d[0] a[1] ... of 16 each
 #define dspark__prefetch DSPARK__AT(prefetch)
 
-#if DSPARK__PATH == 1       // plain C
+#if DSPARK__PATH == 1       // plain C; not inlined, for GCC would work on it for ten seconds
 typedef struct { float f[16]; } dspark__v;
 typedef struct { uint32_t u[16]; } dspark__i;
-enum { DSPARK__AT(rows) = 1, DSPARK__AT(wide) = 1, DSPARK__AT(outputs) = 1 };
+enum { DSPARK__AT(rows) = 1, DSPARK__AT(wide) = 1, DSPARK__AT(outputs) = 1, DSPARK__AT(piece) = 16 };
 #define DSPARK__EACH(type, expression) \
     type y; \
     for (int i = 0; i < 16; i++) y expression; \
     return y
-DSPARK__INLINE dspark__v dspark__v_set(float a) { DSPARK__EACH(dspark__v, .f[i] = a); }
-DSPARK__INLINE dspark__v dspark__v_load(const float *p) { DSPARK__EACH(dspark__v, .f[i] = p[i]); }
-DSPARK__INLINE void dspark__v_store(float *p, dspark__v a) { memcpy(p, a.f, sizeof a.f); }
-DSPARK__INLINE dspark__v dspark__v_add(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] + b.f[i]); }
-DSPARK__INLINE dspark__v dspark__v_sub(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] - b.f[i]); }
-DSPARK__INLINE dspark__v dspark__v_mul(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] * b.f[i]); }
-DSPARK__INLINE dspark__v dspark__v_div(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] / b.f[i]); }
-DSPARK__INLINE dspark__v dspark__v_fma(dspark__v a, dspark__v b, dspark__v c) {
+DSPARK__CALLED dspark__v dspark__v_set(float a) { DSPARK__EACH(dspark__v, .f[i] = a); }
+DSPARK__CALLED dspark__v dspark__v_load(const void *p) { dspark__v y; memcpy(&y, p, sizeof y); return y; }
+DSPARK__CALLED void dspark__v_store(float *p, dspark__v a) { memcpy(p, a.f, sizeof a.f); }
+DSPARK__CALLED dspark__v dspark__v_add(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] + b.f[i]); }
+DSPARK__CALLED dspark__v dspark__v_sub(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] - b.f[i]); }
+DSPARK__CALLED dspark__v dspark__v_mul(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] * b.f[i]); }
+DSPARK__CALLED dspark__v dspark__v_div(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] / b.f[i]); }
+DSPARK__CALLED dspark__v dspark__v_fma(dspark__v a, dspark__v b, dspark__v c) {
     DSPARK__EACH(dspark__v, .f[i] = fmaf(a.f[i], b.f[i], c.f[i]));
 }
-DSPARK__INLINE dspark__v dspark__v_max(dspark__v a, dspark__v b) {
+DSPARK__CALLED dspark__v dspark__v_max(dspark__v a, dspark__v b) {
     DSPARK__EACH(dspark__v, .f[i] = a.f[i] > b.f[i] ? a.f[i] : b.f[i]);
 }
-DSPARK__INLINE dspark__v dspark__v_min(dspark__v a, dspark__v b) {
+DSPARK__CALLED dspark__v dspark__v_min(dspark__v a, dspark__v b) {
     DSPARK__EACH(dspark__v, .f[i] = a.f[i] < b.f[i] ? a.f[i] : b.f[i]);
 }
-DSPARK__INLINE dspark__v dspark__v_sqrt(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = sqrtf(a.f[i])); }
-DSPARK__INLINE dspark__v dspark__v_less(dspark__v a, dspark__v b, dspark__v x, dspark__v y0) {
+DSPARK__CALLED dspark__v dspark__v_sqrt(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = sqrtf(a.f[i])); }
+DSPARK__CALLED dspark__v dspark__v_less(dspark__v a, dspark__v b, dspark__v x, dspark__v y0) {
     DSPARK__EACH(dspark__v, .f[i] = a.f[i] < b.f[i] ? x.f[i] : y0.f[i]);
 }
-DSPARK__INLINE dspark__i dspark__v_bits(dspark__v a) { dspark__i y; memcpy(&y, &a, sizeof y); return y; }
-DSPARK__INLINE dspark__v dspark__i_floats(dspark__i a) { dspark__v y; memcpy(&y, &a, sizeof y); return y; }
-DSPARK__INLINE dspark__i dspark__i_set(uint32_t a) { DSPARK__EACH(dspark__i, .u[i] = a); }
-DSPARK__INLINE dspark__i dspark__i_add(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] + b.u[i]); }
-DSPARK__INLINE dspark__i dspark__i_sub(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] - b.u[i]); }
-DSPARK__INLINE dspark__i dspark__i_and(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] & b.u[i]); }
-DSPARK__INLINE dspark__i dspark__i_xor(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] ^ b.u[i]); }
-DSPARK__INLINE dspark__i dspark__i_left(dspark__i a, int n) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] << n); }
-DSPARK__INLINE dspark__i dspark__i_right(dspark__i a, int n) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] >> n); }
-DSPARK__INLINE dspark__i dspark__i_half(dspark__i a) {
+DSPARK__CALLED dspark__i dspark__v_bits(dspark__v a) { dspark__i y; memcpy(&y, &a, sizeof y); return y; }
+DSPARK__CALLED dspark__v dspark__i_floats(dspark__i a) { dspark__v y; memcpy(&y, &a, sizeof y); return y; }
+DSPARK__CALLED dspark__i dspark__i_set(uint32_t a) { DSPARK__EACH(dspark__i, .u[i] = a); }
+DSPARK__CALLED dspark__i dspark__i_add(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] + b.u[i]); }
+DSPARK__CALLED dspark__i dspark__i_sub(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] - b.u[i]); }
+DSPARK__CALLED dspark__i dspark__i_and(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] & b.u[i]); }
+DSPARK__CALLED dspark__i dspark__i_xor(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] ^ b.u[i]); }
+DSPARK__CALLED dspark__i dspark__i_left(dspark__i a, int n) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] << n); }
+DSPARK__CALLED dspark__i dspark__i_right(dspark__i a, int n) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] >> n); }
+DSPARK__CALLED dspark__i dspark__i_half(dspark__i a) {
     DSPARK__EACH(dspark__i, .u[i] = a.u[i] >> 1 | (a.u[i] & 0x80000000u));
 }
-DSPARK__INLINE void dspark__i_bytes(uint8_t *p, dspark__i a) { for (int i = 0; i < 16; i++) p[i] = (uint8_t)a.u[i]; }
-DSPARK__INLINE dspark__v dspark__v_swap8(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 8]); }
-DSPARK__INLINE dspark__v dspark__v_swap4(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 4]); }
-DSPARK__INLINE dspark__v dspark__v_swap2(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 2]); }
-DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 1]); }
-DSPARK__INLINE float dspark__v_first(dspark__v a) { return a.f[0]; }
+DSPARK__CALLED void dspark__i_bytes(uint8_t *p, dspark__i a) { for (int i = 0; i < 16; i++) p[i] = (uint8_t)a.u[i]; }
+DSPARK__CALLED dspark__v dspark__v_swap8(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 8]); }
+DSPARK__CALLED dspark__v dspark__v_swap4(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 4]); }
+DSPARK__CALLED dspark__v dspark__v_swap2(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 2]); }
+DSPARK__CALLED dspark__v dspark__v_swap1(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 1]); }
+DSPARK__CALLED float dspark__v_first(dspark__v a) { return a.f[0]; }
+typedef dspark__v dspark__p;
+DSPARK__CALLED dspark__p dspark__p_zero(void) { return dspark__v_set(0); }
+DSPARK__CALLED dspark__p dspark__p_load(const void *p) { return dspark__v_load(p); }
+DSPARK__CALLED dspark__p dspark__p_fma(dspark__p a, dspark__p b, dspark__p c) { return dspark__v_fma(a, b, c); }
+DSPARK__CALLED dspark__v dspark__v_join(dspark__p a, dspark__p b) { return (void)b, a; }
 // The code's exponent and mantissa in a float's place are 2^-120 of its value, subnormals included.
-DSPARK__INLINE dspark__v dspark__v_fp8(const uint8_t *p) {
-    dspark__v y;
+DSPARK__CALLED dspark__p dspark__p_fp8(const uint8_t *p) {
+    dspark__p y;
     for (int i = 0; i < 16; i++)
         y.f[i] = dspark__float_of((uint32_t)(p[i] & 128) << 24 | (uint32_t)(p[i] & 127) << 20) * 0x1p112f;
     return y;
 }
-DSPARK__INLINE dspark__v dspark__v_fp4(const uint8_t *p, float scale) {
+DSPARK__CALLED dspark__p dspark__p_table(float scale) {
     static const float values[16] = { 0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6 };
-    DSPARK__EACH(dspark__v, .f[i] = values[p[i / 2] >> i % 2 * 4 & 15] * scale);
+    DSPARK__EACH(dspark__p, .f[i] = values[i] * scale);
 }
-DSPARK__INLINE dspark__v dspark__v_fp4_order(dspark__v a) { return a; }
-DSPARK__INLINE dspark__v dspark__v_bf16(const uint8_t *p) {
-    DSPARK__EACH(dspark__v, .f[i] = dspark__float_of((uint32_t)p[2 * i] << 16 | (uint32_t)p[2 * i + 1] << 24));
+DSPARK__CALLED dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
+    DSPARK__EACH(dspark__p, .f[i] = table.f[p[i / 2] >> i % 2 * 4 & 15]);
 }
-DSPARK__INLINE dspark__v dspark__v_f16(const uint8_t *p) {
-    dspark__v y;
+DSPARK__CALLED dspark__v dspark__v_order(dspark__v a) { return a; }
+DSPARK__CALLED dspark__v dspark__v_disorder(dspark__v a) { return a; }
+DSPARK__CALLED dspark__p dspark__p_bf16(const uint8_t *p) {
+    DSPARK__EACH(dspark__p, .f[i] = dspark__float_of((uint32_t)p[2 * i] << 16 | (uint32_t)p[2 * i + 1] << 24));
+}
+DSPARK__CALLED dspark__p dspark__p_f16(const uint8_t *p) {
+    dspark__p y;
     for (int i = 0; i < 16; i++) {
         uint32_t h = p[2 * i] | (uint32_t)p[2 * i + 1] << 8, u = (h & 0x7fff) << 13;
         float f = dspark__float_of(u) * 0x1p112f;
@@ -6401,20 +6590,23 @@ DSPARK__INLINE dspark__v dspark__v_f16(const uint8_t *p) {
     }
     return y;
 }
-DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) { DSPARK__EACH(dspark__v, .f[i] = dspark__e8m0(p[i])); }
-DSPARK__INLINE void dspark__prefetch(const void *p) { (void)p; }
+DSPARK__CALLED dspark__v dspark__v_e8m0(const uint8_t *p) { DSPARK__EACH(dspark__v, .f[i] = dspark__e8m0(p[i])); }
+DSPARK__CALLED void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
+    for (int i = 0; i < 16; i++) y[4 * i] = a[i], y[4 * i + 1] = b[i], y[4 * i + 2] = c[i], y[4 * i + 3] = d[i];
+}
+DSPARK__CALLED void dspark__prefetch(const void *p) { (void)p; }
 
 #elif DSPARK__PATH == 2     // AVX2: two registers a vector
 typedef struct { __m256 a, b; } dspark__v;
 typedef struct { __m256i a, b; } dspark__i;
-enum { DSPARK__AT(rows) = 3, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 2 };
+enum { DSPARK__AT(rows) = 3, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 2, DSPARK__AT(piece) = 8 };
 DSPARK__INLINE dspark__v DSPARK__AT(v_pair)(__m256 a, __m256 b) { dspark__v y; y.a = a, y.b = b; return y; }
 DSPARK__INLINE dspark__i DSPARK__AT(i_pair)(__m256i a, __m256i b) { dspark__i y; y.a = a, y.b = b; return y; }
 #define DSPARK__V2(operation) DSPARK__AT(v_pair)(operation(x.a, y.a), operation(x.b, y.b))
 #define DSPARK__I2(operation) DSPARK__AT(i_pair)(operation(x.a, y.a), operation(x.b, y.b))
 DSPARK__INLINE dspark__v dspark__v_set(float x) { return DSPARK__AT(v_pair)(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
-DSPARK__INLINE dspark__v dspark__v_load(const float *p) {
-    return DSPARK__AT(v_pair)(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+DSPARK__INLINE dspark__v dspark__v_load(const void *p) {
+    return DSPARK__AT(v_pair)(_mm256_loadu_ps((const float *)p), _mm256_loadu_ps((const float *)p + 8));
 }
 DSPARK__INLINE void dspark__v_store(float *p, dspark__v x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 DSPARK__INLINE dspark__v dspark__v_add(dspark__v x, dspark__v y) { return DSPARK__V2(_mm256_add_ps); }
@@ -6471,35 +6663,48 @@ DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v x) {
     return DSPARK__AT(v_pair)(_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1));
 }
 DSPARK__INLINE float dspark__v_first(dspark__v x) { return _mm256_cvtss_f32(x.a); }
+typedef __m256 dspark__p;
+DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm256_setzero_ps(); }
+DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm256_loadu_ps((const float *)p); }
+DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) { return _mm256_fmadd_ps(x, y, z); }
+DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return DSPARK__AT(v_pair)(x, y); }
 // Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
-DSPARK__INLINE dspark__v dspark__v_fp8(const uint8_t *p) {
-    __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
-    h = _mm256_and_si256(_mm256_slli_epi16(h, 7), _mm256_set1_epi16((short)0xbf80));
-    return DSPARK__AT(v_pair)(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)));
+DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
+    __m128i h = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)p));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16((short)0xbf80)));
 }
-DSPARK__INLINE __m256 DSPARK__AT(fp4_half)(const uint8_t *p, __m256 values) {
+// A code's sign, shifted to its place, brings the rest of the code along: the table holds that too, so that it cancels.
+DSPARK__INLINE dspark__p dspark__p_table(float scale) {
+    __m256i rest = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 28);
+    return _mm256_xor_ps(_mm256_mul_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), _mm256_set1_ps(scale)),
+                         _mm256_castsi256_ps(rest));
+}
+DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
     __m256i code;
     int32_t u;
     memcpy(&u, p, 4);
     code = _mm256_srlv_epi32(_mm256_set1_epi32(u), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    return _mm256_xor_ps(_mm256_permutevar8x32_ps(values, code),
-                         _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(code, 28)), _mm256_set1_ps(-0.0f)));
+    return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code), _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
 }
-DSPARK__INLINE dspark__v dspark__v_fp4(const uint8_t *p, float scale) {
-    __m256 values = _mm256_mul_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), _mm256_set1_ps(scale));
-    return DSPARK__AT(v_pair)(DSPARK__AT(fp4_half)(p, values), DSPARK__AT(fp4_half)(p + 4, values));
-}
-DSPARK__INLINE dspark__v dspark__v_fp4_order(dspark__v x) { return x; }
-DSPARK__INLINE __m256 DSPARK__AT(bf16_half)(const uint8_t *p) {
+DSPARK__INLINE dspark__v dspark__v_order(dspark__v x) { return x; }
+DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) { return x; }
+DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
     __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
-DSPARK__INLINE dspark__v dspark__v_bf16(const uint8_t *p) {
-    return DSPARK__AT(v_pair)(DSPARK__AT(bf16_half)(p), DSPARK__AT(bf16_half)(p + 16));
+DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
-DSPARK__INLINE dspark__v dspark__v_f16(const uint8_t *p) {
-    return DSPARK__AT(v_pair)(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)),
-                              _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 16))));
+// Halves, then quarters of a and c beside each other, then of both pairs.
+DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
+    __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
+    __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
+    s = _mm256_add_ps(s, _mm256_permute_ps(s, 0xb1));
+    _mm_storeu_ps(y, _mm_shuffle_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0x88));
+}
+DSPARK__INLINE void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
+    DSPARK__AT(sum4)(y, _mm256_add_ps(a.a, a.b), _mm256_add_ps(b.a, b.b), _mm256_add_ps(c.a, c.b), _mm256_add_ps(d.a, d.b));
 }
 DSPARK__INLINE __m256 DSPARK__AT(e8m0_half)(const uint8_t *p) {
     __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
@@ -6508,18 +6713,26 @@ DSPARK__INLINE __m256 DSPARK__AT(e8m0_half)(const uint8_t *p) {
 DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     return DSPARK__AT(v_pair)(DSPARK__AT(e8m0_half)(p), DSPARK__AT(e8m0_half)(p + 8));
 }
+DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
+    __m128i av = _mm_loadu_si128((const __m128i *)(const void *)a), bv = _mm_loadu_si128((const __m128i *)(const void *)b);
+    __m128i cv = _mm_loadu_si128((const __m128i *)(const void *)c), dv = _mm_loadu_si128((const __m128i *)(const void *)d);
+    __m128i ab = _mm_unpacklo_epi8(av, bv), cd = _mm_unpacklo_epi8(cv, dv), *to = (__m128i *)(void *)y;
+    _mm_storeu_si128(to, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(ab, cd));
+    ab = _mm_unpackhi_epi8(av, bv), cd = _mm_unpackhi_epi8(cv, dv);
+    _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab, cd));
+}
 DSPARK__INLINE void dspark__prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #elif DSPARK__PATH == 3     // AVX-512: one register
 typedef struct { __m512 a; } dspark__v;
 typedef struct { __m512i a; } dspark__i;
-enum { DSPARK__AT(rows) = 6, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 4 };
+enum { DSPARK__AT(rows) = 6, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 4, DSPARK__AT(piece) = 16 };
 DSPARK__INLINE dspark__v DSPARK__AT(v_of)(__m512 a) { dspark__v y; y.a = a; return y; }
 DSPARK__INLINE dspark__i DSPARK__AT(i_of)(__m512i a) { dspark__i y; y.a = a; return y; }
 #define DSPARK__V1(operation) DSPARK__AT(v_of)(operation(x.a, y.a))
 #define DSPARK__I1(operation) DSPARK__AT(i_of)(operation(x.a, y.a))
 DSPARK__INLINE dspark__v dspark__v_set(float x) { return DSPARK__AT(v_of)(_mm512_set1_ps(x)); }
-DSPARK__INLINE dspark__v dspark__v_load(const float *p) { return DSPARK__AT(v_of)(_mm512_loadu_ps(p)); }
+DSPARK__INLINE dspark__v dspark__v_load(const void *p) { return DSPARK__AT(v_of)(_mm512_loadu_ps(p)); }
 DSPARK__INLINE void dspark__v_store(float *p, dspark__v x) { _mm512_storeu_ps(p, x.a); }
 DSPARK__INLINE dspark__v dspark__v_add(dspark__v x, dspark__v y) { return DSPARK__V1(_mm512_add_ps); }
 DSPARK__INLINE dspark__v dspark__v_sub(dspark__v x, dspark__v y) { return DSPARK__V1(_mm512_sub_ps); }
@@ -6560,44 +6773,77 @@ DSPARK__INLINE dspark__v dspark__v_swap4(dspark__v x) {
 DSPARK__INLINE dspark__v dspark__v_swap2(dspark__v x) { return DSPARK__AT(v_of)(_mm512_permute_ps(x.a, 0x4e)); }
 DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v x) { return DSPARK__AT(v_of)(_mm512_permute_ps(x.a, 0xb1)); }
 DSPARK__INLINE float dspark__v_first(dspark__v x) { return _mm512_cvtss_f32(x.a); }
+typedef __m512 dspark__p;
+DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm512_setzero_ps(); }
+DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm512_loadu_ps(p); }
+DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) { return _mm512_fmadd_ps(x, y, z); }
+DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return (void)y, DSPARK__AT(v_of)(x); }
 // Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
-DSPARK__INLINE dspark__v dspark__v_fp8(const uint8_t *p) {
+DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
     __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
     h = _mm256_and_si256(_mm256_slli_epi16(h, 7), _mm256_set1_epi16((short)0xbf80));
-    return DSPARK__AT(v_of)(_mm512_cvtph_ps(h));
+    return _mm512_cvtph_ps(h);
 }
 // Even lanes get weights 0..7, odd ones 8..15: from eight bytes in all quarters it takes but a shift.
-#define DSPARK__FP4_ORDER 1
-DSPARK__INLINE dspark__v dspark__v_fp4(const uint8_t *p, float scale) {
+DSPARK__INLINE dspark__p dspark__p_table(float scale) {
     __m512 values = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
+    return _mm512_mul_ps(values, _mm512_set1_ps(scale));
+}
+DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
     __m512i code, by = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
     long long u;
     memcpy(&u, p, 8);
     code = _mm512_srlv_epi32(_mm512_set1_epi64(u), by);
-    return DSPARK__AT(v_of)(_mm512_permutexvar_ps(code, _mm512_mul_ps(values, _mm512_set1_ps(scale))));
+    return _mm512_permutexvar_ps(code, table);
 }
-DSPARK__INLINE dspark__v dspark__v_fp4_order(dspark__v x) {
+DSPARK__INLINE dspark__v dspark__v_order(dspark__v x) {
     __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     return DSPARK__AT(v_of)(_mm512_permutexvar_ps(from, x.a));
 }
-DSPARK__INLINE dspark__v dspark__v_bf16(const uint8_t *p) {
-    __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
-    return DSPARK__AT(v_of)(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
+DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) {
+    __m512i from = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    return DSPARK__AT(v_of)(_mm512_permutexvar_ps(from, x.a));
 }
-DSPARK__INLINE dspark__v dspark__v_f16(const uint8_t *p) {
-    return DSPARK__AT(v_of)(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)));
+// Halves, then quarters of a and c beside each other, then of both pairs.
+DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
+    __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
+    __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
+    s = _mm256_add_ps(s, _mm256_permute_ps(s, 0xb1));
+    _mm_storeu_ps(y, _mm_shuffle_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0x88));
+}
+DSPARK__INLINE __m256 DSPARK__AT(fold)(dspark__v x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x.a), _mm512_extractf32x8_ps(x.a, 1));
+}
+DSPARK__INLINE void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
+    DSPARK__AT(sum4)(y, DSPARK__AT(fold)(a), DSPARK__AT(fold)(b), DSPARK__AT(fold)(c), DSPARK__AT(fold)(d));
+}
+DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
+    __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
 DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
     u = _mm512_max_epi32(_mm512_slli_epi32(u, 23), _mm512_set1_epi32(0x400000));
     return DSPARK__AT(v_of)(_mm512_castsi512_ps(u));
 }
+DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
+    __m128i av = _mm_loadu_si128((const __m128i *)(const void *)a), bv = _mm_loadu_si128((const __m128i *)(const void *)b);
+    __m128i cv = _mm_loadu_si128((const __m128i *)(const void *)c), dv = _mm_loadu_si128((const __m128i *)(const void *)d);
+    __m128i ab = _mm_unpacklo_epi8(av, bv), cd = _mm_unpacklo_epi8(cv, dv), *to = (__m128i *)(void *)y;
+    _mm_storeu_si128(to, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(ab, cd));
+    ab = _mm_unpackhi_epi8(av, bv), cd = _mm_unpackhi_epi8(cv, dv);
+    _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab, cd));
+}
 DSPARK__INLINE void dspark__prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #elif DSPARK__PATH == 4     // NEON: four registers
 typedef struct { float32x4_t a, b, c, d; } dspark__v;
 typedef struct { uint32x4_t a, b, c, d; } dspark__i;
-enum { DSPARK__AT(rows) = 3, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 2 };
+enum { DSPARK__AT(rows) = 3, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 2, DSPARK__AT(piece) = 8 };
 DSPARK__INLINE dspark__v DSPARK__AT(v_of)(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d) {
     dspark__v y;
     y.a = a, y.b = b, y.c = c, y.d = d;
@@ -6618,8 +6864,10 @@ DSPARK__INLINE dspark__v dspark__v_set(float a) {
     float32x4_t x = vdupq_n_f32(a);
     return DSPARK__AT(v_of)(x, x, x, x);
 }
-DSPARK__INLINE dspark__v dspark__v_load(const float *p) {
-    return DSPARK__AT(v_of)(vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12));
+DSPARK__INLINE dspark__v dspark__v_load(const void *from) {
+    const uint8_t *p = (const uint8_t *)from;
+    return DSPARK__AT(v_of)(vreinterpretq_f32_u8(vld1q_u8(p)), vreinterpretq_f32_u8(vld1q_u8(p + 16)),
+                            vreinterpretq_f32_u8(vld1q_u8(p + 32)), vreinterpretq_f32_u8(vld1q_u8(p + 48)));
 }
 DSPARK__INLINE void dspark__v_store(float *p, dspark__v x) {
     vst1q_f32(p, x.a), vst1q_f32(p + 4, x.b), vst1q_f32(p + 8, x.c), vst1q_f32(p + 12, x.d);
@@ -6670,42 +6918,56 @@ DSPARK__INLINE float32x4_t DSPARK__AT(swap2)(float32x4_t x) { return vextq_f32(x
 DSPARK__INLINE dspark__v dspark__v_swap2(dspark__v x) { return DSPARK__V4_EACH(DSPARK__AT(swap2)); }
 DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v x) { return DSPARK__V4_EACH(vrev64q_f32); }
 DSPARK__INLINE float dspark__v_first(dspark__v x) { return vgetq_lane_f32(x.a, 0); }
-DSPARK__INLINE dspark__v DSPARK__AT(v_halves)(uint16x8_t x, uint16x8_t y) {     // half precision
-    float16x8_t a = vreinterpretq_f16_u16(x), b = vreinterpretq_f16_u16(y);
-    return DSPARK__AT(v_of)(vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)), vcvt_f32_f16(vget_low_f16(b)),
-                            vcvt_f32_f16(vget_high_f16(b)));
+typedef struct { float32x4_t a, b; } dspark__p;
+DSPARK__INLINE dspark__p DSPARK__AT(p_of)(float32x4_t a, float32x4_t b) { dspark__p y; y.a = a, y.b = b; return y; }
+DSPARK__INLINE dspark__p dspark__p_zero(void) { return DSPARK__AT(p_of)(vdupq_n_f32(0), vdupq_n_f32(0)); }
+DSPARK__INLINE dspark__p dspark__p_load(const void *from) {
+    const uint8_t *p = (const uint8_t *)from;
+    return DSPARK__AT(p_of)(vreinterpretq_f32_u8(vld1q_u8(p)), vreinterpretq_f32_u8(vld1q_u8(p + 16)));
+}
+DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
+    return DSPARK__AT(p_of)(vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b));
+}
+DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return DSPARK__AT(v_of)(x.a, x.b, y.a, y.b); }
+DSPARK__INLINE dspark__p DSPARK__AT(p_half)(uint16x8_t x) {         // of half precision
+    float16x8_t a = vreinterpretq_f16_u16(x);
+    return DSPARK__AT(p_of)(vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)));
 }
 // Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
-DSPARK__INLINE uint16x8_t DSPARK__AT(fp8_half)(uint8x8_t x) {
-    return vandq_u16(vreinterpretq_u16_s16(vshll_n_s8(vreinterpret_s8_u8(x), 7)), vdupq_n_u16(0xbf80));
+DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
+    uint16x8_t h = vreinterpretq_u16_s16(vshll_n_s8(vreinterpret_s8_u8(vld1_u8(p)), 7));
+    return DSPARK__AT(p_half)(vandq_u16(h, vdupq_n_u16(0xbf80)));
 }
-DSPARK__INLINE dspark__v dspark__v_fp8(const uint8_t *p) {
-    uint8x16_t x = vld1q_u8(p);
-    return DSPARK__AT(v_halves)(DSPARK__AT(fp8_half)(vget_low_u8(x)), DSPARK__AT(fp8_half)(vget_high_u8(x)));
-}
-DSPARK__INLINE dspark__v dspark__v_fp4(const uint8_t *p, float scale) {
+DSPARK__INLINE dspark__p dspark__p_table(float scale) { return DSPARK__AT(p_of)(vdupq_n_f32(scale), vdupq_n_f32(scale)); }
+DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
     static const uint8_t halves[16] = { 0, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46,    // their upper bytes
                                         0x80, 0xb8, 0xbc, 0xbe, 0xc0, 0xc2, 0xc4, 0xc6 };
-    uint8x8_t x = vld1_u8(p);
-    uint8x8x2_t codes = vzip_u8(vand_u8(x, vdup_n_u8(15)), vshr_n_u8(x, 4));
-    uint8x16_t y = vqtbl1q_u8(vld1q_u8(halves), vcombine_u8(codes.val[0], codes.val[1]));
-    return dspark__v_mul(DSPARK__AT(v_halves)(vshll_n_u8(vget_low_u8(y), 8), vshll_n_u8(vget_high_u8(y), 8)),
-                         dspark__v_set(scale));
+    dspark__p y;
+    uint8x8_t x;
+    uint32_t u;
+    memcpy(&u, p, 4);
+    x = vreinterpret_u8_u32(vdup_n_u32(u));
+    x = vzip1_u8(vand_u8(x, vdup_n_u8(15)), vshr_n_u8(x, 4));
+    y = DSPARK__AT(p_half)(vshll_n_u8(vqtbl1_u8(vld1q_u8(halves), x), 8));
+    return DSPARK__AT(p_of)(vmulq_f32(y.a, table.a), vmulq_f32(y.b, table.b));
 }
-DSPARK__INLINE dspark__v dspark__v_fp4_order(dspark__v x) { return x; }
-DSPARK__INLINE dspark__v dspark__v_bf16(const uint8_t *p) {
-    uint16x8_t x = vreinterpretq_u16_u8(vld1q_u8(p)), y = vreinterpretq_u16_u8(vld1q_u8(p + 16));
-    dspark__i u = DSPARK__AT(i_of)(vshll_n_u16(vget_low_u16(x), 16), vshll_n_u16(vget_high_u16(x), 16),
-                                   vshll_n_u16(vget_low_u16(y), 16), vshll_n_u16(vget_high_u16(y), 16));
-    return dspark__i_floats(u);
+DSPARK__INLINE dspark__v dspark__v_order(dspark__v x) { return x; }
+DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) { return x; }
+DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
+    uint16x8_t x = vreinterpretq_u16_u8(vld1q_u8(p));
+    return DSPARK__AT(p_of)(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(x), 16)),
+                            vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(x), 16)));
 }
-DSPARK__INLINE dspark__v dspark__v_f16(const uint8_t *p) {
-    return DSPARK__AT(v_halves)(vreinterpretq_u16_u8(vld1q_u8(p)), vreinterpretq_u16_u8(vld1q_u8(p + 16)));
-}
+DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) { return DSPARK__AT(p_half)(vreinterpretq_u16_u8(vld1q_u8(p))); }
 DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     float y[16];
     for (int i = 0; i < 16; i++) y[i] = dspark__e8m0(p[i]);
     return dspark__v_load(y);
+}
+DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
+    uint8x16x4_t all;
+    all.val[0] = vld1q_u8(a), all.val[1] = vld1q_u8(b), all.val[2] = vld1q_u8(c), all.val[3] = vld1q_u8(d);
+    vst4q_u8(y, all);
 }
 DSPARK__INLINE void dspark__prefetch(const void *p) { __builtin_prefetch(p); }
 #endif
@@ -6734,6 +6996,11 @@ DSPARK__INLINE float dspark__v_largest(dspark__v x) {
     x = dspark__v_max(x, dspark__v_swap2(x));
     return dspark__v_first(dspark__v_max(x, dspark__v_swap1(x)));
 }
+#if DSPARK__PATH == 1 || DSPARK__PATH == 4
+DSPARK__INLINE void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
+    y[0] = dspark__v_sum(a), y[1] = dspark__v_sum(b), y[2] = dspark__v_sum(c), y[3] = dspark__v_sum(d);
+}
+#endif
 // The first n lanes (16 if n is more); the others are `fill`, or left alone.
 DSPARK__INLINE dspark__v dspark__v_load_n(const float *p, int n, float fill) {
     float some[16];
@@ -6752,270 +7019,190 @@ DSPARK__INLINE void dspark__v_store_n(float *p, int n, dspark__v x) {
     for (int i = 0; i < n; i++) p[i] = some[i];
 }
 
-// 16 weights from the k-th on of a row, k a multiple of 16; FP8: 2^-8 of them; FP4: their scale is in, in v_fp4's order
-#define dspark__v_decode DSPARK__AT(v_decode)
-DSPARK__INLINE dspark__v dspark__v_decode(const int dtype, const uint8_t *w, const float *scale, size_t k) {
+// A piece's weights from the k-th on; FP8: 2^-8 of them; FP4: times their scale, in p_fp4's order
+#define dspark__p_decode DSPARK__AT(p_decode)
+DSPARK__INLINE dspark__p dspark__p_decode(const int dtype, const uint8_t *w, size_t k, dspark__p table) {
     switch (dtype) {
-    case DSPARK_FP8: return dspark__v_fp8(w + k);
-    case DSPARK_FP4: return dspark__v_fp4(w + k / 2, scale[k / 32]);
-    case DSPARK_BF16: return dspark__v_bf16(w + 2 * k);
-    case DSPARK_F16: return dspark__v_f16(w + 2 * k);
-    default: return dspark__v_load((const float *)(const void *)(w + 4 * k));
+    case DSPARK_FP8: return dspark__p_fp8(w + k);
+    case DSPARK_FP4: return dspark__p_fp4(w + k / 2, table);
+    case DSPARK_BF16: return dspark__p_bf16(w + 2 * k);
+    case DSPARK_F16: return dspark__p_f16(w + 2 * k);
+    default: return dspark__p_load(w + 4 * k);
     }
 }
 DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     return dtype == DSPARK_FP8 ? k : dtype == DSPARK_FP4 ? k / 2 : dtype == DSPARK_F32 ? 4 * k : 2 * k;
 }
 
-// The inner product of everything: R inputs times Q rows of weights. All three are constants where this is called,
-// so that what is not needed vanishes, and acc stays in registers (no loop over r or q: GCC at -O2 would not unroll it).
-#define DSPARK__STEP_ROW(r) \
-    if (R > r) { \
-        dspark__v xr = dspark__v_load(x[r < R ? r : 0] + k); \
-        acc[r][0] = dspark__v_fma(w0, xr, acc[r][0]); \
-        if (Q > 1) acc[r][1] = dspark__v_fma(w1, xr, acc[r][1]); \
-        if (Q > 2) acc[r][2] = dspark__v_fma(w2, xr, acc[r][2]); \
-        if (Q > 3) acc[r][3] = dspark__v_fma(w3, xr, acc[r][3]); \
+// The inner product of everything: R inputs times Q rows of weights. dtype, R and Q are constants where it is called,
+// so that what is not needed vanishes and acc stays in registers (hence no loops over r and q, which GCC at -O2 keeps).
+// Weights are decoded where they are used: that costs less than bringing them from a tile decoded before.
+#define DSPARK__EACH_ROW(what) \
+    if (R > 0) { what(0) } if (R > 1) { what(1) } if (R > 2) { what(2) } \
+    if (R > 3) { what(3) } if (R > 4) { what(4) } if (R > 5) { what(5) }
+#define DSPARK__EACH_OUTPUT(what) what(0) if (Q > 1) { what(1) } if (Q > 2) { what(2) } if (Q > 3) { what(3) }
+#define DSPARK__ZERO(r) \
+    acc[r][0][0] = acc[r][1][0] = acc[r][2][0] = acc[r][3][0] = dspark__p_zero(); \
+    acc[r][0][1] = acc[r][1][1] = acc[r][2][1] = acc[r][3][1] = dspark__p_zero();
+#define DSPARK__MULTIPLY(r, half) \
+    v = dspark__p_load(p->x[r] + k); \
+    acc[r][0][half] = dspark__p_fma(w0, v, acc[r][0][half]); \
+    if (Q > 1) acc[r][1][half] = dspark__p_fma(w1, v, acc[r][1][half]); \
+    if (Q > 2) acc[r][2][half] = dspark__p_fma(w2, v, acc[r][2][half]); \
+    if (Q > 3) acc[r][3][half] = dspark__p_fma(w3, v, acc[r][3][half]);
+#define DSPARK__MULTIPLY_0(r) DSPARK__MULTIPLY(r, 0)
+#define DSPARK__MULTIPLY_1(r) DSPARK__MULTIPLY(r, 1)
+#define DSPARK__PREFETCH(q) \
+    dspark__prefetch((const void *)((uintptr_t)(p->w[q] + DSPARK__AT(bytes)(dtype, k)) + p->ahead));
+#define DSPARK__TABLE(q) t##q = dspark__p_table(p->scale[k / 32 * 4 + q]);
+#define DSPARK__DECODE(q) w##q = dspark__p_decode(dtype, p->w[q], k, t##q);
+#define DSPARK__STEP(multiply) \
+    DSPARK__EACH_OUTPUT(DSPARK__DECODE) \
+    DSPARK__EACH_ROW(multiply) \
+    k += DSPARK__AT(piece);
+#define DSPARK__JOIN(r, q) (dtype == DSPARK_FP4 ? dspark__v_order(dspark__v_join(acc[r][q][0], acc[r][q][1])) \
+                                                : dspark__v_join(acc[r][q][0], acc[r][q][1]))
+#define DSPARK__SUM(r) \
+    if (Q > 3) dspark__v_sum4(to->sum[r], DSPARK__JOIN(r, 0), DSPARK__JOIN(r, 1), DSPARK__JOIN(r, 2), DSPARK__JOIN(r, 3)); \
+    else { \
+        to->sum[r][0] = dspark__v_sum(DSPARK__JOIN(r, 0)); \
+        if (Q > 1) to->sum[r][1] = dspark__v_sum(DSPARK__JOIN(r, 1)); \
     }
-#define DSPARK__STEP() do { \
-        dspark__v w0 = dspark__v_decode(dtype, w[0], scale[0], k), w1 = w0, w2 = w0, w3 = w0; \
-        if (Q > 1) w1 = dspark__v_decode(dtype, w[1], scale[1], k); \
-        if (Q > 2) w2 = dspark__v_decode(dtype, w[2], scale[2], k); \
-        if (Q > 3) w3 = dspark__v_decode(dtype, w[3], scale[3], k); \
-        DSPARK__STEP_ROW(0) DSPARK__STEP_ROW(1) DSPARK__STEP_ROW(2) \
-        DSPARK__STEP_ROW(3) DSPARK__STEP_ROW(4) DSPARK__STEP_ROW(5) \
-    } while (0)
-#define DSPARK__FOR_ROW(r, what) if (R > r) { what(r, 0); if (Q > 1) what(r, 1); if (Q > 2) what(r, 2); if (Q > 3) what(r, 3); }
-#define DSPARK__FOR_ACC(what) \
-    DSPARK__FOR_ROW(0, what) DSPARK__FOR_ROW(1, what) DSPARK__FOR_ROW(2, what) \
-    DSPARK__FOR_ROW(3, what) DSPARK__FOR_ROW(4, what) DSPARK__FOR_ROW(5, what)
-#define DSPARK__LOAD_ACC(r, q) acc[r][q] = dspark__v_load(p->acc + (r * Q + q) * 16)
-#define DSPARK__STORE_ACC(r, q) \
-    dspark__v_store(p->acc + (r * Q + q) * 16, dtype == DSPARK_FP4 ? dspark__v_fp4_order(acc[r][q]) : acc[r][q])
 
 #define dspark__product_of DSPARK__AT(product_of)
-DSPARK__INLINE void dspark__product_of(const dspark__product *p, const int dtype, const int R, const int Q) {
-    dspark__v acc[6][4];
-    const uint8_t *w[4];
-    const float *scale[4], *x[6];
-    uint8_t w_rest[4][128];
-    float x_rest[6][32];
+DSPARK__INLINE void dspark__product_of(dspark__product *to, const int dtype, const int R, const int Q) {
     const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : 32;     // weights in 64 bytes
-    size_t k = 0, rest = (size_t)p->n % 32, n = (size_t)p->n - rest;
-    for (int q = 0; q < Q; q++) w[q] = p->w[q], scale[q] = dtype == DSPARK_FP4 ? p->scale[q] : NULL;
-    for (int r = 0; r < R; r++) x[r] = p->x[r];
-    DSPARK__FOR_ACC(DSPARK__LOAD_ACC)
-    for (;;) {
-        for (; k < n; k += 32) {
-            if (dtype != DSPARK_F32 && k % line == 0)
-                for (int q = 0; q < Q; q++) dspark__prefetch((const void *)((uintptr_t)(w[q] + DSPARK__AT(bytes)(dtype, k)) + p->ahead));
-            DSPARK__STEP();
-            k += 16;
-            DSPARK__STEP();
-            k -= 16;
-        }
-        if (dtype == DSPARK_FP4 || !rest) break;
-        for (int q = 0; q < Q; q++) {       // the end, with zeros behind
-            memset(w_rest[q], 0, sizeof w_rest[q]);
-            memcpy(w_rest[q], w[q] + DSPARK__AT(bytes)(dtype, n), DSPARK__AT(bytes)(dtype, rest));
-            w[q] = w_rest[q];
-        }
-        for (int r = 0; r < R; r++) {
-            memset(x_rest[r], 0, sizeof x_rest[r]);
-            memcpy(x_rest[r], x[r] + n, rest * sizeof(float));
-            x[r] = x_rest[r];
-        }
-        k = 0, n = 32, rest = 0;
+    const dspark__product copy = *to, *p = &copy;       // nothing below can change it
+    dspark__p acc[6][4][2], v, w0, w1, w2, w3, t0, t1, t2, t3;
+    DSPARK__EACH_ROW(DSPARK__ZERO)
+    w1 = w2 = w3 = t0 = t1 = t2 = t3 = dspark__p_zero();
+    for (size_t k = 0, n = (size_t)p->n; k < n;) {
+        if (dtype != DSPARK_F32 && k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }
+        if (dtype == DSPARK_FP4) { DSPARK__EACH_OUTPUT(DSPARK__TABLE) }
+        DSPARK__STEP(DSPARK__MULTIPLY_0)
+        if (DSPARK__AT(piece) == 8) { DSPARK__STEP(DSPARK__MULTIPLY_1) }
+        DSPARK__STEP(DSPARK__MULTIPLY_0)
+        if (DSPARK__AT(piece) == 8) { DSPARK__STEP(DSPARK__MULTIPLY_1) }
     }
-    DSPARK__FOR_ACC(DSPARK__STORE_ACC)
+    DSPARK__EACH_ROW(DSPARK__SUM)
 }
 
-// One function for each dtype and number of rows; Q: four outputs for one row, or as many as the registers hold.
-#define DSPARK__PRODUCT(dtype, name, R) \
-    static void DSPARK__AT(name##R)(const dspark__product *p) { \
+// One function a dtype and number of rows, with as many outputs as the registers hold.
+#define DSPARK__PRODUCT(name, dtype, R) \
+    static void DSPARK__AT(name##R)(dspark__product *p) { \
         dspark__product_of(p, dtype, R, R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs)); \
     }
-#define DSPARK__PRODUCT_1(R) \
-    DSPARK__PRODUCT(DSPARK_F32, f32_, R) DSPARK__PRODUCT(DSPARK_BF16, bf16_, R) DSPARK__PRODUCT(DSPARK_F16, f16_, R) \
-    DSPARK__PRODUCT(DSPARK_FP8, fp8_, R) DSPARK__PRODUCT(DSPARK_FP4, fp4_, R)
-#define DSPARK__PRODUCTS_1(name) DSPARK__AT(name##1)
-#define DSPARK__PRODUCTS_3(name) DSPARK__PRODUCTS_1(name), DSPARK__AT(name##2), DSPARK__AT(name##3)
-#define DSPARK__PRODUCTS_6(name) DSPARK__PRODUCTS_3(name), DSPARK__AT(name##4), DSPARK__AT(name##5), DSPARK__AT(name##6)
-#define DSPARK__PRODUCT_TABLE(n) \
-    static void (*const dspark__products[5][n])(const dspark__product *) = { \
-        { DSPARK__PRODUCTS_##n(f32_) }, { DSPARK__PRODUCTS_##n(bf16_) }, { DSPARK__PRODUCTS_##n(f16_) }, \
-        { DSPARK__PRODUCTS_##n(fp8_) }, { DSPARK__PRODUCTS_##n(fp4_) } };
-#define dspark__products DSPARK__AT(products)
-DSPARK__PRODUCT_1(1)
-#if DSPARK__PATH == 1
-DSPARK__PRODUCT_TABLE(1)
-#else
-DSPARK__PRODUCT_1(2)
-DSPARK__PRODUCT_1(3)
+#define DSPARK__PRODUCTS(R) \
+    DSPARK__PRODUCT(f32_, DSPARK_F32, R) DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) DSPARK__PRODUCT(f16_, DSPARK_F16, R) \
+    DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
+#define DSPARK__PRODUCT_ROW(R) \
+    { DSPARK__AT(f32_##R), DSPARK__AT(bf16_##R), DSPARK__AT(f16_##R), DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
+DSPARK__PRODUCTS(1)
+#if DSPARK__PATH > 1
+DSPARK__PRODUCTS(2)
+DSPARK__PRODUCTS(3)
+#endif
 #if DSPARK__PATH == 3
-DSPARK__PRODUCT_1(4)
-DSPARK__PRODUCT_1(5)
-DSPARK__PRODUCT_1(6)
-DSPARK__PRODUCT_TABLE(6)
-#else
-DSPARK__PRODUCT_TABLE(3)
+DSPARK__PRODUCTS(4)
+DSPARK__PRODUCTS(5)
+DSPARK__PRODUCTS(6)
 #endif
+static void (*const DSPARK__AT(products)[][5])(dspark__product *) = {
+    DSPARK__PRODUCT_ROW(1),
+#if DSPARK__PATH > 1
+    DSPARK__PRODUCT_ROW(2), DSPARK__PRODUCT_ROW(3),
 #endif
+#if DSPARK__PATH == 3
+    DSPARK__PRODUCT_ROW(4), DSPARK__PRODUCT_ROW(5), DSPARK__PRODUCT_ROW(6)
+#endif
+};
+#define dspark__multiply DSPARK__AT(multiply)
+static void dspark__multiply(int dtype, int R, dspark__product *p) { DSPARK__AT(products)[R - 1][dtype](p); }
 
-// Rows in even groups of at most `rows`: 8 are 4 and 4. The size of the next group of n.
+// Rows go in even groups of at most `rows`: 8 are 4 and 4. The size of the next group when n are left.
 static int DSPARK__AT(group)(int n) {
     int groups = (n + DSPARK__AT(rows) - 1) / DSPARK__AT(rows);
-    return groups ? (n + groups - 1) / groups : 0;
-}
-static int DSPARK__AT(width)(int n_rows) { return n_rows == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs); }
-
-// Outputs [begin, end) of few rows x of stride `stride`; FP4's scales as floats go to scales.
-static void DSPARK__AT(linear_few)(const dspark__job *job, int begin, int end, const float *const *x, float *acc, float *scales) {
-    const dspark_matrix *m = job->w;
-    size_t bytes = dspark__row_bytes(m);
-    int R = job->n_rows, Q = DSPARK__AT(width)(R), n_scales = m->cols / 32;
-    dspark__product p;
-    p.acc = acc, p.n = m->cols, p.ahead = bytes * (size_t)Q;
-    for (int r = 0; r < R; r++) p.x[r] = x[r];
-    for (int i = begin; i < end; i += Q) {
-        memset(acc, 0, (size_t)(R * Q) * 16 * sizeof(float));
-        for (int q = 0; q < Q; q++) {       // past the end: the last one again
-            size_t row = (size_t)(job->first + (i + q < end ? i + q : end - 1));
-            p.w[q] = (const uint8_t *)m->data + row * bytes;
-            if (m->dtype != DSPARK_FP4) continue;
-            p.scale[q] = scales + q * n_scales;
-            for (int k = 0; k < n_scales; k += 16) {
-                uint8_t some[16] = { 0 };
-                const uint8_t *from = m->scale + row * (size_t)n_scales + k;
-                if (n_scales - k >= 16) dspark__v_store(scales + q * n_scales + k, dspark__v_e8m0(from));
-                else {
-                    memcpy(some, from, (size_t)(n_scales - k));
-                    dspark__v_store_n(scales + q * n_scales + k, n_scales - k, dspark__v_e8m0(some));
-                }
-            }
-        }
-        dspark__products[m->dtype][R - 1](&p);
-        for (int r = 0; r < R; r++)
-            for (int q = 0; q < Q && i + q < end; q++) job->y[r][i + q] = dspark__v_sum(dspark__v_load(acc + (r * Q + q) * 16));
-    }
+    return (n + groups - 1) / groups;
 }
 
-// The input times the scales of one row of FP8 blocks.
-static void DSPARK__AT(scale_input)(const float *x, int n, const uint8_t *scale, float *y) {
-    for (int k = 0; k < n; k += 128, scale++) {
-        dspark__v s = dspark__v_set(dspark__fp8_factor(*scale));
-        for (int j = k; j < n && j < k + 128; j += 16)
-            dspark__v_store_n(y + j, n - j, dspark__v_mul(dspark__v_load_n(x + j, n - j, 0), s));
-    }
-}
-#ifdef DSPARK__FP4_ORDER
-static void DSPARK__AT(fp4_input)(const float *x, int n, float *y) {
-    for (int k = 0; k < n; k += 16)
-        for (int i = 0; i < 8; i++) y[k + 2 * i] = x[k + i], y[k + 2 * i + 1] = x[k + 8 + i];
-}
-#endif
-
-// At most `rows` rows: decoded weights stay in registers.
-static void DSPARK__AT(linear_direct)(const dspark__job *job, int begin, int end, float *scratch) {
-    const dspark_matrix *m = job->w;
-    const float *x[DSPARK__DIRECT_ROWS];
-    float *acc = scratch, *copy = acc + DSPARK__DIRECT_ROWS * 4 * 16;
-    size_t pad = ((size_t)m->cols + 31) / 32 * 32;
-    int R = job->n_rows;
-    for (int r = 0; r < R; r++) x[r] = job->x[r];
-#ifdef DSPARK__FP4_ORDER
-    for (int r = 0; r < R && m->dtype == DSPARK_FP4; r++) {
-        DSPARK__AT(fp4_input)(job->x[r], m->cols, copy + (size_t)r * pad);
-        x[r] = copy + (size_t)r * pad;
-    }
-#endif
-    for (int i = begin, next; i < end; i = next) {
-        next = end;
-        if (m->dtype == DSPARK_FP8) {
-            int block = (job->first + i) / 128, blocks = (m->cols + 127) / 128;
-            if (next > (block + 1) * 128 - job->first) next = (block + 1) * 128 - job->first;
-            for (int r = 0; r < R; r++) {
-                DSPARK__AT(scale_input)(job->x[r], m->cols, m->scale + (size_t)block * (size_t)blocks, copy + (size_t)r * pad);
-                x[r] = copy + (size_t)r * pad;
-            }
-        }
-        DSPARK__AT(linear_few)(job, i, next, x, acc, copy + (size_t)R * pad);
-    }
-}
-
-// Weights [k, k + n) of a row as floats, n a multiple of 32 but at the row's end.
-static void DSPARK__AT(decode_row)(const dspark_matrix *m, size_t row, int k, int n, float *y) {
-    const uint8_t *w = (const uint8_t *)m->data + row * dspark__row_bytes(m) + DSPARK__AT(bytes)(m->dtype, (size_t)k);
+// The input as the product wants it: times the scales of a row of FP8 blocks, or in p_fp4's order; zeros behind.
+static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *x, float *y) {
     const uint8_t *scale = m->scale;
-    if (m->dtype == DSPARK_FP8) scale += row / 128 * (size_t)((m->cols + 127) / 128) + (size_t)k / 128;
-    if (m->dtype == DSPARK_FP4) scale += row * (size_t)(m->cols / 32) + (size_t)k / 32;
-    for (int j = 0; j < n; j += 16) {
-        const uint8_t *from = w + DSPARK__AT(bytes)(m->dtype, (size_t)j);
-        uint8_t some[64];
-        dspark__v v;
-        float s = 1;
-        if (n - j < 16) {
-            memset(some, 0, sizeof some);
-            memcpy(some, from, DSPARK__AT(bytes)(m->dtype, (size_t)(n - j)));
-            from = some;
-        }
-        switch (m->dtype) {
-        case DSPARK_FP8:
-            v = dspark__v_mul(dspark__v_fp8(from), dspark__v_set(dspark__fp8_factor(scale[j / 128])));
-            break;
-        case DSPARK_FP4:
-            s = dspark__e8m0(scale[j / 32]);
-            v = dspark__v_fp4_order(dspark__v_fp4(from, s));
-            break;
-        case DSPARK_BF16: v = dspark__v_bf16(from); break;
-        case DSPARK_F16: v = dspark__v_f16(from); break;
-        default: v = dspark__v_load((const float *)(const void *)from);
-        }
-        dspark__v_store(y + j, v);
+    int n = m->cols;
+    dspark__v s = dspark__v_set(1);
+    if (m->dtype == DSPARK_FP8) scale += (size_t)block * (size_t)((n + 127) / 128);
+    for (int k = 0; k < (n + 31) / 32 * 32; k += 16) {
+        dspark__v v = dspark__v_load_n(x + k, n - k, 0);
+        if (m->dtype == DSPARK_FP8 && k % 128 == 0) s = dspark__v_set(dspark__fp8_factor(scale[k / 128]));
+        if (m->dtype == DSPARK_FP4) v = dspark__v_disorder(v);
+        dspark__v_store(y + k, dspark__v_mul(v, s));
     }
 }
 
-// Many rows: a tile of outputs is decoded once, and a part of each row multiplied with it while it is in the cache.
-static void DSPARK__AT(linear_tile)(const dspark__job *job, int i, int outputs, int r0, int n_rows, float *tile, float *acc) {
-    const dspark_matrix *m = job->w;
-    dspark__product p;
-    p.ahead = 0;
-    memset(acc, 0, (size_t)(n_rows * DSPARK__TILE_OUTPUTS) * 16 * sizeof(float));
-    for (int k = 0; k < m->cols; k += DSPARK__TILE_COLS) {
-        int n = m->cols - k < DSPARK__TILE_COLS ? m->cols - k : DSPARK__TILE_COLS, R;
-        p.n = n;
-        for (int q = 0; q < outputs; q++)
-            DSPARK__AT(decode_row)(m, (size_t)(job->first + i + q), k, n, tile + q * DSPARK__TILE_COLS);
-        for (int r = 0; r < n_rows; r += R) {
-            int Q;
-            R = DSPARK__AT(group)(n_rows - r), Q = DSPARK__AT(width)(R);
-            for (int j = 0; j < R; j++) p.x[j] = job->x[r0 + r + j] + k;
-            for (int o = 0; o < outputs; o += Q) {
-                for (int q = 0; q < Q; q++)
-                    p.w[q] = (const uint8_t *)(tile + (o + q < outputs ? o + q : outputs - 1) * DSPARK__TILE_COLS);
-                p.acc = acc + (r * DSPARK__TILE_OUTPUTS + o * R) * 16;
-                dspark__products[DSPARK_F32][R - 1](&p);
-                for (int j = 0; k + n == m->cols && j < R; j++)
-                    for (int q = 0; q < Q && o + q < outputs; q++)
-                        job->y[r0 + r + j][i + o + q] = dspark__v_sum(dspark__v_load(p.acc + (j * Q + q) * 16));
-            }
+// n FP4 scales of four rows as floats, those of a block beside each other.
+static void DSPARK__AT(scales)(const uint8_t *const *row, int n, float *y) {
+    for (int k = 0; k < n; k += 16) {
+        uint8_t some[4][16] = { { 0 } }, all[64];
+        const uint8_t *at[4];
+        for (int q = 0; q < 4; q++) {
+            at[q] = row[q] + k;
+            if (n - k < 16) memcpy(some[q], at[q], (size_t)(n - k)), at[q] = some[q];
         }
+        dspark__interleave(all, at[0], at[1], at[2], at[3]);
+        for (int i = 0; i < 64 && i < 4 * (n - k); i += 16)
+            dspark__v_store_n(y + 4 * k + i, 4 * (n - k) - i, dspark__v_e8m0(all + i));
     }
+}
+
+// The next weight rows into p: outputs i, i + 1, ...; past the end the last one again.
+static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, float *scales, uint8_t *odd) {
+    const dspark_matrix *m = job->w;
+    const uint8_t *scale[4] = { NULL, NULL, NULL, NULL };
+    size_t bytes = dspark__row_bytes(m), padded = DSPARK__AT(bytes)(m->dtype, (size_t)p->n);
+    for (int q = 0; q < 4; q++) {
+        size_t row = (size_t)(job->first + (i + q < end ? i + q : end - 1));
+        p->w[q] = (const uint8_t *)m->data + row * bytes;
+        if (m->dtype == DSPARK_FP4) scale[q] = m->scale + row * (size_t)(m->cols / 32);
+        if (!odd) continue;
+        memset(odd + (size_t)q * padded, 0, padded);
+        p->w[q] = (const uint8_t *)memcpy(odd + (size_t)q * padded, p->w[q], bytes);
+    }
+    if (m->dtype == DSPARK_FP4) DSPARK__AT(scales)(scale, m->cols / 32, scales);
 }
 
 static void DSPARK__AT(linear)(const dspark__job *job, int begin, int end, float *scratch) {
-    float *aligned = scratch + (64 - ((uintptr_t)scratch & 63)) % 64 / sizeof(float);
-    if (job->n_rows <= DSPARK__AT(rows)) {
-        if (job->n_rows > 0) DSPARK__AT(linear_direct)(job, begin, end, aligned);
-        return;
-    }
-    for (int r = 0; r < job->n_rows; r += DSPARK__TILE_ROWS)
-        for (int i = begin; i < end; i += DSPARK__TILE_OUTPUTS) {
-            int outputs = end - i < DSPARK__TILE_OUTPUTS ? end - i : DSPARK__TILE_OUTPUTS;
-            int rows = job->n_rows - r < DSPARK__TILE_ROWS ? job->n_rows - r : DSPARK__TILE_ROWS;
-            DSPARK__AT(linear_tile)(job, i, outputs, r, rows, aligned,
-                                    aligned + DSPARK__TILE_OUTPUTS * DSPARK__TILE_COLS);
+    const dspark_matrix *m = job->w;
+    size_t stride = dspark__input_stride(m->cols);
+    float *weights = scratch + (64 - ((uintptr_t)scratch & 63)) % 64 / sizeof(float), *copy = weights + 4 * stride;
+    float *scales = copy + stride * (size_t)dspark__linear_rows(job->n_rows);
+    int odd = m->cols % 32 != 0, copied = odd || m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4;
+    const float *x[DSPARK__LINEAR_ROWS];
+    dspark__product p;
+    p.n = (m->cols + 31) / 32 * 32, p.scale = scales;
+    for (int i = begin, next; i < end; i = next) {      // a row of FP8 blocks
+        int block = (job->first + i) / 128;
+        next = (block + 1) * 128 - job->first;
+        if (next > end) next = end;
+        for (int r0 = 0, n; r0 < job->n_rows; r0 += n) {
+            int Q;
+            n = dspark__linear_rows(job->n_rows - r0), Q = n == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs);
+            for (int j = 0; j < n; j++) {
+                x[j] = job->x[r0 + j];
+                if (copied) DSPARK__AT(prepare)(m, block, x[j], copy + (size_t)j * stride), x[j] = copy + (size_t)j * stride;
+            }
+            for (int o = i; o < next; o += Q) {         // few weights, which stay in the first cache for all rows
+                DSPARK__AT(take)(job, o, next, &p, scales, odd ? (uint8_t *)weights : NULL);
+                p.ahead = dspark__row_bytes(m) * (size_t)Q;
+                for (int r = 0, R; r < n; r += R, p.ahead = 0) {
+                    R = n == 1 ? 1 : DSPARK__AT(group)(n - r);
+                    for (int j = 0; j < R; j++) p.x[j] = x[r + j];
+                    dspark__multiply(m->dtype, R, &p);
+                    for (int j = 0; j < R; j++)
+                        for (int q = 0; q < Q && o + q < next; q++) job->y[r0 + r + j][o + q] = p.sum[j][q];
+                }
+            }
         }
+    }
 }
 
 // ---- Rounding to FP8 and FP4
@@ -7087,7 +7274,7 @@ static void DSPARK__AT(decode_fp8)(const uint8_t *codes, const uint8_t *scales, 
             uint8_t some[16] = { 0 };
             dspark__v v;
             memcpy(some, codes + b + i, (size_t)(size - i < 16 ? size - i : 16));
-            v = dspark__v_mul(dspark__v_fp8(some), dspark__v_set(256));
+            v = dspark__v_mul(dspark__v_join(dspark__p_fp8(some), dspark__p_fp8(some + DSPARK__AT(piece) % 16)), dspark__v_set(256));
             v = dspark__v_less(dspark__v_set(448), dspark__v_abs(v), nan, v);
             dspark__v_store_n(y + b + i, size - i, dspark__v_mul(v, s));
         }
@@ -7115,8 +7302,11 @@ static void DSPARK__AT(encode_fp4)(const float *x, int n, uint8_t *codes, uint8_
 }
 
 static void DSPARK__AT(decode_fp4)(const uint8_t *codes, const uint8_t *scales, int n, float *y) {
-    for (int i = 0; i < n; i += 16)
-        dspark__v_store(y + i, dspark__v_fp4_order(dspark__v_fp4(codes + i / 2, dspark__e8m0(scales[i / 32]))));
+    for (int i = 0; i < n; i += 16) {
+        dspark__p table = dspark__p_table(dspark__e8m0(scales[i / 32]));
+        dspark__p a = dspark__p_fp4(codes + i / 2, table), b = dspark__p_fp4(codes + i / 2 + DSPARK__AT(piece) % 16 / 2, table);
+        dspark__v_store(y + i, dspark__v_order(dspark__v_join(a, b)));
+    }
 }
 
 // ---- Vectors
@@ -7342,24 +7532,24 @@ DSPARK__INLINE void dspark__weigh(const float *const *rows, int n_rows, int at, 
 
 // s[h][j] = scale q_h . rows[j], by eight rows and all heads
 static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const *rows, int n, float scale, float *s) {
-    float acc[6 * 4 * 16];
     dspark__product p;
-    p.acc = acc, p.n = d, p.ahead = 0;
-    for (int j0 = 0; j0 < n; j0 += 8)
+    p.n = d, p.ahead = 0;
+    for (int j0 = 0; j0 < n && d % 32 == 0; j0 += 8)
         for (int h = 0, R; h < H; h += R) {
             int Q;
-            R = DSPARK__AT(group)(H - h), Q = DSPARK__AT(width)(R);
+            R = DSPARK__AT(group)(H - h), Q = R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs);
             for (int r = 0; r < R; r++) p.x[r] = q + (size_t)(h + r) * (size_t)d;
             for (int j = j0; j < n && j < j0 + 8; j += Q) {
                 for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)rows[j + i < n ? j + i : n - 1];
-                memset(acc, 0, (size_t)(R * Q) * 16 * sizeof *acc);
-                dspark__products[DSPARK_F32][R - 1](&p);
+                dspark__multiply(DSPARK_F32, R, &p);
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < Q && j + i < n; i++)
-                        s[(size_t)(h + r) * (size_t)n + (size_t)(j + i)] =
-                            scale * dspark__v_sum(dspark__v_load(acc + (r * Q + i) * 16));
+                        s[(size_t)(h + r) * (size_t)n + (size_t)(j + i)] = scale * p.sum[r][i];
             }
         }
+    for (int h = 0; h < H && d % 32; h++)
+        for (int j = 0; j < n; j++)
+            s[(size_t)h * (size_t)n + (size_t)j] = scale * DSPARK__AT(dot)(q + (size_t)h * (size_t)d, rows[j], d);
 }
 
 // s becomes e^(s - max); returns 1 / (their sum + e^(sink - max))
@@ -7396,17 +7586,17 @@ static void DSPARK__AT(attend)(const float *q, int H, int d, const float *const 
 
 static float DSPARK__AT(index_score)(const float *q, const float *w, int H, int d, const float *key) {
     enum { Q = DSPARK__AT(wide) };
-    float acc[4 * 16], dots[16];
+    float dots[16];
     dspark__v s = dspark__v_zero();
     dspark__product p;
-    p.acc = acc, p.n = d, p.ahead = 0, p.x[0] = key;
+    p.n = d, p.ahead = 0, p.x[0] = key;
     for (int h0 = 0; h0 < H; h0 += 16) {
         int n = H - h0 < 16 ? H - h0 : 16;
-        for (int h = 0; h < n; h += Q) {
+        for (int h = 0; h < n && d % 32; h++) dots[h] = DSPARK__AT(dot)(q + (size_t)(h0 + h) * (size_t)d, key, d);
+        for (int h = 0; h < n && d % 32 == 0; h += Q) {
             for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)(q + (size_t)(h0 + (h + i < n ? h + i : n - 1)) * (size_t)d);
-            memset(acc, 0, sizeof acc);
-            dspark__products[DSPARK_F32][0](&p);
-            for (int i = 0; i < Q && h + i < n; i++) dots[h + i] = dspark__v_sum(dspark__v_load(acc + i * 16));
+            dspark__multiply(DSPARK_F32, 1, &p);
+            for (int i = 0; i < Q && h + i < n; i++) dots[h + i] = p.sum[0][i];
         }
         s = dspark__v_fma(dspark__v_max(dspark__v_load_n(dots, n, 0), dspark__v_zero()), dspark__v_load_n(w + h0, n, 0), s);
     }

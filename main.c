@@ -354,7 +354,7 @@ static int encode_text(const dspark_model *m, const buffer *text, buffer *ids) {
     int n = dspark_encode(t, text->data, text->n, 0, NULL, 0);
     if (bos >= 0) push(ids, &bos, sizeof bos);
     if (n > 0) n = dspark_encode(t, text->data, text->n, 0, extend(ids, (size_t)n * sizeof bos), n);
-    return n < 0 ? error(FAILED, "out of memory") : 0;
+    return n < 0 ? error(FAILED, "%s", dspark_last_error()) : 0;
 }
 
 // A question in the chat form, with the system message before the first. What they say is text, whatever
@@ -368,7 +368,7 @@ static int encode_chat(const settings *o, const dspark_model *m, const char *que
     int n = dspark_chat_encode(t, said + skip, 2 - skip, &form, DSPARK_PLAIN_TEXT, NULL, 0);
     int32_t *id = extend(ids, n < 0 ? 0 : (size_t)n * sizeof *id);
     if (n > 0) n = dspark_chat_encode(t, said + skip, 2 - skip, &form, DSPARK_PLAIN_TEXT, id, n);
-    return n < 0 ? error(FAILED, "out of memory") : 0;
+    return n < 0 ? error(FAILED, "%s", dspark_last_error()) : 0;
 }
 
 static dspark_session_desc session_desc(const settings *o, const dspark_model *m) {

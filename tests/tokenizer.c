@@ -1,6 +1,7 @@
 /* JSON, tokenizer and chat form: every golden case (golden/tokenizer/README.md), and files that are not what
    they should be, each with its error. */
 #include <stddef.h>
+#include <time.h>
 static void *test_malloc(size_t n);
 static void *test_realloc(void *old, size_t n);
 static void test_free(void *p);
@@ -189,7 +190,7 @@ static const edit edits[] = {
     { "\"vocab\":{", "\"vocab\":[],\"x\":{", DSPARK_ERROR_FORMAT, "model.vocab: expected an object" },
     { "\"merges\":[", "\"merges\":{},\"x\":[", DSPARK_ERROR_FORMAT, "model.merges: expected an array" },
     { "\"added_tokens\":[", "\"added_tokens\":7,\"x\":[", DSPARK_ERROR_FORMAT, "added_tokens: expected an array, found 7" },
-    { "{\"id\":4095,", "{\"id\":4096,", DSPARK_ERROR_FORMAT, "expected ids without a gap, found 4095" },
+    { "{\"id\":4095,", "{\"id\":4096,", DSPARK_ERROR_FORMAT, "expected ids without a gap, found no token 4095 below 4097" },
     { "{\"id\":4095,", "{\"id\":999999999999,", DSPARK_ERROR_FORMAT, "added_tokens[].id: expected an id below" },
     { "{\"id\":4095,", "{\"id\":4094,", DSPARK_ERROR_FORMAT, "one token an id" },
     { "{\"id\":4095,", "{\"id\":\"4095\",", DSPARK_ERROR_FORMAT, "added_tokens[].id" },
@@ -202,12 +203,12 @@ static const edit edits[] = {
     { "\"!\":2,", "\"!\":3,", DSPARK_ERROR_FORMAT, "model.vocab: expected one token an id" },
     { "\"!\":2,", "\"!\":-2,", DSPARK_ERROR_FORMAT, "model.vocab: expected an id below 4098, the number of tokens, found -2" },
     { "\"!\":2,", "\"!\":2.0,", DSPARK_ERROR_FORMAT, "found 2.0" },
-    { "\"!\":2,", "\"\":2,", DSPARK_ERROR_FORMAT, "found \"\"" },
+    { "\"!\":2,", "\"\":2,", DSPARK_ERROR_FORMAT, "model.vocab: expected names that are not empty" },
     { "\"!\":2,", "\"!!!!!!!!\":2,", DSPARK_ERROR_FORMAT, "expected a token for every byte, found none for 0x21" },
     { "\"!\":2,", "\"\xe4\xb8\x80\":2,", DSPARK_ERROR_FORMAT, "model.vocab: expected byte-level text" },
     { "\"!\":2,", "\"\\\"\":2,", DSPARK_ERROR_FORMAT, "expected each key once" },
-    { "\"merges\":[", "\"merges\":[[\"h\",\"e\"],", DSPARK_ERROR_FORMAT, "expected another pair, found that of [0]" },
-    { "\"merges\":[", "\"merges\":[[\"zqzq\",\"e\"],", DSPARK_ERROR_FORMAT, "model.merges[0]: expected both parts and the whole in the vocabulary, found no left part" },
+    { "\"merges\":[", "\"merges\":[[\"h\",\"e\"],", DSPARK_ERROR_FORMAT, "expected a new pair, found that of [0]" },
+    { "\"merges\":[", "\"merges\":[[\"zqzq\",\"e\"],", DSPARK_ERROR_FORMAT, "model.merges[0]: expected both parts and the whole to be in the vocabulary, found no left part" },
     { "\"merges\":[", "\"merges\":[[\"e\",\"zqzq\"],", DSPARK_ERROR_FORMAT, "no right part" },
     { "\"merges\":[", "\"merges\":[[\"q\",\"~\"],", DSPARK_ERROR_FORMAT, "no whole" },
     { "\"merges\":[", "\"merges\":[\"h  e\",", DSPARK_ERROR_FORMAT, "model.merges[0]" },
@@ -481,13 +482,15 @@ static void test_bytes(const dspark_tokenizer *t) {
     ok(same, "any bytes are encoded and decode to themselves");
 }
 
-static double encode_us(const dspark_tokenizer *t, const char *text, size_t n) {
+/* Time of the processor: other programs take none of it. */
+static double encode_ms(const dspark_tokenizer *t, const char *text, size_t n) {
     double best = 1e30;
     for (int i = 0; i < 5; i++) {
-        double start = dspark__now_us(), us;
+        clock_t start = clock();
+        double ms;
         dspark_encode(t, text, n, 0, NULL, 0);
-        us = dspark__now_us() - start;
-        if (us < best) best = us;
+        ms = 1e3 * (double)(clock() - start) / CLOCKS_PER_SEC;
+        if (ms < best) best = ms;
     }
     return best;
 }
@@ -499,11 +502,11 @@ static void test_long_word(const dspark_tokenizer *t) {
     uint32_t state = 1;
     double shorter, longer;
     for (int i = 0; i < N; i++) state = state * 1664525 + 1013904223, text[i] = "etaoinshrdlu"[(state >> 16) % 12];
-    shorter = encode_us(t, text, N / 10), longer = encode_us(t, text, N);
-    ok(longer < 40 * shorter, "a word ten times as long takes about ten times as long: %.1f, %.1f ms", shorter / 1e3, longer / 1e3);
+    shorter = encode_ms(t, text, N / 10), longer = encode_ms(t, text, N);
+    ok(longer < 40 * shorter, "a word ten times as long takes about ten times as long: %.1f, %.1f ms", shorter, longer);
     memset(text, ' ', N);
-    shorter = encode_us(t, text, N / 10), longer = encode_us(t, text, N);
-    ok(longer < 40 * shorter, "and so do spaces: %.1f, %.1f ms", shorter / 1e3, longer / 1e3);
+    shorter = encode_ms(t, text, N / 10), longer = encode_ms(t, text, N);
+    ok(longer < 40 * shorter, "and so do spaces: %.1f, %.1f ms", shorter, longer);
     free(text);
 }
 
