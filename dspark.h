@@ -1006,8 +1006,8 @@ DSPARK_API dspark_status dspark_draw(const float *p, int vocab, uint64_t seed, i
     return DSPARK_OK;
 }
 
-// What a row of logits becomes: e_v = exp((logit_v - max) / t) for the tokens that stay, 0 for the others. One
-// stays if it does not come after (cut, cut_id), logits descending, then ids ascending, and e_v >= min_p.
+// What a row of logits becomes: e_v = exp((logit_v - max) / t) of the tokens that stay, 0 of the others. One
+// stays if, logit descending, id ascending, it does not come after (cut, cut_id), and if e_v >= min_p.
 typedef struct {
     const float *logits;
     int vocab, filtered, cut_id;        // filtered: cut or min_p take some away
@@ -1070,9 +1070,9 @@ static void dspark__histogram(const dspark__softmax *s, int count, uint32_t pref
     }
 }
 
-// Cuts after the last token, best first, before which there is less than the limit: top_k tokens, or (top_k 0)
-// top_p of the weight. A radix selection, so that nothing is sorted or stored but one histogram: bits of the
-// key from above, then ids among equal keys. O(vocab), whatever the logits are.
+// Cuts after the last token, best first, before which there is less than the limit: top_k tokens, or, top_k
+// being 0, top_p of the weight. A radix selection (bits of the key from above, then ids of equal keys), since
+// there is no storage to sort in. O(vocab), whatever the logits are.
 static void dspark__softmax_cut(dspark__softmax *s, int top_k, double top_p) {
     static const int width[3] = { 11, 11, 10 };
     double mass[2048], before = 0, limit = top_k;
@@ -1185,10 +1185,9 @@ DSPARK_API dspark_status dspark_distribution(const float *logits, int vocab, flo
 }
 
 // >>schedule
-// How many drafts of each request one target pass verifies: Algorithm 1 and its relatives.
-// Candidates are (r, k), draft k of request r, worth weight_r a_k, the tokens it is expected to add. a_k
-// falls along a request, so the order over all of them is a merge of the requests: a heap that holds the next
-// candidate of each. O(n log R).
+// How many drafts of each request one target pass verifies: Algorithm 1 and its relatives. A candidate (r, k)
+// is draft k of request r, its value weight_r a_k the tokens it is expected to add. Values fall along a
+// request, so their order over all requests is a merge: a heap holds the next candidate of each. O(n log R).
 
 typedef struct { double value, survival; int k, r; } dspark__candidate;    // survival a_k, value weight_r a_k
 typedef struct { const dspark_schedule_desc *desc; dspark__candidate *heap; int n; } dspark__merge;
@@ -1339,11 +1338,11 @@ DSPARK_API dspark_status dspark_schedule(const dspark_schedule_desc *d, int *len
 }
 
 // >>verify
-// Which drafts stand, and the token after them. Rows are looked at from left to right, and none
-// beyond the first that refuses its draft: plain decoding would not have met it.
+// Which drafts stand, and the token after them. Rows are looked at from left to right, and none beyond the
+// first that refuses its draft: plain decoding would not have met it.
 
-// p_t accepted x with u p_d(x) < p_t(x); else the residual max(0, p_t - p_d). p_draft NULL: p_d is one-hot at
-// x.
+// x stands with probability min(1, p_t(x) / p_d(x)), else the residual max(0, p_t - p_d): so the token comes
+// from p_t whatever p_d is. p_draft NULL: p_d is one-hot at x.
 static dspark_status dspark__verify_rejection(const dspark_verify_desc *d, int i, int *accepted,
                                               int32_t *token) {
     const float *p = d->p_target + (size_t)i * (size_t)d->vocab;
@@ -1368,11 +1367,17 @@ static dspark_status dspark__verify_rejection(const dspark_verify_desc *d, int i
     return DSPARK_OK;
 }
 
+// The first of the largest of a row, of logits or of a distribution
 static int32_t dspark__argmax(const float *p, int n) {
-    int32_t best = 0;
-    for (int32_t v = 1; v < n; v++)
-        if (p[v] > p[best]) best = v;
-    return best;
+    float x[DSPARK__TILE], best = -HUGE_VALF, most;
+    int32_t v = 0;
+    for (int i = 0; i < n; i += DSPARK__TILE) {
+        dspark__row_tile(p + i, n - i, -HUGE_VALF, x);
+        most = dspark__max_tile(x);
+        if (most > best) best = most, v = i;
+    }
+    while (p[v] < best) v++;        // in that tile
+    return v;
 }
 
 // Row i of the target. accepted: the draft of that place stands; else token is what comes there.
@@ -1413,8 +1418,8 @@ DSPARK_API dspark_status dspark_verify(const dspark_verify_desc *d, int *n_accep
 }
 
 // >>calibrate
-// Confidence that means what it says (Sequential Temperature Scaling), and an account that lets
-// drafting cost next to nothing where it does not pay.
+// Confidence that means what it says (Sequential Temperature Scaling), and an account that lets drafting cost
+// next to nothing where it does not pay.
 
 enum { DSPARK__STS_MAX_BINS = 1024 };
 
@@ -1422,8 +1427,8 @@ DSPARK_API double dspark_sts_apply(float logit, float temperature) {
     return 1.0 / (1.0 + dspark__exp(-(double)logit / (double)temperature));
 }
 
-// ECE of q = prefix * sigmoid(logit / T) against "the draft at k was accepted": sum over bins |sum (q -
-// label)| / N. q_out NULL: q is not kept. q_out may be prefix.
+// ECE of q = prefix * sigmoid(logit / T), the label being accepted > k: sum over bins |sum (q - label)| / N.
+// q_out, unless NULL, gets q; it may be prefix.
 static double dspark__sts_ece(const dspark_sts_desc *d, int k, const double *prefix, double t, int n_bins,
                               double *q_out) {
     double sum[DSPARK__STS_MAX_BINS], ece = 0;
@@ -1570,9 +1575,10 @@ static int dspark__utf8_write(uint32_t code, char *out) {
     return length;
 }
 
-// For open addressing: 8 bytes a step, high bits folded down.
-static uint32_t dspark__hash(const char *s, size_t n) {
-    uint64_t h = 0x9E3779B97F4A7C15u * (n + 1), word;
+// For open addressing: 8 bytes a step, high bits folded down. A table's address as seed, which a file cannot foresee,
+// keeps it from choosing names that collide.
+static uint32_t dspark__hash(const char *s, size_t n, uint64_t seed) {
+    uint64_t h = (0x9E3779B97F4A7C15u * (n + 1)) ^ (seed * 0xA0761D6478BD642Fu), word;
     for (; n; s += n < 8 ? n : 8, n -= n < 8 ? n : 8) {
         word = 0;
         if (n >= 8) memcpy(&word, s, 8);
@@ -1874,7 +1880,7 @@ static dspark_status dspark__json_unique(const dspark__json_reader *r, int objec
     table = (int *)dspark__alloc(size, sizeof *table);
     if (!table) return DSPARK_ERROR_MEMORY;
     for (int a = object + 1; a < end && !again; a = j->nodes[a + 1].next) {
-        size_t slot = dspark__hash(j->strings + j->nodes[a].at, (size_t)j->nodes[a].n) & (size - 1);
+        size_t slot = dspark__hash(j->strings + j->nodes[a].at, (size_t)j->nodes[a].n, (uintptr_t)table) & (size - 1);
         while (table[slot] && !dspark__json_equal(j, a, table[slot])) slot = (slot + 1) & (size - 1);
         if (table[slot]) again = a;
         table[slot] = a;
@@ -1953,8 +1959,7 @@ static dspark_status dspark__json_parse(dspark__json *j, const char *path, const
 // config implies and holds it against the types and the shape it must have. The first failure stays in the
 // loader's status and the calls after it do nothing, so that a step reads as a list. Weights stay where the
 // files are mapped and are not looked at: a NaN among them shows as DSPARK_ERROR_NUMERIC when it is met.
-// Vectors become floats; the experts that hash layers name are compared with their number (a token may name
-// one twice).
+// Vectors become floats; the experts that hash layers name are checked, since they are indices.
 
 typedef struct dspark__owned { struct dspark__owned *next; double align; } dspark__owned;
 
@@ -2081,7 +2086,7 @@ static dspark_status dspark__document_open(dspark__loader *b, const char *name, 
 }
 
 static uint64_t dspark__fold(uint64_t h, const void *data, size_t n) {
-    h = (h ^ dspark__hash((const char *)data, n)) * 0x9E3779B97F4A7C15u;
+    h = (h ^ dspark__hash((const char *)data, n, 0)) * 0x9E3779B97F4A7C15u;
     return h ^ h >> 29;
 }
 
@@ -2348,7 +2353,7 @@ static dspark_status dspark__names_open(dspark__names *names, int n) {
 
 // Where a name is or, with name NULL, would stand.
 static dspark__name *dspark__names_find(const dspark__names *names, const char *name, size_t len) {
-    size_t i = dspark__hash(name, len) & names->mask;
+    size_t i = dspark__hash(name, len, (uintptr_t)names->slots) & names->mask;
     while (names->slots[i].name && (names->slots[i].len != len || memcmp(names->slots[i].name, name, len)))
         i = (i + 1) & names->mask;
     return &names->slots[i];
@@ -2769,25 +2774,36 @@ static void dspark__bind_attention(dspark__loader *b, dspark_layer *l, const cha
     dspark__bind_compressor(b, &l->index_compressor, 4, c->index_head_dim);
 }
 
-// A hash layer's experts for each token of the vocabulary.
+// A hash layer's experts for each token: in range, none twice. last [experts]: who named it last, plus one.
+static void dspark__check_hash(dspark__loader *b, const dspark_layer *l, const char *file, int *last) {
+    const dspark_config *c = &b->ck->config;
+    const uint8_t *p = l->tid2eid;
+    for (int token = 0; token < c->vocab_size; token++)
+        for (int k = 0; k < c->num_experts_per_tok; k++, p += l->tid2eid_bytes) {
+            int64_t wide;
+            int32_t narrow;
+            if (l->tid2eid_bytes == 8) memcpy(&wide, p, 8);
+            else memcpy(&narrow, p, 4), wide = narrow;
+            if (wide < 0 || wide >= c->n_routed_experts || last[wide] == token + 1) {
+                b->status = dspark__bad(file, b->name, "token %d: expected different experts from 0 to %d, "
+                                        "found %lld", token, c->n_routed_experts - 1, (long long)wide);
+                return;
+            }
+            last[wide] = token + 1;
+        }
+}
+
 static void dspark__bind_hash(dspark__loader *b, dspark_layer *l) {
     const dspark_config *c = &b->ck->config;
-    int types = 1 << DSPARK__I64 | 1 << DSPARK__I32, K = c->num_experts_per_tok;
+    int types = 1 << DSPARK__I64 | 1 << DSPARK__I32, K = c->num_experts_per_tok, *last;
     const dspark__tensor *t = dspark__bind(b, types, c->vocab_size, K, "gate.tid2eid", "");
-    size_t n = (size_t)c->vocab_size * (size_t)K;
     if (!t) return;
     l->tid2eid = dspark__tensor_data(b, t);
     l->tid2eid_bytes = t->type == DSPARK__I64 ? 8 : 4;
-    for (size_t i = 0; i < n; i++) {
-        int64_t wide;
-        int32_t narrow;
-        if (l->tid2eid_bytes == 8) memcpy(&wide, l->tid2eid + 8 * i, 8);
-        else memcpy(&narrow, l->tid2eid + 4 * i, 4), wide = narrow;
-        if (wide >= 0 && wide < c->n_routed_experts) continue;
-        b->status = dspark__bad(dspark__file_of(b, t), b->name, "token %zu: expected an expert from 0 to "
-                                "%d, found %lld", i / (size_t)K, c->n_routed_experts - 1, (long long)wide);
-        return;
-    }
+    last = (int *)dspark__alloc((size_t)c->n_routed_experts, sizeof *last);
+    if (!last) b->status = DSPARK_ERROR_MEMORY;
+    else dspark__check_hash(b, l, dspark__file_of(b, t), last);
+    dspark__free(last);
 }
 
 static void dspark__bind_expert(dspark__loader *b, dspark_expert *e, int width) {
@@ -3055,7 +3071,7 @@ DSPARK_API int dspark_token_is_special(const dspark_tokenizer *t, int32_t id) {
 
 // Where the bytes stand in ids, or the empty slot where they would.
 static size_t dspark__token_slot(const dspark_tokenizer *t, const char *bytes, size_t len) {
-    size_t slot = dspark__hash(bytes, len) & t->ids_mask;
+    size_t slot = dspark__hash(bytes, len, (uintptr_t)t->ids) & t->ids_mask;
     for (; t->ids[slot]; slot = (slot + 1) & t->ids_mask) {
         const dspark__token *token = &t->tokens[t->ids[slot] - 1];
         if ((size_t)token->len == len && !memcmp(token->bytes, bytes, len)) break;
@@ -4158,6 +4174,8 @@ static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *
 // Committed tokens, of which the first n_run have been run: their rows are in the state, indexed by position. Between
 // calls n_run is n_tokens (and the logits for the next are there) or less (the rest is pending).
 
+enum { DSPARK__LONGEST_STOP = 4096 };      // bytes of a stop string
+
 struct dspark_session {
     dspark_model *model;
     void *state;                    // the backend's
@@ -4175,6 +4193,7 @@ struct dspark_session {
     dspark_utf8 utf8;
     char *text;                     // what the last step gave (text_out bytes), then what is held back
     int text_len, text_out, text_cap;
+    int finish;                     // the stop that ended the text, until an append or a truncate; else 0
     char *memory;
 };
 
@@ -4217,8 +4236,8 @@ static dspark_status dspark__desc_check(const dspark_model *m, const dspark_sess
     if (d->n_stop_strings && !m->tokenizer)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop strings: the model has no tokenizer.json");
     for (int i = 0; i < d->n_stop_strings; i++)
-        if (!d->stop_strings[i] || !*d->stop_strings[i] || strlen(d->stop_strings[i]) > 4096)
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d: expected 1 to 4096 bytes", i);
+        if (!d->stop_strings[i] || !*d->stop_strings[i] || strlen(d->stop_strings[i]) > DSPARK__LONGEST_STOP)
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d: expected 1 to %d bytes", i, DSPARK__LONGEST_STOP);
     return dspark__policy_check(m, &d->policy);
 }
 
@@ -4226,15 +4245,12 @@ static dspark_status dspark__desc_check(const dspark_model *m, const dspark_sess
 static size_t dspark__session_layout(dspark_session *s, const dspark_model *m, const dspark_session_desc *d, char *memory) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__carver v = { memory, 0 };
-    size_t longest = 0, strings = 0, step = (size_t)(c->dspark_block_size + 2);
+    size_t strings = 0, step = (size_t)(c->dspark_block_size + 2);
     const char **stops;
     char *bytes;
     int32_t *stop_tokens;
-    for (int i = 0; i < d->n_stop_strings; i++) {
-        size_t n = strlen(d->stop_strings[i]) + 1;
-        longest = n > longest ? n : longest, strings += n;
-    }
-    s->text_cap = (int)(step * (size_t)(3 * m->max_token_bytes + 9) + longest + 16);
+    for (int i = 0; i < d->n_stop_strings; i++) strings += strlen(d->stop_strings[i]) + 1;
+    s->text_cap = (int)(step * (size_t)(3 * m->max_token_bytes + 9) + DSPARK__LONGEST_STOP + 16);
     s->tokens = (int32_t *)dspark__carve(&v, (size_t)(dspark__context(m, d) + c->dspark_block_size + 2), sizeof *s->tokens);
     s->logits = (float *)dspark__carve(&v, (size_t)c->vocab_size, sizeof *s->logits);
     s->text = (char *)dspark__carve(&v, (size_t)s->text_cap, 1);
@@ -4322,7 +4338,7 @@ static void dspark__mark_run(dspark_session *s, int end) { s->high = dspark__max
 // rows depend on (a window for each layer). Their compressed rows stand, so only the rings are written.
 static dspark_status dspark__refill(dspark_session *s) {
     const dspark_config *c = dspark__config(s);
-    int need = c->sliding_window, start, n_run = s->n_run;
+    int need = dspark__ring(c), start, n_run = s->n_run;
     dspark_pass_result result;
     if (s->high - n_run <= c->dspark_block_size + 1) return DSPARK_OK;
     for (int l = 0; l < c->num_hidden_layers; l++) need = dspark__max(need, dspark__raw_ring(c, c->compress_ratios[l]));
@@ -4334,7 +4350,7 @@ static dspark_status dspark__refill(dspark_session *s) {
         if (status) return status;
     }
     s->high = n_run;
-    s->n_injected = dspark__max(0, n_run - c->sliding_window);
+    s->n_injected = 0;
     return DSPARK_OK;
 }
 
@@ -4356,12 +4372,13 @@ static dspark_status dspark__run_pending(dspark_session *s) {
     return status;
 }
 
+// What comes is a new text: nothing is held back, no stop has been met.
 static void dspark__text_reset(dspark_session *s) {
-    s->text_len = s->text_out = 0;
+    s->text_len = s->text_out = 0, s->finish = DSPARK_RUNNING;
     memset(&s->utf8, 0, sizeof s->utf8);
 }
 
-DSPARK_API dspark_status dspark_session_submit(dspark_session *s, const int32_t *ids, int n) {
+static dspark_status dspark__add_tokens(dspark_session *s, const int32_t *ids, int n) {
     int V = dspark__config(s)->vocab_size;
     if (n < 0 || (n && !ids)) return dspark__fail(DSPARK_ERROR_ARGUMENT, "append: %d tokens", n);
     if (n > s->desc.max_context - s->n_tokens)
@@ -4372,14 +4389,20 @@ DSPARK_API dspark_status dspark_session_submit(dspark_session *s, const int32_t 
     if (!n) return DSPARK_OK;
     memcpy(s->tokens + s->n_tokens, ids, (size_t)n * sizeof *ids);
     s->n_tokens += n, s->has_logits = 0;
-    dspark__text_reset(s);
     return DSPARK_OK;
+}
+
+DSPARK_API dspark_status dspark_session_submit(dspark_session *s, const int32_t *ids, int n) {
+    dspark_status status = dspark__add_tokens(s, ids, n);
+    if (!status && n) dspark__text_reset(s);
+    return status;
 }
 
 DSPARK_API dspark_status dspark_session_append(dspark_session *s, const int32_t *ids, int n) {
     int n_tokens = s->n_tokens, n_run = s->n_run, n_injected = s->n_injected, has_logits = s->has_logits;
-    dspark_status status = dspark_session_submit(s, ids, n);
+    dspark_status status = dspark__add_tokens(s, ids, n);
     if (!status) status = dspark__run_pending(s);
+    if (!status && n) dspark__text_reset(s);
     if (!status) return DSPARK_OK;
     s->n_tokens = n_tokens, s->n_run = n_run, s->has_logits = has_logits;
     s->n_injected = dspark__min(s->n_injected, n_injected);
@@ -4425,7 +4448,9 @@ typedef struct {
     char magic[8];
     uint64_t fingerprint, seed, cycle;
     int32_t max_context, n_tokens, n_run, high, n_injected, has_logits, top_k, has_account;
-    float temperature, top_p, min_p, unused;
+    int32_t ignore_eos, logprobs, finish, n_text;       // n_text: bytes of text held back
+    float temperature, top_p, min_p;
+    dspark_utf8 utf8;
     dspark_policy policy;
     dspark_account account;
     dspark_stats stats;
@@ -4435,6 +4460,7 @@ static void dspark__session_take(dspark_session *s, const dspark__session_record
     s->cycle = r->cycle, s->n_tokens = r->n_tokens, s->n_run = r->n_run, s->high = r->high;
     s->n_injected = r->n_injected, s->has_logits = r->has_logits;
     s->has_account = r->has_account, s->account = r->account, s->stats = r->stats;
+    s->utf8 = r->utf8, s->text_len = r->n_text, s->text_out = 0, s->finish = r->finish;
 }
 
 static void dspark__session_record_of(const dspark_session *s, dspark__session_record *r) {
@@ -4445,6 +4471,8 @@ static void dspark__session_record_of(const dspark_session *s, dspark__session_r
     r->has_logits = s->has_logits, r->top_k = s->desc.top_k, r->has_account = s->has_account;
     r->temperature = s->desc.temperature, r->top_p = s->desc.top_p, r->min_p = s->desc.min_p;
     r->policy = s->desc.policy, r->account = s->account, r->stats = s->stats;
+    r->ignore_eos = s->desc.ignore_eos, r->logprobs = s->desc.logprobs, r->finish = s->finish;
+    r->utf8 = s->utf8, r->n_text = s->text_len - s->text_out;
 }
 
 DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_session *s, const dspark_session_desc *desc) {
@@ -4461,6 +4489,8 @@ DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_
     if (status) return dspark_session_close(*out), *out = NULL, status;
     dspark__session_record_of(s, &r);
     dspark__session_take(*out, &r);
+    if (desc) (*out)->finish = DSPARK_RUNNING;
+    memcpy((*out)->text, s->text + s->text_out, (size_t)r.n_text);
     memcpy((*out)->tokens, s->tokens, (size_t)s->n_tokens * sizeof *s->tokens);
     memcpy((*out)->logits, s->logits, (size_t)V * sizeof *s->logits);
     return DSPARK_OK;
@@ -4476,11 +4506,12 @@ static dspark_status dspark__piece_read(void *user, void *data, size_t bytes) {
     return dspark__fail(DSPARK_ERROR_FORMAT, "expected %zu bytes more, found the end", bytes);
 }
 
-// The parts of a session file: record, tokens, logits, state.
+// The parts of a session file behind its record: tokens, logits, text held back, state.
 static dspark_status dspark__session_parts(const dspark_session *s, dspark_piece piece, void *user) {
     size_t V = (size_t)dspark__config(s)->vocab_size;
     dspark_status status = piece(user, s->tokens, (size_t)s->n_tokens * sizeof *s->tokens);
     if (!status) status = piece(user, s->logits, V * sizeof *s->logits);
+    if (!status) status = piece(user, s->text + s->text_out, (size_t)(s->text_len - s->text_out));
     return status ? status : s->model->backend->state_pieces(s->state, s->n_tokens, piece, user);
 }
 
@@ -4498,6 +4529,22 @@ DSPARK_API dspark_status dspark_session_save(const dspark_session *s, const char
     return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
 }
 
+// Could these bytes be the beginning of a character?
+static int dspark__utf8_waits(const dspark_utf8 *u) {
+    dspark_utf8 again;
+    char out[32];
+    memset(&again, 0, sizeof again);
+    return u->n >= 0 && u->n < 4 && !dspark_utf8_push(&again, (const char *)u->held, u->n, 0, out) && again.n == u->n;
+}
+
+static int dspark__stats_are_counts(const dspark_stats *t) {
+    int64_t count[offsetof(dspark_stats, draft_us) / sizeof(int64_t)];
+    memcpy(count, t, sizeof count);
+    for (size_t i = 0; i < sizeof count / sizeof *count; i++)
+        if (count[i] < 0 || count[i] >> 53) return 0;
+    return 1;
+}
+
 static dspark_status dspark__record_check(const dspark_model *m, const char *path, const dspark__session_record *r) {
     const dspark_config *c = &m->checkpoint.config;
     uint64_t fingerprint;
@@ -4508,10 +4555,14 @@ static dspark_status dspark__record_check(const dspark_model *m, const char *pat
         return dspark__fail(DSPARK_ERROR_FORMAT, "%s: saved with another checkpoint (%016llx, this one is %016llx)", path,
                             (unsigned long long)r->fingerprint, (unsigned long long)fingerprint);
     if (r->max_context < 1 || r->max_context > c->max_position_embeddings || r->n_tokens < 0 || r->n_tokens > r->max_context ||
-        r->n_run < 0 || r->n_run > r->n_tokens || r->high < r->n_run || r->high > r->max_context + c->dspark_block_size ||
-        r->n_injected < 0 || r->n_injected > r->n_run || (r->has_logits && r->n_run != r->n_tokens))
+        r->n_run < 0 || r->n_run > r->n_tokens || r->high < r->n_run || r->n_injected < 0 || r->n_injected > r->n_run ||
+        r->has_logits != (r->n_tokens && r->n_run == r->n_tokens))
         return dspark__fail(DSPARK_ERROR_FORMAT, "%s: lengths %d, %d, %d, %d of %d contradict each other", path, r->n_tokens,
                             r->n_run, r->high, r->n_injected, r->max_context);
+    if (r->n_text < 0 || r->n_text > DSPARK__LONGEST_STOP || !dspark__utf8_waits(&r->utf8) || r->finish < 0 ||
+        r->finish > DSPARK_STOP_STRING || !dspark__stats_are_counts(&r->stats))
+        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %d bytes of text, finish %d, %lld tokens emitted, or another count",
+                            path, r->n_text, r->finish, (long long)r->stats.emitted);
     return DSPARK_OK;
 }
 
@@ -4524,11 +4575,12 @@ static dspark_status dspark__session_read(dspark_session **out, dspark_model *m,
     if ((status = dspark__record_check(m, path, &r)) != DSPARK_OK) return status;
     memset(&own, 0, sizeof own);
     own.max_context = r.max_context, own.seed = r.seed, own.temperature = r.temperature, own.top_k = r.top_k;
-    own.top_p = r.top_p, own.min_p = r.min_p, own.policy = r.policy;
+    own.top_p = r.top_p, own.min_p = r.min_p, own.policy = r.policy, own.ignore_eos = r.ignore_eos, own.logprobs = r.logprobs;
     if (desc && dspark__context(m, desc) < r.n_tokens)
         return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "%s: %d tokens, a context of %d", path, r.n_tokens, dspark__context(m, desc));
     if ((status = dspark_session_open(out, m, desc ? desc : &own)) != DSPARK_OK) return status;
     dspark__session_take(*out, &r);
+    if (desc) (*out)->finish = DSPARK_RUNNING;
     status = dspark__session_parts(*out, dspark__piece_read, f);
     for (int i = 0; !status && i < r.n_tokens; i++)
         if ((*out)->tokens[i] < 0 || (*out)->tokens[i] >= m->checkpoint.config.vocab_size)
@@ -4636,6 +4688,7 @@ static void dspark__text_begin(dspark_session *s) {
 }
 static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
     if (r->finish && r->finish != DSPARK_STOP_STRING && dspark__text_add(s, 0, 1)) r->finish = DSPARK_STOP_STRING;
+    if (r->finish == DSPARK_STOP_TOKEN || r->finish == DSPARK_STOP_STRING) s->finish = r->finish;
     s->text_out = r->finish ? s->text_len : s->text_len - dspark__text_held(s);
     r->text = s->text, r->text_len = s->text_out;
     if (r->finish) memset(&s->utf8, 0, sizeof s->utf8);
@@ -4797,7 +4850,7 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
         if (!lanes[i].n_drafted) continue;
         b->lane_of[pass->n_segments++] = i;
         *g = dspark__segment(s, pass->n_rows, c->dspark_block_size, s->n_run);
-        g->logits_from = 0, g->inject_from = dspark__max(s->n_injected, s->n_run - c->sliding_window);
+        g->logits_from = 0, g->inject_from = dspark__max(s->n_injected, s->high - dspark__ring(c));
         s->n_injected = s->n_run;
         lanes[i].draft_row = pass->n_rows;
         for (int k = 0; k < c->dspark_block_size; k++) b->ids[pass->n_rows++] = k ? c->dspark_noise_token_id : s->tokens[s->n_run];
@@ -5004,8 +5057,11 @@ static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_res
     dspark__text_begin(s);
     r->text = s->text;
     if (!s->n_tokens) return r->status = dspark__fail(DSPARK_ERROR_ARGUMENT, "step: the session has no tokens to go on from"), 0;
-    if (!s->has_logits && s->n_tokens - s->n_run > 1) return a->n_prompt = dspark__min(room, s->n_tokens - s->n_run);
-    r->finish = dspark__exhausted(s);
+    if (!s->has_logits && s->n_tokens - s->n_run > 1) {
+        r->status = dspark__refill(s);
+        return r->status ? 0 : (a->n_prompt = dspark__min(room, s->n_tokens - s->n_run));
+    }
+    r->finish = s->finish ? s->finish : dspark__exhausted(s);
     if (!r->finish && s->has_logits && !dspark__first_token(s, r) && r->status) return 0;
     if (r->finish) return dspark__text_end(s, r), 0;
     r->status = dspark__refill(s);
@@ -5161,9 +5217,9 @@ static int dspark__linear_rows(int n) {     // the size of the next group when n
 }
 // 16 more: rows a multiple of 4 KiB apart would fall on the same lines of the first cache.
 static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
-static size_t dspark__linear_scratch(int cols, int n_rows) {    // inputs, four rows' scales, four rows' weights
-    size_t stride = dspark__input_stride(cols);
-    return 32 + stride / 8 + 4 * stride + stride * (size_t)(n_rows < DSPARK__LINEAR_ROWS ? n_rows : DSPARK__LINEAR_ROWS);
+static size_t dspark__linear_scratch(int cols, int n_rows) {    // rows of inputs; four of weights; their scales
+    size_t rows = (size_t)(n_rows < DSPARK__LINEAR_ROWS ? n_rows : DSPARK__LINEAR_ROWS);
+    return dspark__input_stride(cols) * (rows + 5) + 64;
 }
 
 static size_t dspark__row_bytes(const dspark_matrix *m) {
@@ -6494,6 +6550,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__p DSPARK__AT(p)
 #define dspark__p_zero DSPARK__AT(p_zero)
 #define dspark__p_load DSPARK__AT(p_load)
+#define dspark__p_keep DSPARK__AT(p_keep)           // as it is, but in a register: GCC would load it for each use
 #define dspark__p_fma DSPARK__AT(p_fma)
 #define dspark__p_fp8 DSPARK__AT(p_fp8)             // E4M3 codes: 2^-8 of their values, codes 127 and 255 +-480/256
 #define dspark__p_table DSPARK__AT(p_table)         // what p_fp4 needs of a scale
@@ -6510,7 +6567,15 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__interleave DSPARK__AT(interleave)   // bytes a[0] b[0] c[0] d[0] a[1] ... of 16 each
 #define dspark__prefetch DSPARK__AT(prefetch)
 
-#if DSPARK__PATH == 1       // plain C; not inlined, for GCC would work on it for ten seconds
+// Words are inlined, but in plain C, on which GCC would work for ten seconds.
+#undef DSPARK__WORD
+#if DSPARK__PATH == 1
+#define DSPARK__WORD DSPARK__CALLED
+#else
+#define DSPARK__WORD DSPARK__INLINE
+#endif
+
+#if DSPARK__PATH == 1       // plain C
 typedef struct { float f[16]; } dspark__v;
 typedef struct { uint32_t u[16]; } dspark__i;
 enum { DSPARK__AT(rows) = 1, DSPARK__AT(wide) = 1, DSPARK__AT(outputs) = 1, DSPARK__AT(piece) = 16 };
@@ -6559,6 +6624,7 @@ DSPARK__CALLED float dspark__v_first(dspark__v a) { return a.f[0]; }
 typedef dspark__v dspark__p;
 DSPARK__CALLED dspark__p dspark__p_zero(void) { return dspark__v_set(0); }
 DSPARK__CALLED dspark__p dspark__p_load(const void *p) { return dspark__v_load(p); }
+DSPARK__CALLED dspark__p dspark__p_keep(dspark__p x) { return x; }
 DSPARK__CALLED dspark__p dspark__p_fma(dspark__p a, dspark__p b, dspark__p c) { return dspark__v_fma(a, b, c); }
 DSPARK__CALLED dspark__v dspark__v_join(dspark__p a, dspark__p b) { return (void)b, a; }
 // The code's exponent and mantissa in a float's place are 2^-120 of its value, subnormals included.
@@ -6666,6 +6732,7 @@ DSPARK__INLINE float dspark__v_first(dspark__v x) { return _mm256_cvtss_f32(x.a)
 typedef __m256 dspark__p;
 DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm256_setzero_ps(); }
 DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm256_loadu_ps((const float *)p); }
+DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { __asm__("" : "+x"(x)); return x; }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) { return _mm256_fmadd_ps(x, y, z); }
 DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return DSPARK__AT(v_pair)(x, y); }
 // Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
@@ -6776,6 +6843,7 @@ DSPARK__INLINE float dspark__v_first(dspark__v x) { return _mm512_cvtss_f32(x.a)
 typedef __m512 dspark__p;
 DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm512_setzero_ps(); }
 DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm512_loadu_ps(p); }
+DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { __asm__("" : "+v"(x)); return x; }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) { return _mm512_fmadd_ps(x, y, z); }
 DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return (void)y, DSPARK__AT(v_of)(x); }
 // Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
@@ -6925,6 +6993,7 @@ DSPARK__INLINE dspark__p dspark__p_load(const void *from) {
     const uint8_t *p = (const uint8_t *)from;
     return DSPARK__AT(p_of)(vreinterpretq_f32_u8(vld1q_u8(p)), vreinterpretq_f32_u8(vld1q_u8(p + 16)));
 }
+DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { return x; }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return DSPARK__AT(p_of)(vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b));
 }
@@ -6981,47 +7050,48 @@ DSPARK__INLINE void dspark__prefetch(const void *p) { __builtin_prefetch(p); }
 #define dspark__v_load_n DSPARK__AT(v_load_n)
 #define dspark__v_store_n DSPARK__AT(v_store_n)
 
-DSPARK__INLINE dspark__v dspark__v_abs(dspark__v x) {
+DSPARK__WORD dspark__v dspark__v_abs(dspark__v x) {
     return dspark__i_floats(dspark__i_and(dspark__v_bits(x), dspark__i_set(0x7fffffff)));
 }
-DSPARK__INLINE float dspark__v_sum(dspark__v x) {
+DSPARK__WORD float dspark__v_sum(dspark__v x) {
     x = dspark__v_add(x, dspark__v_swap8(x));
     x = dspark__v_add(x, dspark__v_swap4(x));
     x = dspark__v_add(x, dspark__v_swap2(x));
     return dspark__v_first(dspark__v_add(x, dspark__v_swap1(x)));
 }
-DSPARK__INLINE float dspark__v_largest(dspark__v x) {
+DSPARK__WORD float dspark__v_largest(dspark__v x) {
     x = dspark__v_max(x, dspark__v_swap8(x));
     x = dspark__v_max(x, dspark__v_swap4(x));
     x = dspark__v_max(x, dspark__v_swap2(x));
     return dspark__v_first(dspark__v_max(x, dspark__v_swap1(x)));
 }
 #if DSPARK__PATH == 1 || DSPARK__PATH == 4
-DSPARK__INLINE void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
+DSPARK__WORD void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
     y[0] = dspark__v_sum(a), y[1] = dspark__v_sum(b), y[2] = dspark__v_sum(c), y[3] = dspark__v_sum(d);
 }
 #endif
 // The first n lanes (16 if n is more); the others are `fill`, or left alone.
-DSPARK__INLINE dspark__v dspark__v_load_n(const float *p, int n, float fill) {
+DSPARK__CALLED dspark__v DSPARK__AT(load_some)(const float *p, int n, float fill) {
     float some[16];
-    if (n >= 16) return dspark__v_load(p);
-    dspark__v_store(some, dspark__v_set(fill));
-    for (int i = 0; i < n; i++) some[i] = p[i];
+    for (int i = 0; i < 16; i++) some[i] = i < n ? p[i] : fill;
     return dspark__v_load(some);
 }
-DSPARK__INLINE void dspark__v_store_n(float *p, int n, dspark__v x) {
+DSPARK__CALLED void DSPARK__AT(store_some)(float *p, int n, dspark__v x) {
     float some[16];
-    if (n >= 16) {
-        dspark__v_store(p, x);
-        return;
-    }
     dspark__v_store(some, x);
-    for (int i = 0; i < n; i++) p[i] = some[i];
+    memcpy(p, some, (size_t)n * sizeof(float));
+}
+DSPARK__WORD dspark__v dspark__v_load_n(const float *p, int n, float fill) {
+    return n >= 16 ? dspark__v_load(p) : DSPARK__AT(load_some)(p, n, fill);
+}
+DSPARK__WORD void dspark__v_store_n(float *p, int n, dspark__v x) {
+    if (n >= 16) dspark__v_store(p, x);
+    else DSPARK__AT(store_some)(p, n, x);
 }
 
 // A piece's weights from the k-th on; FP8: 2^-8 of them; FP4: times their scale, in p_fp4's order
 #define dspark__p_decode DSPARK__AT(p_decode)
-DSPARK__INLINE dspark__p dspark__p_decode(const int dtype, const uint8_t *w, size_t k, dspark__p table) {
+DSPARK__WORD dspark__p dspark__p_decode(const int dtype, const uint8_t *w, size_t k, dspark__p table) {
     switch (dtype) {
     case DSPARK_FP8: return dspark__p_fp8(w + k);
     case DSPARK_FP4: return dspark__p_fp4(w + k / 2, table);
@@ -7045,7 +7115,7 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     acc[r][0][0] = acc[r][1][0] = acc[r][2][0] = acc[r][3][0] = dspark__p_zero(); \
     acc[r][0][1] = acc[r][1][1] = acc[r][2][1] = acc[r][3][1] = dspark__p_zero();
 #define DSPARK__MULTIPLY(r, half) \
-    v = dspark__p_load(p->x[r] + k); \
+    v = dspark__p_keep(dspark__p_load(p->x[r] + k)); \
     acc[r][0][half] = dspark__p_fma(w0, v, acc[r][0][half]); \
     if (Q > 1) acc[r][1][half] = dspark__p_fma(w1, v, acc[r][1][half]); \
     if (Q > 2) acc[r][2][half] = dspark__p_fma(w2, v, acc[r][2][half]); \
@@ -7087,37 +7157,39 @@ DSPARK__INLINE void dspark__product_of(dspark__product *to, const int dtype, con
     DSPARK__EACH_ROW(DSPARK__SUM)
 }
 
+#define dspark__multiply DSPARK__AT(multiply)
+#if DSPARK__PATH == 1
+static void dspark__multiply(int dtype, int R, dspark__product *p) { (void)R, dspark__product_of(p, dtype, 1, 1); }
+#else
 // One function a dtype and number of rows, with as many outputs as the registers hold.
 #define DSPARK__PRODUCT(name, dtype, R) \
     static void DSPARK__AT(name##R)(dspark__product *p) { \
         dspark__product_of(p, dtype, R, R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs)); \
     }
 #define DSPARK__PRODUCTS(R) \
-    DSPARK__PRODUCT(f32_, DSPARK_F32, R) DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) DSPARK__PRODUCT(f16_, DSPARK_F16, R) \
+    DSPARK__PRODUCT(f32_, DSPARK_F32, R) DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) \
     DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
 #define DSPARK__PRODUCT_ROW(R) \
-    { DSPARK__AT(f32_##R), DSPARK__AT(bf16_##R), DSPARK__AT(f16_##R), DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
+    { DSPARK__AT(f32_##R), DSPARK__AT(bf16_##R), DSPARK__AT(f16_1), DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
+DSPARK__PRODUCT(f16_, DSPARK_F16, 1)        // rare: one row at a time
 DSPARK__PRODUCTS(1)
-#if DSPARK__PATH > 1
 DSPARK__PRODUCTS(2)
 DSPARK__PRODUCTS(3)
-#endif
 #if DSPARK__PATH == 3
 DSPARK__PRODUCTS(4)
 DSPARK__PRODUCTS(5)
 DSPARK__PRODUCTS(6)
 #endif
-static void (*const DSPARK__AT(products)[][5])(dspark__product *) = {
-    DSPARK__PRODUCT_ROW(1),
-#if DSPARK__PATH > 1
-    DSPARK__PRODUCT_ROW(2), DSPARK__PRODUCT_ROW(3),
-#endif
+static void dspark__multiply(int dtype, int R, dspark__product *p) {
+    static void (*const products[][5])(dspark__product *) = {
+        DSPARK__PRODUCT_ROW(1), DSPARK__PRODUCT_ROW(2), DSPARK__PRODUCT_ROW(3),
 #if DSPARK__PATH == 3
-    DSPARK__PRODUCT_ROW(4), DSPARK__PRODUCT_ROW(5), DSPARK__PRODUCT_ROW(6)
+        DSPARK__PRODUCT_ROW(4), DSPARK__PRODUCT_ROW(5), DSPARK__PRODUCT_ROW(6)
 #endif
-};
-#define dspark__multiply DSPARK__AT(multiply)
-static void dspark__multiply(int dtype, int R, dspark__product *p) { DSPARK__AT(products)[R - 1][dtype](p); }
+    };
+    products[R - 1][dtype](p);
+}
+#endif
 
 // Rows go in even groups of at most `rows`: 8 are 4 and 4. The size of the next group when n are left.
 static int DSPARK__AT(group)(int n) {
@@ -7139,18 +7211,17 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
     }
 }
 
-// n FP4 scales of four rows as floats, those of a block beside each other.
-static void DSPARK__AT(scales)(const uint8_t *const *row, int n, float *y) {
+// n FP4 scales of four rows as floats, those of a block beside each other, up to 64 floats too many. `end`: of all scales.
+static void DSPARK__AT(scales)(const uint8_t *const *row, int n, const uint8_t *end, float *y) {
     for (int k = 0; k < n; k += 16) {
         uint8_t some[4][16] = { { 0 } }, all[64];
         const uint8_t *at[4];
         for (int q = 0; q < 4; q++) {
             at[q] = row[q] + k;
-            if (n - k < 16) memcpy(some[q], at[q], (size_t)(n - k)), at[q] = some[q];
+            if (end - at[q] < 16) at[q] = (const uint8_t *)memcpy(some[q], at[q], (size_t)(end - at[q]));
         }
         dspark__interleave(all, at[0], at[1], at[2], at[3]);
-        for (int i = 0; i < 64 && i < 4 * (n - k); i += 16)
-            dspark__v_store_n(y + 4 * k + i, 4 * (n - k) - i, dspark__v_e8m0(all + i));
+        for (int i = 0; i < 64; i += 16) dspark__v_store(y + 4 * k + i, dspark__v_e8m0(all + i));
     }
 }
 
@@ -7167,40 +7238,52 @@ static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__pro
         memset(odd + (size_t)q * padded, 0, padded);
         p->w[q] = (const uint8_t *)memcpy(odd + (size_t)q * padded, p->w[q], bytes);
     }
-    if (m->dtype == DSPARK_FP4) DSPARK__AT(scales)(scale, m->cols / 32, scales);
+    if (m->dtype == DSPARK_FP4)
+        DSPARK__AT(scales)(scale, m->cols / 32, m->scale + (size_t)m->rows * (size_t)(m->cols / 32), scales);
+}
+
+// Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs. Few weights at a time, which stay in
+// the first cache for all rows. spare: four rows of weights, and a row of inputs for four rows' FP4 scales.
+static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end, const float *const *x, float *const *y,
+                                     int n, float *spare) {
+    const dspark_matrix *m = job->w;
+    size_t stride = dspark__input_stride(m->cols);
+    int single = n == 1 || m->dtype == DSPARK_F16, Q = single ? DSPARK__AT(wide) : DSPARK__AT(outputs);
+    dspark__product p;
+    p.n = (m->cols + 31) / 32 * 32, p.scale = spare + 4 * stride;
+    for (int i = begin; i < end; i += Q) {
+        DSPARK__AT(take)(job, i, end, &p, spare + 4 * stride, m->cols % 32 ? (uint8_t *)spare : NULL);
+        p.ahead = dspark__row_bytes(m) * (size_t)Q;
+        for (int r = 0, R; r < n; r += R, p.ahead = 0) {
+            R = single ? 1 : DSPARK__AT(group)(n - r);
+            for (int j = 0; j < R; j++) p.x[j] = x[r + j];
+            dspark__multiply(m->dtype, R, &p);
+            for (int j = 0; j < R; j++)
+                for (int q = 0; q < Q && i + q < end; q++) y[r + j][i + q] = p.sum[j][q];
+        }
+    }
 }
 
 static void DSPARK__AT(linear)(const dspark__job *job, int begin, int end, float *scratch) {
     const dspark_matrix *m = job->w;
     size_t stride = dspark__input_stride(m->cols);
-    float *weights = scratch + (64 - ((uintptr_t)scratch & 63)) % 64 / sizeof(float), *copy = weights + 4 * stride;
-    float *scales = copy + stride * (size_t)dspark__linear_rows(job->n_rows);
-    int odd = m->cols % 32 != 0, copied = odd || m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4;
+    float *copy = scratch + (64 - ((uintptr_t)scratch & 63)) % 64 / sizeof(float);
+    float *spare = copy + stride * (size_t)dspark__linear_rows(job->n_rows);
+    int copied = m->cols % 32 != 0 || m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4;
     const float *x[DSPARK__LINEAR_ROWS];
-    dspark__product p;
-    p.n = (m->cols + 31) / 32 * 32, p.scale = scales;
-    for (int i = begin, next; i < end; i = next) {      // a row of FP8 blocks
+    for (int i = begin, next; i < end; i = next) {
         int block = (job->first + i) / 128;
         next = (block + 1) * 128 - job->first;
         if (next > end) next = end;
-        for (int r0 = 0, n; r0 < job->n_rows; r0 += n) {
-            int Q;
-            n = dspark__linear_rows(job->n_rows - r0), Q = n == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs);
+        for (int r = 0, n; r < job->n_rows; r += n) {
+            n = dspark__linear_rows(job->n_rows - r);
             for (int j = 0; j < n; j++) {
-                x[j] = job->x[r0 + j];
-                if (copied) DSPARK__AT(prepare)(m, block, x[j], copy + (size_t)j * stride), x[j] = copy + (size_t)j * stride;
+                x[j] = job->x[r + j];
+                if (!copied) continue;
+                DSPARK__AT(prepare)(m, block, x[j], copy + (size_t)j * stride);
+                x[j] = copy + (size_t)j * stride;
             }
-            for (int o = i; o < next; o += Q) {         // few weights, which stay in the first cache for all rows
-                DSPARK__AT(take)(job, o, next, &p, scales, odd ? (uint8_t *)weights : NULL);
-                p.ahead = dspark__row_bytes(m) * (size_t)Q;
-                for (int r = 0, R; r < n; r += R, p.ahead = 0) {
-                    R = n == 1 ? 1 : DSPARK__AT(group)(n - r);
-                    for (int j = 0; j < R; j++) p.x[j] = x[r + j];
-                    dspark__multiply(m->dtype, R, &p);
-                    for (int j = 0; j < R; j++)
-                        for (int q = 0; q < Q && o + q < next; q++) job->y[r0 + r + j][o + q] = p.sum[j][q];
-                }
-            }
+            DSPARK__AT(linear_block)(job, i, next, x, job->y + r, n, spare);
         }
     }
 }
@@ -7217,7 +7300,7 @@ static float dspark__v_amax(const float *x, int n) {    // NaN does not count
 // |x|, at most `limit`, to the nearest number with `bits` mantissa bits, or multiple of least * 2^-bits below `least`;
 // ties to even: adding 2^(23 - bits) times its power of two pushes the rest out of the mantissa. NaN stays.
 #define dspark__v_nearest DSPARK__AT(v_nearest)
-DSPARK__INLINE dspark__v dspark__v_nearest(dspark__v x, float limit, float least, int bits) {
+DSPARK__WORD dspark__v dspark__v_nearest(dspark__v x, float limit, float least, int bits) {
     dspark__v a = dspark__v_min(dspark__v_set(limit), dspark__v_abs(x));
     dspark__v power = dspark__i_floats(dspark__i_and(dspark__v_bits(a), dspark__i_set(0x7f800000)));
     power = dspark__v_max(power, dspark__v_set(least));
@@ -7240,7 +7323,7 @@ static void DSPARK__AT(round_fp8)(const float *x, int n, int block, float *y) {
 
 // Codes of 16 values as dspark__v_nearest left them, `least` being the first with an exponent.
 #define dspark__v_codes DSPARK__AT(v_codes)
-DSPARK__INLINE dspark__v dspark__v_codes(dspark__v a, float least, int bits) {
+DSPARK__WORD dspark__v dspark__v_codes(dspark__v a, float least, int bits) {
     float shift = least * dspark__exp2i(23 - bits);
     dspark__i low = dspark__i_sub(dspark__v_bits(dspark__v_add(a, dspark__v_set(shift))), dspark__i_set(dspark__bits_of(shift)));
     dspark__i high = dspark__i_sub(dspark__i_right(dspark__v_bits(a), 23 - bits),
@@ -7375,7 +7458,7 @@ static void DSPARK__AT(rms_norm)(const float *x, const float *w, int n, float ep
 
 // e^x - 1 = 2^n (e^r - 1) + (2^n - 1) with x = n ln 2 + r, |r| <= ln 2 / 2; this gives e^r - 1, and n as an integer.
 #define dspark__v_exp_parts DSPARK__AT(v_exp_parts)
-DSPARK__INLINE dspark__v dspark__v_exp_parts(dspark__v x, dspark__i *n) {
+DSPARK__WORD dspark__v dspark__v_exp_parts(dspark__v x, dspark__i *n) {
     dspark__v magic = dspark__v_set(0x1.8p23f), t = dspark__v_fma(x, dspark__v_set(1.44269504f), magic);
     dspark__v k = dspark__v_sub(t, magic), r, p;
     *n = dspark__i_sub(dspark__v_bits(t), dspark__v_bits(magic));
@@ -7388,12 +7471,12 @@ DSPARK__INLINE dspark__v dspark__v_exp_parts(dspark__v x, dspark__i *n) {
     return dspark__v_fma(dspark__v_mul(r, r), p, r);
 }
 #define dspark__i_exp2 DSPARK__AT(i_exp2)
-DSPARK__INLINE dspark__v dspark__i_exp2(dspark__i n) {      // -126 <= n <= 127
+DSPARK__WORD dspark__v dspark__i_exp2(dspark__i n) {      // -126 <= n <= 127
     return dspark__i_floats(dspark__i_left(dspark__i_add(n, dspark__i_set(127)), 23));
 }
 // Within 1 unit in the last place; subnormal results included; NaN stays.
 #define dspark__v_exp DSPARK__AT(v_exp)
-DSPARK__INLINE dspark__v dspark__v_exp(dspark__v x) {
+DSPARK__CALLED dspark__v dspark__v_exp(dspark__v x) {
     dspark__i n, half;
     dspark__v p;
     x = dspark__v_max(dspark__v_set(-105), dspark__v_min(dspark__v_set(89), x));
@@ -7403,7 +7486,7 @@ DSPARK__INLINE dspark__v dspark__v_exp(dspark__v x) {
 }
 // ln x of a positive normal x: x = 2^n (1 + f), sqrt(1/2) <= 1 + f < sqrt(2)
 #define dspark__v_log DSPARK__AT(v_log)
-DSPARK__INLINE dspark__v dspark__v_log(dspark__v x) {
+DSPARK__CALLED dspark__v dspark__v_log(dspark__v x) {
     dspark__i u = dspark__i_sub(dspark__v_bits(x), dspark__i_set(0x3f3504f3));
     dspark__i n = dspark__i_and(u, dspark__i_set(0xff800000u));
     dspark__v f = dspark__v_sub(dspark__i_floats(dspark__i_sub(dspark__v_bits(x), n)), dspark__v_set(1));
@@ -7428,12 +7511,12 @@ DSPARK__INLINE dspark__v dspark__v_log(dspark__v x) {
     return dspark__v_fma(k, dspark__v_set(0.693145751953125f), dspark__v_add(f, y));
 }
 #define dspark__v_sigmoid DSPARK__AT(v_sigmoid)
-DSPARK__INLINE dspark__v dspark__v_sigmoid(dspark__v x) {
+DSPARK__WORD dspark__v dspark__v_sigmoid(dspark__v x) {
     dspark__v one = dspark__v_set(1);
     return dspark__v_div(one, dspark__v_add(one, dspark__v_exp(dspark__v_sub(dspark__v_zero(), x))));
 }
 #define dspark__v_tanh DSPARK__AT(v_tanh)
-DSPARK__INLINE dspark__v dspark__v_tanh(dspark__v x) {      // m / (m + 2), m = e^(2|x|) - 1
+DSPARK__WORD dspark__v dspark__v_tanh(dspark__v x) {      // m / (m + 2), m = e^(2|x|) - 1
     dspark__v a = dspark__v_min(dspark__v_set(10), dspark__v_abs(x)), p, power, m;
     dspark__i n, sign = dspark__i_and(dspark__v_bits(x), dspark__i_set(0x80000000u));
     p = dspark__v_exp_parts(dspark__v_add(a, a), &n);
@@ -7444,7 +7527,7 @@ DSPARK__INLINE dspark__v dspark__v_tanh(dspark__v x) {      // m / (m + 2), m = 
 }
 // sqrt(log(1 + e^x)) = sqrt(max(x, 0) + log1p(u)), u = e^-|x|, log1p(u) = log(w) + (u - (w - 1)) / w, w = 1 + u rounded
 #define dspark__v_sqrt_softplus DSPARK__AT(v_sqrt_softplus)
-DSPARK__INLINE dspark__v dspark__v_sqrt_softplus(dspark__v x) {
+DSPARK__WORD dspark__v dspark__v_sqrt_softplus(dspark__v x) {
     dspark__v one = dspark__v_set(1), u = dspark__v_exp(dspark__v_sub(dspark__v_zero(), dspark__v_abs(x)));
     dspark__v w = dspark__v_add(one, u), rest = dspark__v_sub(u, dspark__v_sub(w, one));
     dspark__v y = dspark__v_add(dspark__v_log(w), dspark__v_div(rest, w));

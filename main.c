@@ -597,7 +597,7 @@ static int run(const settings *o) {
     desc.n_threads = o->threads, desc.progress = loading;
     status = dspark_model_open(&m, dir, &desc);
     // measured here, not in the first answer's time
-    if (!status && !o->check && dspark_model_config(m)->n_stages) status = dspark_model_profile(m, &profile);
+    if (!status && !o->check && !o->plain && dspark_model_config(m)->n_stages) status = dspark_model_profile(m, &profile);
     progress_end();
     if (status) exit_status = api_error(status);
     else if (o->check) exit_status = check(o, m);
