@@ -525,13 +525,14 @@ typedef struct {
     double draft_us, verify_us;
 } dspark_stats;
 
-// What drives a schedule: T(B) as passes a second with B rows, the cost of a draft for one session. Measured on
+// What drives a schedule: T(B) as passes a second with B rows, the costs of a draft and of a draw. Measured on
 // this machine in at most about a second, at the first step that needs it or by dspark_model_profile.
 enum { DSPARK_MAX_PROFILE = 64 };
 typedef struct {
     float sps[DSPARK_MAX_PROFILE];      // sps[B-1]; never rising: a curve without noise's teeth
     int n;
-    float draft_us;
+    float draft_us, inject_us;          // a draft of gamma tokens; each token's tap beyond two that it must inject
+    float sample_us;                    // drawing a token from its logits
 } dspark_profile;
 
 DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);     // measures unless it has one
@@ -657,6 +658,9 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void);
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#if defined FLT_EVAL_METHOD && FLT_EVAL_METHOD != 0
+#error "dspark.h: floats must be computed as floats (on x86: -mfpmath=sse)"
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -3986,8 +3990,8 @@ typedef struct {
     int n_drafted, limit;       // drafts made, and how many may be verified
     int length;                 // how many are
     int draft_row, logits_row;  // of its first draft, of its first row's logits
-    double plain_us;            // P of its account; 0: no account is kept
-    int drew_first;             // the anchor came from the logits of an append, in this step
+    int drafted;                // it went through the drafter
+    double plain_us, draft_us;  // P of its account (0: no account is kept), what drafting costs it
 } dspark__lane;
 
 // What a step gathers about its sessions; arrays of max_rows entries, [max_rows][gamma] for confidence.
@@ -4696,6 +4700,8 @@ static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
 
 // ---- the cost of passes
 
+enum { DSPARK__FRESH_TAPS = 2 };        // that a draft injects after a usual cycle: in draft_us
+
 // One pass of the target with B rows at the session's end, or one draft (B 0); microseconds.
 static dspark_status dspark__time_pass(dspark_session *s, int B, double *us) {
     dspark_pass_result result;
@@ -4708,15 +4714,30 @@ static dspark_status dspark__time_pass(dspark_session *s, int B, double *us) {
     return status;
 }
 
-// The least of a few times, the first left out: it may wait for the disk.
-static dspark_status dspark__time_best(dspark_session *s, int B, double until_us, double *best) {
+// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps` positions.
+static dspark_status dspark__time_best(dspark_session *s, int B, int taps, double until_us, double *best) {
     dspark_status status = DSPARK_OK;
     *best = HUGE_VAL;
     for (int i = 0; i < 12 && !status && (i < 3 || dspark__now_us() < until_us); i++) {
         double us;
-        s->n_injected = dspark__max(0, dspark__min(s->n_injected, s->n_run - 2));       // as after a cycle: some taps are new
+        s->n_injected = dspark__max(0, s->n_run - taps);
         status = dspark__time_pass(s, B, &us);
         if (i && us < *best) *best = us;
+    }
+    return status;
+}
+
+// A draw at temperature 1 from the logits of the session's end.
+static dspark_status dspark__time_sample(dspark_session *s, double *best) {
+    int V = dspark__config(s)->vocab_size;
+    int32_t token;
+    dspark_status status = DSPARK_OK;
+    *best = HUGE_VAL;
+    for (int i = 0; i < 5 && !status; i++) {
+        double start = dspark__now_us();
+        status = dspark_distribution(s->logits, V, 1, 0, 0, 0, s->model->row);
+        if (!status) status = dspark_draw(s->model->row, V, 1, DSPARK_DRAW_PLAIN, (uint64_t)i, 0, &token);
+        *best = fmin(*best, dspark__now_us() - start);
     }
     return status;
 }
@@ -4724,22 +4745,23 @@ static dspark_status dspark__time_best(dspark_session *s, int B, double until_us
 static dspark_status dspark__measure(dspark_session *s, dspark_profile *p) {
     static const int more[] = { 10, 12, 16, 24, 32, 48, 64 };
     int gamma = dspark__config(s)->dspark_block_size, at = 0, most = dspark__min(DSPARK_MAX_PROFILE, s->model->max_rows);
-    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 1.2e4, draft_us = 0;
+    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 1.2e4, draft_us = 0, inject_us = 0, sample_us = 0;
     dspark_status status = DSPARK_OK;
     most = dspark__min(most, s->desc.max_context - s->n_tokens);
     for (int B = 1, next = 0; B <= most && !status; at = B, B = next) {
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
-        status = dspark__time_best(s, B, dspark__now_us() + slice, &us[B]);
+        status = dspark__time_best(s, B, 0, dspark__now_us() + slice, &us[B]);
         us[B] = fmax(us[B], us[at]);        // more rows cost no less: what says otherwise is noise
         for (int b = at + 1; b < B; b++) us[b] = us[at] + (us[B] - us[at]) * (b - at) / (B - at);
         next = B + 1;
         for (int i = 6; i >= 0 && B >= dspark__max(8, gamma + 1); i--) if (more[i] > B) next = more[i];
-        if (next == B + 1 && B >= 64) break;
         p->n = B;
     }
     for (int B = 1; B <= p->n; B++) p->sps[B - 1] = (float)(1e6 / us[B]);
-    if (!status && gamma) status = dspark__time_best(s, 0, dspark__now_us() + 2 * slice, &draft_us);
-    p->draft_us = (float)draft_us;
+    if (!status && gamma) status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS, dspark__now_us() + 2 * slice, &draft_us);
+    if (!status && gamma) status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS + 64, dspark__now_us() + slice, &inject_us);
+    if (!status && dspark__time_sample(s, &sample_us)) sample_us = 0;       // NaN is the business of who meets it
+    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64), p->sample_us = (float)sample_us;
     return status;
 }
 
@@ -4768,8 +4790,10 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
 }
 
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
-    if (p->n < 1 || p->n > DSPARK_MAX_PROFILE || !(p->draft_us >= 0 && p->draft_us <= FLT_MAX))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d entries, a draft of %g us", p->n, (double)p->draft_us);
+    if (p->n < 1 || p->n > DSPARK_MAX_PROFILE || !(p->draft_us >= 0 && p->draft_us <= FLT_MAX) ||
+        !(p->inject_us >= 0 && p->inject_us <= FLT_MAX) || !(p->sample_us >= 0 && p->sample_us <= FLT_MAX))
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d entries, a draft of %g us, %g a tap, a draw of %g us", p->n,
+                            (double)p->draft_us, (double)p->inject_us, (double)p->sample_us);
     for (int i = 0; i < p->n; i++)
         if (!(p->sps[i] > 0 && p->sps[i] <= FLT_MAX))
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: sps[%d] is %g: expected more than 0", i, (double)p->sps[i]);
@@ -4777,20 +4801,33 @@ DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_
     return DSPARK_OK;
 }
 
-static double dspark__pass_time(const dspark_model *m, int64_t rows) {
+// What a session adds to the time of each of its rows: a draw, unless it is greedy.
+static double dspark__sample_us(const dspark_session *s) { return dspark__greedy(s) ? 0 : (double)s->model->profile.sample_us; }
+
+static double dspark__pass_time(const dspark_model *m, int64_t rows, double sample_us) {
     dspark_sps sps;
     sps.sps = m->profile.sps, sps.n = m->profile.n;
-    return dspark__pass_us(&sps, rows);
+    return dspark__pass_us(&sps, rows) + (double)rows * sample_us;
+}
+// A draft, with the taps that a pause has left to inject.
+static double dspark__draft_time(const dspark_session *s) {
+    const dspark_profile *p = &s->model->profile;
+    int taps = s->n_run - dspark__max(s->n_injected, s->n_run - dspark__config(s)->sliding_window);
+    return (double)p->draft_us + (double)p->inject_us * dspark__max(0, taps - DSPARK__FRESH_TAPS) +
+           dspark__config(s)->dspark_block_size * dspark__sample_us(s);
 }
 
 // W: the worst that drafting can cost one of R sessions, l drafts verified and one token got. The pass's growth is
 // shared by what each verifies, so the worst is over how much the others do.
-static double dspark__worst_us(const dspark_model *m, int R, int cap) {
-    double most = 0, T = dspark__pass_time(m, R);
+static double dspark__worst_us(const dspark_session *s, int R, int cap, double draft_us) {
+    const dspark_model *m = s->model;
+    double sample_us = dspark__sample_us(s);
+    double most = 0, T = dspark__pass_time(m, R, sample_us);
+    int others = (R - 1) * m->checkpoint.config.dspark_block_size;
     for (int l = 1; l <= cap; l++)
-        for (int rows = l; rows <= R * l; rows++)
-            most = fmax(most, (dspark__pass_time(m, (int64_t)R + rows) - T) * l / rows);
-    return T / R + (double)m->profile.draft_us + most;
+        for (int rows = l; rows <= l + others; rows++)
+            most = fmax(most, (dspark__pass_time(m, (int64_t)R + rows, sample_us) - T) * l / rows);
+    return T / R + draft_us + most;
 }
 
 // ---- draft
@@ -4809,17 +4846,17 @@ static int dspark__draft_limit(const dspark_session *s) {
 static void dspark__decide_draft(dspark__lane *a, int R) {
     dspark_session *s = a->s;
     const dspark_model *m = s->model;
-    double worst;
     a->limit = dspark__draft_limit(s);
     a->n_drafted = a->limit ? dspark__config(s)->dspark_block_size : 0;
+    a->draft_us = dspark__draft_time(s);
     if (!a->limit || s->desc.policy.schedule) return;
-    a->plain_us = dspark__pass_time(m, R) / R;
-    worst = dspark__worst_us(m, R, a->limit);
+    a->plain_us = dspark__pass_time(m, R, dspark__sample_us(s)) / R;
     if (!s->has_account) {
-        dspark_account_open(&s->account, a->plain_us, dspark__worst_us(m, R, dspark__config(s)->dspark_block_size));
+        dspark_account_open(&s->account, a->plain_us,
+                            dspark__worst_us(s, R, dspark__config(s)->dspark_block_size, a->draft_us));
         s->has_account = 1;
     }
-    if (!dspark_account_affords(&s->account, a->plain_us, worst)) a->n_drafted = a->limit = 0;
+    if (!dspark_account_affords(&s->account, a->plain_us, dspark__worst_us(s, R, a->limit, a->draft_us))) a->n_drafted = a->limit = 0;
 }
 
 // Draft k of a lane from its logits, into the tokens behind the committed ones.
@@ -4852,7 +4889,7 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
         *g = dspark__segment(s, pass->n_rows, c->dspark_block_size, s->n_run);
         g->logits_from = 0, g->inject_from = dspark__max(s->n_injected, s->high - dspark__ring(c));
         s->n_injected = s->n_run;
-        lanes[i].draft_row = pass->n_rows;
+        lanes[i].draft_row = pass->n_rows, lanes[i].drafted = 1;
         for (int k = 0; k < c->dspark_block_size; k++) b->ids[pass->n_rows++] = k ? c->dspark_noise_token_id : s->tokens[s->n_run];
     }
 }
@@ -4903,6 +4940,8 @@ static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes,
     dspark__batch *b = &m->batch;
     int gamma = m->checkpoint.config.dspark_block_size, R = 0;
     dspark_schedule_desc d;
+    float curve[DSPARK_MAX_PROFILE];        // SPS with the draws in it
+    double sample_us = 0, draft_us = 0;
     dspark_sps sps;
     dspark_status status;
     for (int i = 0; i < n; i++) {
@@ -4910,12 +4949,14 @@ static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes,
         if (!lanes[i].limit || dspark__mode_of(s) != mode) continue;
         memcpy(b->confidence + R * gamma, lanes[i].r->confidence, (size_t)gamma * sizeof *b->confidence);
         b->limit[R] = lanes[i].limit, b->threshold[R] = s->desc.policy.threshold, b->lane_of[R++] = i;
+        sample_us = fmax(sample_us, dspark__sample_us(s)), draft_us += lanes[i].draft_us;
     }
     if (!R) return DSPARK_OK;
     memset(&d, 0, sizeof d);
-    sps.sps = m->profile.sps, sps.n = m->profile.n;
+    for (int i = 0; i < m->profile.n; i++) curve[i] = (float)(1e6 / dspark__pass_time(m, i + 1, sample_us));
+    sps.sps = curve, sps.n = m->profile.n;
     d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.n_requests = R, d.gamma = gamma;
-    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.draft_us = m->profile.draft_us * (float)R, d.scratch = b->scratch;
+    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.draft_us = (float)draft_us, d.scratch = b->scratch;
     if ((status = dspark_schedule(&d, b->lengths)) != DSPARK_OK) return status;
     for (int i = 0; i < R; i++) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
     return DSPARK_OK;
@@ -5010,11 +5051,12 @@ static void dspark__settle(dspark__lane *lanes, int i, int n, int tau) {
     dspark__lane *a = &lanes[i];
     const dspark_model *m = a->s->model;
     int64_t R = 0, drafts = 0;
-    double cycle = a->plain_us;
+    double cycle = a->plain_us, sample_us = dspark__sample_us(a->s);
     if (a->plain_us <= 0) return;
     for (int j = 0; j < n; j++) R += !lanes[j].n_prompt, drafts += lanes[j].length;
-    if (a->r->n_drafted) cycle += (double)m->profile.draft_us;
-    if (a->length) cycle += (dspark__pass_time(m, R + drafts) - dspark__pass_time(m, R)) * a->length / (double)drafts;
+    if (a->drafted) cycle += a->draft_us;
+    if (a->length)
+        cycle += (dspark__pass_time(m, R + drafts, sample_us) - dspark__pass_time(m, R, sample_us)) * a->length / (double)drafts;
     dspark_account_settle(&a->s->account, a->plain_us, cycle, tau);
 }
 
@@ -5153,10 +5195,11 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
 // >>kernels
 // The arithmetic on vectors, written once, at the end of this file, and compiled once a path: plain C, AVX2,
 // AVX-512, NEON. All paths give the same bits. A sum over k has 16 lanes: lane i takes k = i, i + 16, ... in
-// order, each by a fused multiply-add; then the lanes are added as a tree: i + (i + 8), i + (i + 4), i + (i + 2),
-// i + (i + 1). What is missing at the end of a row counts as zeros (up to a multiple of 32 in a linear, of 16
-// elsewhere). So an output depends neither on the path, nor on the other rows, nor on who computes its neighbours.
-// Block scales are powers of two, and multiply exactly: FP8's are put into the input, FP4's into the weight.
+// order, each by a fused multiply-add; then lanes 8 apart are added, those 4 apart, 2 apart, 1 apart. What is
+// missing at the end of a row counts as zeros (up to a multiple of 32 in a linear, of 16 elsewhere). So an
+// output depends on no path, on no other row, and not on who computes its neighbours. Block scales are powers
+// of two and multiply exactly: FP8's go into the input, FP4's into the weight. An FP8 weight of NaN counts as
+// +-480.
 
 // y[r][i] = sum over k of w[first + i][k] x[r][k], for i in [0, n); what begin and end cut out is a thread's.
 typedef struct {
@@ -5170,7 +5213,7 @@ typedef struct {
     const char *name;
     // scratch: dspark__linear_scratch floats
     void (*linear)(const dspark__job *job, int begin, int end, float *scratch);
-    // To E4M3 with a scale a block (the last may be short), and back to floats. NaN stays NaN; codes are E4M3.
+    // To E4M3 with a scale a block (the last may be short), and back to floats. NaN stays NaN.
     void (*round_fp8)(const float *x, int n, int block, float *y);
     void (*encode_fp8)(const float *x, int n, int block, uint8_t *codes, uint8_t *scales);
     void (*decode_fp8)(const uint8_t *codes, const uint8_t *scales, int n, int block, float *y);
@@ -5181,7 +5224,7 @@ typedef struct {
     float (*dot)(const float *a, const float *b, int n);
     void (*axpy)(float *y, float a, const float *x, int n);         // y += a x
     float (*sum_squares)(const float *x, int n);
-    void (*rms_norm)(const float *x, const float *w, int n, float eps, float *y);   // w NULL: ones; y may be x
+    void (*rms_norm)(const float *x, const float *w, int n, float eps, float *y);       // w NULL: ones
     // weight silu(min(gate, limit)) clamp(up, -limit, limit); limit 0: none; y may be gate or up
     void (*swiglu)(const float *gate, const float *up, int n, float limit, float weight, float *y);
     void (*sigmoid)(float *x, int n);
@@ -5190,11 +5233,13 @@ typedef struct {
     float (*log_sum_exp)(const float *x, int n);
     // o[h] = sum_j e^(s_hj) row_j / (e^sink_h + sum_j e^(s_hj)), s_hj = scale q_h . row_j; q and o [H][d];
     // scratch [H * n + n]
-    void (*attend)(const float *q, int H, int d, const float *const *rows, int n, float scale, const float *sink,
-                   float *scratch, float *o);
-    float (*index_score)(const float *q, const float *w, int H, int d, const float *key);   // sum_h relu(q_h . key) w_h
+    void (*attend)(const float *q, int H, int d, const float *const *rows, int n, float scale,
+                   const float *sink, float *scratch, float *o);
+    // sum_h relu(q_h . key) w_h; q [H][d]
+    float (*index_score)(const float *q, const float *w, int H, int d, const float *key);
     // out_i = sum_j softmax_j(gate_ji + ape_ji) kv_ji, i < d, over n > 0 rows
-    void (*pool)(const float *const *kv, const float *const *gate, const float *const *ape, int n, int d, float *out);
+    void (*pool)(const float *const *kv, const float *const *gate, const float *const *ape, int n, int d,
+                 float *out);
     // comb [C][C]: rows softmaxed, + eps; columns divided by (sum + eps); then iters - 1 times rows, columns
     void (*sinkhorn)(float *comb, int C, int iters, float eps);
 } dspark__kernels;
@@ -5217,14 +5262,16 @@ static int dspark__linear_rows(int n) {     // the size of the next group when n
 }
 // 16 more: rows a multiple of 4 KiB apart would fall on the same lines of the first cache.
 static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
-static size_t dspark__linear_scratch(int cols, int n_rows) {    // rows of inputs; four of weights; their scales
+// Floats of scratch for a thread: rows of inputs; four of weights; their scales.
+static size_t dspark__linear_scratch(int cols, int n_rows) {
     size_t rows = (size_t)(n_rows < DSPARK__LINEAR_ROWS ? n_rows : DSPARK__LINEAR_ROWS);
     return dspark__input_stride(cols) * (rows + 5) + 64;
 }
 
 static size_t dspark__row_bytes(const dspark_matrix *m) {
     size_t n = (size_t)m->cols;
-    return m->dtype == DSPARK_F32 ? 4 * n : m->dtype == DSPARK_FP8 ? n : m->dtype == DSPARK_FP4 ? n / 2 : 2 * n;
+    if (m->dtype == DSPARK_FP8) return n;
+    return m->dtype == DSPARK_FP4 ? n / 2 : m->dtype == DSPARK_F32 ? 4 * n : 2 * n;
 }
 
 static float dspark__float_of(uint32_t bits) {
@@ -5237,15 +5284,15 @@ static uint32_t dspark__bits_of(float f) {
     memcpy(&bits, &f, 4);
     return bits;
 }
-static float dspark__exp2i(int e) { return dspark__float_of((uint32_t)(e + 127) << 23); }       // -126 <= e <= 127
+// 2^e, -126 <= e <= 127
+static float dspark__exp2i(int e) { return dspark__float_of((uint32_t)(e + 127) << 23); }
 // 2^(byte - 127); 0 is the subnormal 2^-127, 255 (NaN in E8M0) infinity
 static float dspark__e8m0(uint8_t byte) { return dspark__float_of(byte ? (uint32_t)byte << 23 : 0x400000u); }
-// An FP8 block's scale times the 2^8 that the decoding leaves out, held within 2^-56 .. 2^71: so x, or the weight,
-// takes it exactly.
+// An FP8 block's scale times the 2^8 that decoding leaves out, held in 2^-56 .. 2^71: so x takes it exactly.
 static float dspark__fp8_factor(uint8_t byte) {
     return dspark__exp2i((byte < 63 ? 63 : byte > 190 ? 190 : byte) - 127 + 8);
 }
-// e of the smallest 2^e with amax / 2^e within the format: from the bits, for log2f is wrong next to powers of two.
+// e of the smallest 2^e with amax / 2^e within the format, from the bits: log2f is wrong near powers of two.
 static int dspark__fp8_exponent(float amax) {       // 448 = 1.75 * 2^8
     uint32_t u = dspark__bits_of(amax > 1e-4f ? amax : 1e-4f);
     return (int)(u >> 23) - 127 - 8 + ((u & 0x7fffff) > 0x600000);
@@ -5338,10 +5385,11 @@ static void dspark__float_mode_restore(uint64_t old) {
 #undef DSPARK__PATH
 #endif
 
-// The kernels of a path, or of the best one (DSPARK_PATH_BEST); NULL: this machine, or this build, has it not.
+// The kernels of a path, or of the best one (DSPARK_PATH_BEST); NULL where machine or build has it not.
 static const dspark__kernels *dspark__kernels_choose(int path) {
 #ifdef DSPARK__X86
     unsigned a, b, c = 0, d;
+    __builtin_cpu_init();
     int f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -5436,14 +5484,32 @@ static float *dspark__scratch(dspark__cpu *d, int thread) {
     return d->thread_scratch + (size_t)thread * d->scratch_floats;
 }
 
-// A share of every job's outputs, whole fours of them.
+// The first of a share's outputs of a job: shares are whole fours.
+static int dspark__share_begin(const dspark__job *job, int share, int n_shares) {
+    return dspark__min(4 * (int)((int64_t)((job->n + 3) / 4) * share / n_shares), job->n);
+}
+
+// A kernel fetches the weights ahead of it, but not its first: those come while the job before still runs.
+static void dspark__fetch_first(const dspark__job *job, int begin) {
+#ifdef __GNUC__
+    const dspark_matrix *w = job->w;
+    size_t row = (size_t)(job->first + begin), each = dspark__row_bytes(w), left = each * ((size_t)w->rows - row);
+    const char *p = (const char *)w->data + each * row;
+    for (size_t i = 0; i < 4096 && i < left; i += 64) __builtin_prefetch(p + i, 0, 2);
+    if (w->dtype != DSPARK_FP4) return;
+    p = (const char *)w->scale + row * (size_t)(w->cols / 32);
+    for (size_t i = 0; i < 512 && i < left / 16; i += 64) __builtin_prefetch(p + i, 0, 2);
+#else
+    (void)job, (void)begin;
+#endif
+}
+
 static void dspark__run_share(dspark__cpu *d, int thread, int share, void *arg) {
     const int n_shares = *(const int *)arg;
     for (int j = 0; j < d->n_jobs; j++) {
         const dspark__job *job = &d->jobs[j];
-        int64_t fours = (job->n + 3) / 4;
-        int begin = 4 * (int)(fours * share / n_shares), end = 4 * (int)(fours * (share + 1) / n_shares);
-        end = dspark__min(end, job->n);
+        int begin = dspark__share_begin(job, share, n_shares), end = dspark__share_begin(job, share + 1, n_shares);
+        if (j + 1 < d->n_jobs) dspark__fetch_first(job + 1, dspark__share_begin(job + 1, share, n_shares));
         if (begin < end) d->k->linear(job, begin, end, dspark__scratch(d, thread));
     }
 }
@@ -6512,9 +6578,9 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 
 #else   // DSPARK__PATH: what follows is compiled once a path, included from >>kernels
 // >>paths
-// First the vocabulary: dspark__v, a vector of 16 floats, dspark__i, of 16 integers (bits of floats), and what can
-// be done with them, for plain C, AVX2, AVX-512 and NEON. Then the kernels, in these words only. A name here
-// stands for one with the path's number behind it: dspark__v_add is dspark__v_add_3.
+// First the vocabulary: dspark__v, a vector of 16 floats, dspark__i, of 16 integers (bits of floats), and
+// what can be done with them, for plain C, AVX2, AVX-512 and NEON. Then the kernels, in these words only. A
+// name here stands for one with the path's number behind it: dspark__v_add is dspark__v_add_3.
 
 #define dspark__v DSPARK__AT(v)
 #define dspark__i DSPARK__AT(i)
@@ -6546,33 +6612,59 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__v_swap2 DSPARK__AT(v_swap2)
 #define dspark__v_swap1 DSPARK__AT(v_swap1)
 #define dspark__v_first DSPARK__AT(v_first)         // lane 0
-// A piece: as many lanes as one step of a product takes at once, a vector or half of one.
+// A piece: as many lanes as one step of a product takes at once, a vector or half of one. Where two are
+// joined, the second begins AT(piece) % 16 weights behind the first: if a piece is a vector, it is that again.
 #define dspark__p DSPARK__AT(p)
 #define dspark__p_zero DSPARK__AT(p_zero)
 #define dspark__p_load DSPARK__AT(p_load)
-#define dspark__p_keep DSPARK__AT(p_keep)           // as it is, but in a register: GCC would load it for each use
+#define dspark__p_keep DSPARK__AT(p_keep)           // itself; GCC would load it anew for each use
 #define dspark__p_fma DSPARK__AT(p_fma)
-#define dspark__p_fp8 DSPARK__AT(p_fp8)             // E4M3 codes: 2^-8 of their values, codes 127 and 255 +-480/256
+#define dspark__p_fp8 DSPARK__AT(p_fp8)             // E4M3 codes: 2^-8 of their values; NaN: +-480/256
 #define dspark__p_table DSPARK__AT(p_table)         // what p_fp4 needs of a scale
 #define dspark__p_fp4 DSPARK__AT(p_fp4)             // E2M1 codes times that scale, in an order of lanes ...
 #define dspark__v_order DSPARK__AT(v_order)         // ... from which this restores the natural one,
 #define dspark__v_disorder DSPARK__AT(v_disorder)   // and the way there
 #define dspark__p_bf16 DSPARK__AT(p_bf16)
 #define dspark__p_f16 DSPARK__AT(p_f16)
-#define dspark__v_join DSPARK__AT(v_join)           // the vector of two pieces (of the first, if a piece is one)
+#define dspark__v_join DSPARK__AT(v_join)           // the vector of two pieces, if a piece is half of one
 #define dspark__v_sum4 DSPARK__AT(v_sum4)           // the sums (v_sum) of four vectors
-#define dspark__v_bf16 DSPARK__AT(v_bf16)
-#define dspark__v_f16 DSPARK__AT(v_f16)
 #define dspark__v_e8m0 DSPARK__AT(v_e8m0)           // 16 scales
-#define dspark__interleave DSPARK__AT(interleave)   // bytes a[0] b[0] c[0] d[0] a[1] ... of 16 each
+#define dspark__interleave DSPARK__AT(interleave)   // 64 bytes: p[0][0] p[1][0] p[2][0] p[3][0] p[0][1] ...
 #define dspark__prefetch DSPARK__AT(prefetch)
 
+// Each path says how many rows and outputs of a product its registers hold, and outputs of one row (wide).
 // Words are inlined, but in plain C, on which GCC would work for ten seconds.
 #undef DSPARK__WORD
 #if DSPARK__PATH == 1
 #define DSPARK__WORD DSPARK__CALLED
 #else
 #define DSPARK__WORD DSPARK__INLINE
+#endif
+
+#if DSPARK__PATH == 2 || DSPARK__PATH == 3
+DSPARK__INLINE __m128i DSPARK__AT(load16)(const uint8_t *p) {
+    return _mm_loadu_si128((const __m128i *)(const void *)p);
+}
+DSPARK__INLINE void DSPARK__AT(store16)(uint8_t *p, __m128i x) { _mm_storeu_si128((__m128i *)(void *)p, x); }
+DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *const *p) {
+    __m128i a = DSPARK__AT(load16)(p[0]), b = DSPARK__AT(load16)(p[1]);
+    __m128i c = DSPARK__AT(load16)(p[2]), d = DSPARK__AT(load16)(p[3]);
+    __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+    DSPARK__AT(store16)(y, _mm_unpacklo_epi16(ab, cd));
+    DSPARK__AT(store16)(y + 16, _mm_unpackhi_epi16(ab, cd));
+    ab = _mm_unpackhi_epi8(a, b), cd = _mm_unpackhi_epi8(c, d);
+    DSPARK__AT(store16)(y + 32, _mm_unpacklo_epi16(ab, cd));
+    DSPARK__AT(store16)(y + 48, _mm_unpackhi_epi16(ab, cd));
+}
+// Halves, then quarters of a and c beside each other, then of both pairs.
+DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
+    __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
+    __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
+    s = _mm256_add_ps(s, _mm256_permute_ps(s, 0xb1));
+    _mm_storeu_ps(y, _mm_shuffle_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0x88));
+}
+DSPARK__INLINE void dspark__prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 #endif
 
 #if DSPARK__PATH == 1       // plain C
@@ -6583,21 +6675,23 @@ enum { DSPARK__AT(rows) = 1, DSPARK__AT(wide) = 1, DSPARK__AT(outputs) = 1, DSPA
     type y; \
     for (int i = 0; i < 16; i++) y expression; \
     return y
+#undef DSPARK__V2
+#undef DSPARK__I2
+#define DSPARK__V2(name, value) \
+    DSPARK__CALLED dspark__v name(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = value); }
+#define DSPARK__I2(name, value) \
+    DSPARK__CALLED dspark__i name(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = value); }
 DSPARK__CALLED dspark__v dspark__v_set(float a) { DSPARK__EACH(dspark__v, .f[i] = a); }
 DSPARK__CALLED dspark__v dspark__v_load(const void *p) { dspark__v y; memcpy(&y, p, sizeof y); return y; }
 DSPARK__CALLED void dspark__v_store(float *p, dspark__v a) { memcpy(p, a.f, sizeof a.f); }
-DSPARK__CALLED dspark__v dspark__v_add(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] + b.f[i]); }
-DSPARK__CALLED dspark__v dspark__v_sub(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] - b.f[i]); }
-DSPARK__CALLED dspark__v dspark__v_mul(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] * b.f[i]); }
-DSPARK__CALLED dspark__v dspark__v_div(dspark__v a, dspark__v b) { DSPARK__EACH(dspark__v, .f[i] = a.f[i] / b.f[i]); }
+DSPARK__V2(dspark__v_add, a.f[i] + b.f[i])
+DSPARK__V2(dspark__v_sub, a.f[i] - b.f[i])
+DSPARK__V2(dspark__v_mul, a.f[i] * b.f[i])
+DSPARK__V2(dspark__v_div, a.f[i] / b.f[i])
+DSPARK__V2(dspark__v_max, a.f[i] > b.f[i] ? a.f[i] : b.f[i])
+DSPARK__V2(dspark__v_min, a.f[i] < b.f[i] ? a.f[i] : b.f[i])
 DSPARK__CALLED dspark__v dspark__v_fma(dspark__v a, dspark__v b, dspark__v c) {
     DSPARK__EACH(dspark__v, .f[i] = fmaf(a.f[i], b.f[i], c.f[i]));
-}
-DSPARK__CALLED dspark__v dspark__v_max(dspark__v a, dspark__v b) {
-    DSPARK__EACH(dspark__v, .f[i] = a.f[i] > b.f[i] ? a.f[i] : b.f[i]);
-}
-DSPARK__CALLED dspark__v dspark__v_min(dspark__v a, dspark__v b) {
-    DSPARK__EACH(dspark__v, .f[i] = a.f[i] < b.f[i] ? a.f[i] : b.f[i]);
 }
 DSPARK__CALLED dspark__v dspark__v_sqrt(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = sqrtf(a.f[i])); }
 DSPARK__CALLED dspark__v dspark__v_less(dspark__v a, dspark__v b, dspark__v x, dspark__v y0) {
@@ -6606,16 +6700,18 @@ DSPARK__CALLED dspark__v dspark__v_less(dspark__v a, dspark__v b, dspark__v x, d
 DSPARK__CALLED dspark__i dspark__v_bits(dspark__v a) { dspark__i y; memcpy(&y, &a, sizeof y); return y; }
 DSPARK__CALLED dspark__v dspark__i_floats(dspark__i a) { dspark__v y; memcpy(&y, &a, sizeof y); return y; }
 DSPARK__CALLED dspark__i dspark__i_set(uint32_t a) { DSPARK__EACH(dspark__i, .u[i] = a); }
-DSPARK__CALLED dspark__i dspark__i_add(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] + b.u[i]); }
-DSPARK__CALLED dspark__i dspark__i_sub(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] - b.u[i]); }
-DSPARK__CALLED dspark__i dspark__i_and(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] & b.u[i]); }
-DSPARK__CALLED dspark__i dspark__i_xor(dspark__i a, dspark__i b) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] ^ b.u[i]); }
+DSPARK__I2(dspark__i_add, a.u[i] + b.u[i])
+DSPARK__I2(dspark__i_sub, a.u[i] - b.u[i])
+DSPARK__I2(dspark__i_and, a.u[i] & b.u[i])
+DSPARK__I2(dspark__i_xor, a.u[i] ^ b.u[i])
 DSPARK__CALLED dspark__i dspark__i_left(dspark__i a, int n) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] << n); }
 DSPARK__CALLED dspark__i dspark__i_right(dspark__i a, int n) { DSPARK__EACH(dspark__i, .u[i] = a.u[i] >> n); }
 DSPARK__CALLED dspark__i dspark__i_half(dspark__i a) {
     DSPARK__EACH(dspark__i, .u[i] = a.u[i] >> 1 | (a.u[i] & 0x80000000u));
 }
-DSPARK__CALLED void dspark__i_bytes(uint8_t *p, dspark__i a) { for (int i = 0; i < 16; i++) p[i] = (uint8_t)a.u[i]; }
+DSPARK__CALLED void dspark__i_bytes(uint8_t *p, dspark__i a) {
+    for (int i = 0; i < 16; i++) p[i] = (uint8_t)a.u[i];
+}
 DSPARK__CALLED dspark__v dspark__v_swap8(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 8]); }
 DSPARK__CALLED dspark__v dspark__v_swap4(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 4]); }
 DSPARK__CALLED dspark__v dspark__v_swap2(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = a.f[i ^ 2]); }
@@ -6625,7 +6721,9 @@ typedef dspark__v dspark__p;
 DSPARK__CALLED dspark__p dspark__p_zero(void) { return dspark__v_set(0); }
 DSPARK__CALLED dspark__p dspark__p_load(const void *p) { return dspark__v_load(p); }
 DSPARK__CALLED dspark__p dspark__p_keep(dspark__p x) { return x; }
-DSPARK__CALLED dspark__p dspark__p_fma(dspark__p a, dspark__p b, dspark__p c) { return dspark__v_fma(a, b, c); }
+DSPARK__CALLED dspark__p dspark__p_fma(dspark__p a, dspark__p b, dspark__p c) {
+    return dspark__v_fma(a, b, c);
+}
 DSPARK__CALLED dspark__v dspark__v_join(dspark__p a, dspark__p b) { return (void)b, a; }
 // The code's exponent and mantissa in a float's place are 2^-120 of its value, subnormals included.
 DSPARK__CALLED dspark__p dspark__p_fp8(const uint8_t *p) {
@@ -6644,7 +6742,9 @@ DSPARK__CALLED dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
 DSPARK__CALLED dspark__v dspark__v_order(dspark__v a) { return a; }
 DSPARK__CALLED dspark__v dspark__v_disorder(dspark__v a) { return a; }
 DSPARK__CALLED dspark__p dspark__p_bf16(const uint8_t *p) {
-    DSPARK__EACH(dspark__p, .f[i] = dspark__float_of((uint32_t)p[2 * i] << 16 | (uint32_t)p[2 * i + 1] << 24));
+    dspark__p y;
+    for (int i = 0; i < 16; i++, p += 2) y.f[i] = dspark__float_of((uint32_t)(p[0] | p[1] << 8) << 16);
+    return y;
 }
 DSPARK__CALLED dspark__p dspark__p_f16(const uint8_t *p) {
     dspark__p y;
@@ -6656,9 +6756,11 @@ DSPARK__CALLED dspark__p dspark__p_f16(const uint8_t *p) {
     }
     return y;
 }
-DSPARK__CALLED dspark__v dspark__v_e8m0(const uint8_t *p) { DSPARK__EACH(dspark__v, .f[i] = dspark__e8m0(p[i])); }
-DSPARK__CALLED void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
-    for (int i = 0; i < 16; i++) y[4 * i] = a[i], y[4 * i + 1] = b[i], y[4 * i + 2] = c[i], y[4 * i + 3] = d[i];
+DSPARK__CALLED dspark__v dspark__v_e8m0(const uint8_t *p) {
+    DSPARK__EACH(dspark__v, .f[i] = dspark__e8m0(p[i]));
+}
+DSPARK__CALLED void dspark__interleave(uint8_t *y, const uint8_t *const *p) {
+    for (int i = 0; i < 64; i++) y[i] = p[i % 4][i / 4];
 }
 DSPARK__CALLED void dspark__prefetch(const void *p) { (void)p; }
 
@@ -6668,13 +6770,19 @@ typedef struct { __m256i a, b; } dspark__i;
 enum { DSPARK__AT(rows) = 3, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 2, DSPARK__AT(piece) = 8 };
 DSPARK__INLINE dspark__v DSPARK__AT(v_pair)(__m256 a, __m256 b) { dspark__v y; y.a = a, y.b = b; return y; }
 DSPARK__INLINE dspark__i DSPARK__AT(i_pair)(__m256i a, __m256i b) { dspark__i y; y.a = a, y.b = b; return y; }
+#undef DSPARK__V2
+#undef DSPARK__I2
 #define DSPARK__V2(operation) DSPARK__AT(v_pair)(operation(x.a, y.a), operation(x.b, y.b))
 #define DSPARK__I2(operation) DSPARK__AT(i_pair)(operation(x.a, y.a), operation(x.b, y.b))
-DSPARK__INLINE dspark__v dspark__v_set(float x) { return DSPARK__AT(v_pair)(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
+DSPARK__INLINE dspark__v dspark__v_set(float x) {
+    return DSPARK__AT(v_pair)(_mm256_set1_ps(x), _mm256_set1_ps(x));
+}
 DSPARK__INLINE dspark__v dspark__v_load(const void *p) {
     return DSPARK__AT(v_pair)(_mm256_loadu_ps((const float *)p), _mm256_loadu_ps((const float *)p + 8));
 }
-DSPARK__INLINE void dspark__v_store(float *p, dspark__v x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+DSPARK__INLINE void dspark__v_store(float *p, dspark__v x) {
+    _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b);
+}
 DSPARK__INLINE dspark__v dspark__v_add(dspark__v x, dspark__v y) { return DSPARK__V2(_mm256_add_ps); }
 DSPARK__INLINE dspark__v dspark__v_sub(dspark__v x, dspark__v y) { return DSPARK__V2(_mm256_sub_ps); }
 DSPARK__INLINE dspark__v dspark__v_mul(dspark__v x, dspark__v y) { return DSPARK__V2(_mm256_mul_ps); }
@@ -6705,10 +6813,12 @@ DSPARK__INLINE dspark__i dspark__i_sub(dspark__i x, dspark__i y) { return DSPARK
 DSPARK__INLINE dspark__i dspark__i_and(dspark__i x, dspark__i y) { return DSPARK__I2(_mm256_and_si256); }
 DSPARK__INLINE dspark__i dspark__i_xor(dspark__i x, dspark__i y) { return DSPARK__I2(_mm256_xor_si256); }
 DSPARK__INLINE dspark__i dspark__i_left(dspark__i x, int n) {
-    return DSPARK__AT(i_pair)(_mm256_sll_epi32(x.a, _mm_cvtsi32_si128(n)), _mm256_sll_epi32(x.b, _mm_cvtsi32_si128(n)));
+    __m128i by = _mm_cvtsi32_si128(n);
+    return DSPARK__AT(i_pair)(_mm256_sll_epi32(x.a, by), _mm256_sll_epi32(x.b, by));
 }
 DSPARK__INLINE dspark__i dspark__i_right(dspark__i x, int n) {
-    return DSPARK__AT(i_pair)(_mm256_srl_epi32(x.a, _mm_cvtsi32_si128(n)), _mm256_srl_epi32(x.b, _mm_cvtsi32_si128(n)));
+    __m128i by = _mm_cvtsi32_si128(n);
+    return DSPARK__AT(i_pair)(_mm256_srl_epi32(x.a, by), _mm256_srl_epi32(x.b, by));
 }
 DSPARK__INLINE dspark__i dspark__i_half(dspark__i x) {
     return DSPARK__AT(i_pair)(_mm256_srai_epi32(x.a, 1), _mm256_srai_epi32(x.b, 1));
@@ -6716,7 +6826,7 @@ DSPARK__INLINE dspark__i dspark__i_half(dspark__i x) {
 DSPARK__INLINE void dspark__i_bytes(uint8_t *p, dspark__i x) {
     __m128i a = _mm_packus_epi32(_mm256_castsi256_si128(x.a), _mm256_extracti128_si256(x.a, 1));
     __m128i b = _mm_packus_epi32(_mm256_castsi256_si128(x.b), _mm256_extracti128_si256(x.b, 1));
-    _mm_storeu_si128((__m128i *)(void *)p, _mm_packus_epi16(a, b));
+    DSPARK__AT(store16)(p, _mm_packus_epi16(a, b));
 }
 DSPARK__INLINE dspark__v dspark__v_swap8(dspark__v x) { return DSPARK__AT(v_pair)(x.b, x.a); }
 DSPARK__INLINE dspark__v dspark__v_swap4(dspark__v x) {
@@ -6733,14 +6843,18 @@ typedef __m256 dspark__p;
 DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm256_setzero_ps(); }
 DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm256_loadu_ps((const float *)p); }
 DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { __asm__("" : "+x"(x)); return x; }
-DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) { return _mm256_fmadd_ps(x, y, z); }
+DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
+    return _mm256_fmadd_ps(x, y, z);
+}
 DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return DSPARK__AT(v_pair)(x, y); }
-// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
+// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a second
+// sign.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
     __m128i h = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)p));
     return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16((short)0xbf80)));
 }
-// A code's sign, shifted to its place, brings the rest of the code along: the table holds that too, so that it cancels.
+// A code's sign, shifted to its place, brings the rest of the code along; the table holds that too: it
+// cancels.
 DSPARK__INLINE dspark__p dspark__p_table(float scale) {
     __m256i rest = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 28);
     return _mm256_xor_ps(_mm256_mul_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), _mm256_set1_ps(scale)),
@@ -6751,27 +6865,21 @@ DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
     int32_t u;
     memcpy(&u, p, 4);
     code = _mm256_srlv_epi32(_mm256_set1_epi32(u), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code), _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code),
+                         _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
 }
 DSPARK__INLINE dspark__v dspark__v_order(dspark__v x) { return x; }
 DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) { return x; }
 DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
-    __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
+    __m128i h = DSPARK__AT(load16)(p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
-}
-// Halves, then quarters of a and c beside each other, then of both pairs.
-DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m256 d) {
-    __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
-    __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
-    __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
-    s = _mm256_add_ps(s, _mm256_permute_ps(s, 0xb1));
-    _mm_storeu_ps(y, _mm_shuffle_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0x88));
+    return _mm256_cvtph_ps(DSPARK__AT(load16)(p));
 }
 DSPARK__INLINE void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
-    DSPARK__AT(sum4)(y, _mm256_add_ps(a.a, a.b), _mm256_add_ps(b.a, b.b), _mm256_add_ps(c.a, c.b), _mm256_add_ps(d.a, d.b));
+    DSPARK__AT(sum4)(y, _mm256_add_ps(a.a, a.b), _mm256_add_ps(b.a, b.b), _mm256_add_ps(c.a, c.b),
+                     _mm256_add_ps(d.a, d.b));
 }
 DSPARK__INLINE __m256 DSPARK__AT(e8m0_half)(const uint8_t *p) {
     __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
@@ -6780,15 +6888,6 @@ DSPARK__INLINE __m256 DSPARK__AT(e8m0_half)(const uint8_t *p) {
 DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     return DSPARK__AT(v_pair)(DSPARK__AT(e8m0_half)(p), DSPARK__AT(e8m0_half)(p + 8));
 }
-DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
-    __m128i av = _mm_loadu_si128((const __m128i *)(const void *)a), bv = _mm_loadu_si128((const __m128i *)(const void *)b);
-    __m128i cv = _mm_loadu_si128((const __m128i *)(const void *)c), dv = _mm_loadu_si128((const __m128i *)(const void *)d);
-    __m128i ab = _mm_unpacklo_epi8(av, bv), cd = _mm_unpacklo_epi8(cv, dv), *to = (__m128i *)(void *)y;
-    _mm_storeu_si128(to, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(ab, cd));
-    ab = _mm_unpackhi_epi8(av, bv), cd = _mm_unpackhi_epi8(cv, dv);
-    _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab, cd));
-}
-DSPARK__INLINE void dspark__prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #elif DSPARK__PATH == 3     // AVX-512: one register
 typedef struct { __m512 a; } dspark__v;
@@ -6829,7 +6928,7 @@ DSPARK__INLINE dspark__i dspark__i_right(dspark__i x, int n) {
 }
 DSPARK__INLINE dspark__i dspark__i_half(dspark__i x) { return DSPARK__AT(i_of)(_mm512_srai_epi32(x.a, 1)); }
 DSPARK__INLINE void dspark__i_bytes(uint8_t *p, dspark__i x) {
-    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(x.a));
+    DSPARK__AT(store16)(p, _mm512_cvtepi32_epi8(x.a));
 }
 DSPARK__INLINE dspark__v dspark__v_swap8(dspark__v x) {
     return DSPARK__AT(v_of)(_mm512_shuffle_f32x4(x.a, x.a, 0x4e));
@@ -6837,18 +6936,25 @@ DSPARK__INLINE dspark__v dspark__v_swap8(dspark__v x) {
 DSPARK__INLINE dspark__v dspark__v_swap4(dspark__v x) {
     return DSPARK__AT(v_of)(_mm512_shuffle_f32x4(x.a, x.a, 0xb1));
 }
-DSPARK__INLINE dspark__v dspark__v_swap2(dspark__v x) { return DSPARK__AT(v_of)(_mm512_permute_ps(x.a, 0x4e)); }
-DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v x) { return DSPARK__AT(v_of)(_mm512_permute_ps(x.a, 0xb1)); }
+DSPARK__INLINE dspark__v dspark__v_swap2(dspark__v x) {
+    return DSPARK__AT(v_of)(_mm512_permute_ps(x.a, 0x4e));
+}
+DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v x) {
+    return DSPARK__AT(v_of)(_mm512_permute_ps(x.a, 0xb1));
+}
 DSPARK__INLINE float dspark__v_first(dspark__v x) { return _mm512_cvtss_f32(x.a); }
 typedef __m512 dspark__p;
 DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm512_setzero_ps(); }
 DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm512_loadu_ps(p); }
 DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { __asm__("" : "+v"(x)); return x; }
-DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) { return _mm512_fmadd_ps(x, y, z); }
+DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
+    return _mm512_fmadd_ps(x, y, z);
+}
 DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return (void)y, DSPARK__AT(v_of)(x); }
-// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
+// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a second
+// sign.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
-    __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
+    __m256i h = _mm256_cvtepi8_epi16(DSPARK__AT(load16)(p));
     h = _mm256_and_si256(_mm256_slli_epi16(h, 7), _mm256_set1_epi16((short)0xbf80));
     return _mm512_cvtph_ps(h);
 }
@@ -6872,14 +6978,6 @@ DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) {
     __m512i from = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
     return DSPARK__AT(v_of)(_mm512_permutexvar_ps(from, x.a));
 }
-// Halves, then quarters of a and c beside each other, then of both pairs.
-DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m256 d) {
-    __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
-    __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
-    __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
-    s = _mm256_add_ps(s, _mm256_permute_ps(s, 0xb1));
-    _mm_storeu_ps(y, _mm_shuffle_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0x88));
-}
 DSPARK__INLINE __m256 DSPARK__AT(fold)(dspark__v x) {
     return _mm256_add_ps(_mm512_castps512_ps256(x.a), _mm512_extractf32x8_ps(x.a, 1));
 }
@@ -6894,19 +6992,10 @@ DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
 DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
-    __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+    __m512i u = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p));
     u = _mm512_max_epi32(_mm512_slli_epi32(u, 23), _mm512_set1_epi32(0x400000));
     return DSPARK__AT(v_of)(_mm512_castsi512_ps(u));
 }
-DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
-    __m128i av = _mm_loadu_si128((const __m128i *)(const void *)a), bv = _mm_loadu_si128((const __m128i *)(const void *)b);
-    __m128i cv = _mm_loadu_si128((const __m128i *)(const void *)c), dv = _mm_loadu_si128((const __m128i *)(const void *)d);
-    __m128i ab = _mm_unpacklo_epi8(av, bv), cd = _mm_unpacklo_epi8(cv, dv), *to = (__m128i *)(void *)y;
-    _mm_storeu_si128(to, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(ab, cd));
-    ab = _mm_unpackhi_epi8(av, bv), cd = _mm_unpackhi_epi8(cv, dv);
-    _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab, cd)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab, cd));
-}
-DSPARK__INLINE void dspark__prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #elif DSPARK__PATH == 4     // NEON: four registers
 typedef struct { float32x4_t a, b, c, d; } dspark__v;
@@ -6926,8 +7015,10 @@ DSPARK__INLINE dspark__i DSPARK__AT(i_of)(uint32x4_t a, uint32x4_t b, uint32x4_t
     DSPARK__AT(v_of)(operation(x.a, y.a), operation(x.b, y.b), operation(x.c, y.c), operation(x.d, y.d))
 #define DSPARK__I4(operation) \
     DSPARK__AT(i_of)(operation(x.a, y.a), operation(x.b, y.b), operation(x.c, y.c), operation(x.d, y.d))
-#define DSPARK__V4_EACH(operation) DSPARK__AT(v_of)(operation(x.a), operation(x.b), operation(x.c), operation(x.d))
-#define DSPARK__I4_EACH(operation) DSPARK__AT(i_of)(operation(x.a), operation(x.b), operation(x.c), operation(x.d))
+#define DSPARK__V4_EACH(operation) \
+    DSPARK__AT(v_of)(operation(x.a), operation(x.b), operation(x.c), operation(x.d))
+#define DSPARK__I4_EACH(operation) \
+    DSPARK__AT(i_of)(operation(x.a), operation(x.b), operation(x.c), operation(x.d))
 DSPARK__INLINE dspark__v dspark__v_set(float a) {
     float32x4_t x = vdupq_n_f32(a);
     return DSPARK__AT(v_of)(x, x, x, x);
@@ -6944,8 +7035,12 @@ DSPARK__INLINE dspark__v dspark__v_add(dspark__v x, dspark__v y) { return DSPARK
 DSPARK__INLINE dspark__v dspark__v_sub(dspark__v x, dspark__v y) { return DSPARK__V4(vsubq_f32); }
 DSPARK__INLINE dspark__v dspark__v_mul(dspark__v x, dspark__v y) { return DSPARK__V4(vmulq_f32); }
 DSPARK__INLINE dspark__v dspark__v_div(dspark__v x, dspark__v y) { return DSPARK__V4(vdivq_f32); }
-DSPARK__INLINE float32x4_t DSPARK__AT(max4)(float32x4_t x, float32x4_t y) { return vbslq_f32(vcgtq_f32(x, y), x, y); }
-DSPARK__INLINE float32x4_t DSPARK__AT(min4)(float32x4_t x, float32x4_t y) { return vbslq_f32(vcltq_f32(x, y), x, y); }
+DSPARK__INLINE float32x4_t DSPARK__AT(max4)(float32x4_t x, float32x4_t y) {
+    return vbslq_f32(vcgtq_f32(x, y), x, y);
+}
+DSPARK__INLINE float32x4_t DSPARK__AT(min4)(float32x4_t x, float32x4_t y) {
+    return vbslq_f32(vcltq_f32(x, y), x, y);
+}
 DSPARK__INLINE dspark__v dspark__v_max(dspark__v x, dspark__v y) { return DSPARK__V4(DSPARK__AT(max4)); }
 DSPARK__INLINE dspark__v dspark__v_min(dspark__v x, dspark__v y) { return DSPARK__V4(DSPARK__AT(min4)); }
 DSPARK__INLINE dspark__v dspark__v_fma(dspark__v x, dspark__v y, dspark__v z) {
@@ -6954,8 +7049,9 @@ DSPARK__INLINE dspark__v dspark__v_fma(dspark__v x, dspark__v y, dspark__v z) {
 }
 DSPARK__INLINE dspark__v dspark__v_sqrt(dspark__v x) { return DSPARK__V4_EACH(vsqrtq_f32); }
 DSPARK__INLINE dspark__v dspark__v_less(dspark__v a, dspark__v b, dspark__v x, dspark__v y) {
-    return DSPARK__AT(v_of)(vbslq_f32(vcltq_f32(a.a, b.a), x.a, y.a), vbslq_f32(vcltq_f32(a.b, b.b), x.b, y.b),
-                            vbslq_f32(vcltq_f32(a.c, b.c), x.c, y.c), vbslq_f32(vcltq_f32(a.d, b.d), x.d, y.d));
+    x.a = vbslq_f32(vcltq_f32(a.a, b.a), x.a, y.a), x.b = vbslq_f32(vcltq_f32(a.b, b.b), x.b, y.b);
+    x.c = vbslq_f32(vcltq_f32(a.c, b.c), x.c, y.c), x.d = vbslq_f32(vcltq_f32(a.d, b.d), x.d, y.d);
+    return x;
 }
 DSPARK__INLINE dspark__i dspark__v_bits(dspark__v x) { return DSPARK__I4_EACH(vreinterpretq_u32_f32); }
 DSPARK__INLINE dspark__v dspark__i_floats(dspark__i x) { return DSPARK__V4_EACH(vreinterpretq_f32_u32); }
@@ -6977,7 +7073,8 @@ DSPARK__INLINE uint32x4_t DSPARK__AT(half4)(uint32x4_t x) {
 }
 DSPARK__INLINE dspark__i dspark__i_half(dspark__i x) { return DSPARK__I4_EACH(DSPARK__AT(half4)); }
 DSPARK__INLINE void dspark__i_bytes(uint8_t *p, dspark__i x) {
-    uint16x8_t a = vcombine_u16(vmovn_u32(x.a), vmovn_u32(x.b)), b = vcombine_u16(vmovn_u32(x.c), vmovn_u32(x.d));
+    uint16x8_t a = vcombine_u16(vmovn_u32(x.a), vmovn_u32(x.b));
+    uint16x8_t b = vcombine_u16(vmovn_u32(x.c), vmovn_u32(x.d));
     vst1q_u8(p, vcombine_u8(vmovn_u16(a), vmovn_u16(b)));
 }
 DSPARK__INLINE dspark__v dspark__v_swap8(dspark__v x) { return DSPARK__AT(v_of)(x.c, x.d, x.a, x.b); }
@@ -6987,7 +7084,11 @@ DSPARK__INLINE dspark__v dspark__v_swap2(dspark__v x) { return DSPARK__V4_EACH(D
 DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v x) { return DSPARK__V4_EACH(vrev64q_f32); }
 DSPARK__INLINE float dspark__v_first(dspark__v x) { return vgetq_lane_f32(x.a, 0); }
 typedef struct { float32x4_t a, b; } dspark__p;
-DSPARK__INLINE dspark__p DSPARK__AT(p_of)(float32x4_t a, float32x4_t b) { dspark__p y; y.a = a, y.b = b; return y; }
+DSPARK__INLINE dspark__p DSPARK__AT(p_of)(float32x4_t a, float32x4_t b) {
+    dspark__p y;
+    y.a = a, y.b = b;
+    return y;
+}
 DSPARK__INLINE dspark__p dspark__p_zero(void) { return DSPARK__AT(p_of)(vdupq_n_f32(0), vdupq_n_f32(0)); }
 DSPARK__INLINE dspark__p dspark__p_load(const void *from) {
     const uint8_t *p = (const uint8_t *)from;
@@ -6997,17 +7098,22 @@ DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { return x; }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return DSPARK__AT(p_of)(vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b));
 }
-DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return DSPARK__AT(v_of)(x.a, x.b, y.a, y.b); }
+DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) {
+    return DSPARK__AT(v_of)(x.a, x.b, y.a, y.b);
+}
 DSPARK__INLINE dspark__p DSPARK__AT(p_half)(uint16x8_t x) {         // of half precision
     float16x8_t a = vreinterpretq_f16_u16(x);
     return DSPARK__AT(p_of)(vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)));
 }
-// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a copy of the sign.
+// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a second
+// sign.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
     uint16x8_t h = vreinterpretq_u16_s16(vshll_n_s8(vreinterpret_s8_u8(vld1_u8(p)), 7));
     return DSPARK__AT(p_half)(vandq_u16(h, vdupq_n_u16(0xbf80)));
 }
-DSPARK__INLINE dspark__p dspark__p_table(float scale) { return DSPARK__AT(p_of)(vdupq_n_f32(scale), vdupq_n_f32(scale)); }
+DSPARK__INLINE dspark__p dspark__p_table(float scale) {
+    return DSPARK__AT(p_of)(vdupq_n_f32(scale), vdupq_n_f32(scale));
+}
 DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
     static const uint8_t halves[16] = { 0, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46,    // their upper bytes
                                         0x80, 0xb8, 0xbc, 0xbe, 0xc0, 0xc2, 0xc4, 0xc6 };
@@ -7027,15 +7133,18 @@ DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
     return DSPARK__AT(p_of)(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(x), 16)),
                             vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(x), 16)));
 }
-DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) { return DSPARK__AT(p_half)(vreinterpretq_u16_u8(vld1q_u8(p))); }
+DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
+    return DSPARK__AT(p_half)(vreinterpretq_u16_u8(vld1q_u8(p)));
+}
 DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     float y[16];
     for (int i = 0; i < 16; i++) y[i] = dspark__e8m0(p[i]);
     return dspark__v_load(y);
 }
-DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
+DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *const *p) {
     uint8x16x4_t all;
-    all.val[0] = vld1q_u8(a), all.val[1] = vld1q_u8(b), all.val[2] = vld1q_u8(c), all.val[3] = vld1q_u8(d);
+    all.val[0] = vld1q_u8(p[0]), all.val[1] = vld1q_u8(p[1]);
+    all.val[2] = vld1q_u8(p[2]), all.val[3] = vld1q_u8(p[3]);
     vst4q_u8(y, all);
 }
 DSPARK__INLINE void dspark__prefetch(const void *p) { __builtin_prefetch(p); }
@@ -7104,9 +7213,10 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     return dtype == DSPARK_FP8 ? k : dtype == DSPARK_FP4 ? k / 2 : dtype == DSPARK_F32 ? 4 * k : 2 * k;
 }
 
-// The inner product of everything: R inputs times Q rows of weights. dtype, R and Q are constants where it is called,
-// so that what is not needed vanishes and acc stays in registers (hence no loops over r and q, which GCC at -O2 keeps).
-// Weights are decoded where they are used: that costs less than bringing them from a tile decoded before.
+// The inner product of everything: R inputs times Q rows of weights. dtype, R and Q are constants where it is
+// called, so that what is not needed vanishes and acc stays in registers (hence no loops over r and q: GCC at
+// -O2 would keep them). Weights are decoded where they are used, each for R rows: measured, that costs less
+// than fetching them from a tile that was decoded before.
 #define DSPARK__EACH_ROW(what) \
     if (R > 0) { what(0) } if (R > 1) { what(1) } if (R > 2) { what(2) } \
     if (R > 3) { what(3) } if (R > 4) { what(4) } if (R > 5) { what(5) }
@@ -7130,11 +7240,14 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     DSPARK__EACH_OUTPUT(DSPARK__DECODE) \
     DSPARK__EACH_ROW(multiply) \
     k += DSPARK__AT(piece);
-#define DSPARK__JOIN(r, q) (dtype == DSPARK_FP4 ? dspark__v_order(dspark__v_join(acc[r][q][0], acc[r][q][1])) \
-                                                : dspark__v_join(acc[r][q][0], acc[r][q][1]))
+#define DSPARK__JOIN(r, q) \
+    (dtype == DSPARK_FP4 ? dspark__v_order(dspark__v_join(acc[r][q][0], acc[r][q][1])) \
+                         : dspark__v_join(acc[r][q][0], acc[r][q][1]))
 #define DSPARK__SUM(r) \
-    if (Q > 3) dspark__v_sum4(to->sum[r], DSPARK__JOIN(r, 0), DSPARK__JOIN(r, 1), DSPARK__JOIN(r, 2), DSPARK__JOIN(r, 3)); \
-    else { \
+    if (Q > 3) { \
+        dspark__v_sum4(to->sum[r], DSPARK__JOIN(r, 0), DSPARK__JOIN(r, 1), DSPARK__JOIN(r, 2), \
+                       DSPARK__JOIN(r, 3)); \
+    } else { \
         to->sum[r][0] = dspark__v_sum(DSPARK__JOIN(r, 0)); \
         if (Q > 1) to->sum[r][1] = dspark__v_sum(DSPARK__JOIN(r, 1)); \
     }
@@ -7159,7 +7272,10 @@ DSPARK__INLINE void dspark__product_of(dspark__product *to, const int dtype, con
 
 #define dspark__multiply DSPARK__AT(multiply)
 #if DSPARK__PATH == 1
-static void dspark__multiply(int dtype, int R, dspark__product *p) { (void)R, dspark__product_of(p, dtype, 1, 1); }
+static void dspark__multiply(int dtype, int R, dspark__product *p) {
+    (void)R;
+    dspark__product_of(p, dtype, 1, 1);
+}
 #else
 // One function a dtype and number of rows, with as many outputs as the registers hold.
 #define DSPARK__PRODUCT(name, dtype, R) \
@@ -7197,7 +7313,7 @@ static int DSPARK__AT(group)(int n) {
     return (n + groups - 1) / groups;
 }
 
-// The input as the product wants it: times the scales of a row of FP8 blocks, or in p_fp4's order; zeros behind.
+// The input as a product wants it: times the scales of a row of FP8 blocks, or in p_fp4's order; then zeros.
 static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *x, float *y) {
     const uint8_t *scale = m->scale;
     int n = m->cols;
@@ -7211,7 +7327,8 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
     }
 }
 
-// n FP4 scales of four rows as floats, those of a block beside each other, up to 64 floats too many. `end`: of all scales.
+// n FP4 scales of four rows as floats, those of a block beside each other; up to 60 floats too many are
+// written. end: of the matrix's scales, past which nothing is read.
 static void DSPARK__AT(scales)(const uint8_t *const *row, int n, const uint8_t *end, float *y) {
     for (int k = 0; k < n; k += 16) {
         uint8_t some[4][16] = { { 0 } }, all[64];
@@ -7220,13 +7337,15 @@ static void DSPARK__AT(scales)(const uint8_t *const *row, int n, const uint8_t *
             at[q] = row[q] + k;
             if (end - at[q] < 16) at[q] = (const uint8_t *)memcpy(some[q], at[q], (size_t)(end - at[q]));
         }
-        dspark__interleave(all, at[0], at[1], at[2], at[3]);
+        dspark__interleave(all, at);
         for (int i = 0; i < 64; i += 16) dspark__v_store(y + 4 * k + i, dspark__v_e8m0(all + i));
     }
 }
 
-// The next weight rows into p: outputs i, i + 1, ...; past the end the last one again.
-static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, float *scales, uint8_t *odd) {
+// The next weight rows into p: outputs i, i + 1, ...; past the end the last one again. odd: room to pad them
+// with zeros, where a row's length asks for it.
+static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, float *scales,
+                             uint8_t *odd) {
     const dspark_matrix *m = job->w;
     const uint8_t *scale[4] = { NULL, NULL, NULL, NULL };
     size_t bytes = dspark__row_bytes(m), padded = DSPARK__AT(bytes)(m->dtype, (size_t)p->n);
@@ -7242,10 +7361,10 @@ static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__pro
         DSPARK__AT(scales)(scale, m->cols / 32, m->scale + (size_t)m->rows * (size_t)(m->cols / 32), scales);
 }
 
-// Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs. Few weights at a time, which stay in
-// the first cache for all rows. spare: four rows of weights, and a row of inputs for four rows' FP4 scales.
-static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end, const float *const *x, float *const *y,
-                                     int n, float *spare) {
+// Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs. Few weights at a time, which
+// stay in the first cache for all rows. spare: four rows of weights; four rows' FP4 scales.
+static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end, const float *const *x,
+                                     float *const *y, int n, float *spare) {
     const dspark_matrix *m = job->w;
     size_t stride = dspark__input_stride(m->cols);
     int single = n == 1 || m->dtype == DSPARK_F16, Q = single ? DSPARK__AT(wide) : DSPARK__AT(outputs);
@@ -7297,8 +7416,8 @@ static float dspark__v_amax(const float *x, int n) {    // NaN does not count
     return dspark__v_largest(m);
 }
 
-// |x|, at most `limit`, to the nearest number with `bits` mantissa bits, or multiple of least * 2^-bits below `least`;
-// ties to even: adding 2^(23 - bits) times its power of two pushes the rest out of the mantissa. NaN stays.
+// |x|, at most `limit`, to the nearest number with `bits` mantissa bits, or multiple of least * 2^-bits below
+// `least`; ties to even: adding 2^(23 - bits) times its power of two shifts the rest out. NaN stays.
 #define dspark__v_nearest DSPARK__AT(v_nearest)
 DSPARK__WORD dspark__v dspark__v_nearest(dspark__v x, float limit, float least, int bits) {
     dspark__v a = dspark__v_min(dspark__v_set(limit), dspark__v_abs(x));
@@ -7325,7 +7444,8 @@ static void DSPARK__AT(round_fp8)(const float *x, int n, int block, float *y) {
 #define dspark__v_codes DSPARK__AT(v_codes)
 DSPARK__WORD dspark__v dspark__v_codes(dspark__v a, float least, int bits) {
     float shift = least * dspark__exp2i(23 - bits);
-    dspark__i low = dspark__i_sub(dspark__v_bits(dspark__v_add(a, dspark__v_set(shift))), dspark__i_set(dspark__bits_of(shift)));
+    dspark__i low = dspark__i_sub(dspark__v_bits(dspark__v_add(a, dspark__v_set(shift))),
+                                  dspark__i_set(dspark__bits_of(shift)));
     dspark__i high = dspark__i_sub(dspark__i_right(dspark__v_bits(a), 23 - bits),
                                    dspark__i_set((dspark__bits_of(least) >> (23 - bits)) - (1u << bits)));
     return dspark__v_less(a, dspark__v_set(least), dspark__i_floats(low), dspark__i_floats(high));
@@ -7334,16 +7454,18 @@ DSPARK__WORD dspark__v dspark__v_codes(dspark__v a, float least, int bits) {
 static void DSPARK__AT(encode_fp8)(const float *x, int n, int block, uint8_t *codes, uint8_t *scales) {
     for (int b = 0; b < n; b += block) {
         int size = n - b < block ? n - b : block, e = dspark__fp8_exponent(dspark__v_amax(x + b, size));
+        dspark__v down = dspark__v_set(dspark__exp2i(-e));
         *scales++ = (uint8_t)(e + 127);
         for (int i = 0; i < size; i += 16) {
-            dspark__v v = dspark__v_mul(dspark__v_load_n(x + b + i, size - i, 0), dspark__v_set(dspark__exp2i(-e)));
+            dspark__v v = dspark__v_mul(dspark__v_load_n(x + b + i, size - i, 0), down);
             dspark__v a = dspark__v_nearest(v, 448, 0x1p-6f, 3);
             dspark__i sign = dspark__i_and(dspark__i_right(dspark__v_bits(v), 24), dspark__i_set(0x80));
-            dspark__v code = dspark__i_floats(dspark__i_add(dspark__v_bits(dspark__v_codes(a, 0x1p-6f, 3)), sign));
+            dspark__i code = dspark__i_add(dspark__v_bits(dspark__v_codes(a, 0x1p-6f, 3)), sign);
+            dspark__v nan = dspark__i_floats(dspark__i_set(0x7f));
             uint8_t some[16];
-            code = dspark__v_less(a, dspark__v_set(1000), code, dspark__i_floats(dspark__i_set(0x7f)));
-            dspark__i_bytes(some, dspark__v_bits(code));
-            memcpy(codes + b + i, some, (size_t)(size - i < 16 ? size - i : 16));
+            code = dspark__v_bits(dspark__v_less(a, dspark__v_set(1000), dspark__i_floats(code), nan));
+            dspark__i_bytes(size - i < 16 ? some : codes + b + i, code);
+            if (size - i < 16) memcpy(codes + b + i, some, (size_t)(size - i));
         }
     }
 }
@@ -7354,10 +7476,12 @@ static void DSPARK__AT(decode_fp8)(const uint8_t *codes, const uint8_t *scales, 
         int size = n - b < block ? n - b : block;
         dspark__v s = dspark__v_set(dspark__e8m0(*scales++));
         for (int i = 0; i < size; i += 16) {
+            const uint8_t *from = codes + b + i;
             uint8_t some[16] = { 0 };
             dspark__v v;
-            memcpy(some, codes + b + i, (size_t)(size - i < 16 ? size - i : 16));
-            v = dspark__v_mul(dspark__v_join(dspark__p_fp8(some), dspark__p_fp8(some + DSPARK__AT(piece) % 16)), dspark__v_set(256));
+            if (size - i < 16) from = (const uint8_t *)memcpy(some, from, (size_t)(size - i));
+            v = dspark__v_join(dspark__p_fp8(from), dspark__p_fp8(from + DSPARK__AT(piece) % 16));
+            v = dspark__v_mul(v, dspark__v_set(256));
             v = dspark__v_less(dspark__v_set(448), dspark__v_abs(v), nan, v);
             dspark__v_store_n(y + b + i, size - i, dspark__v_mul(v, s));
         }
@@ -7365,29 +7489,30 @@ static void DSPARK__AT(decode_fp8)(const uint8_t *codes, const uint8_t *scales, 
 }
 
 static void DSPARK__AT(encode_fp4)(const float *x, int n, uint8_t *codes, uint8_t *scales) {
+    dspark__v zero = dspark__v_set(0);
     for (int b = 0; b < n; b += 32) {
         int e = dspark__fp4_exponent(dspark__v_amax(x + b, 32));
-        uint8_t some[32];
+        uint8_t pairs[32];
         *scales++ = (uint8_t)(e + 127);
         for (int i = 0; i < 32; i += 16) {
-            dspark__v v = dspark__v_load(x + b + i), a;
-            dspark__i sign;
-            v = dspark__v_less(dspark__v_abs(v), dspark__i_floats(dspark__i_set(0x7f800000)), v,
-                               dspark__v_less(v, dspark__v_zero(), dspark__v_set(-0x1p127f),
-                                              dspark__v_less(dspark__v_zero(), v, dspark__v_set(0x1p127f), dspark__v_zero())));
+            dspark__v v = dspark__v_load(x + b + i);
+            dspark__i code, other;
+            v = dspark__v_add(dspark__v_min(v, zero), dspark__v_max(v, zero));      // NaN: 0
             v = dspark__v_mul(v, dspark__v_set(dspark__exp2i(-e)));
-            a = dspark__v_nearest(v, 6, 1, 1);
-            sign = dspark__i_and(dspark__i_right(dspark__v_bits(v), 28), dspark__i_set(8));
-            dspark__i_bytes(some + i, dspark__i_add(dspark__v_bits(dspark__v_codes(a, 1, 1)), sign));
+            code = dspark__i_and(dspark__i_right(dspark__v_bits(v), 28), dspark__i_set(8));
+            code = dspark__i_add(dspark__v_bits(dspark__v_codes(dspark__v_nearest(v, 6, 1, 1), 1, 1)), code);
+            other = dspark__v_bits(dspark__v_swap1(dspark__i_floats(code)));
+            dspark__i_bytes(pairs + i, dspark__i_add(code, dspark__i_left(other, 4)));
         }
-        for (int i = 0; i < 16; i++) codes[b / 2 + i] = (uint8_t)(some[2 * i] | some[2 * i + 1] << 4);
+        for (int i = 0; i < 16; i++) codes[b / 2 + i] = pairs[2 * i];
     }
 }
 
 static void DSPARK__AT(decode_fp4)(const uint8_t *codes, const uint8_t *scales, int n, float *y) {
     for (int i = 0; i < n; i += 16) {
         dspark__p table = dspark__p_table(dspark__e8m0(scales[i / 32]));
-        dspark__p a = dspark__p_fp4(codes + i / 2, table), b = dspark__p_fp4(codes + i / 2 + DSPARK__AT(piece) % 16 / 2, table);
+        dspark__p a = dspark__p_fp4(codes + i / 2, table);
+        dspark__p b = dspark__p_fp4(codes + i / 2 + DSPARK__AT(piece) % 16 / 2, table);
         dspark__v_store(y + i, dspark__v_order(dspark__v_join(a, b)));
     }
 }
@@ -7395,29 +7520,18 @@ static void DSPARK__AT(decode_fp4)(const uint8_t *codes, const uint8_t *scales, 
 // ---- Vectors
 
 static void DSPARK__AT(hadamard)(float *y, int n) {
-    static const uint32_t signs[4][16] = {      // of a lane's own value, where lanes 1, 2, 4, 8 apart meet
-#define DSPARK__N 0x80000000u
-        { 0, DSPARK__N, 0, DSPARK__N, 0, DSPARK__N, 0, DSPARK__N, 0, DSPARK__N, 0, DSPARK__N, 0, DSPARK__N, 0, DSPARK__N },
-        { 0, 0, DSPARK__N, DSPARK__N, 0, 0, DSPARK__N, DSPARK__N, 0, 0, DSPARK__N, DSPARK__N, 0, 0, DSPARK__N, DSPARK__N },
-        { 0, 0, 0, 0, DSPARK__N, DSPARK__N, DSPARK__N, DSPARK__N, 0, 0, 0, 0, DSPARK__N, DSPARK__N, DSPARK__N, DSPARK__N },
-        { 0, 0, 0, 0, 0, 0, 0, 0, DSPARK__N, DSPARK__N, DSPARK__N, DSPARK__N, DSPARK__N, DSPARK__N, DSPARK__N, DSPARK__N }
-#undef DSPARK__N
-    };
-    dspark__i sign[4];
-    dspark__v scale = dspark__v_set(1.0f / sqrtf((float)n));
+    dspark__v sign[4], scale = dspark__v_set(1.0f / sqrtf((float)n));     // sign where a lane meets i ^ 2^h
     for (int h = 0; h < 4; h++) {
         float f[16];
-        memcpy(f, signs[h], sizeof f);
-        sign[h] = dspark__v_bits(dspark__v_load(f));
+        for (int i = 0; i < 16; i++) f[i] = i >> h & 1 ? -1.0f : 1.0f;
+        sign[h] = dspark__v_load(f);
     }
     for (int i = 0; i < n; i += 16) {
         dspark__v v = dspark__v_load_n(y + i, n - i, 0);
-#define DSPARK__MEET(swap, h) if (n >> (h + 1)) \
-        v = dspark__v_add(swap(v), dspark__i_floats(dspark__i_xor(dspark__v_bits(v), sign[h])))
-        DSPARK__MEET(dspark__v_swap1, 0);
-        DSPARK__MEET(dspark__v_swap2, 1);
-        DSPARK__MEET(dspark__v_swap4, 2);
-        DSPARK__MEET(dspark__v_swap8, 3);
+        if (n > 1) v = dspark__v_fma(v, sign[0], dspark__v_swap1(v));
+        if (n > 2) v = dspark__v_fma(v, sign[1], dspark__v_swap2(v));
+        if (n > 4) v = dspark__v_fma(v, sign[2], dspark__v_swap4(v));
+        if (n > 8) v = dspark__v_fma(v, sign[3], dspark__v_swap8(v));
         dspark__v_store_n(y + i, n - i, v);
     }
     for (int h = 16; h < n; h *= 2)
@@ -7440,8 +7554,8 @@ static float DSPARK__AT(dot)(const float *a, const float *b, int n) {
 
 static void DSPARK__AT(axpy)(float *y, float a, const float *x, int n) {
     for (int i = 0; i < n; i += 16) {
-        dspark__v v = dspark__v_load_n(y + i, n - i, 0);
-        dspark__v_store_n(y + i, n - i, dspark__v_fma(dspark__v_set(a), dspark__v_load_n(x + i, n - i, 0), v));
+        dspark__v v = dspark__v_load_n(y + i, n - i, 0), u = dspark__v_load_n(x + i, n - i, 0);
+        dspark__v_store_n(y + i, n - i, dspark__v_fma(dspark__v_set(a), u, v));
     }
 }
 
@@ -7456,7 +7570,8 @@ static void DSPARK__AT(rms_norm)(const float *x, const float *w, int n, float ep
     }
 }
 
-// e^x - 1 = 2^n (e^r - 1) + (2^n - 1) with x = n ln 2 + r, |r| <= ln 2 / 2; this gives e^r - 1, and n as an integer.
+// e^x - 1 = 2^n (e^r - 1) + (2^n - 1) with x = n ln 2 + r, |r| <= ln 2 / 2; gives e^r - 1, and n as an
+// integer.
 #define dspark__v_exp_parts DSPARK__AT(v_exp_parts)
 DSPARK__WORD dspark__v dspark__v_exp_parts(dspark__v x, dspark__i *n) {
     dspark__v magic = dspark__v_set(0x1.8p23f), t = dspark__v_fma(x, dspark__v_set(1.44269504f), magic);
@@ -7491,13 +7606,8 @@ DSPARK__CALLED dspark__v dspark__v_log(dspark__v x) {
     dspark__i n = dspark__i_and(u, dspark__i_set(0xff800000u));
     dspark__v f = dspark__v_sub(dspark__i_floats(dspark__i_sub(dspark__v_bits(x), n)), dspark__v_set(1));
     dspark__v magic = dspark__v_set(0x1.8p23f), k, p, y;
-    n = dspark__i_half(dspark__i_half(dspark__i_half(dspark__i_half(n))));
-    n = dspark__i_half(dspark__i_half(dspark__i_half(dspark__i_half(n))));
-    n = dspark__i_half(dspark__i_half(dspark__i_half(dspark__i_half(n))));
-    n = dspark__i_half(dspark__i_half(dspark__i_half(dspark__i_half(n))));
-    n = dspark__i_half(dspark__i_half(dspark__i_half(dspark__i_half(n))));
-    n = dspark__i_half(dspark__i_half(dspark__i_half(n)));
-    k = dspark__v_sub(dspark__i_floats(dspark__i_add(n, dspark__v_bits(magic))), magic);
+    u = dspark__i_sub(dspark__i_right(dspark__i_add(u, dspark__i_set(0x3f800000)), 23), dspark__i_set(127));
+    k = dspark__v_sub(dspark__i_floats(dspark__i_add(u, dspark__v_bits(magic))), magic);     // n as a float
     p = dspark__v_fma(dspark__v_set(.06971620541f), f, dspark__v_set(-.1147974863f));
     p = dspark__v_fma(p, f, dspark__v_set(.1168542357f));
     p = dspark__v_fma(p, f, dspark__v_set(-.1242568569f));
@@ -7525,7 +7635,8 @@ DSPARK__WORD dspark__v dspark__v_tanh(dspark__v x) {      // m / (m + 2), m = e^
     m = dspark__v_div(m, dspark__v_add(m, dspark__v_set(2)));
     return dspark__i_floats(dspark__i_xor(dspark__v_bits(m), sign));
 }
-// sqrt(log(1 + e^x)) = sqrt(max(x, 0) + log1p(u)), u = e^-|x|, log1p(u) = log(w) + (u - (w - 1)) / w, w = 1 + u rounded
+// sqrt(log(1 + e^x)) = sqrt(max(x, 0) + log1p(u)), u = e^-|x|; log1p(u) = log(w) + (u - (w - 1)) / w, w = 1 +
+// u as rounded.
 #define dspark__v_sqrt_softplus DSPARK__AT(v_sqrt_softplus)
 DSPARK__WORD dspark__v dspark__v_sqrt_softplus(dspark__v x) {
     dspark__v one = dspark__v_set(1), u = dspark__v_exp(dspark__v_sub(dspark__v_zero(), dspark__v_abs(x)));
@@ -7543,7 +7654,8 @@ DSPARK__MAP(sigmoid)
 DSPARK__MAP(tanh)
 DSPARK__MAP(sqrt_softplus)
 
-static void DSPARK__AT(swiglu)(const float *gate, const float *up, int n, float limit, float weight, float *y) {
+static void DSPARK__AT(swiglu)(const float *gate, const float *up, int n, float limit, float weight,
+                               float *y) {
     dspark__v most = limit > 0 ? dspark__v_set(limit) : dspark__i_floats(dspark__i_set(0x7f800000));
     dspark__v least = dspark__v_sub(dspark__v_zero(), most), one = dspark__v_set(1);
     for (int i = 0; i < n; i += 16) {
@@ -7568,8 +7680,10 @@ static float DSPARK__AT(log_sum_exp)(const float *x, int n) {
     dspark__v s = dspark__v_zero();
     if (m == -DSPARK__INFINITY) m = 0;      // all are, or NaN
     if (m == DSPARK__INFINITY) return m;
-    for (int i = 0; i < n; i += 16)
-        s = dspark__v_add(s, dspark__v_exp(dspark__v_sub(dspark__v_load_n(x + i, n - i, -DSPARK__INFINITY), dspark__v_set(m))));
+    for (int i = 0; i < n; i += 16) {
+        dspark__v v = dspark__v_load_n(x + i, n - i, -DSPARK__INFINITY);
+        s = dspark__v_add(s, dspark__v_exp(dspark__v_sub(v, dspark__v_set(m))));
+    }
     s = dspark__v_set(dspark__v_sum(s));
     if (!(dspark__v_first(s) > 0)) return dspark__v_first(s) == 0 ? -DSPARK__INFINITY : dspark__v_first(s);
     return m + dspark__v_first(dspark__v_log(s));
@@ -7577,7 +7691,8 @@ static float DSPARK__AT(log_sum_exp)(const float *x, int n) {
 
 // ---- Attention
 
-// o[r][i] = sum_j p[r][j] rows[j][i] for i in [0, 16 W), or [0, n) where n < 16 and W is 1; the sum in order of j.
+// o[r][i] = factor[r] sum_j p[r][j] rows[j][i] for i in [at, at + 16 W), or at + n where W is 1; in order of
+// j.
 #define DSPARK__WEIGH_ROW(r) \
     if (R > r) { \
         dspark__v pr = dspark__v_set(p[r < R ? r : 0][j]); \
@@ -7614,9 +7729,11 @@ DSPARK__INLINE void dspark__weigh(const float *const *rows, int n_rows, int at, 
 }
 
 // s[h][j] = scale q_h . rows[j], by eight rows and all heads
-static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const *rows, int n, float scale, float *s) {
+static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const *rows, int n, float scale,
+                               float *s) {
     dspark__product p;
-    p.n = d, p.ahead = 0;
+    memset(&p, 0, sizeof p);
+    p.n = d;
     for (int j0 = 0; j0 < n && d % 32 == 0; j0 += 8)
         for (int h = 0, R; h < H; h += R) {
             int Q;
@@ -7630,9 +7747,9 @@ static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const 
                         s[(size_t)(h + r) * (size_t)n + (size_t)(j + i)] = scale * p.sum[r][i];
             }
         }
-    for (int h = 0; h < H && d % 32; h++)
+    for (int h = 0; h < H && d % 32; h++)       // a width that no model has
         for (int j = 0; j < n; j++)
-            s[(size_t)h * (size_t)n + (size_t)j] = scale * DSPARK__AT(dot)(q + (size_t)h * (size_t)d, rows[j], d);
+            *s++ = scale * DSPARK__AT(dot)(q + (size_t)h * (size_t)d, rows[j], d);
 }
 
 // s becomes e^(s - max); returns 1 / (their sum + e^(sink - max))
@@ -7653,14 +7770,15 @@ static void DSPARK__AT(attend)(const float *q, int H, int d, const float *const 
     enum { R = DSPARK__AT(rows), W = DSPARK__AT(outputs) };
     DSPARK__AT(scores)(q, H, d, rows, n, scale, scratch);
     for (int h = 0; h < H; h += R) {
-        const float *p[R];
-        float *to[R], factor[R];
+        const float *p[R] = { NULL };
+        float *to[R] = { NULL }, factor[R] = { 0 };
         int i = 0;
         for (int r = 0; r < R; r++) {       // past the end: the last head again
             int at = h + r < H ? h + r : H - 1;
-            p[r] = scratch + (size_t)at * (size_t)n;
+            float *s = scratch + (size_t)at * (size_t)n;
+            p[r] = s;
             to[r] = o + (size_t)at * (size_t)d;
-            factor[r] = h + r < H ? DSPARK__AT(soften)(scratch + (size_t)at * (size_t)n, n, sink[at]) : factor[r - 1];
+            factor[r] = h + r < H ? DSPARK__AT(soften)(s, n, sink[at]) : factor[r - 1];
         }
         if (W > 1) for (; i + 16 * W <= d; i += 16 * W) dspark__weigh(rows, n, i, 16, p, to, factor, R, W);
         for (; i < d; i += 16) dspark__weigh(rows, n, i, d - i, p, to, factor, R, 1);
@@ -7670,30 +7788,35 @@ static void DSPARK__AT(attend)(const float *q, int H, int d, const float *const 
 static float DSPARK__AT(index_score)(const float *q, const float *w, int H, int d, const float *key) {
     enum { Q = DSPARK__AT(wide) };
     float dots[16];
-    dspark__v s = dspark__v_zero();
+    dspark__v s = dspark__v_zero(), v;
     dspark__product p;
     p.n = d, p.ahead = 0, p.x[0] = key;
     for (int h0 = 0; h0 < H; h0 += 16) {
         int n = H - h0 < 16 ? H - h0 : 16;
-        for (int h = 0; h < n && d % 32; h++) dots[h] = DSPARK__AT(dot)(q + (size_t)(h0 + h) * (size_t)d, key, d);
+        for (int h = 0; h < n && d % 32; h++) dots[h] = DSPARK__AT(dot)(q + h * d, key, d);
         for (int h = 0; h < n && d % 32 == 0; h += Q) {
-            for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)(q + (size_t)(h0 + (h + i < n ? h + i : n - 1)) * (size_t)d);
+            for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)(q + (h + i < n ? h + i : n - 1) * d);
             dspark__multiply(DSPARK_F32, 1, &p);
             for (int i = 0; i < Q && h + i < n; i++) dots[h + i] = p.sum[0][i];
         }
-        s = dspark__v_fma(dspark__v_max(dspark__v_load_n(dots, n, 0), dspark__v_zero()), dspark__v_load_n(w + h0, n, 0), s);
+        v = dspark__v_max(dspark__v_load_n(dots, n, 0), dspark__v_zero());
+        s = dspark__v_fma(v, dspark__v_load_n(w + h0, n, 0), s);
+        q += (size_t)n * (size_t)d;
     }
     return dspark__v_sum(s);
 }
 
-static void DSPARK__AT(pool)(const float *const *kv, const float *const *gate, const float *const *ape, int n, int d,
-                             float *out) {
+static void DSPARK__AT(pool)(const float *const *kv, const float *const *gate, const float *const *ape, int n,
+                             int d, float *out) {
     for (int i = 0; i < d; i += 16) {
         dspark__v m = dspark__v_set(-DSPARK__INFINITY), sum = dspark__v_zero(), acc = dspark__v_zero();
-        for (int j = 0; j < n; j++)
-            m = dspark__v_max(m, dspark__v_add(dspark__v_load_n(gate[j] + i, d - i, 0), dspark__v_load_n(ape[j] + i, d - i, 0)));
         for (int j = 0; j < n; j++) {
-            dspark__v g = dspark__v_add(dspark__v_load_n(gate[j] + i, d - i, 0), dspark__v_load_n(ape[j] + i, d - i, 0));
+            dspark__v g = dspark__v_load_n(gate[j] + i, d - i, 0);
+            m = dspark__v_max(m, dspark__v_add(g, dspark__v_load_n(ape[j] + i, d - i, 0)));
+        }
+        for (int j = 0; j < n; j++) {
+            dspark__v g = dspark__v_load_n(gate[j] + i, d - i, 0);
+            g = dspark__v_add(g, dspark__v_load_n(ape[j] + i, d - i, 0));
             g = dspark__v_exp(dspark__v_sub(g, m));
             sum = dspark__v_add(sum, g);
             acc = dspark__v_fma(g, dspark__v_load_n(kv[j] + i, d - i, 0), acc);
@@ -7733,7 +7856,8 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
         for (int j = 0; j < C; j++) {
             float s = 0;
             for (int k = 0; k < C; k++) s += comb[j * C + k];
-            for (int k = 0; k < C; k++) comb[j * C + k] = i ? comb[j * C + k] / (s + eps) : comb[j * C + k] / s + eps;
+            for (int k = 0; k < C; k++)
+                comb[j * C + k] = i ? comb[j * C + k] / (s + eps) : comb[j * C + k] / s + eps;
         }
         for (int k = 0; k < C; k++) {
             float s = 0;
@@ -7753,9 +7877,10 @@ static const dspark__kernels DSPARK__AT(kernels) = {
 #else
     "NEON",
 #endif
-    DSPARK__AT(linear), DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4),
-    DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(sum_squares),
-    DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus),
-    DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_score), DSPARK__AT(pool), DSPARK__AT(sinkhorn)
+    DSPARK__AT(linear), DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8),
+    DSPARK__AT(encode_fp4), DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy),
+    DSPARK__AT(sum_squares), DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh),
+    DSPARK__AT(sqrt_softplus), DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_score),
+    DSPARK__AT(pool), DSPARK__AT(sinkhorn)
 };
 #endif  // DSPARK__PATH

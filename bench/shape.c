@@ -1,5 +1,6 @@
 // shape DIR [key=value ...]: a random checkpoint in the official format, of any shape, to time with.
 // Its weights are draws from a normal distribution in the formats of a released model; its text is noise.
+#define _GNU_SOURCE     // open_memstream
 #include <math.h>
 #include <stdarg.h>
 #include <stdint.h>

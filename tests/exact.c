@@ -3,6 +3,7 @@
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
 #include "tap.h"
+#include <limits.h>
 
 enum { MAX_R = 2, MAX_V = 4, MAX_GAMMA = 7, MAX_PREFIXES = 4096, LAG = 2 };
 

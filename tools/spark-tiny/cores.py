@@ -1,6 +1,6 @@
 """Training beside other work: a product over two threads waits for the slower, so it pays to leave a core
 that something else has taken."""
-import os, time
+import ctypes, os, time
 import torch
 
 
@@ -18,3 +18,9 @@ def take_free(most):
         time.sleep(.004)
         samples.append(busy())
     torch.set_num_threads(max(1, min(most, os.cpu_count() - min(samples))))
+
+
+def keep_memory():
+    """Freed tensors stay with the process (glibc): fresh pages cost as much as the work done on them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt: mallopt(-1, 2**31 - 1), mallopt(-3, 2**30)      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD

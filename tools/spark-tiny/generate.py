@@ -25,7 +25,8 @@ def prompts(corpus, split, rng):
 
 def write(engine, model, arguments, n, temperature, seed):
     """-> the ids that the engine adds, or None where it failed"""
-    command = [engine, "-m", model, "--plain", "--json", "-n", str(n), "-t", str(temperature), "--seed", str(seed)]
+    command = [engine, "-m", model, "--plain", "--threads", "1", "--json",     # on a busy machine two threads wait
+               "-n", str(n), "-t", str(temperature), "--seed", str(seed)]
     done = subprocess.run(command + arguments, capture_output=True)
     return json.loads(done.stdout.decode("utf-8", "replace"), strict=False)["tokens"] if done.returncode == 0 else None
 

@@ -7,12 +7,12 @@ POLAR = [(8.2873, -23.5959, 17.3004), (4.1070, -2.9478, .5448), (3.9487, -2.9089
 
 
 def orthogonal(g):
-    """g [k, m, n], m <= n -> about U V^T of each"""
-    x = g / (g.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)
+    """g [k, m, n], m <= n -> about U V^T of each; bf16 is exact enough"""
+    x = (g / (g.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)).bfloat16()
     for a, b, c in POLAR:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.float()
 
 
 class Muon(torch.optim.Optimizer):

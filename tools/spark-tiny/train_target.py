@@ -22,8 +22,9 @@ WARM_UP = 40       # steps
 
 
 def compile_parts():
-    """The elementwise work, which costs as much as the products do when run piece by piece."""
+    """The elementwise work, which costs as much as the products do when run piece by piece; products in bf16"""
     torch._inductor.config.cpp.dynamic_threads = True
+    M.product = M.Product.apply
     M.hc_in, M.hc_out = (torch.compile(f, dynamic=False) for f in (M.hc_in, M.hc_out))
 
 
@@ -111,6 +112,7 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
+    cores.keep_memory()
     compile_parts()
     Run(a).train()
 

@@ -1,0 +1,102 @@
+// drafter [DIR [TEXTS [THREADS [PROMPTS [TOKENS]]]]]: how good the drafter is, at temperature 0 with the whole block
+// verified in every cycle. After held-out prompts, and again after the same prompts with as many documents of their
+// domain before them as make 512 tokens.
+//   tau D            tokens a cycle, over the cycles whose block lies within the answer (as tools/spark-tiny/measure.py)
+//   accepted D k     of the drafts at position k that all drafts before them were right, the share that was right
+#include "bench.h"
+
+enum { DEPTH = 512, SHALLOW = 0, DEEP = 1 };
+typedef struct { int cycles[2], tokens[2], reached[2][DSPARK_MAX_BLOCK], right[2][DSPARK_MAX_BLOCK]; } domain_tally;
+
+static void answer(dspark_model *m, const int32_t *ids, int n, int n_tokens, domain_tally *t, int depth) {
+    int gamma = dspark_model_config(m)->dspark_block_size, *anchor, *accepted, cycles = 0, end;
+    dspark_session_desc desc;
+    dspark_session *s;
+    dspark_step_result r;
+    memset(&desc, 0, sizeof desc);
+    desc.max_context = n + n_tokens + 2 * gamma + 8, desc.policy.schedule = DSPARK_SCHEDULE_BLOCK;
+    s = session_open(m, &desc);
+    anchor = (int *)need((size_t)n_tokens, sizeof *anchor), accepted = (int *)need((size_t)n_tokens, sizeof *accepted);
+    must(dspark_session_append(s, ids, n));
+    do {
+        int before = dspark_session_length(s);
+        must(dspark_step(&s, 1, NULL, &r));
+        must(r.status);
+        if (r.n_scheduled < gamma) continue;
+        // the first step also drew the anchor, from the prompt's logits
+        anchor[cycles] = cycles ? before - 1 : before, accepted[cycles++] = r.n_accepted;
+    } while (!r.finish && dspark_session_length(s) < n + n_tokens && cycles < n_tokens);
+    end = dspark_session_length(s) < n + n_tokens ? dspark_session_length(s) : n + n_tokens;
+    for (int i = 0; i < cycles && anchor[i] + gamma < end; i++) {
+        t->cycles[depth]++, t->tokens[depth] += accepted[i] + 1;
+        for (int k = 0; k < gamma && k <= accepted[i]; k++) t->reached[depth][k]++, t->right[depth][k] += k < accepted[i];
+    }
+    free(anchor), free(accepted);
+    dspark_session_close(s);
+}
+
+// The prompt behind documents of its domain: at least 512 tokens in all. The caller frees.
+static int32_t *deepen(const texts *all, const text *prompt, int first, int *n) {
+    int32_t *ids = (int32_t *)need(DEPTH + 4096 + (size_t)prompt->n, sizeof *ids);
+    *n = 0;
+    for (int i = 0; i < all->n && *n + prompt->n < DEPTH; i++) {
+        const text *t = &all->t[(first + i) % all->n];
+        int left = DEPTH - prompt->n - *n, take = t->n < left ? t->n : left;
+        if (!t->is_document || strcmp(t->domain, prompt->domain)) continue;
+        memcpy(ids + *n, t->ids + (t->n - take), (size_t)take * sizeof *ids), *n += take;       // its end, if not all
+    }
+    memcpy(ids + *n, prompt->ids, (size_t)prompt->n * sizeof *ids), *n += prompt->n;
+    return ids;
+}
+
+// Of a domain, or (N_DOMAINS) the mean over them
+static double tau(const domain_tally *t, int d, int depth) {
+    double sum = 0;
+    if (d < N_DOMAINS) return t[d].cycles[depth] ? (double)t[d].tokens[depth] / t[d].cycles[depth] : 0;
+    for (d = 0; d < N_DOMAINS; d++) sum += tau(t, d, depth);
+    return sum / N_DOMAINS;
+}
+
+static void report(const domain_tally *tally, int depth, int gamma, const char *model, int threads) {
+    const char *at = depth == DEEP ? " at 512" : "";
+    for (int d = 0; d < N_DOMAINS; d++) {
+        const domain_tally *t = &tally[d];
+        printf("tau %s%s,%s,%d,%.4f,,,tokens a cycle,%d\n", domains[d], at, model, threads, tau(tally, d, depth), t->cycles[depth]);
+        for (int k = 0; k < gamma; k++) {
+            int n = t->reached[depth][k];
+            printf("accepted %s %d%s,%s,%d,%.1f,,,%%,%d\n", domains[d], k + 1, at, model, threads, n ? 100.0 * t->right[depth][k] / n : 0, n);
+        }
+    }
+    printf("tau mean%s,%s,%d,%.4f,,,tokens a cycle,%d\n", at, model, threads, tau(tally, N_DOMAINS, depth), N_DOMAINS);
+}
+
+int main(int argc, char **argv) {
+    const char *dir = argc > 1 ? argv[1] : "tools/spark-tiny/model", *file = argc > 2 ? argv[2] : "bench/heldout.jsonl";
+    int threads = argc > 3 ? atoi(argv[3]) : 1, prompts = argc > 4 ? atoi(argv[4]) : 0, n = argc > 5 ? atoi(argv[5]) : 64;
+    dspark_model *m = model_open(dir, threads, NULL);
+    int gamma = dspark_model_config(m)->dspark_block_size, done[N_DOMAINS] = { 0 };
+    texts all = texts_read(m, file);
+    domain_tally tally[N_DOMAINS];
+    char question[64];
+    memset(tally, 0, sizeof tally);
+    if (!dspark_model_config(m)->n_stages) die(dir, "has no drafter");
+    for (int i = 0; i < all.n; i++)
+        for (int d = 0; d < N_DOMAINS; d++) {
+            int32_t *ids;
+            int n_ids;
+            if (all.t[i].is_document || strcmp(all.t[i].domain, domains[d]) || (prompts && done[d] >= prompts)) continue;
+            done[d]++;
+            answer(m, all.t[i].ids, all.t[i].n, n, &tally[d], SHALLOW);
+            ids = deepen(&all, &all.t[i], 7 * i, &n_ids);
+            answer(m, ids, n_ids, n, &tally[d], DEEP);
+            free(ids);
+        }
+    for (int depth = SHALLOW; depth <= DEEP; depth++) report(tally, depth, gamma, model_name(dir), threads);
+    for (int d = 0; d <= N_DOMAINS; d++) {
+        const char *domain = d < N_DOMAINS ? domains[d] : "mean";
+        double shallow = tau(tally, d, SHALLOW);
+        snprintf(question, sizeof question, "tau %s at 512 over tau", domain);
+        result_one(question, model_name(dir), threads, shallow > 0 ? tau(tally, d, DEEP) / shallow : 0, "x");
+    }
+    texts_free(&all), dspark_model_close(m);
+}
