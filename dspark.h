@@ -297,9 +297,10 @@ typedef struct {
     float temperature, top_p;                   // generation_config.json; -1: not given
 } dspark_config;
 
-// A stored matrix, [rows][cols] row-major, mapped and unaligned. FP8: E4M3, a scale (E8M0, 2^(byte-127)) for each
-// 128 x 128 block, [ceil(rows/128)][ceil(cols/128)]. FP4: E2M1, two a byte, low nibble first, a scale for each 32
-// of a row, [rows][cols/32]. Quantized matrices take their input rounded to FP8 (but wo_a does not).
+// A stored matrix, [rows][cols] row-major, mapped and unaligned. FP8: E4M3, a scale (E8M0, 2^(byte-127)) for
+// each 128 x 128 block, [ceil(rows/128)][ceil(cols/128)]. FP4: E2M1, two a byte, low nibble first, a scale
+// for each 32 of a row, [rows][cols/32]. Quantized matrices take their input rounded to FP8 (but wo_a does
+// not).
 enum { DSPARK_F32, DSPARK_BF16, DSPARK_F16, DSPARK_FP8, DSPARK_FP4 };
 typedef struct {
     const void *data;           // NULL: the checkpoint has no such matrix
@@ -307,7 +308,8 @@ typedef struct {
     int rows, cols, dtype;
 } dspark_matrix;
 
-// C copies of the hidden state h: hc_*_fn [n][C * h], base [n], scale: 3 (n = (2 + C) C) or 1 (n = C, a head's).
+// C copies of the hidden state h: hc_*_fn [n][C * h], base [n], scale: 3 (n = (2 + C) C) or 1 (n = C, a
+// head's).
 typedef struct { dspark_matrix fn; const float *scale, *base; } dspark_mix;
 
 // Pools `ratio` tokens (8 where ratio is 4) into a row of d: wkv, wgate [w][h], ape [ratio][w], norm [d];
@@ -354,7 +356,8 @@ typedef struct {
 typedef struct dspark_model dspark_model;
 typedef struct dspark_backend dspark_backend;
 
-// How files become bytes; NULL fields: mmap. data stays valid until unmap; a thread opens a model, so must these allow.
+// How files become bytes; NULL fields: mmap. data stays valid until unmap; a thread opens a model, so must
+// these allow.
 typedef struct {
     dspark_status (*map)(void *user, const char *path, const void **data, uint64_t *size);
     void (*unmap)(void *user, const void *data, uint64_t size);
@@ -373,14 +376,16 @@ typedef struct {
     void *user;
 } dspark_model_desc;
 
-// Opens a directory. desc NULL or zeroed: the CPU, all defaults. On an error *out is NULL. IO, FORMAT (names file,
-// tensor, expected, found), UNSUPPORTED, MEMORY, CANCELLED. A model may be shared by threads, but no two calls that
-// run it (append, step, draft, profile) at once.
-DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir, const dspark_model_desc *desc);
+// Opens a directory. desc NULL or zeroed: the CPU, all defaults. On an error *out is NULL. IO, FORMAT (names
+// file, tensor, expected, found), UNSUPPORTED, MEMORY, CANCELLED. A model may be shared by threads, but no
+// two calls that run it (append, step, draft, profile) at once.
+DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
+                                           const dspark_model_desc *desc);
 DSPARK_API void dspark_model_close(dspark_model *);             // after its sessions; NULL is fine
 DSPARK_API const dspark_config *dspark_model_config(const dspark_model *);
 DSPARK_API const dspark_weights *dspark_model_weights(const dspark_model *);
-// Bytes that the model has allocated (vectors, workspace, tokenizer); *mapped: of the checkpoint's files. NULL: skip.
+// Bytes that the model has allocated (vectors, workspace, tokenizer); *mapped: of the checkpoint's files.
+// NULL: skip.
 DSPARK_API size_t dspark_model_bytes(const dspark_model *, size_t *mapped);
 DSPARK_API const char *dspark_model_path_name(const dspark_model *);    // "AVX-512", ...
 DSPARK_API int dspark_model_threads(const dspark_model *);
@@ -458,8 +463,8 @@ DSPARK_API int dspark_chat_encode(const dspark_tokenizer *t, const dspark_messag
 DSPARK_API const dspark_tokenizer *dspark_model_tokenizer(const dspark_model *);
 
 // >>api-engine
-// A session is one text: committed tokens and the state that running them left, indexed by position. A step is
-// one decoding cycle of some sessions: draft, schedule, verify, commit. It commits the anchor of the next
+// A session is one text: committed tokens and the state that running them left, indexed by position. A step
+// is one decoding cycle of some sessions: draft, schedule, verify, commit. It commits the anchor of the next
 // cycle without having run it, so after a step the last token is pending until a pass has run it.
 // A session belongs to one thread at a time.
 
@@ -525,8 +530,8 @@ typedef struct {
     double draft_us, verify_us;
 } dspark_stats;
 
-// What drives a schedule: T(B) as passes a second with B rows, the costs of a draft and of a draw. Measured on
-// this machine in at most about a second, at the first step that needs it or by dspark_model_profile.
+// What drives a schedule: T(B) as passes a second with B rows, the costs of a draft and of a draw. Measured
+// on this machine in at most about a second, at the first step that needs it or by dspark_model_profile.
 enum { DSPARK_MAX_PROFILE = 64 };
 typedef struct {
     float sps[DSPARK_MAX_PROFILE];      // sps[B-1]; never rising: a curve without noise's teeth
@@ -542,21 +547,24 @@ DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *, const floa
 
 // What dspark_session_open will allocate; 0 and an error if the desc is wrong.
 DSPARK_API size_t dspark_session_bytes(const dspark_model *, const dspark_session_desc *);
-DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *, const dspark_session_desc *);
+DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *,
+                                             const dspark_session_desc *);
 DSPARK_API void dspark_session_close(dspark_session *);         // NULL is fine
 
-// Commits ids [n] (0 <= id < vocab) and runs them now, after which the logits for the next token are there. All or
-// nothing: on ARGUMENT, CONTEXT_FULL, CANCELLED the session is as it was.
+// Commits ids [n] (0 <= id < vocab) and runs them now, after which the logits for the next token are there.
+// All or nothing: on ARGUMENT, CONTEXT_FULL, CANCELLED the session is as it was.
 DSPARK_API dspark_status dspark_session_append(dspark_session *, const int32_t *ids, int n);
 // Commits them and leaves them to the coming steps.
 DSPARK_API dspark_status dspark_session_submit(dspark_session *, const int32_t *ids, int n);
-// Back to n_tokens <= length. Free within the rings (block size + 1 tokens); further back the last tokens are run
-// again when next needed. The state has the bits of a session that never went further.
+// Back to n_tokens <= length. Free within the rings (block size + 1 tokens); further back the last tokens are
+// run again when next needed. The state has the bits of a session that never went further.
 DSPARK_API dspark_status dspark_session_truncate(dspark_session *, int n_tokens);
 // A copy at its present length under another desc (NULL: the same). The source stays.
-DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_session *, const dspark_session_desc *);
+DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_session *,
+                                             const dspark_session_desc *);
 DSPARK_API dspark_status dspark_session_set_policy(dspark_session *, const dspark_policy *);    // between any two steps
-// To a file and back. Refused (FORMAT) when the checkpoint differs; desc as for open, NULL: what the file says.
+// To a file and back. Refused (FORMAT) when the checkpoint differs; desc as for open, NULL: what the file
+// says.
 DSPARK_API dspark_status dspark_session_save(const dspark_session *, const char *path);
 DSPARK_API dspark_status dspark_session_restore(dspark_session **out, dspark_model *, const char *path,
                                                 const dspark_session_desc *);
@@ -566,23 +574,26 @@ DSPARK_API const int32_t *dspark_session_tokens(const dspark_session *);        
 DSPARK_API const float *dspark_session_logits(const dspark_session *);          // [vocab] for the next token; NULL
                                                                                 // while a token is pending
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *);
-// What the drafter proposes after `anchor` were committed: gamma tokens (argmax), gamma confidence logits and, unless
-// NULL, [gamma][vocab] draft logits. The text stays as it is; nothing may be pending.
-DSPARK_API dspark_status dspark_session_draft(dspark_session *, int32_t anchor, int32_t *tokens, float *confidence_logits,
-                                              float *logits);
+// What the drafter proposes after `anchor` were committed: gamma tokens (argmax), gamma confidence logits
+// and, unless NULL, [gamma][vocab] draft logits. The text stays as it is; nothing may be pending.
+DSPARK_API dspark_status dspark_session_draft(dspark_session *, int32_t anchor, int32_t *tokens,
+                                              float *confidence_logits, float *logits);
 
 typedef struct {
     int prompt_rows;        // of a submitted prompt, run a step at most; 0: what a pass has room for
 } dspark_step_desc;
 
 // One cycle of n sessions of one model, results [n]; desc NULL: defaults. Returns an error that concerns all
-// (results then mean nothing); one of a session is in its result. A session that has finished emits nothing and says why.
-DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *, dspark_step_result *results);
+// (results then mean nothing); one of a session is in its result. A session that has finished emits nothing
+// and says why.
+DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *,
+                                     dspark_step_result *results);
 
 // >>api-backend
-// What a device must do: hold state, and run the operations of a pass that >>forward and >>drafter call in turn.
-// A pass is flat rows; every number that changes from pass to pass travels in dspark_pass. Operations return nothing;
-// the first failure is remembered and pass_end gives it. A row's bits may not depend on the other rows.
+// What a device must do: hold state, and run the operations of a pass that >>forward and >>drafter call in
+// turn. A pass is flat rows; every number that changes from pass to pass travels in dspark_pass. Operations
+// return nothing; the first failure is remembered and pass_end gives it. A row's bits may not depend on the
+// other rows.
 
 typedef struct {
     void *state;                // the session's
@@ -607,7 +618,8 @@ typedef struct {
     const float *confidence_logits;     // draft: [n_rows]
 } dspark_pass_result;
 
-// A state as pieces of bytes, in a fixed order, for fork, save and restore; called with each piece of n_tokens.
+// A state as pieces of bytes, in a fixed order, for fork, save and restore; called with each piece of
+// n_tokens.
 typedef dspark_status (*dspark_piece)(void *user, void *data, size_t bytes);
 
 enum { DSPARK_SUB_ATTN, DSPARK_SUB_FFN };
@@ -700,8 +712,8 @@ static DSPARK__THREAD_LOCAL char dspark__message[512];
 DSPARK_API const char *dspark_last_error(void) { return dspark__message; }
 
 DSPARK_API const char *dspark_status_name(dspark_status status) {
-    static const char *const names[] = { "OK", "IO", "FORMAT", "UNSUPPORTED", "MEMORY", "ARGUMENT", "CONTEXT_FULL",
-                                         "NUMERIC", "CANCELLED", "BACKEND" };
+    static const char *const names[] = { "OK",       "IO",           "FORMAT",  "UNSUPPORTED", "MEMORY",
+                                         "ARGUMENT", "CONTEXT_FULL", "NUMERIC", "CANCELLED",   "BACKEND" };
     return (unsigned)status < sizeof names / sizeof *names ? names[status] : "unknown status";
 }
 
@@ -734,12 +746,14 @@ static void dspark__free(void *p) {
     if (p) DSPARK_FREE(p);
 }
 
-// Room for n items in an array of *cap, which at least doubles when it grows; NULL: no memory, p is as it was.
+// Room for n items in an array of *cap, which at least doubles when it grows; NULL: no memory, p is as it
+// was.
 static void *dspark__grow(void *p, size_t *cap, size_t n, size_t size) {
     size_t more = n < 8 ? 8 : n > SIZE_MAX / 2 ? n : n + n / 2;
     void *q;
     if (p && n <= *cap) return p;
-    if (more > SIZE_MAX / size || !(q = DSPARK_REALLOC(p, more * size))) return dspark__no_memory(more, size), (void *)NULL;
+    if (more > SIZE_MAX / size || !(q = DSPARK_REALLOC(p, more * size)))
+        return dspark__no_memory(more, size), (void *)NULL;
     *cap = more;
     return q;
 }
@@ -3905,10 +3919,10 @@ DSPARK_API int dspark_chat_encode(const dspark_tokenizer *t, const dspark_messag
 }
 
 // >>state
-// What the CPU keeps of a session, indexed by position, so that going back costs nothing: what a rejected token
-// wrote is overwritten before it is read. A ring of n rows holds position p in row p % n; compressed row i pools
-// tokens [i r, (i + 1) r). Rows are kept as the rounding left them: E4M3 codes with their scales and floats for
-// the RoPE dims; the short window stays in floats.
+// What the CPU keeps of a session, indexed by position, so that going back costs nothing: what a rejected
+// token wrote is overwritten before it is read. A ring of n rows holds position p in row p % n; compressed
+// row i pools tokens [i r, (i + 1) r). Rows are kept as the rounding left them: E4M3 codes with their scales
+// and floats for the RoPE dims; the short window stays in floats.
 
 typedef struct {
     float *window;                      // [ring][head_dim]
@@ -4022,17 +4036,23 @@ static size_t dspark__tokenizer_bytes(const dspark_tokenizer *t) {
     size_t bytes = 0;
     if (!t) return 0;
     for (int i = 0; i < t->n; i++) bytes += (size_t)t->tokens[i].len + 1 + sizeof *t->tokens;
-    return bytes + sizeof *t + (t->ids_mask + 1) * sizeof *t->ids + (t->merges_mask + 1) * sizeof *t->merges + DSPARK__CODES;
+    return bytes + sizeof *t + (t->ids_mask + 1) * sizeof *t->ids + (t->merges_mask + 1) * sizeof *t->merges +
+           DSPARK__CODES;
 }
 
 DSPARK_API const dspark_config *dspark_model_config(const dspark_model *m) { return &m->checkpoint.config; }
-DSPARK_API const dspark_weights *dspark_model_weights(const dspark_model *m) { return &m->checkpoint.weights; }
+DSPARK_API const dspark_weights *dspark_model_weights(const dspark_model *m) {
+    return &m->checkpoint.weights;
+}
 DSPARK_API const dspark_tokenizer *dspark_model_tokenizer(const dspark_model *m) { return m->tokenizer; }
-DSPARK_API const char *dspark_model_path_name(const dspark_model *m) { return m->backend->path_name(m->device); }
+DSPARK_API const char *dspark_model_path_name(const dspark_model *m) {
+    return m->backend->path_name(m->device);
+}
 DSPARK_API int dspark_model_threads(const dspark_model *m) { return m->backend->threads(m->device); }
 DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
     if (mapped) *mapped = m->checkpoint.mapped;
-    return sizeof *m + m->bytes + m->checkpoint.bytes + m->backend->bytes(m->device) + dspark__tokenizer_bytes(m->tokenizer);
+    return sizeof *m + m->bytes + m->checkpoint.bytes + m->backend->bytes(m->device) +
+           dspark__tokenizer_bytes(m->tokenizer);
 }
 
 static void dspark__batch_close(dspark__batch *b) {
@@ -4055,8 +4075,10 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->scratch = dspark__alloc(scratch, 1);
     *bytes += scratch + n * (3 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
                              (size_t)(gamma + 1) * sizeof(float));
-    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->limit && b->lengths &&
-           b->lane_of && b->scratch ? DSPARK_OK : DSPARK_ERROR_MEMORY;
+    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->limit &&
+                   b->lengths && b->lane_of && b->scratch
+               ? DSPARK_OK
+               : DSPARK_ERROR_MEMORY;
 }
 
 DSPARK_API void dspark_model_close(dspark_model *m) {
@@ -4074,7 +4096,8 @@ static dspark_status dspark__model_open_tokenizer(dspark_model *m, const char *d
     struct stat st;
     dspark_status status;
     if (snprintf(path, sizeof path, "%s/tokenizer.json", dir) >= (int)sizeof path)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "%.60s...: a path of more than %zu bytes", dir, sizeof path);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "%.60s...: a path of more than %zu bytes", dir,
+                            sizeof path);
     if (stat(path, &st)) return DSPARK_OK;
     status = dspark_tokenizer_open(&m->tokenizer, path);
     if (status) return status;
@@ -4105,7 +4128,8 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     return dspark__batch_open(&m->batch, m->max_rows, c->dspark_block_size, &m->bytes);
 }
 
-DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir, const dspark_model_desc *desc) {
+DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
+                                           const dspark_model_desc *desc) {
     dspark_model_desc defaults;
     dspark_status status;
     dspark_model *m = (dspark_model *)dspark__alloc(1, sizeof *m);
@@ -4121,14 +4145,17 @@ DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir, 
 DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *m, const float *temperature) {
     for (int k = 0; temperature && k < m->checkpoint.config.dspark_block_size; k++)
         if (!(temperature[k] > 0 && temperature[k] <= FLT_MAX))
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "calibration: temperature[%d] is %g, expected more than 0", k, (double)temperature[k]);
-    for (int k = 0; k < m->checkpoint.config.dspark_block_size; k++) m->calibration[k] = temperature ? temperature[k] : 1;
+            return dspark__fail(DSPARK_ERROR_ARGUMENT,
+                                "calibration: temperature[%d] is %g, expected more than 0", k,
+                                (double)temperature[k]);
+    for (int k = 0; k < m->checkpoint.config.dspark_block_size; k++)
+        m->calibration[k] = temperature ? temperature[k] : 1;
     return DSPARK_OK;
 }
 
 // >>forward
-// The target, an operation a line; the arithmetic stands in >>cpu under the same names. n rows, h hidden, C copies
-// of the hidden state in the residual stream. (deepseek-v4.md's sections in brackets.)
+// The target, an operation a line; the arithmetic stands in >>cpu under the same names. n rows, h hidden, C
+// copies of the hidden state in the residual stream. (deepseek-v4.md's sections in brackets.)
 
 static dspark_status dspark__forward(dspark_model *m, const dspark_pass *pass, dspark_pass_result *result) {
     const dspark_config *c = &m->checkpoint.config;
@@ -4151,11 +4178,13 @@ static dspark_status dspark__forward(dspark_model *m, const dspark_pass *pass, d
 }
 
 // >>drafter
-// Section 3.1 of the paper. The parallel backbone: taps of the newly committed tokens enter each stage's window, then
-// all gamma rows [anchor, noise, noise, ...] go through the stages at once. The sequential head: left to
-// right, each draft's logits get a bias from the token before it, and the confidence head says how far to trust it.
+// Section 3.1 of the paper. The parallel backbone: taps of the newly committed tokens enter each stage's
+// window, then all gamma rows [anchor, noise, noise, ...] go through the stages at once. The sequential head:
+// left to right, each draft's logits get a bias from the token before it, and the confidence head says how
+// far to trust it.
 
-static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *pass, dspark_pass_result *result) {
+static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *pass,
+                                            dspark_pass_result *result) {
     const dspark_config *c = &m->checkpoint.config;
     const dspark_backend *b = m->backend;
     void *d = m->device;
@@ -4175,8 +4204,8 @@ static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *
 }
 
 // >>session
-// Committed tokens, of which the first n_run have been run: their rows are in the state, indexed by position. Between
-// calls n_run is n_tokens (and the logits for the next are there) or less (the rest is pending).
+// Committed tokens, of which the first n_run have been run: their rows are in the state, indexed by position.
+// Between calls n_run is n_tokens (and the logits for the next are there) or less (the rest is pending).
 
 enum { DSPARK__LONGEST_STOP = 4096 };      // bytes of a stop string
 
@@ -4206,7 +4235,9 @@ static const dspark_config *dspark__config(const dspark_session *s) { return &s-
 DSPARK_API int dspark_session_length(const dspark_session *s) { return s->n_tokens; }
 DSPARK_API const int32_t *dspark_session_tokens(const dspark_session *s) { return s->tokens; }
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *s) { return &s->stats; }
-DSPARK_API const float *dspark_session_logits(const dspark_session *s) { return s->has_logits ? s->logits : NULL; }
+DSPARK_API const float *dspark_session_logits(const dspark_session *s) {
+    return s->has_logits ? s->logits : NULL;
+}
 
 static int dspark__context(const dspark_model *m, const dspark_session_desc *desc) {
     if (desc && desc->max_context) return desc->max_context;
@@ -4216,37 +4247,50 @@ static int dspark__context(const dspark_model *m, const dspark_session_desc *des
 static dspark_status dspark__policy_check(const dspark_model *m, const dspark_policy *p) {
     int gamma = m->checkpoint.config.dspark_block_size;
     if (p->schedule && p->schedule != DSPARK_SCHEDULE_BLOCK && p->schedule != DSPARK_SCHEDULE_THRESHOLD)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0, BLOCK or THRESHOLD", p->schedule);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0, BLOCK or THRESHOLD",
+                            p->schedule);
     if (p->verify < DSPARK_VERIFY_COUPLED || p->verify > DSPARK_VERIFY_GREEDY)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: verify %d: expected 0 to %d", p->verify, DSPARK_VERIFY_GREEDY);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: verify %d: expected 0 to %d", p->verify,
+                            DSPARK_VERIFY_GREEDY);
     if (!(p->threshold >= 0 && p->threshold <= 1))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: threshold %g: expected 0 to 1", (double)p->threshold);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: threshold %g: expected 0 to 1",
+                            (double)p->threshold);
     if (p->draft_cap < 0 || (p->draft_cap > gamma && gamma))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: draft_cap %d: the checkpoint's block is %d", p->draft_cap, gamma);
-    if (p->quota < 0) return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: quota %d: expected 0 or more", p->quota);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: draft_cap %d: the checkpoint's block is %d",
+                            p->draft_cap, gamma);
+    if (p->quota < 0)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: quota %d: expected 0 or more", p->quota);
     return DSPARK_OK;
 }
 
 static dspark_status dspark__desc_check(const dspark_model *m, const dspark_session_desc *d) {
     int most = m->checkpoint.config.max_position_embeddings;
     if (d->max_context < 0 || d->max_context > most)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_context %d: expected 1 to max_position_embeddings, %d", d->max_context, most);
-    if (!(d->temperature >= 0 && d->temperature <= FLT_MAX) || d->top_k < 0 || !(d->top_p >= 0) || !(d->min_p >= 0 && d->min_p <= 1))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "temperature %g, top-k %d, top-p %g, min-p %g: expected none negative, min-p at "
-                            "most 1", (double)d->temperature, d->top_k, (double)d->top_p, (double)d->min_p);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT,
+                            "max_context %d: expected 1 to max_position_embeddings, %d", d->max_context,
+                            most);
+    if (!(d->temperature >= 0 && d->temperature <= FLT_MAX) || d->top_k < 0 || !(d->top_p >= 0) ||
+        !(d->min_p >= 0 && d->min_p <= 1))
+        return dspark__fail(DSPARK_ERROR_ARGUMENT,
+                            "temperature %g, top-k %d, top-p %g, min-p %g: expected none negative, min-p at "
+                            "most 1",
+                            (double)d->temperature, d->top_k, (double)d->top_p, (double)d->min_p);
     if (d->n_stop_strings < 0 || d->n_stop_tokens < 0 || (d->n_stop_strings && !d->stop_strings) ||
         (d->n_stop_tokens && !d->stop_tokens))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "%d stop strings, %d stop tokens", d->n_stop_strings, d->n_stop_tokens);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "%d stop strings, %d stop tokens", d->n_stop_strings,
+                            d->n_stop_tokens);
     if (d->n_stop_strings && !m->tokenizer)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop strings: the model has no tokenizer.json");
     for (int i = 0; i < d->n_stop_strings; i++)
         if (!d->stop_strings[i] || !*d->stop_strings[i] || strlen(d->stop_strings[i]) > DSPARK__LONGEST_STOP)
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d: expected 1 to %d bytes", i, DSPARK__LONGEST_STOP);
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d: expected 1 to %d bytes", i,
+                                DSPARK__LONGEST_STOP);
     return dspark__policy_check(m, &d->policy);
 }
 
 // The session's own memory: struct, tokens, logits, text, stops. Counted first, then placed.
-static size_t dspark__session_layout(dspark_session *s, const dspark_model *m, const dspark_session_desc *d, char *memory) {
+static size_t dspark__session_layout(dspark_session *s, const dspark_model *m, const dspark_session_desc *d,
+                                     char *memory) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__carver v = { memory, 0 };
     size_t strings = 0, step = (size_t)(c->dspark_block_size + 2);
@@ -4255,7 +4299,8 @@ static size_t dspark__session_layout(dspark_session *s, const dspark_model *m, c
     int32_t *stop_tokens;
     for (int i = 0; i < d->n_stop_strings; i++) strings += strlen(d->stop_strings[i]) + 1;
     s->text_cap = (int)(step * (size_t)(3 * m->max_token_bytes + 9) + DSPARK__LONGEST_STOP + 16);
-    s->tokens = (int32_t *)dspark__carve(&v, (size_t)(dspark__context(m, d) + c->dspark_block_size + 2), sizeof *s->tokens);
+    s->tokens = (int32_t *)dspark__carve(&v, (size_t)(dspark__context(m, d) + c->dspark_block_size + 2),
+                                         sizeof *s->tokens);
     s->logits = (float *)dspark__carve(&v, (size_t)c->vocab_size, sizeof *s->logits);
     s->text = (char *)dspark__carve(&v, (size_t)s->text_cap, 1);
     stops = (const char **)dspark__carve(&v, (size_t)d->n_stop_strings, sizeof *stops);
@@ -4266,13 +4311,16 @@ static size_t dspark__session_layout(dspark_session *s, const dspark_model *m, c
         stops[i] = (const char *)memcpy(bytes, d->stop_strings[i], n);
         bytes += n;
     }
-    if (memory && d->n_stop_tokens) memcpy(stop_tokens, d->stop_tokens, (size_t)d->n_stop_tokens * sizeof *stop_tokens);
+    if (memory && d->n_stop_tokens)
+        memcpy(stop_tokens, d->stop_tokens, (size_t)d->n_stop_tokens * sizeof *stop_tokens);
     if (memory) s->desc.stop_strings = stops, s->desc.stop_tokens = stop_tokens;
     return v.n;
 }
 
-// desc, or where it is NULL all defaults in *none: greedy, no stops but the checkpoint's, the schedule that models best.
-static const dspark_session_desc *dspark__session_defaults(const dspark_session_desc *desc, dspark_session_desc *none) {
+// desc, or where it is NULL all defaults in *none: greedy, no stops but the checkpoint's, the schedule that
+// models best.
+static const dspark_session_desc *dspark__session_defaults(const dspark_session_desc *desc,
+                                                           dspark_session_desc *none) {
     memset(none, 0, sizeof *none);
     return desc ? desc : none;
 }
@@ -4282,7 +4330,8 @@ DSPARK_API size_t dspark_session_bytes(const dspark_model *m, const dspark_sessi
     dspark_session_desc none;
     desc = dspark__session_defaults(desc, &none);
     if (dspark__desc_check(m, desc)) return 0;
-    return sizeof s + dspark__session_layout(&s, m, desc, NULL) + m->backend->state_bytes(m->device, dspark__context(m, desc));
+    return sizeof s + dspark__session_layout(&s, m, desc, NULL) +
+           m->backend->state_bytes(m->device, dspark__context(m, desc));
 }
 
 DSPARK_API void dspark_session_close(dspark_session *s) {
@@ -4292,7 +4341,8 @@ DSPARK_API void dspark_session_close(dspark_session *s) {
     dspark__free(s);
 }
 
-DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *m, const dspark_session_desc *desc) {
+DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *m,
+                                             const dspark_session_desc *desc) {
     dspark_session_desc none;
     dspark_session *s;
     dspark_status status;
@@ -4303,7 +4353,8 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
     if (!s) return DSPARK_ERROR_MEMORY;
     s->model = m, s->desc = *desc, s->desc.max_context = dspark__context(m, desc);
     s->memory = (char *)dspark__alloc(dspark__session_layout(s, m, desc, NULL), 1);
-    status = s->memory ? m->backend->state_open(&s->state, m->device, s->desc.max_context) : DSPARK_ERROR_MEMORY;
+    status =
+        s->memory ? m->backend->state_open(&s->state, m->device, s->desc.max_context) : DSPARK_ERROR_MEMORY;
     if (status) return dspark_session_close(s), status;
     dspark__session_layout(s, m, desc, s->memory);
     *out = s;
@@ -4326,8 +4377,8 @@ static dspark_segment dspark__segment(const dspark_session *s, int row, int n_ro
 }
 
 // A target pass of this session alone over ids [n] at `position`.
-static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, int n, int position, int keep_rows,
-                                       int logits_from, dspark_pass_result *result) {
+static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, int n, int position,
+                                       int keep_rows, int logits_from, dspark_pass_result *result) {
     dspark_segment g = dspark__segment(s, 0, n, position);
     dspark_pass pass;
     g.keep_rows = keep_rows, g.logits_from = logits_from;
@@ -4338,14 +4389,16 @@ static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, in
 // Positions up to `end` have been run: the rings hold the last of all that ever were.
 static void dspark__mark_run(dspark_session *s, int end) { s->high = dspark__max(s->high, end); }
 
-// After a long way back the rings no longer hold the rows before n_run: the last tokens are run again, as many as those
-// rows depend on (a window for each layer). Their compressed rows stand, so only the rings are written.
+// After a long way back the rings no longer hold the rows before n_run: the last tokens are run again, as
+// many as those rows depend on (a window for each layer). Their compressed rows stand, so only the rings are
+// written.
 static dspark_status dspark__refill(dspark_session *s) {
     const dspark_config *c = dspark__config(s);
     int need = dspark__ring(c), start, n_run = s->n_run;
     dspark_pass_result result;
     if (s->high - n_run <= c->dspark_block_size + 1) return DSPARK_OK;
-    for (int l = 0; l < c->num_hidden_layers; l++) need = dspark__max(need, dspark__raw_ring(c, c->compress_ratios[l]));
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        need = dspark__max(need, dspark__raw_ring(c, c->compress_ratios[l]));
     start = (int64_t)n_run - need - (int64_t)c->num_hidden_layers * (c->sliding_window - 1) > 0
                 ? n_run - need - c->num_hidden_layers * (c->sliding_window - 1) : 0;
     for (int p = start; p < n_run; p += s->model->max_rows) {
@@ -4366,7 +4419,8 @@ static dspark_status dspark__run_pending(dspark_session *s) {
         int n = dspark__min(s->model->max_rows, s->n_tokens - s->n_run), last = s->n_run + n == s->n_tokens;
         dspark_pass_result result;
         if (s->desc.progress && !s->desc.progress(s->desc.user, s->n_run - first, s->n_tokens - first))
-            return dspark__fail(DSPARK_ERROR_CANCELLED, "append: cancelled after %d of %d tokens", s->n_run - first, s->n_tokens - first);
+            return dspark__fail(DSPARK_ERROR_CANCELLED, "append: cancelled after %d of %d tokens",
+                                s->n_run - first, s->n_tokens - first);
         status = dspark__run_alone(s, s->tokens + s->n_run, n, s->n_run, 0, last ? n - 1 : n, &result);
         dspark__mark_run(s, s->n_run + n);
         if (status) return status;
@@ -4386,10 +4440,12 @@ static dspark_status dspark__add_tokens(dspark_session *s, const int32_t *ids, i
     int V = dspark__config(s)->vocab_size;
     if (n < 0 || (n && !ids)) return dspark__fail(DSPARK_ERROR_ARGUMENT, "append: %d tokens", n);
     if (n > s->desc.max_context - s->n_tokens)
-        return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "%d tokens and %d more: the context holds %d", s->n_tokens, n, s->desc.max_context);
+        return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "%d tokens and %d more: the context holds %d",
+                            s->n_tokens, n, s->desc.max_context);
     for (int i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= V)
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "append: token %d is %d: expected 0 to %d", i, (int)ids[i], V - 1);
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "append: token %d is %d: expected 0 to %d", i,
+                                (int)ids[i], V - 1);
     if (!n) return DSPARK_OK;
     memcpy(s->tokens + s->n_tokens, ids, (size_t)n * sizeof *ids);
     s->n_tokens += n, s->has_logits = 0;
@@ -4415,7 +4471,8 @@ DSPARK_API dspark_status dspark_session_append(dspark_session *s, const int32_t 
 
 DSPARK_API dspark_status dspark_session_truncate(dspark_session *s, int n_tokens) {
     if (n_tokens < 0 || n_tokens > s->n_tokens)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "truncate: %d tokens: expected 0 to %d", n_tokens, s->n_tokens);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "truncate: %d tokens: expected 0 to %d", n_tokens,
+                            s->n_tokens);
     if (n_tokens == s->n_tokens) return DSPARK_OK;
     s->n_tokens = n_tokens, s->has_logits = 0;
     s->n_run = dspark__min(s->n_run, dspark__max(0, n_tokens - 1));
@@ -4479,7 +4536,8 @@ static void dspark__session_record_of(const dspark_session *s, dspark__session_r
     r->utf8 = s->utf8, r->n_text = s->text_len - s->text_out;
 }
 
-DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_session *s, const dspark_session_desc *desc) {
+DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_session *s,
+                                             const dspark_session_desc *desc) {
     const dspark_backend *b = s->model->backend;
     int most = dspark__context(s->model, desc ? desc : &s->desc), V = dspark__config(s)->vocab_size;
     dspark__session_record r;
@@ -4538,7 +4596,8 @@ static int dspark__utf8_waits(const dspark_utf8 *u) {
     dspark_utf8 again;
     char out[32];
     memset(&again, 0, sizeof again);
-    return u->n >= 0 && u->n < 4 && !dspark_utf8_push(&again, (const char *)u->held, u->n, 0, out) && again.n == u->n;
+    return u->n >= 0 && u->n < 4 && !dspark_utf8_push(&again, (const char *)u->held, u->n, 0, out) &&
+           again.n == u->n;
 }
 
 static int dspark__stats_are_counts(const dspark_stats *t) {
@@ -4549,24 +4608,29 @@ static int dspark__stats_are_counts(const dspark_stats *t) {
     return 1;
 }
 
-static dspark_status dspark__record_check(const dspark_model *m, const char *path, const dspark__session_record *r) {
+static dspark_status dspark__record_check(const dspark_model *m, const char *path,
+                                          const dspark__session_record *r) {
     const dspark_config *c = &m->checkpoint.config;
     uint64_t fingerprint;
     dspark_status status = dspark__checkpoint_fingerprint(&m->checkpoint, &fingerprint);
     if (status) return status;
-    if (memcmp(r->magic, "dspark1", 8)) return dspark__fail(DSPARK_ERROR_FORMAT, "%s: not a session file of this version", path);
+    if (memcmp(r->magic, "dspark1", 8))
+        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: not a session file of this version", path);
     if (r->fingerprint != fingerprint)
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: saved with another checkpoint (%016llx, this one is %016llx)", path,
+        return dspark__fail(DSPARK_ERROR_FORMAT,
+                            "%s: saved with another checkpoint (%016llx, this one is %016llx)", path,
                             (unsigned long long)r->fingerprint, (unsigned long long)fingerprint);
-    if (r->max_context < 1 || r->max_context > c->max_position_embeddings || r->n_tokens < 0 || r->n_tokens > r->max_context ||
-        r->n_run < 0 || r->n_run > r->n_tokens || r->high < r->n_run || r->n_injected < 0 || r->n_injected > r->n_run ||
+    if (r->max_context < 1 || r->max_context > c->max_position_embeddings || r->n_tokens < 0 ||
+        r->n_tokens > r->max_context || r->n_run < 0 || r->n_run > r->n_tokens || r->high < r->n_run ||
+        r->n_injected < 0 || r->n_injected > r->n_run ||
         r->has_logits != (r->n_tokens && r->n_run == r->n_tokens))
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: lengths %d, %d, %d, %d of %d contradict each other", path, r->n_tokens,
-                            r->n_run, r->high, r->n_injected, r->max_context);
+        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: lengths %d, %d, %d, %d of %d contradict each other",
+                            path, r->n_tokens, r->n_run, r->high, r->n_injected, r->max_context);
     if (r->n_text < 0 || r->n_text > DSPARK__LONGEST_STOP || !dspark__utf8_waits(&r->utf8) || r->finish < 0 ||
         r->finish > DSPARK_STOP_STRING || !dspark__stats_are_counts(&r->stats))
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %d bytes of text, finish %d, %lld tokens emitted, or another count",
-                            path, r->n_text, r->finish, (long long)r->stats.emitted);
+        return dspark__fail(DSPARK_ERROR_FORMAT,
+                            "%s: %d bytes of text, finish %d, %lld tokens emitted, or another count", path,
+                            r->n_text, r->finish, (long long)r->stats.emitted);
     return DSPARK_OK;
 }
 
@@ -4579,9 +4643,11 @@ static dspark_status dspark__session_read(dspark_session **out, dspark_model *m,
     if ((status = dspark__record_check(m, path, &r)) != DSPARK_OK) return status;
     memset(&own, 0, sizeof own);
     own.max_context = r.max_context, own.seed = r.seed, own.temperature = r.temperature, own.top_k = r.top_k;
-    own.top_p = r.top_p, own.min_p = r.min_p, own.policy = r.policy, own.ignore_eos = r.ignore_eos, own.logprobs = r.logprobs;
+    own.top_p = r.top_p, own.min_p = r.min_p, own.policy = r.policy, own.ignore_eos = r.ignore_eos,
+    own.logprobs = r.logprobs;
     if (desc && dspark__context(m, desc) < r.n_tokens)
-        return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "%s: %d tokens, a context of %d", path, r.n_tokens, dspark__context(m, desc));
+        return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "%s: %d tokens, a context of %d", path, r.n_tokens,
+                            dspark__context(m, desc));
     if ((status = dspark_session_open(out, m, desc ? desc : &own)) != DSPARK_OK) return status;
     dspark__session_take(*out, &r);
     if (desc) (*out)->finish = DSPARK_RUNNING;
@@ -4589,7 +4655,8 @@ static dspark_status dspark__session_read(dspark_session **out, dspark_model *m,
     for (int i = 0; !status && i < r.n_tokens; i++)
         if ((*out)->tokens[i] < 0 || (*out)->tokens[i] >= m->checkpoint.config.vocab_size)
             status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: token %d is %d", path, i, (int)(*out)->tokens[i]);
-    if (!status && fgetc(f) != EOF) status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: longer than its session", path);
+    if (!status && fgetc(f) != EOF)
+        status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: longer than its session", path);
     return status;
 }
 
@@ -4607,18 +4674,21 @@ DSPARK_API dspark_status dspark_session_restore(dspark_session **out, dspark_mod
 #endif
 
 // >>engine
-// One decoding cycle of a batch: anchors drawn, drafts, schedule, one flat pass of the target, verification, commit.
-// Every number a session draws is a function of its seed and a position or a cycle, never of its company.
+// One decoding cycle of a batch: anchors drawn, drafts, schedule, one flat pass of the target, verification,
+// commit. Every number a session draws is a function of its seed and a position or a cycle, never of its
+// company.
 
 // ---- one token at a time
 
 static int dspark__greedy(const dspark_session *s) {
     return s->desc.temperature == 0 || s->desc.policy.verify == DSPARK_VERIFY_GREEDY;
 }
-static int dspark__mode(const dspark_session *s) { return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify; }
+static int dspark__mode(const dspark_session *s) {
+    return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify;
+}
 
-// Logits of the token after n of the session's tokens, in place: adjusted, then p. The log of the adjusted softmax's
-// denominator goes to *log_sum, if wanted.
+// Logits of the token after n of the session's tokens, in place: adjusted, then p. The log of the adjusted
+// softmax's denominator goes to *log_sum, if wanted.
 static dspark_status dspark__to_p(const dspark_session *s, float *logits, int n, double *log_sum) {
     const dspark_session_desc *d = &s->desc;
     int V = dspark__config(s)->vocab_size;
@@ -4630,7 +4700,8 @@ static dspark_status dspark__to_p(const dspark_session *s, float *logits, int n,
         *log_sum = max + dspark__log(sum);
         memcpy(s->model->row, logits, (size_t)V * sizeof *logits);
     }
-    return dspark_distribution(logits, V, dspark__greedy(s) ? 0 : d->temperature, d->top_k, d->top_p, d->min_p, logits);
+    return dspark_distribution(logits, V, dspark__greedy(s) ? 0 : d->temperature, d->top_k, d->top_p,
+                               d->min_p, logits);
 }
 
 // The text of a token to the session's; 1: a stop string is complete, and the text ends before it.
@@ -4680,8 +4751,11 @@ static int dspark__emit(dspark_session *s, dspark_step_result *r, int32_t token,
     int stop = dspark__is_stop_token(s, token);
     s->tokens[s->n_tokens++] = token;
     s->stats.emitted++;
-    r->tokens[r->n_tokens] = token, r->by[r->n_tokens] = (unsigned char)by, r->logprob[r->n_tokens++] = (float)logprob;
-    r->finish = stop ? DSPARK_STOP_TOKEN : dspark__text_add(s, token, 0) ? DSPARK_STOP_STRING : dspark__exhausted(s);
+    r->tokens[r->n_tokens] = token, r->by[r->n_tokens] = (unsigned char)by,
+    r->logprob[r->n_tokens++] = (float)logprob;
+    r->finish = stop                            ? DSPARK_STOP_TOKEN
+                : dspark__text_add(s, token, 0) ? DSPARK_STOP_STRING
+                                                : dspark__exhausted(s);
     return r->finish != DSPARK_RUNNING;
 }
 
@@ -4691,7 +4765,8 @@ static void dspark__text_begin(dspark_session *s) {
     s->text_len -= s->text_out, s->text_out = 0;
 }
 static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
-    if (r->finish && r->finish != DSPARK_STOP_STRING && dspark__text_add(s, 0, 1)) r->finish = DSPARK_STOP_STRING;
+    if (r->finish && r->finish != DSPARK_STOP_STRING && dspark__text_add(s, 0, 1))
+        r->finish = DSPARK_STOP_STRING;
     if (r->finish == DSPARK_STOP_TOKEN || r->finish == DSPARK_STOP_STRING) s->finish = r->finish;
     s->text_out = r->finish ? s->text_len : s->text_len - dspark__text_held(s);
     r->text = s->text, r->text_len = s->text_out;
@@ -4714,7 +4789,8 @@ static dspark_status dspark__time_pass(dspark_session *s, int B, double *us) {
     return status;
 }
 
-// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps` positions.
+// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps`
+// positions.
 static dspark_status dspark__time_best(dspark_session *s, int B, int taps, double until_us, double *best) {
     dspark_status status = DSPARK_OK;
     *best = HUGE_VAL;
@@ -4744,8 +4820,10 @@ static dspark_status dspark__time_sample(dspark_session *s, double *best) {
 
 static dspark_status dspark__measure(dspark_session *s, dspark_profile *p) {
     static const int more[] = { 10, 12, 16, 24, 32, 48, 64 };
-    int gamma = dspark__config(s)->dspark_block_size, at = 0, most = dspark__min(DSPARK_MAX_PROFILE, s->model->max_rows);
-    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 1.2e4, draft_us = 0, inject_us = 0, sample_us = 0;
+    int gamma = dspark__config(s)->dspark_block_size, at = 0,
+        most = dspark__min(DSPARK_MAX_PROFILE, s->model->max_rows);
+    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 1.2e4, draft_us = 0,
+                                   inject_us = 0, sample_us = 0;
     dspark_status status = DSPARK_OK;
     most = dspark__min(most, s->desc.max_context - s->n_tokens);
     for (int B = 1, next = 0; B <= most && !status; at = B, B = next) {
@@ -4758,10 +4836,13 @@ static dspark_status dspark__measure(dspark_session *s, dspark_profile *p) {
         p->n = B;
     }
     for (int B = 1; B <= p->n; B++) p->sps[B - 1] = (float)(1e6 / us[B]);
-    if (!status && gamma) status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS, dspark__now_us() + 2 * slice, &draft_us);
-    if (!status && gamma) status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS + 64, dspark__now_us() + slice, &inject_us);
+    if (!status && gamma)
+        status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS, dspark__now_us() + 2 * slice, &draft_us);
+    if (!status && gamma)
+        status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS + 64, dspark__now_us() + slice, &inject_us);
     if (!status && dspark__time_sample(s, &sample_us)) sample_us = 0;       // NaN is the business of who meets it
-    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64), p->sample_us = (float)sample_us;
+    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64),
+    p->sample_us = (float)sample_us;
     return status;
 }
 
@@ -4778,7 +4859,8 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
         if (status) return status;
         s->n_tokens = dspark__max(2, desc.max_context - DSPARK_MAX_PROFILE);
         s->n_tokens = dspark__min(s->n_tokens, desc.max_context - 1);
-        for (int i = 0; i < desc.max_context; i++) s->tokens[i] = (int32_t)((int64_t)i * 7919 % c->vocab_size);
+        for (int i = 0; i < desc.max_context; i++)
+            s->tokens[i] = (int32_t)((int64_t)i * 7919 % c->vocab_size);
         status = dspark__run_pending(s);
         if (!status) status = dspark__measure(s, &p);
         dspark_session_close(s);
@@ -4792,17 +4874,21 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
     if (p->n < 1 || p->n > DSPARK_MAX_PROFILE || !(p->draft_us >= 0 && p->draft_us <= FLT_MAX) ||
         !(p->inject_us >= 0 && p->inject_us <= FLT_MAX) || !(p->sample_us >= 0 && p->sample_us <= FLT_MAX))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d entries, a draft of %g us, %g a tap, a draw of %g us", p->n,
+        return dspark__fail(DSPARK_ERROR_ARGUMENT,
+                            "profile: %d entries, a draft of %g us, %g a tap, a draw of %g us", p->n,
                             (double)p->draft_us, (double)p->inject_us, (double)p->sample_us);
     for (int i = 0; i < p->n; i++)
         if (!(p->sps[i] > 0 && p->sps[i] <= FLT_MAX))
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: sps[%d] is %g: expected more than 0", i, (double)p->sps[i]);
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: sps[%d] is %g: expected more than 0", i,
+                                (double)p->sps[i]);
     m->profile = *p, m->has_profile = 1;
     return DSPARK_OK;
 }
 
 // What a session adds to the time of each of its rows: a draw, unless it is greedy.
-static double dspark__sample_us(const dspark_session *s) { return dspark__greedy(s) ? 0 : (double)s->model->profile.sample_us; }
+static double dspark__sample_us(const dspark_session *s) {
+    return dspark__greedy(s) ? 0 : (double)s->model->profile.sample_us;
+}
 
 static double dspark__pass_time(const dspark_model *m, int64_t rows, double sample_us) {
     dspark_sps sps;
@@ -4817,8 +4903,8 @@ static double dspark__draft_time(const dspark_session *s) {
            dspark__config(s)->dspark_block_size * dspark__sample_us(s);
 }
 
-// W: the worst that drafting can cost one of R sessions, l drafts verified and one token got. The pass's growth is
-// shared by what each verifies, so the worst is over how much the others do.
+// W: the worst that drafting can cost one of R sessions, l drafts verified and one token got. The pass's
+// growth is shared by what each verifies, so the worst is over how much the others do.
 static double dspark__worst_us(const dspark_session *s, int R, int cap, double draft_us) {
     const dspark_model *m = s->model;
     double sample_us = dspark__sample_us(s);
@@ -4856,19 +4942,22 @@ static void dspark__decide_draft(dspark__lane *a, int R) {
                             dspark__worst_us(s, R, dspark__config(s)->dspark_block_size, a->draft_us));
         s->has_account = 1;
     }
-    if (!dspark_account_affords(&s->account, a->plain_us, dspark__worst_us(s, R, a->limit, a->draft_us))) a->n_drafted = a->limit = 0;
+    if (!dspark_account_affords(&s->account, a->plain_us, dspark__worst_us(s, R, a->limit, a->draft_us)))
+        a->n_drafted = a->limit = 0;
 }
 
 // Draft k of a lane from its logits, into the tokens behind the committed ones.
 static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, float confidence_logit) {
     dspark_session *s = a->s;
-    int V = dspark__config(s)->vocab_size, position = s->n_tokens + k, rejection = dspark__mode(s) == DSPARK_VERIFY_REJECTION;
+    int V = dspark__config(s)->vocab_size, position = s->n_tokens + k,
+        rejection = dspark__mode(s) == DSPARK_VERIFY_REJECTION;
     int32_t token;
     dspark_status status = dspark__to_p(s, logits, position, NULL);
     if (!status && dspark__greedy(s)) token = dspark__argmax(logits, V);
     else if (!status)
-        status = rejection ? dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_DRAFT, s->cycle, k, &token)
-                           : dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_PLAIN, (uint64_t)position, 0, &token);
+        status = rejection
+                     ? dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_DRAFT, s->cycle, k, &token)
+                     : dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_PLAIN, (uint64_t)position, 0, &token);
     if (status) return status;
     s->tokens[position] = a->r->draft[k] = token;
     a->r->confidence[k] = (float)dspark_sts_apply(confidence_logit, s->model->calibration[k]);
@@ -4890,7 +4979,8 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
         g->logits_from = 0, g->inject_from = dspark__max(s->n_injected, s->high - dspark__ring(c));
         s->n_injected = s->n_run;
         lanes[i].draft_row = pass->n_rows, lanes[i].drafted = 1;
-        for (int k = 0; k < c->dspark_block_size; k++) b->ids[pass->n_rows++] = k ? c->dspark_noise_token_id : s->tokens[s->n_run];
+        for (int k = 0; k < c->dspark_block_size; k++)
+            b->ids[pass->n_rows++] = k ? c->dspark_noise_token_id : s->tokens[s->n_run];
     }
 }
 
@@ -4914,14 +5004,16 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) 
             dspark__lane *a = &lanes[b->lane_of[i]];
             size_t row = (size_t)(a->draft_row + k);
             // a drafter that computes NaN proposes nothing more: its text is the target's alone
-            if (k < a->n_drafted && dspark__draw_draft(a, k, out.logits + row * (size_t)c->vocab_size, out.confidence_logits[row]))
+            if (k < a->n_drafted && dspark__draw_draft(a, k, out.logits + row * (size_t)c->vocab_size,
+                                                       out.confidence_logits[row]))
                 a->n_drafted = k, a->s->tokens[a->s->n_tokens + k] = 0;
             else if (k >= a->n_drafted) a->s->tokens[a->s->n_tokens + k] = 0;
         }
     }
     for (int i = 0; i < pass.n_segments; i++) {
         dspark__lane *a = &lanes[b->lane_of[i]];
-        a->r->draft_us = (float)((dspark__now_us() - start) / pass.n_segments), a->r->n_drafted = a->n_drafted;
+        a->r->draft_us = (float)((dspark__now_us() - start) / pass.n_segments),
+        a->r->n_drafted = a->n_drafted;
         a->limit = dspark__min(a->limit, a->n_drafted);
     }
     return DSPARK_OK;
@@ -4929,9 +5021,10 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) 
 
 // ---- schedule
 
-// Lengths of the lanes whose schedule is `mode`, all others' rows being in the pass already. Algorithm 1 (PREFIX) for
-// sessions that verify by rejection, since its admissions look at nothing that a draft may change; its global maximum
-// where that is lossless; the same two modes of scheduling.md for forced schedules.
+// Lengths of the lanes whose schedule is `mode`, all others' rows being in the pass already. Algorithm 1
+// (PREFIX) for sessions that verify by rejection, since its admissions look at nothing that a draft may
+// change; its global maximum where that is lossless; the same two modes of scheduling.md for forced
+// schedules.
 static int dspark__mode_of(const dspark_session *s) {
     if (s->desc.policy.schedule) return s->desc.policy.schedule;
     return dspark__mode(s) == DSPARK_VERIFY_REJECTION ? DSPARK_SCHEDULE_PREFIX : DSPARK_SCHEDULE_GLOBAL;
@@ -4955,15 +5048,18 @@ static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes,
     memset(&d, 0, sizeof d);
     for (int i = 0; i < m->profile.n; i++) curve[i] = (float)(1e6 / dspark__pass_time(m, i + 1, sample_us));
     sps.sps = curve, sps.n = m->profile.n;
-    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.n_requests = R, d.gamma = gamma;
-    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.draft_us = (float)draft_us, d.scratch = b->scratch;
+    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.n_requests = R,
+    d.gamma = gamma;
+    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.draft_us = (float)draft_us,
+    d.scratch = b->scratch;
     if ((status = dspark_schedule(&d, b->lengths)) != DSPARK_OK) return status;
     for (int i = 0; i < R; i++) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
     return DSPARK_OK;
 }
 
 static dspark_status dspark__schedule(dspark_model *m, dspark__lane *lanes, int n) {
-    static const int modes[] = { DSPARK_SCHEDULE_BLOCK, DSPARK_SCHEDULE_THRESHOLD, DSPARK_SCHEDULE_PREFIX, DSPARK_SCHEDULE_GLOBAL };
+    static const int modes[] = { DSPARK_SCHEDULE_BLOCK, DSPARK_SCHEDULE_THRESHOLD, DSPARK_SCHEDULE_PREFIX,
+                                 DSPARK_SCHEDULE_GLOBAL };
     dspark_status status = DSPARK_OK;
     int rows = 0;
     for (int i = 0; i < n; i++) rows += lanes[i].n_prompt ? lanes[i].n_prompt : 1;
@@ -5018,7 +5114,8 @@ static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const
     int first = s->n_tokens, V = dspark__config(s)->vocab_size, finished = 0;
     dspark_verify_desc v;
     memset(&v, 0, sizeof v);
-    v.p_target = p_target, v.p_draft = p_draft, v.draft = s->tokens + first, v.n = a->length, v.vocab = V, v.position = first;
+    v.p_target = p_target, v.p_draft = p_draft, v.draft = s->tokens + first, v.n = a->length, v.vocab = V,
+    v.position = first;
     v.mode = dspark__mode(s), v.seed = s->desc.seed, v.cycle = s->cycle;
     for (int i = 0, accepted = 1; i <= a->length && accepted && !finished; i++) {
         float *row = p_target + (size_t)i * (size_t)V;
@@ -5029,9 +5126,13 @@ static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const
         if (!status) status = dspark__verify_row(&v, i, &accepted, &token);
         if (status) return status;
         if (accepted) token = s->tokens[first + i];
-        by = accepted ? DSPARK_BY_DRAFT : !a->length ? DSPARK_BY_PLAIN : i == a->length ? DSPARK_BY_BONUS : DSPARK_BY_CORRECTION;
+        by = accepted         ? DSPARK_BY_DRAFT
+             : !a->length     ? DSPARK_BY_PLAIN
+             : i == a->length ? DSPARK_BY_BONUS
+                              : DSPARK_BY_CORRECTION;
         r->n_accepted += accepted;
-        finished = dspark__emit(s, r, token, by, s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
+        finished =
+            dspark__emit(s, r, token, by, s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
     }
     return DSPARK_OK;
 }
@@ -5056,17 +5157,20 @@ static void dspark__settle(dspark__lane *lanes, int i, int n, int tau) {
     for (int j = 0; j < n; j++) R += !lanes[j].n_prompt, drafts += lanes[j].length;
     if (a->drafted) cycle += a->draft_us;
     if (a->length)
-        cycle += (dspark__pass_time(m, R + drafts, sample_us) - dspark__pass_time(m, R, sample_us)) * a->length / (double)drafts;
+        cycle += (dspark__pass_time(m, R + drafts, sample_us) - dspark__pass_time(m, R, sample_us)) *
+                 a->length / (double)drafts;
     dspark_account_settle(&a->s->account, a->plain_us, cycle, tau);
 }
 
-static void dspark__commit(dspark__lane *lanes, int i, int n, const dspark_pass_result *out, const float *p_draft) {
+static void dspark__commit(dspark__lane *lanes, int i, int n, const dspark_pass_result *out,
+                           const float *p_draft) {
     dspark__lane *a = &lanes[i];
     dspark_session *s = a->s;
     size_t V = (size_t)dspark__config(s)->vocab_size;
     int before = s->n_tokens;
     a->r->n_scheduled = a->length;
-    a->r->status = dspark__verify_lane(a, out->logits + (size_t)a->logits_row * V, p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
+    a->r->status = dspark__verify_lane(a, out->logits + (size_t)a->logits_row * V,
+                                       p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(lanes, i, n, s->n_tokens - before);
     dspark__count(a);
@@ -5082,23 +5186,29 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     int32_t token;
     float *p = s->logits;
     memset(&v, 0, sizeof v);
-    v.p_target = p, v.vocab = V, v.position = s->n_tokens, v.mode = dspark__mode(s), v.seed = s->desc.seed, v.cycle = s->cycle++;
+    v.p_target = p, v.vocab = V, v.position = s->n_tokens, v.mode = dspark__mode(s), v.seed = s->desc.seed,
+    v.cycle = s->cycle++;
     s->has_logits = 0;
     r->status = dspark__to_p(s, p, s->n_tokens, s->desc.logprobs ? &log_sum : NULL);
     if (!r->status) r->status = dspark__verify_row(&v, 0, &accepted, &token);
     if (r->status) return s->n_run = s->n_tokens - 1, 0;
-    finished = dspark__emit(s, r, token, DSPARK_BY_PLAIN, s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
+    finished = dspark__emit(s, r, token, DSPARK_BY_PLAIN,
+                            s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
     return !finished;
 }
 
-// Enters a session into the step with at most `room` rows; how many it may need. 0: none, its result is complete.
+// Enters a session into the step with at most `room` rows; how many it may need. 0: none, its result is
+// complete.
 static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_result *r, int room) {
     memset(a, 0, sizeof *a);
     memset(r, 0, sizeof *r);
     a->s = s, a->r = r;
     dspark__text_begin(s);
     r->text = s->text;
-    if (!s->n_tokens) return r->status = dspark__fail(DSPARK_ERROR_ARGUMENT, "step: the session has no tokens to go on from"), 0;
+    if (!s->n_tokens)
+        return r->status =
+                   dspark__fail(DSPARK_ERROR_ARGUMENT, "step: the session has no tokens to go on from"),
+               0;
     if (!s->has_logits && s->n_tokens - s->n_run > 1) {
         r->status = dspark__refill(s);
         return r->status ? 0 : (a->n_prompt = dspark__min(room, s->n_tokens - s->n_run));
@@ -5134,18 +5244,22 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
 // Does any session of the step schedule by the profile?
 static int dspark__wants_profile(dspark_session **sessions, int n) {
     for (int i = 0; i < n; i++)
-        if (dspark__config(sessions[i])->n_stages && !sessions[i]->desc.policy.plain && !sessions[i]->desc.policy.schedule) return 1;
+        if (dspark__config(sessions[i])->n_stages && !sessions[i]->desc.policy.plain &&
+            !sessions[i]->desc.policy.schedule)
+            return 1;
     return 0;
 }
 
-DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *desc, dspark_step_result *results) {
+DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *desc,
+                                     dspark_step_result *results) {
     dspark_model *m;
     dspark_status status = DSPARK_OK;
     int prompt_rows = desc ? desc->prompt_rows : 0;
     if (n < 1 || !sessions || !results) return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: %d sessions", n);
     m = sessions[0]->model;
     for (int i = 0; i < n; i++)
-        if (sessions[i]->model != m) return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: session %d is of another model", i);
+        if (sessions[i]->model != m)
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: session %d is of another model", i);
     if (!m->has_profile && dspark__wants_profile(sessions, n)) {
         dspark_profile p;
         if ((status = dspark_model_profile(m, &p)) != DSPARK_OK) return status;
@@ -5164,8 +5278,8 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     return status;
 }
 
-DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor, int32_t *tokens, float *confidence_logits,
-                                              float *logits) {
+DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor, int32_t *tokens,
+                                              float *confidence_logits, float *logits) {
     dspark_model *m = s->model;
     const dspark_config *c = &m->checkpoint.config;
     size_t V = (size_t)c->vocab_size;
@@ -5175,8 +5289,8 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
     dspark_status status;
     if (!c->n_stages) return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "draft: the checkpoint has no drafter");
     if (s->n_run != s->n_tokens || s->n_run < 1 || anchor < 0 || anchor >= c->vocab_size)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "draft: %d of %d tokens have been run, anchor %d of %d", s->n_run, s->n_tokens,
-                            (int)anchor, c->vocab_size);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "draft: %d of %d tokens have been run, anchor %d of %d",
+                            s->n_run, s->n_tokens, (int)anchor, c->vocab_size);
     if ((status = dspark__refill(s)) != DSPARK_OK) return status;
     memset(&lane, 0, sizeof lane);
     lane.s = s, lane.n_drafted = c->dspark_block_size;
@@ -5452,7 +5566,9 @@ typedef struct {
 } dspark__cpu;
 
 static int dspark__pad(int n) { return (n + 15) / 16 * 16; }
-static int dspark__shared_width(const dspark_config *c) { return c->n_shared_experts * c->moe_intermediate_size; }
+static int dspark__shared_width(const dspark_config *c) {
+    return c->n_shared_experts * c->moe_intermediate_size;
+}
 static int dspark__expert_width(const dspark_config *c) {
     return dspark__pad(dspark__max(dspark__shared_width(c), c->moe_intermediate_size));
 }
@@ -5493,7 +5609,8 @@ static int dspark__share_begin(const dspark__job *job, int share, int n_shares) 
 static void dspark__fetch_first(const dspark__job *job, int begin) {
 #ifdef __GNUC__
     const dspark_matrix *w = job->w;
-    size_t row = (size_t)(job->first + begin), each = dspark__row_bytes(w), left = each * ((size_t)w->rows - row);
+    size_t row = (size_t)(job->first + begin), each = dspark__row_bytes(w),
+           left = each * ((size_t)w->rows - row);
     const char *p = (const char *)w->data + each * row;
     for (size_t i = 0; i < 4096 && i < left; i += 64) __builtin_prefetch(p + i, 0, 2);
     if (w->dtype != DSPARK_FP4) return;
@@ -5508,7 +5625,8 @@ static void dspark__run_share(dspark__cpu *d, int thread, int share, void *arg) 
     const int n_shares = *(const int *)arg;
     for (int j = 0; j < d->n_jobs; j++) {
         const dspark__job *job = &d->jobs[j];
-        int begin = dspark__share_begin(job, share, n_shares), end = dspark__share_begin(job, share + 1, n_shares);
+        int begin = dspark__share_begin(job, share, n_shares),
+            end = dspark__share_begin(job, share + 1, n_shares);
         if (j + 1 < d->n_jobs) dspark__fetch_first(job + 1, dspark__share_begin(job + 1, share, n_shares));
         if (begin < end) d->k->linear(job, begin, end, dspark__scratch(d, thread));
     }
@@ -5534,7 +5652,8 @@ static void dspark__job_row(dspark__cpu *d, const dspark__job *job, int i, const
 }
 
 // y = w x for every row of the pass; x and y [rows][their stride]
-static void dspark__linear(dspark__cpu *d, const dspark_matrix *w, const float *x, int x_stride, float *y, int y_stride) {
+static void dspark__linear(dspark__cpu *d, const dspark_matrix *w, const float *x, int x_stride, float *y,
+                           int y_stride) {
     dspark__job *job = dspark__job_add(d, w, 0, w->rows, d->n_rows);
     for (int r = 0; r < d->n_rows; r++)
         dspark__job_row(d, job, r, x + (size_t)r * (size_t)x_stride, y + (size_t)r * (size_t)y_stride);
@@ -5549,7 +5668,9 @@ static float *dspark__row(float *base, int row, int n) { return base + (size_t)r
 
 static float dspark__half(uint32_t u) {
     int e = (int)(u >> 10 & 31);
-    float m = (float)(u & 1023), x = e == 31 ? ((u & 1023) ? NAN : HUGE_VALF) : e ? ldexpf(m + 1024, e - 25) : ldexpf(m, -24);
+    float m = (float)(u & 1023), x = e == 31 ? ((u & 1023) ? NAN : HUGE_VALF)
+                                     : e     ? ldexpf(m + 1024, e - 25)
+                                             : ldexpf(m, -24);
     return u >> 15 & 1 ? -x : x;
 }
 static float dspark__plain_number(const uint8_t *p, int dtype) {
@@ -5575,7 +5696,8 @@ static void dspark__lookup(const dspark_matrix *w, int32_t row, float *out) {
 // that turn fewer than beta_slow times within the original length, and leaves those above beta_fast.
 static void dspark__rope_freqs(const dspark_config *c, int compressed, double *freqs) {
     int d = c->qk_rope_head_dim;
-    double log_base = dspark__log(compressed ? c->compress_rope_theta : c->rope_theta), L = c->rope_original_length;
+    double log_base = dspark__log(compressed ? c->compress_rope_theta : c->rope_theta),
+           L = c->rope_original_length;
     double turns_fast = d * dspark__log(L / (c->rope_beta_fast * 6.283185307179586)) / (2 * log_base);
     double turns_slow = d * dspark__log(L / (c->rope_beta_slow * 6.283185307179586)) / (2 * log_base);
     double low = fmax(floor(turns_fast), 0), high = fmin(ceil(turns_slow), d - 1);
@@ -5621,7 +5743,8 @@ static void dspark__embed_row(dspark__cpu *d, int thread, int r, void *arg) {
 static dspark_status dspark__cpu_pass_begin(void *device, const dspark_pass *pass) {
     dspark__cpu *d = (dspark__cpu *)device;
     if (pass->n_rows < 1 || pass->n_rows > d->max_rows)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d", pass->n_rows, d->max_rows);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d", pass->n_rows,
+                            d->max_rows);
     d->pass = pass, d->n_rows = pass->n_rows, d->n_logits = 0;
     for (int s = 0; s < pass->n_segments; s++)
         for (int i = 0; i < pass->segments[s].n_rows; i++) {
@@ -5695,7 +5818,8 @@ static void dspark__mix_out_row(dspark__cpu *d, int thread, int r, void *arg) {
     const dspark_config *c = d->c;
     int C = c->hc_mult, h = c->hidden_size;
     const float *post = dspark__row(d->post_comb, r, (2 + C) * C), *comb = post + C;
-    float *stream = dspark__row(d->stream, r, C * h), *y = dspark__row(d->y, r, h), *out = dspark__scratch(d, thread);
+    float *stream = dspark__row(d->stream, r, C * h), *y = dspark__row(d->y, r, h),
+          *out = dspark__scratch(d, thread);
     (void)arg;
     memset(out, 0, (size_t)(C * h) * sizeof *out);
     for (int k = 0; k < C; k++) {
@@ -5720,7 +5844,8 @@ static dspark__layer_state *dspark__state_of(dspark__cpu *d, int segment, int la
 // The first product of everything that reads x: queries, the row, what the compressors will pool.
 static void dspark__attn_project(dspark__cpu *d, const dspark_layer *l) {
     const dspark_config *c = d->c;
-    int h = dspark__pad(c->hidden_size), w = dspark__pad(2 * c->head_dim), i = dspark__pad(2 * c->index_head_dim);
+    int h = dspark__pad(c->hidden_size), w = dspark__pad(2 * c->head_dim),
+        i = dspark__pad(2 * c->index_head_dim);
     dspark__linear(d, &l->wq_a, dspark__input(&l->wq_a, d->x, d->xq), h, d->qr, dspark__pad(c->q_lora_rank));
     dspark__linear(d, &l->wkv, dspark__input(&l->wkv, d->x, d->xq), h, d->kv, dspark__pad(c->head_dim));
     if (l->ratio && d->pass->kind == DSPARK_PASS_TARGET) {
@@ -5749,10 +5874,12 @@ static void dspark__finish_row(dspark__cpu *d, const float *norm, const float *t
 static void dspark__attn_norm_row(dspark__cpu *d, int thread, int r, void *arg) {
     const dspark_layer *l = (const dspark_layer *)arg;
     const dspark_config *c = d->c;
-    float *qr = dspark__row(d->qr, r, c->q_lora_rank), *turn = dspark__row(d->turn[l->ratio > 0], r, c->qk_rope_head_dim);
+    float *qr = dspark__row(d->qr, r, c->q_lora_rank),
+          *turn = dspark__row(d->turn[l->ratio > 0], r, c->qk_rope_head_dim);
     (void)thread;
     d->k->rms_norm(qr, l->q_norm, c->q_lora_rank, c->rms_norm_eps, qr);
-    d->k->round_fp8(qr, c->q_lora_rank, 128, dspark__row(d->low, r, c->o_groups * c->o_lora_rank + c->q_lora_rank));
+    d->k->round_fp8(qr, c->q_lora_rank, 128,
+                    dspark__row(d->low, r, c->o_groups * c->o_lora_rank + c->q_lora_rank));
     dspark__finish_row(d, l->kv_norm, turn, dspark__row(d->kv, r, c->head_dim));
 }
 
@@ -5773,10 +5900,11 @@ static void dspark__attn_queries(dspark__cpu *d, const dspark_layer *l) {
 
 // ---- compressed rows
 
-// The members of group i, oldest first: of this pass or of the ring. Where the ratio is 4 the group before gives
-// its first halves, this one its second; before row 0 there is nothing. Returns how many.
-static int dspark__group(const dspark__cpu *d, const dspark_segment *s, const dspark_compressor *p, int i, const float *pass_rows,
-                         int stride, const float *ring, const float **rows, const float **ape) {
+// The members of group i, oldest first: of this pass or of the ring. Where the ratio is 4 the group before
+// gives its first halves, this one its second; before row 0 there is nothing. Returns how many.
+static int dspark__group(const dspark__cpu *d, const dspark_segment *s, const dspark_compressor *p, int i,
+                         const float *pass_rows, int stride, const float *ring, const float **rows,
+                         const float **ape) {
     int r = p->ratio, overlap = r == 4, n = 0, n_ring = dspark__raw_ring(d->c, r);
     for (int t = dspark__max(0, overlap ? (i - 1) * r : i * r); t < (i + 1) * r; t++) {
         int second = overlap && t >= i * r ? p->d : 0;
@@ -5788,9 +5916,11 @@ static int dspark__group(const dspark__cpu *d, const dspark_segment *s, const ds
     return n;
 }
 
-// Row i of a compressor, [d]: pooled by the gates' softmax over its tokens, normed, turned to its first position.
-static void dspark__pool(dspark__cpu *d, const dspark_segment *s, const dspark_compressor *p, int i, const float *kv,
-                         const float *gate, int stride, const float *ring_kv, const float *ring_gate, float *out) {
+// Row i of a compressor, [d]: pooled by the gates' softmax over its tokens, normed, turned to its first
+// position.
+static void dspark__pool(dspark__cpu *d, const dspark_segment *s, const dspark_compressor *p, int i,
+                         const float *kv, const float *gate, int stride, const float *ring_kv,
+                         const float *ring_gate, float *out) {
     const dspark_config *c = d->c;
     const float *rows[3][256];
     float turn[256];
@@ -5813,14 +5943,17 @@ static void dspark__compress_row(dspark__cpu *d, int thread, int r, void *arg) {
     float *row = dspark__scratch(d, thread);
     size_t i = (size_t)(position / l->ratio);
     if ((position + 1) % l->ratio || s->keep_rows) return;
-    dspark__pool(d, s, &l->compressor, (int)i, d->pool_kv, d->pool_gate, dspark__pad(2 * D), state->kv, state->gate, row);
-    d->k->encode_fp8(row, D - R, 64, state->codes + i * (size_t)(D - R), state->scales + i * (size_t)dspark__blocks(D - R, 64));
+    dspark__pool(d, s, &l->compressor, (int)i, d->pool_kv, d->pool_gate, dspark__pad(2 * D), state->kv,
+                 state->gate, row);
+    d->k->encode_fp8(row, D - R, 64, state->codes + i * (size_t)(D - R),
+                     state->scales + i * (size_t)dspark__blocks(D - R, 64));
     memcpy(state->rope + i * (size_t)R, row + D - R, (size_t)R * sizeof(float));
     if (l->ratio != 4) return;
-    dspark__pool(d, s, &l->index_compressor, (int)i, d->index_kv, d->index_gate, dspark__pad(2 * I), state->index_kv,
-                 state->index_gate, row);
+    dspark__pool(d, s, &l->index_compressor, (int)i, d->index_kv, d->index_gate, dspark__pad(2 * I),
+                 state->index_kv, state->index_gate, row);
     d->k->hadamard(row, I);
-    d->k->encode_fp4(row, I, state->key_codes + i * (size_t)(I / 2), state->key_scales + i * (size_t)(I / 32));
+    d->k->encode_fp4(row, I, state->key_codes + i * (size_t)(I / 2),
+                     state->key_scales + i * (size_t)(I / 32));
 }
 
 // ---- the indexer
@@ -5849,8 +5982,8 @@ static uint32_t dspark__ordered(float x) {
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// The k largest of scores [n], ascending by index; among equals the lower index wins. The k-th largest is found a byte
-// at a time, by counting.
+// The k largest of scores [n], ascending by index; among equals the lower index wins. The k-th largest is
+// found a byte at a time, by counting.
 static void dspark__top(const float *scores, int n, int k, int *chosen) {
     uint32_t kth = 0;
     int equal = k, n_chosen = 0;    // how many of those equal to the k-th belong to the k
@@ -5878,15 +6011,18 @@ static void dspark__index_row(dspark__cpu *d, int thread, int r, void *arg) {
     if (n <= c->index_topk) return;         // all are taken
     dspark__index_query(d, r, dspark__row(d->turn[1], r, c->qk_rope_head_dim), key);
     for (int i = 0; i < n; i++) {
-        d->k->decode_fp4(state->key_codes + (size_t)i * (size_t)(I / 2), state->key_scales + (size_t)i * (size_t)(I / 32), I, key);
-        scores[i] = d->k->index_score(dspark__row(d->index_q, r, H * I), dspark__row(d->index_w, r, H), H, I, key);
+        d->k->decode_fp4(state->key_codes + (size_t)i * (size_t)(I / 2),
+                         state->key_scales + (size_t)i * (size_t)(I / 32), I, key);
+        scores[i] =
+            d->k->index_score(dspark__row(d->index_q, r, H * I), dspark__row(d->index_w, r, H), H, I, key);
     }
     dspark__top(scores, n, c->index_topk, d->chosen + (size_t)r * (size_t)c->index_topk);
 }
 
 // ---- who is seen
 
-// Window rows that row r sees, oldest first: of the ring before this pass, then of the pass. Drafts see the whole block.
+// Window rows that row r sees, oldest first: of the ring before this pass, then of the pass. Drafts see the
+// whole block.
 static int dspark__window_rows(dspark__cpu *d, int r, int layer, const float **rows) {
     const dspark_config *c = d->c;
     const dspark_segment *s = &d->pass->segments[d->row_segment[r]];
@@ -5904,12 +6040,14 @@ static int dspark__window_rows(dspark__cpu *d, int r, int layer, const float **r
 static int dspark__compressed_rows(dspark__cpu *d, int r, int layer, float *room, const float **rows) {
     const dspark_config *c = d->c;
     const dspark__layer_state *state = dspark__state_of(d, d->row_segment[r], layer);
-    int ratio = d->w->layers[layer].ratio, D = c->head_dim, R = c->qk_rope_head_dim, blocks = dspark__blocks(D - R, 64);
+    int ratio = d->w->layers[layer].ratio, D = c->head_dim, R = c->qk_rope_head_dim,
+        blocks = dspark__blocks(D - R, 64);
     int n = (d->row_position[r] + 1) / ratio, selected = ratio == 4 && n > c->index_topk;
     if (selected) n = c->index_topk;
     for (int m = 0; m < n; m++, room += dspark__pad(D)) {
         size_t i = (size_t)(selected ? d->chosen[(size_t)r * (size_t)c->index_topk + (size_t)m] : m);
-        d->k->decode_fp8(state->codes + i * (size_t)(D - R), state->scales + i * (size_t)blocks, D - R, 64, room);
+        d->k->decode_fp8(state->codes + i * (size_t)(D - R), state->scales + i * (size_t)blocks, D - R, 64,
+                         room);
         memcpy(room + D - R, state->rope + i * (size_t)R, (size_t)R * sizeof(float));
         rows[m] = room;
     }
@@ -5918,7 +6056,8 @@ static int dspark__compressed_rows(dspark__cpu *d, int r, int layer, float *room
 
 typedef struct { int layer, parts; } dspark__attend_arg;
 
-// Some heads of a row: queries divided by their RMS and turned, softmax over what is seen and the sink, turned back.
+// Some heads of a row: queries divided by their RMS and turned, softmax over what is seen and the sink,
+// turned back.
 static void dspark__attend_part(dspark__cpu *d, int thread, int item, void *arg) {
     const dspark__attend_arg *a = (const dspark__attend_arg *)arg;
     const dspark_config *c = d->c;
@@ -5955,19 +6094,22 @@ static void dspark__attn_output(dspark__cpu *d, const dspark_layer *l) {
     for (int g = 0; g < G; g++) {
         dspark__job *job = dspark__job_add(d, &l->wo_a, g * rank, rank, d->n_rows);
         for (int r = 0; r < d->n_rows; r++)
-            dspark__job_row(d, job, r, dspark__row(d->o, r, wide) + g * (wide / G), d->low + (size_t)r * (size_t)low + g * rank);
+            dspark__job_row(d, job, r, dspark__row(d->o, r, wide) + g * (wide / G),
+                            d->low + (size_t)r * (size_t)low + g * rank);
     }
     dspark__run_jobs(d);
     if (rounded) dspark__each(d, d->n_rows, dspark__round_low, NULL);
-    dspark__linear(d, &l->wo_b, rounded ? d->lowq : d->low, rounded ? dspark__pad(G * rank) : low, d->y, dspark__pad(c->hidden_size));
+    dspark__linear(d, &l->wo_b, rounded ? d->lowq : d->low, rounded ? dspark__pad(G * rank) : low, d->y,
+                   dspark__pad(c->hidden_size));
     dspark__run_jobs(d);
 }
 
 // This pass's rows into the rings; a row that a later one of the pass would overwrite is left out.
-static void dspark__ring_put(float *ring, int n_ring, int w, const dspark_segment *s, const float *rows, int stride) {
+static void dspark__ring_put(float *ring, int n_ring, int w, const dspark_segment *s, const float *rows,
+                             int stride) {
     for (int i = dspark__max(0, s->n_rows - n_ring); i < s->n_rows; i++)
-        memcpy(ring + (size_t)((s->position + i) % n_ring) * (size_t)w, rows + (size_t)(s->row + i) * (size_t)stride,
-               (size_t)w * sizeof *ring);
+        memcpy(ring + (size_t)((s->position + i) % n_ring) * (size_t)w,
+               rows + (size_t)(s->row + i) * (size_t)stride, (size_t)w * sizeof *ring);
 }
 static void dspark__attn_commit(dspark__cpu *d, int layer) {
     const dspark_config *c = d->c;
@@ -5975,7 +6117,8 @@ static void dspark__attn_commit(dspark__cpu *d, int layer) {
     for (int i = 0; i < d->pass->n_segments; i++) {
         const dspark_segment *s = &d->pass->segments[i];
         dspark__layer_state *state = dspark__state_of(d, i, layer);
-        int raw = dspark__raw_ring(c, l->ratio), D = dspark__pad(2 * c->head_dim), I = dspark__pad(2 * c->index_head_dim);
+        int raw = dspark__raw_ring(c, l->ratio), D = dspark__pad(2 * c->head_dim),
+            I = dspark__pad(2 * c->index_head_dim);
         dspark__ring_put(state->window, dspark__ring(c), c->head_dim, s, d->kv, dspark__pad(c->head_dim));
         if (!l->ratio) continue;
         dspark__ring_put(state->kv, raw, l->compressor.w, s, d->pool_kv, D);
@@ -5991,7 +6134,8 @@ static void dspark__cpu_attention(void *device, int layer) {
     const dspark_layer *l = &d->w->layers[layer];
     int target = d->pass->kind == DSPARK_PASS_TARGET;
     dspark__attend_arg a;
-    a.layer = layer, a.parts = d->n_rows < d->n_threads ? dspark__min(d->n_threads, d->c->num_attention_heads) : 1;
+    a.layer = layer,
+    a.parts = d->n_rows < d->n_threads ? dspark__min(d->n_threads, d->c->num_attention_heads) : 1;
     dspark__attn_project(d, l);
     dspark__each(d, d->n_rows, dspark__attn_norm_row, (void *)(uintptr_t)l);
     dspark__attn_queries(d, l);
@@ -6009,8 +6153,8 @@ static int dspark__hash_expert(const dspark_layer *l, int32_t id, int k, int n) 
     return p[0] | p[1] << 8 | p[2] << 16;       // checked when the model opened
 }
 
-// scores = sqrt(softplus(gate x)); the experts with the largest scores + bias, or the token's own; weights are the
-// plain scores over their sum. Slots stand in the experts' order, which is the order of summing.
+// scores = sqrt(softplus(gate x)); the experts with the largest scores + bias, or the token's own; weights
+// are the plain scores over their sum. Slots stand in the experts' order, which is the order of summing.
 static void dspark__route_row(dspark__cpu *d, int thread, int r, void *arg) {
     const dspark_layer *l = (const dspark_layer *)arg;
     const dspark_config *c = d->c;
@@ -6034,7 +6178,8 @@ static void dspark__route_row(dspark__cpu *d, int thread, int r, void *arg) {
 
 // Which rows each expert has: row * K + slot, by expert.
 static void dspark__group_by_expert(dspark__cpu *d) {
-    int E = d->c->n_routed_experts, K = d->c->num_experts_per_tok, n = d->n_rows * K, *first = d->expert_first;
+    int E = d->c->n_routed_experts, K = d->c->num_experts_per_tok, n = d->n_rows * K,
+        *first = d->expert_first;
     memset(first, 0, (size_t)(E + 1) * sizeof *first);
     for (int i = 0; i < n; i++) first[d->route[i] + 1]++;
     for (int e = 0; e < E; e++) first[e + 1] += first[e];
@@ -6058,9 +6203,11 @@ static void dspark__expert_jobs(dspark__cpu *d, const dspark_expert *e, const in
         for (int i = 0; i < n; i++) {
             int r = rows ? rows[i] / K : i, slot = rows ? rows[i] % K : K;
             if (step == DSPARK__UP)
-                dspark__job_row(d, job, i, dspark__row(m->dtype >= DSPARK_FP8 ? d->xq : d->x, r, h), dspark__slot(d, d->up[j], r, slot, w));
+                dspark__job_row(d, job, i, dspark__row(m->dtype >= DSPARK_FP8 ? d->xq : d->x, r, h),
+                                dspark__slot(d, d->up[j], r, slot, w));
             else
-                dspark__job_row(d, job, i, dspark__slot(d, d->up[0], r, slot, w), dspark__slot(d, d->down, r, slot, dspark__pad(h)));
+                dspark__job_row(d, job, i, dspark__slot(d, d->up[0], r, slot, w),
+                                dspark__slot(d, d->down, r, slot, dspark__pad(h)));
         }
     }
 }
@@ -6092,7 +6239,8 @@ static void dspark__moe_sum_row(dspark__cpu *d, int thread, int r, void *arg) {
     float *y = dspark__row(d->y, r, h);
     (void)thread, (void)arg;
     memset(y, 0, (size_t)h * sizeof *y);
-    for (int slot = 0; slot <= K; slot++) d->k->axpy(y, 1, dspark__slot(d, d->down, r, slot, dspark__pad(h)), h);
+    for (int slot = 0; slot <= K; slot++)
+        d->k->axpy(y, 1, dspark__slot(d, d->down, r, slot, dspark__pad(h)), h);
 }
 
 static void dspark__cpu_moe(void *device, int layer) {
@@ -6120,7 +6268,8 @@ static void dspark__tap_row(dspark__cpu *d, int thread, int r, void *arg) {
     const dspark_config *c = d->c;
     const dspark_segment *s = &d->pass->segments[d->row_segment[r]];
     int index = *(const int *)arg, h = c->hidden_size, n = dspark__ring(c);
-    float *tap = ((dspark__state *)s->state)->taps + (size_t)(d->row_position[r] % n) * (size_t)(c->n_taps * h) + index * h;
+    float *tap = ((dspark__state *)s->state)->taps +
+                 (size_t)(d->row_position[r] % n) * (size_t)(c->n_taps * h) + index * h;
     (void)thread;
     if (r < s->row + s->n_rows - n) return;         // a later row of this pass stands in its place
     memset(tap, 0, (size_t)h * sizeof *tap);
@@ -6146,7 +6295,8 @@ static void dspark__head_row(dspark__cpu *d, int thread, int r, void *arg) {
     dspark__mix_copies(d, r, m, hidden);
     d->k->rms_norm(hidden, a->norm, c->hidden_size, c->rms_norm_eps, dspark__row(d->x, r, c->hidden_size));
     if (d->w->head.dtype >= DSPARK_FP8)
-        d->k->round_fp8(dspark__row(d->x, r, c->hidden_size), c->hidden_size, 128, dspark__row(d->xq, r, c->hidden_size));
+        d->k->round_fp8(dspark__row(d->x, r, c->hidden_size), c->hidden_size, 128,
+                        dspark__row(d->xq, r, c->hidden_size));
 }
 
 // logits [n][vocab] of the rows whose logits are wanted
@@ -6157,7 +6307,8 @@ static void dspark__project_logits(dspark__cpu *d, const dspark_mix *mix, const 
     dspark__job *job;
     a.mix = mix, a.norm = norm;
     d->n_logits = 0;
-    for (int i = 0; i < d->pass->n_segments; i++) d->n_logits += d->pass->segments[i].n_rows - d->pass->segments[i].logits_from;
+    for (int i = 0; i < d->pass->n_segments; i++)
+        d->n_logits += d->pass->segments[i].n_rows - d->pass->segments[i].logits_from;
     if (!d->n_logits) return;
     dspark__mix_project(d, mix);
     dspark__each(d, d->n_rows, dspark__head_row, &a);
@@ -6165,7 +6316,9 @@ static void dspark__project_logits(dspark__cpu *d, const dspark_mix *mix, const 
     for (int i = 0; i < d->pass->n_segments; i++) {
         const dspark_segment *s = &d->pass->segments[i];
         for (int r = s->logits_from; r < s->n_rows; r++, n++)
-            dspark__job_row(d, job, (int)n, dspark__row(d->w->head.dtype >= DSPARK_FP8 ? d->xq : d->x, s->row + r, h), logits + n * V);
+            dspark__job_row(d, job, (int)n,
+                            dspark__row(d->w->head.dtype >= DSPARK_FP8 ? d->xq : d->x, s->row + r, h),
+                            logits + n * V);
     }
     job->n_rows = (int)n;
     dspark__run_jobs(d);
@@ -6177,7 +6330,8 @@ static void dspark__cpu_head(void *device) {
 
 // ---- the drafter's own ------------------------------------------------------------------------
 
-// Taps of positions [inject_from, position) -> main_x = main_norm(main_proj taps) -> one row for each stage's window.
+// Taps of positions [inject_from, position) -> main_x = main_norm(main_proj taps) -> one row for each stage's
+// window.
 typedef struct { const dspark_layer *stage; float *window; int first; } dspark__inject_arg;
 
 static void dspark__inject_main(dspark__cpu *d, int thread, int r, void *arg) {
@@ -6199,17 +6353,20 @@ static void dspark__inject_row(dspark__cpu *d, int thread, int r, void *arg) {
     float *kv = dspark__row(d->kv, r, c->head_dim), *turn = dspark__scratch(d, thread);
     dspark__rope_angles(d->freqs[0], c->qk_rope_head_dim / 2, p, turn);
     dspark__finish_row(d, a->stage->kv_norm, turn, kv);
-    memcpy(a->window + (size_t)(p % dspark__ring(c)) * (size_t)c->head_dim, kv, (size_t)c->head_dim * sizeof *kv);
+    memcpy(a->window + (size_t)(p % dspark__ring(c)) * (size_t)c->head_dim, kv,
+           (size_t)c->head_dim * sizeof *kv);
 }
 
 // Runs before the block's own rows need the buffers; d->n_rows stands for the rows injected.
 static void dspark__inject_segment(dspark__cpu *d, const dspark_segment *s, int first, int n) {
     const dspark_config *c = d->c;
     dspark__state *state = (dspark__state *)s->state;
-    int taps = c->n_taps * c->hidden_size, h = dspark__pad(c->hidden_size), rounded = d->w->main_proj.dtype >= DSPARK_FP8;
+    int taps = c->n_taps * c->hidden_size, h = dspark__pad(c->hidden_size),
+        rounded = d->w->main_proj.dtype >= DSPARK_FP8;
     d->n_rows = n;
     for (int i = 0; i < n; i++)
-        memcpy(dspark__row(d->main, i, taps), state->taps + (size_t)((first + i) % dspark__ring(c)) * (size_t)taps,
+        memcpy(dspark__row(d->main, i, taps),
+               state->taps + (size_t)((first + i) % dspark__ring(c)) * (size_t)taps,
                (size_t)taps * sizeof(float));
     if (rounded) dspark__each(d, n, dspark__inject_round, NULL);
     dspark__linear(d, &d->w->main_proj, rounded ? d->main_q : d->main, dspark__pad(taps), d->x, h);
@@ -6219,7 +6376,8 @@ static void dspark__inject_segment(dspark__cpu *d, const dspark_segment *s, int 
         dspark__inject_arg a;
         a.stage = &d->w->layers[c->num_hidden_layers + i];
         a.window = state->layers[c->num_hidden_layers + i].window, a.first = first;
-        dspark__linear(d, &a.stage->wkv, dspark__input(&a.stage->wkv, d->x, d->xq), h, d->kv, dspark__pad(c->head_dim));
+        dspark__linear(d, &a.stage->wkv, dspark__input(&a.stage->wkv, d->x, d->xq), h, d->kv,
+                       dspark__pad(c->head_dim));
         dspark__run_jobs(d);
         dspark__each(d, n, dspark__inject_row, &a);
     }
@@ -6251,7 +6409,8 @@ static void dspark__markov_input(dspark__cpu *d, int r, int32_t previous) {
     if (rank) dspark__lookup(&d->w->markov_w1, previous, e);
     memcpy(in, x, (size_t)h * sizeof *in);
     memcpy(in + h, e, (size_t)rank * sizeof *in);
-    d->confidence[r] = d->confidence_w ? d->k->dot(d->confidence_w, in, h + rank) + d->w->confidence_bias : HUGE_VALF;
+    d->confidence[r] =
+        d->confidence_w ? d->k->dot(d->confidence_w, in, h + rank) + d->w->confidence_bias : HUGE_VALF;
     if (!rnn) return;
     memcpy(in, dspark__row(d->rnn, r, rank), (size_t)rank * sizeof *in);
     memcpy(in + rank, e, (size_t)rank * sizeof *in);
@@ -6262,7 +6421,8 @@ static void dspark__markov_input(dspark__cpu *d, int r, int32_t previous) {
 static void dspark__markov_gate(dspark__cpu *d, int r, int last) {
     int rank = d->c->dspark_markov_rank, n = d->w->head_kind == DSPARK_HEAD_RNN ? 3 * rank : rank;
     const float *bias = d->w->head_kind == DSPARK_HEAD_RNN ? d->w->joint_bias : d->w->gate_bias;
-    float *e = dspark__row(d->markov, r, rank), *s = dspark__row(d->rnn, r, rank), *z = dspark__row(d->joint, r, 3 * rank);
+    float *e = dspark__row(d->markov, r, rank), *s = dspark__row(d->rnn, r, rank),
+          *z = dspark__row(d->joint, r, 3 * rank);
     for (int i = 0; i < n && bias; i++) z[i] += bias[i];
     d->k->sigmoid(z, rank);
     for (int i = 0; i < rank && n == rank; i++) e[i] *= z[i];
@@ -6274,15 +6434,18 @@ static void dspark__markov_gate(dspark__cpu *d, int r, int last) {
 }
 
 // Row k of each segment through a matrix; x and y [rows][their stride]
-static void dspark__step_linear(dspark__cpu *d, int k, const dspark_matrix *w, float *x, int nx, float *y, int ny) {
+static void dspark__step_linear(dspark__cpu *d, int k, const dspark_matrix *w, float *x, int nx, float *y,
+                                int ny) {
     dspark__job *job = dspark__job_add(d, w, 0, w->rows, d->pass->n_segments);
     for (int i = 0; i < d->pass->n_segments; i++)
-        dspark__job_row(d, job, i, dspark__row(x, d->pass->segments[i].row + k, nx), dspark__row(y, d->pass->segments[i].row + k, ny));
+        dspark__job_row(d, job, i, dspark__row(x, d->pass->segments[i].row + k, nx),
+                        dspark__row(y, d->pass->segments[i].row + k, ny));
     dspark__run_jobs(d);
 }
 
 static void dspark__sequential_step(dspark__cpu *d, int k, const int32_t *previous) {
-    int kind = d->w->head_kind, rank = d->c->dspark_markov_rank, V = d->c->vocab_size, n = d->pass->n_segments;
+    int kind = d->w->head_kind, rank = d->c->dspark_markov_rank, V = d->c->vocab_size,
+        n = d->pass->n_segments;
     const dspark_matrix *joint = kind == DSPARK_HEAD_GATED ? &d->w->gate_proj : &d->w->joint_proj;
     for (int i = 0; i < n; i++) dspark__markov_input(d, d->pass->segments[i].row + k, previous[i]);
     if (kind == DSPARK_HEAD_NONE) return;
@@ -6374,13 +6537,15 @@ static int dspark__widest(const dspark_config *c) {     // input of any linear
     int n = c->hc_mult * c->hidden_size, h = c->hidden_size;
     n = dspark__max(n, c->num_attention_heads * c->head_dim);
     n = dspark__max(n, dspark__max(c->n_taps * h, 2 * c->dspark_markov_rank + h));
-    return dspark__max(n, dspark__max(dspark__expert_width(c), dspark__max(c->o_groups * c->o_lora_rank, c->q_lora_rank)));
+    return dspark__max(n, dspark__max(dspark__expert_width(c),
+                                      dspark__max(c->o_groups * c->o_lora_rank, c->q_lora_rank)));
 }
 
 static void dspark__carve_pass(dspark__cpu *d, dspark__carver *v) {
     const dspark_config *c = d->c;
     int n = d->max_rows, C = c->hc_mult, h = c->hidden_size, E = c->n_routed_experts;
-    size_t most = dspark__linear_scratch(dspark__widest(c), n), pointers = (size_t)n * (size_t)(3 * c->num_experts_per_tok + 16);
+    size_t most = dspark__linear_scratch(dspark__widest(c), n),
+           pointers = (size_t)n * (size_t)(3 * c->num_experts_per_tok + 16);
     most = most > (size_t)(C * h + E) ? most : (size_t)(C * h + E);
     d->scratch_floats = (most + (size_t)(2 * c->head_dim + 2 * c->index_head_dim) + 1024 + 15) / 16 * 16;
     d->thread_scratch = (float *)dspark__carve(v, (size_t)d->n_threads * d->scratch_floats, sizeof(float));
@@ -6437,12 +6602,17 @@ static dspark_status dspark__cpu_open(void **device, const dspark_model *m, cons
     int threads = desc->n_threads > 0 ? desc->n_threads : dspark__all_threads();
     dspark__cpu *d;
     *device = NULL;
-    if (!k) return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "cpu_path %d: this machine has no such instructions", desc->cpu_path);
+    if (!k)
+        return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "cpu_path %d: this machine has no such instructions",
+                            desc->cpu_path);
     for (int l = 0; l < c->num_hidden_layers; l++)
         if (c->compress_ratios[l] > 256)
-            return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "compress_ratios[%d]: expected at most 256, found %d", l, c->compress_ratios[l]);
+            return dspark__fail(DSPARK_ERROR_UNSUPPORTED,
+                                "compress_ratios[%d]: expected at most 256, found %d", l,
+                                c->compress_ratios[l]);
     if (c->qk_rope_head_dim > 256)
-        return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "qk_rope_head_dim: expected at most 256, found %d", c->qk_rope_head_dim);
+        return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "qk_rope_head_dim: expected at most 256, found %d",
+                            c->qk_rope_head_dim);
     d = (dspark__cpu *)dspark__alloc(1, sizeof *d);
     if (!d) return DSPARK_ERROR_MEMORY;
     d->model = m, d->c = c, d->w = dspark_model_weights(m), d->k = k;
@@ -6496,7 +6666,8 @@ static size_t dspark__cpu_state_bytes(const void *device, int max_context) {
     bytes += (size_t)(d->c->num_hidden_layers + d->c->n_stages) * sizeof *s.layers;
     dspark__attend_room(d, max_context, &n, &floats);
     if (n > d->attend_n) bytes += (n - d->attend_n) * (sizeof(void *) + sizeof(float)) * (size_t)d->n_threads;
-    if (floats > d->attend_floats) bytes += (floats - d->attend_floats) * sizeof(float) * (size_t)d->n_threads;
+    if (floats > d->attend_floats)
+        bytes += (floats - d->attend_floats) * sizeof(float) * (size_t)d->n_threads;
     return bytes;
 }
 
@@ -6537,7 +6708,8 @@ static dspark_status dspark__cpu_state_open(void **state, void *device, int max_
     if (!s || dspark__attend_grow(d, max_context)) return dspark__free(s), DSPARK_ERROR_MEMORY;
     s->max_context = max_context;
     bytes = dspark__state_layout(s, d->c);
-    s->layers = (dspark__layer_state *)dspark__alloc((size_t)(d->c->num_hidden_layers + d->c->n_stages), sizeof *s->layers);
+    s->layers = (dspark__layer_state *)dspark__alloc((size_t)(d->c->num_hidden_layers + d->c->n_stages),
+                                                     sizeof *s->layers);
     s->arrays = (dspark__array *)dspark__alloc((size_t)s->n_arrays, sizeof *s->arrays);
     s->memory = (char *)dspark__alloc(bytes + 64, 1);
     if (!s->layers || !s->arrays || !s->memory) return dspark__cpu_state_close(s), DSPARK_ERROR_MEMORY;
@@ -6556,18 +6728,36 @@ static dspark_status dspark__cpu_state_pieces(void *state, int n_tokens, dspark_
     return DSPARK_OK;
 }
 
-static const char *dspark__cpu_path_name(const void *device) { return ((const dspark__cpu *)device)->k->name; }
+static const char *dspark__cpu_path_name(const void *device) {
+    return ((const dspark__cpu *)device)->k->name;
+}
 static int dspark__cpu_threads(const void *device) { return ((const dspark__cpu *)device)->n_threads; }
 static int dspark__cpu_max_rows(const void *device) { return ((const dspark__cpu *)device)->max_rows; }
 
 DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
-    static const dspark_backend cpu = {
-        "cpu", dspark__cpu_open, dspark__cpu_close, dspark__cpu_bytes, dspark__cpu_path_name, dspark__cpu_threads,
-        dspark__cpu_max_rows, dspark__cpu_state_bytes, dspark__cpu_state_open, dspark__cpu_state_close,
-        dspark__cpu_state_pieces, dspark__cpu_pass_begin, dspark__cpu_mix_in, dspark__cpu_attention, dspark__cpu_moe,
-        dspark__cpu_mix_out, dspark__cpu_tap, dspark__cpu_head, dspark__cpu_inject, dspark__cpu_draft_head,
-        dspark__cpu_draft_step, dspark__cpu_draft_logits, dspark__cpu_pass_end
-    };
+    static const dspark_backend cpu = { "cpu",
+                                        dspark__cpu_open,
+                                        dspark__cpu_close,
+                                        dspark__cpu_bytes,
+                                        dspark__cpu_path_name,
+                                        dspark__cpu_threads,
+                                        dspark__cpu_max_rows,
+                                        dspark__cpu_state_bytes,
+                                        dspark__cpu_state_open,
+                                        dspark__cpu_state_close,
+                                        dspark__cpu_state_pieces,
+                                        dspark__cpu_pass_begin,
+                                        dspark__cpu_mix_in,
+                                        dspark__cpu_attention,
+                                        dspark__cpu_moe,
+                                        dspark__cpu_mix_out,
+                                        dspark__cpu_tap,
+                                        dspark__cpu_head,
+                                        dspark__cpu_inject,
+                                        dspark__cpu_draft_head,
+                                        dspark__cpu_draft_step,
+                                        dspark__cpu_draft_logits,
+                                        dspark__cpu_pass_end };
     return &cpu;
 }
 
@@ -6613,7 +6803,8 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__v_swap1 DSPARK__AT(v_swap1)
 #define dspark__v_first DSPARK__AT(v_first)         // lane 0
 // A piece: as many lanes as one step of a product takes at once, a vector or half of one. Where two are
-// joined, the second begins AT(piece) % 16 weights behind the first: if a piece is a vector, it is that again.
+// joined, the second begins AT(piece) % 16 weights behind the first: if a piece is a vector, it is that
+// again.
 #define dspark__p DSPARK__AT(p)
 #define dspark__p_zero DSPARK__AT(p_zero)
 #define dspark__p_load DSPARK__AT(p_load)
