@@ -5462,9 +5462,16 @@ static void dspark__float_mode_restore(uint64_t old) {
 #define DSPARK__AT(name) DSPARK__PASTE(dspark__##name, DSPARK__PATH)
 
 // Path numbers as in DSPARK_PATH_*, which the preprocessor cannot read.
+#if defined __GNUC__ && !defined __clang__      // the others are compared with it; no speed is asked of it, but that it compiles soon
+#pragma GCC push_options
+#pragma GCC optimize("O1", "fp-contract=off")
+#endif
 #define DSPARK__PATH 1
 #include "dspark.h"
 #undef DSPARK__PATH
+#if defined __GNUC__ && !defined __clang__
+#pragma GCC pop_options
+#endif
 #ifdef DSPARK__X86
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
