@@ -5374,6 +5374,10 @@ static int dspark__linear_rows(int n) {     // the size of the next group when n
     int groups = (n + DSPARK__LINEAR_ROWS - 1) / DSPARK__LINEAR_ROWS;
     return groups ? (n + groups - 1) / groups : 0;
 }
+
+// How many bytes of weights are fetched before they are used: into the second cache, for what is on its way to the
+// first holds one of its few miss buffers.
+enum { DSPARK__AHEAD = 4096 };
 // 16 more: rows a multiple of 4 KiB apart would fall on the same lines of the first cache.
 static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
 // Floats of scratch for a thread: rows of inputs; four of weights; their scales.
@@ -6862,7 +6866,7 @@ DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m
     s = _mm256_add_ps(s, _mm256_permute_ps(s, 0xb1));
     _mm_storeu_ps(y, _mm_shuffle_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0x88));
 }
-DSPARK__INLINE void dspark__prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+DSPARK__INLINE void dspark__prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 #endif
 
 #if DSPARK__PATH == 1       // plain C
@@ -7345,7 +7349,7 @@ DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *const *p) {
     all.val[2] = vld1q_u8(p[2]), all.val[3] = vld1q_u8(p[3]);
     vst4q_u8(y, all);
 }
-DSPARK__INLINE void dspark__prefetch(const void *p) { __builtin_prefetch(p); }
+DSPARK__INLINE void dspark__prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 #endif
 
 // ---- From here on the same text for all paths.
@@ -7452,13 +7456,13 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
 
 #define dspark__product_of DSPARK__AT(product_of)
 DSPARK__INLINE void dspark__product_of(dspark__product *to, const int dtype, const int R, const int Q) {
-    const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : 32;     // weights in 64 bytes
+    const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : dtype == DSPARK_F32 ? 16 : 32;
     const dspark__product copy = *to, *p = &copy;       // nothing below can change it
     dspark__p acc[6][4][2], v, w0, w1, w2, w3, t0, t1, t2, t3;
     DSPARK__EACH_ROW(DSPARK__ZERO)
     w1 = w2 = w3 = t0 = t1 = t2 = t3 = dspark__p_zero();
     for (size_t k = 0, n = (size_t)p->n; k < n;) {
-        if (dtype != DSPARK_F32 && k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }
+        if (k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }        // every 64 bytes
         if (dtype == DSPARK_FP4) { DSPARK__EACH_OUTPUT(DSPARK__TABLE) }
         DSPARK__STEP(DSPARK__MULTIPLY_0)
         if (DSPARK__AT(piece) == 8) { DSPARK__STEP(DSPARK__MULTIPLY_1) }
@@ -7566,17 +7570,19 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
     const dspark_matrix *m = job->w;
     size_t stride = dspark__input_stride(m->cols);
     int single = n == 1 || m->dtype == DSPARK_F16, Q = single ? DSPARK__AT(wide) : DSPARK__AT(outputs);
+    size_t group = dspark__row_bytes(m) * (size_t)Q, ahead = (DSPARK__AHEAD + group - 1) / group * group;
     dspark__product p;
     p.n = (m->cols + 31) / 32 * 32, p.scale = spare + 4 * stride;
     for (int i = begin; i < end; i += Q) {
         DSPARK__AT(take)(job, i, end, &p, spare + 4 * stride, m->cols % 32 ? (uint8_t *)spare : NULL);
-        p.ahead = dspark__row_bytes(m) * (size_t)Q;
+        p.ahead = ahead;
         for (int r = 0, R; r < n; r += R, p.ahead = 0) {
             R = single ? 1 : DSPARK__AT(group)(n - r);
             for (int j = 0; j < R; j++) p.x[j] = x[r + j];
             dspark__multiply(m->dtype, R, &p);
             for (int j = 0; j < R; j++)
-                for (int q = 0; q < Q && i + q < end; q++) y[r + j][i + q] = p.sum[j][q];
+                if (Q == 4 && i + Q <= end) memcpy(y[r + j] + i, p.sum[j], 4 * sizeof(float));
+                else for (int q = 0; q < Q && i + q < end; q++) y[r + j][i + q] = p.sum[j][q];
         }
     }
 }

@@ -68,7 +68,7 @@ static void report(tally *all, const char *model, int threads) {
 
 int main(int argc, char **argv) {
     const char *dir = argc > 1 ? argv[1] : "tools/spark-tiny/model", *file = argc > 2 ? argv[2] : "bench/heldout.jsonl";
-    int threads = argc > 3 ? atoi(argv[3]) : 1, prompts = argc > 4 ? atoi(argv[4]) : 0, n = argc > 5 ? atoi(argv[5]) : 64;
+    int threads = argc > 3 ? atoi(argv[3]) : 1, prompts = argc > 4 ? atoi(argv[4]) : 0, n = argc > 5 ? atoi(argv[5]) : 256;
     dspark_model *m = model_open(dir, threads, NULL);
     texts all = texts_read(m, file);
     dspark_profile profile;
