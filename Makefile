@@ -16,6 +16,7 @@ FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/*.c))
 HEADERS := dspark.h $(wildcard tests/*.h)
 export CC
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)    # programs are built side by side, tests run in turn
 
 dspark: main.c dspark.h     ## build ./dspark (the default)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) main.c -o $@ -lm $(LDFLAGS)

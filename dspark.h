@@ -4430,6 +4430,29 @@ static dspark_status dspark__run_pending(dspark_session *s) {
     return status;
 }
 
+// Rows for the drafter at the session's end, and the taps that its windows lack.
+static dspark_segment dspark__draft_segment(dspark_session *s, int row, int n_rows) {
+    dspark_segment g = dspark__segment(s, row, n_rows, s->n_run);
+    g.logits_from = 0, g.inject_from = dspark__max(s->n_injected, s->high - dspark__ring(dspark__config(s)));
+    s->n_injected = s->n_run;
+    return g;
+}
+
+// The drafter's part of a prompt: its taps enter the windows now, not in the first cycle's time.
+static dspark_status dspark__inject_prompt(dspark_session *s) {
+    const dspark_model *m = s->model;
+    dspark_segment g;
+    dspark_pass pass;
+    dspark_pass_result result;
+    dspark_status status;
+    if (!dspark__config(s)->n_stages || s->desc.policy.plain || s->n_run < 1) return DSPARK_OK;
+    g = dspark__draft_segment(s, 0, 1);
+    pass.kind = DSPARK_PASS_DRAFT, pass.n_rows = 1, pass.n_segments = 1, pass.ids = s->tokens, pass.segments = &g;
+    if ((status = m->backend->pass_begin(m->device, &pass)) != DSPARK_OK) return status;
+    m->backend->inject(m->device);
+    return m->backend->pass_end(m->device, &result);
+}
+
 // What comes is a new text: nothing is held back, no stop has been met.
 static void dspark__text_reset(dspark_session *s) {
     s->text_len = s->text_out = 0, s->finish = DSPARK_RUNNING;
@@ -4462,6 +4485,7 @@ DSPARK_API dspark_status dspark_session_append(dspark_session *s, const int32_t 
     int n_tokens = s->n_tokens, n_run = s->n_run, n_injected = s->n_injected, has_logits = s->has_logits;
     dspark_status status = dspark__add_tokens(s, ids, n);
     if (!status) status = dspark__run_pending(s);
+    if (!status) status = dspark__inject_prompt(s);
     if (!status && n) dspark__text_reset(s);
     if (!status) return DSPARK_OK;
     s->n_tokens = n_tokens, s->n_run = n_run, s->has_logits = has_logits;
@@ -4975,9 +4999,7 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
         dspark_segment *g = &b->segments[pass->n_segments];
         if (!lanes[i].n_drafted) continue;
         b->lane_of[pass->n_segments++] = i;
-        *g = dspark__segment(s, pass->n_rows, c->dspark_block_size, s->n_run);
-        g->logits_from = 0, g->inject_from = dspark__max(s->n_injected, s->high - dspark__ring(c));
-        s->n_injected = s->n_run;
+        *g = dspark__draft_segment(s, pass->n_rows, c->dspark_block_size);
         lanes[i].draft_row = pass->n_rows, lanes[i].drafted = 1;
         for (int k = 0; k < c->dspark_block_size; k++)
             b->ids[pass->n_rows++] = k ? c->dspark_noise_token_id : s->tokens[s->n_run];

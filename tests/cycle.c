@@ -1061,14 +1061,15 @@ static void test_profile_refused(dspark_model *m) {
 }
 
 /* The most drafts scheduled in 40 cycles, with passes that cost so much. */
-static int most_scheduled(dspark_model *m, const int32_t *ids, const float *us, int n) {
+static int most_scheduled(dspark_model *m, const int32_t *ids, const float *us, int verify) {
     dspark_session_desc d = session_desc(320);
     dspark_session *s;
     int most = 0;
     script lead = { NULL, 0 };
     lead.text = ids, lead.n = 300;
     d.ignore_eos = 1, d.adjust = follow_script, d.adjust_user = &lead;
-    set_costs(m, us, n, 1, 0);
+    d.policy.verify = verify, d.temperature = verify == DSPARK_VERIFY_REJECTION;
+    set_costs(m, us, GAMMA + 1, 1, 0);
     s = open_session_as(m, &d);
     must(dspark_session_append(s, ids, 30));
     for (int i = 0; i < 40; i++) {
@@ -1080,12 +1081,15 @@ static int most_scheduled(dspark_model *m, const int32_t *ids, const float *us, 
 }
 
 static void test_staircase(dspark_model *m, const int32_t *ids) {
-    static const float flat[] = { 100, 100, 100, 100 }, stair[] = { 100, 100, 100, 1000 }, steep[] = { 100, 1000, 2000, 3000 };
+    static const float flat[] = { 100, 100, 100, 100 }, stair[] = { 100, 100, 100, 1000 }, steep[] = { 100, 1000, 2000, 3000 },
+        cliff[] = { 100, 250, 250, 250 };
     float sure[GAMMA] = { .05f, .05f, .05f };
     must(dspark_model_set_calibration(m, sure));
-    ok(most_scheduled(m, ids, flat, 4) == 3, "where rows cost nothing the whole block is verified");
-    ok(most_scheduled(m, ids, stair, 4) == 2, "where the fourth row costs ten times as much, two drafts at most");
-    ok(most_scheduled(m, ids, steep, 4) == 0, "where a second row does, none");
+    ok(most_scheduled(m, ids, flat, 0) == 3, "where rows cost nothing the whole block is verified");
+    ok(most_scheduled(m, ids, stair, 0) == 2, "where the fourth row costs ten times as much, two drafts at most");
+    ok(most_scheduled(m, ids, steep, 0) == 0, "where a second row does, none");
+    ok(most_scheduled(m, ids, cliff, 0) == 3, "behind a step of the curve the global maximum is taken, where that is lossless (T#17056)");
+    ok(most_scheduled(m, ids, cliff, DSPARK_VERIFY_REJECTION) == 0, "where it is not, Algorithm 1 stops before the step");
     must(dspark_model_set_calibration(m, NULL));
 }
 

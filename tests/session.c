@@ -631,6 +631,26 @@ static void test_wrong_head(dspark_model *m, char *bytes, size_t n) {
     ok(changed_refused(m, bytes, n, sizeof(dspark__session_record), 99999), "a token outside the vocabulary: FORMAT");
 }
 
+/* Long, far back, into a small context, to a file: the file's positions are beyond its context. */
+static void test_save_small(dspark_model *m, const int32_t *text) {
+    dspark_session_desc small = session_desc(41);
+    dspark_session *s = straight(m, text, 300), *copy, *back;
+    must(dspark_session_truncate(s, 40));
+    must(dspark_session_fork(&copy, s, &small));
+    must(dspark_session_save(copy, session_file));
+    ok(dspark_session_restore(&back, m, session_file, NULL) == DSPARK_OK, "a long session, truncated, forked into a small context, saved, "
+       "can be restored");
+    must(dspark_session_append(back, text + 40, 1));
+    ok(is_straight(back), "and is a straight run");
+    dspark_session_close(s), dspark_session_close(copy), dspark_session_close(back);
+    s = open_session(m);
+    must(dspark_session_save(s, session_file));
+    must(dspark_session_restore(&back, m, session_file, NULL));
+    must(dspark_session_append(back, text, 20));
+    ok(is_straight(back), "so can a session without a token");
+    dspark_session_close(s), dspark_session_close(back);
+}
+
 static void test_files(dspark_model *m, const int32_t *text) {
     dspark_model *other = open_model(golden_a);
     dspark_session *s = straight(m, text, 70), *back;
@@ -650,6 +670,7 @@ static void test_files(dspark_model *m, const int32_t *text) {
     test_cut_file(m, bytes, n);
     test_flipped_file(m, bytes, n);
     test_wrong_head(m, bytes, n);
+    test_save_small(m, text);
     remove(session_file);
     free(bytes);
     dspark_session_close(s);
@@ -685,7 +706,6 @@ static int refused(const dspark_model *m, dspark_session_desc d, const char *wor
     } while (0)
 
 static void test_desc(const dspark_model *m) {
-    static const char *const stops[] = { "x" };
     const float nan_ = (float)NAN, inf = (float)HUGE_VAL;
     refuses(m, max_context, -1, "max_context");
     refuses(m, max_context, 1048577, "max_context");
@@ -708,7 +728,6 @@ static void test_desc(const dspark_model *m) {
     refuses(m, policy.draft_cap, -1, "draft_cap");
     refuses(m, policy.draft_cap, dspark_model_config(m)->dspark_block_size + 1, "draft_cap");
     refuses(m, policy.quota, -1, "quota");
-    (void)stops;
 }
 
 static void test_stop_strings_refused(void) {
