@@ -22,7 +22,7 @@ dspark: main.c dspark.h     ## build ./dspark (the default)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) main.c -o $@ -lm $(LDFLAGS)
 
 run: dspark     ## build, and let the small model solve a problem; colours show who made each token
-	./dspark --chat --show --stats -p "John buys 10 packs of magic cards. Each pack has 20 cards and 1/4 of \
+	./dspark --chat --show --stats -t .6 -n 120 -p "John buys 10 packs of magic cards. Each pack has 20 cards and 1/4 of \
 	those cards are uncommon. How many uncommon cards did he get?"
 
 # Tests print TAP, programs and scripts alike. prove runs them, or these few lines.

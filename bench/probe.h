@@ -63,7 +63,6 @@ AVX512 static void probe_avx512(int dtype, int R, const uint8_t *w, const uint8_
 AVX512 static uint64_t read_avx512(const uint8_t *p, size_t n) {
     __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
     for (size_t i = 0; i + 256 <= n; i += 256) {
-        for (int j = 0; j < 4; j++) _mm_prefetch((const char *)p + i + 2048 + 64 * j, _MM_HINT_T0);
         a = _mm512_or_si512(a, _mm512_loadu_si512(p + i)), b = _mm512_or_si512(b, _mm512_loadu_si512(p + i + 64));
         c = _mm512_or_si512(c, _mm512_loadu_si512(p + i + 128)), d = _mm512_or_si512(d, _mm512_loadu_si512(p + i + 192));
     }

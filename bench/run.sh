@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # run.sh [SECTION ...]: the table of `make bench`, whose programs it has built: markdown on standard output, and all
 # figures in build/bench/results.csv. Sections: peer floor dspark drafter text memory compile; default all.
+# A part's run adds to the figures of the parts before it, where machine, commit and compiler are the same.
 # What is compared runs in turn, ROUNDS (5) times, and the ratio's median counts. llama.cpp is looked for in $PEER
 # (build/peer) and built there; PYTHON names a python3 with what peer/convert.py needs, else one is set up there.
 # Two cores, otherwise idle, take three quarters of an hour, without building llama.cpp.
@@ -8,10 +9,11 @@ set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 peer=${PEER:-build/peer} rounds=${ROUNDS:-5} cc=${CC:-cc} bin=build/bench models=build/models
 tiny=tools/spark-tiny/model
-csv=$bin/results.csv found=$bin/found.csv
+csv=$bin/results.csv
 export OMP_WAIT_POLICY=active LC_ALL=C
 mkdir -p "$bin" "$models"
-: > "$found"
+found=$(mktemp "$bin/found.XXXXXX")
+trap 'rm -f "$found"' EXIT
 
 note() { echo "bench: $*" >&2; }
 add() { echo "$1" >> "$found"; }                        # question,model,threads,value,low,high,unit,samples
@@ -170,6 +172,12 @@ flags="$($cc --version | head -1 | tr , ' '); -std=c11 ${CFLAGS:--O2}"
 echo "Machine: $machine; load $(cut -d' ' -f1-2 /proc/loadavg) at the start. Commit $commit. $flags"
 shapes
 for section in ${*:-peer floor dspark drafter text memory compile}; do "section_$section"; done
-{ echo "machine,commit,flags,question,model,threads,value,low,high,unit,samples"; sed "s|^|${machine//,/ },$commit,$flags,|" "$found"; } > "$csv"
+mine="${machine//,/ },$commit,$flags,"
+[ $# -gt 0 ] && [ -f "$csv" ] &&        # a part: what the parts before it found stays, but for what was measured again
+    awk -F, -v OFS=, -v mine="$mine" 'NR == FNR { again[$1 OFS $2 OFS $3]; next }
+        index($0, mine) == 1 { $0 = substr($0, length(mine) + 1); if (!($1 OFS $2 OFS $3 in again)) print }' "$found" "$csv" > "$found.old" &&
+    cat "$found.old" >> "$found"
+rm -f "$found.old"
+{ echo "machine,commit,flags,question,model,threads,value,low,high,unit,samples"; awk -v mine="$mine" '{ print mine $0 }' "$found"; } > "$csv"
 table
 echo "Load $(cut -d' ' -f1-2 /proc/loadavg) at the end. All figures: $csv"

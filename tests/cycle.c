@@ -179,7 +179,8 @@ static void test_prompts(dspark_model *m, const prompt *p) {
         { "a threshold of .4", { { 0, DSPARK_SCHEDULE_THRESHOLD, 0, .4f, 0, 0 }, 0, N_TOKENS / 4 } },
     };
     const manner plain = { { 1, 0, 0, 0, 0, 0 }, 0, N_TOKENS };
-    told *expected = (told *)must_have(malloc(N_PROMPTS * sizeof *expected)), *t = (told *)must_have(malloc(N_PROMPTS * sizeof *t));
+    told *expected = (told *)must_have(malloc(N_PROMPTS * sizeof *expected)),
+        *t = (told *)must_have(malloc(N_PROMPTS * sizeof *t));
     texts(m, p, &plain, expected);
     for (int i = 0; i < COUNT(manners); i++) {
         int n;
@@ -395,7 +396,8 @@ static int talks(dspark_session *s, const char *expected, int n, int finish) {
     dspark_step_result r;
     do {
         r = step(s);
-        if (at + r.text_len > n || memcmp(r.text, expected + at, (size_t)r.text_len) || !is_utf8(r.text, r.text_len)) return 0;
+        if (at + r.text_len > n || memcmp(r.text, expected + at, (size_t)r.text_len) || !is_utf8(r.text,
+            r.text_len)) return 0;
         at += r.text_len;
     } while (!r.finish);
     return at == n && r.finish == finish;
@@ -434,14 +436,18 @@ static int every_piece_stops(const talk *t, int n, int plain) {
 }
 
 static void test_stop_strings(talk *t) {
-    static const char *const two[] = { "sat on", "cat" }, *const overlapping[] = { "\346\274\242\345\255\227 \360\237\231\202 END", "\345\255\227 \360\237" },
-        *const never[] = { "ok?!", "mat; 3 + 4 = 8", "\346\274\242\345\255\227\345\255\227", "e\n" }, *const none[] = { "zzz" };
+    static const char *const two[] = { "sat on", "cat" },
+        *const overlapping[] = { "\346\274\242\345\255\227 \360\237\231\202 END", "\345\255\227 \360\237" },
+        *const never[] = { "ok?!", "mat; 3 + 4 = 8", "\346\274\242\345\255\227\345\255\227", "e\n" },
+        *const none[] = { "zzz" };
     ok(ends_before(t, none, 1, 0) && ends_before(t, NULL, 0, 0), "without a stop string in it the text is whole");
     for (int n = 1; n <= 7; n += 6)
-        ok(every_piece_stops(t, n, 0), "each piece of %d characters as a stop string ends the text before it; no part of it is given out", n);
+        ok(every_piece_stops(t, n, 0),
+            "each piece of %d characters as a stop string ends the text before it; no part of it is given out", n);
     ok(ends_before(t, two, 2, 1) && ends_before(t, never, 4, 1), "and in plain decoding");
     ok(ends_before(t, two, 2, 0), "of two stop strings the first in the text counts");
-    ok(ends_before(t, overlapping, 1, 0) && ends_before(t, never, 4, 0), "what begins like a stop string and is none is given out after all");
+    ok(ends_before(t, overlapping, 1, 0) && ends_before(t, never, 4, 0),
+        "what begins like a stop string and is none is given out after all");
 }
 
 /* A stop string that is met after the text was copied, saved, or an append failed, halfway into it. */
@@ -542,7 +548,8 @@ static int seeds_hold(dspark_model *m, const int32_t *ids, int B) {
 static void test_seeds(dspark_model *m, const int32_t *ids) {
     told a, b, c;
     for (int B = 1; B <= 8; B++)
-        ok(seeds_hold(m, ids, B), "coupled, temperature 1, %d in a step under mixed schedules: each seed's text is plain decoding's alone", B);
+        ok(seeds_hold(m, ids, B),
+            "coupled, temperature 1, %d in a step under mixed schedules: each seed's text is plain decoding's alone", B);
     some_text(m, ids, 1, 0, 0, &a), some_text(m, ids, 2, 0, 0, &b), some_text(m, ids, 1ull << 40 | 1, 0, 0, &c);
     ok(!same_text(&a, &b) && !same_text(&a, &c), "another seed, another text; all 64 bits count");
 }
@@ -570,10 +577,12 @@ static void test_penalties(dspark_model *m, const prompt *p) {
     penalties some = { 1.3f, .5f, .2f, 64 }, never_twice = { 1, 1e4f, 0, 1000 };
     told t, without;
     int twice = 0;
-    ok(hooked_is_plain(m, p->ids, p->n, penalize, &some, &t), "repetition, presence and frequency penalties: coupled text is plain text");
+    ok(hooked_is_plain(m, p->ids, p->n, penalize, &some, &t),
+        "repetition, presence and frequency penalties: coupled text is plain text");
     hooked_is_plain(m, p->ids, p->n, NULL, NULL, &without);
     ok(!same_text(&t, &without), "and another than without them");
-    ok(hooked_is_plain(m, p->ids, p->n, penalize, &never_twice, &t), "a presence penalty without bound: coupled text is plain text");
+    ok(hooked_is_plain(m, p->ids, p->n, penalize, &never_twice, &t),
+        "a presence penalty without bound: coupled text is plain text");
     for (int i = 0; i < t.n; i++) twice += count_of(t.tokens, i, t.tokens[i]) + count_of(p->ids, p->n, t.tokens[i]);
     ok(!twice && t.n > 10, "and no token comes twice");
 }
@@ -596,8 +605,10 @@ static void test_grammar(dspark_model *m, const prompt *p) {
     ok(hooked_is_plain(m, p->ids, p->n, allow_list, &g, &t), "a grammar as a mask: coupled text is plain text");
     n_list = t.finish == DSPARK_STOP_TOKEN ? t.n - 1 : t.n;
     for (int i = 0; i < n_list; i++) state = state_after(&g, state, t.tokens[i]);
-    ok(t.n > 3 && state != WRONG && (state == CLOSED) == (t.finish == DSPARK_STOP_TOKEN), "and a list of numbers (%d tokens)", t.n);
-    ok(t.stats.accepted > 0, "which the drafter, masked too, hit in part (%d of %d)", (int)t.stats.accepted, (int)t.stats.drafted);
+    ok(t.n > 3 && state != WRONG && (state == CLOSED) == (t.finish == DSPARK_STOP_TOKEN),
+        "and a list of numbers (%d tokens)", t.n);
+    ok(t.stats.accepted > 0, "which the drafter, masked too, hit in part (%d of %d)", (int)t.stats.accepted,
+        (int)t.stats.drafted);
 }
 
 /* ---- what a hook, or a model, must never make a token of (V#53029, V#45060) */
@@ -626,7 +637,8 @@ static dspark_session *poisoned(dspark_model *m, const int32_t *ids, poison *p, 
 
 /* Two sessions in a step, the second poisoned after `at` of its tokens: it stops there, and only it; the antidote,
    and it goes on as if nothing had been. */
-static int poison_is_contained(dspark_model *m, const int32_t *ids, int kind, int at, int verify, const told *expected) {
+static int poison_is_contained(dspark_model *m, const int32_t *ids, int kind, int at, int verify,
+    const told *expected) {
     poison harmless = { 0, 0, 0 }, p = { 30 + at, kind, 1 };
     dspark_session *s[2] = { poisoned(m, ids, &harmless, verify, 1), poisoned(m, ids, &p, verify, 1) };
     dspark_step_result r[2];
@@ -637,7 +649,8 @@ static int poison_is_contained(dspark_model *m, const int32_t *ids, int kind, in
         made += r[1].n_tokens;
         is &= !r[0].status && made <= at;
     } while (!r[1].status && is && made < FEW);
-    is &= r[1].status == DSPARK_ERROR_NUMERIC && made == at && s[1]->n_tokens == 30 + at && !r[1].finish && *dspark_last_error();
+    is &= r[1].status == DSPARK_ERROR_NUMERIC && made == at && s[1]->n_tokens == 30 + at && !r[1].finish &&
+        *dspark_last_error();
     must(dspark_step(s, 2, NULL, r));
     is &= r[1].status == DSPARK_ERROR_NUMERIC && !r[1].n_tokens && !r[0].status;
     p.armed = 0;
@@ -653,7 +666,8 @@ static int poison_is_contained(dspark_model *m, const int32_t *ids, int kind, in
 }
 
 static void test_poison(dspark_model *m, const int32_t *ids) {
-    static const char *const kinds[] = { "NaN for the last token", "+infinity", "a row that is masked whole", "a row of NaN" };
+    static const char *const kinds[] = { "NaN for the last token", "+infinity", "a row that is masked whole",
+        "a row of NaN" };
     static const int places[] = { 0, 1, 2, 3, 7 };
     told expected;
     some_text(m, ids, 1, 1, 0, &expected);
@@ -665,6 +679,23 @@ static void test_poison(dspark_model *m, const int32_t *ids) {
         ok(is, "%s from a hook: NUMERIC for that session where its row is reached, never a token; others go on, and so does it, cured",
            kinds[kind]);
     }
+}
+
+/* The anchor's row is bad after a draft was asked for: a file of that moment is no contradiction. */
+static void test_poison_and_file(dspark_model *m, const int32_t *ids) {
+    static const char path[] = "build/cycle.saved";
+    poison p = { 30, ALL_NAN, 1 };
+    dspark_session *s = poisoned(m, ids, &p, 0, 1), *back = NULL;
+    dspark_step_result r;
+    draft_hash(s, 5);
+    must(dspark_step(&s, 1, NULL, &r));
+    must(dspark_session_save(s, path));
+    ok(r.status == DSPARK_ERROR_NUMERIC && dspark_session_restore(&back, m, path, NULL) == DSPARK_OK,
+       "a session whose row was bad can be saved and restored");
+    if (back) run_pending(back);
+    ok(back && is_straight(back), "and is a straight run");
+    remove(path);
+    dspark_session_close(s), dspark_session_close(back);
 }
 
 /* A row beyond the session's end is met by nobody. */
@@ -757,7 +788,8 @@ static void exact_joint(const dspark_session *base, const dspark_session_desc *d
 }
 
 /* B texts of three tokens, one step of all at a time, each with its own seed. */
-static int count_texts(const dspark_session *base, dspark_session_desc d, int B, uint64_t seed, int count[CELLS], int64_t *accepted) {
+static int count_texts(const dspark_session *base, dspark_session_desc d, int B, uint64_t seed, int count[CELLS],
+    int64_t *accepted) {
     dspark_session *s[8];
     told t[8];
     int is = 1;
@@ -807,12 +839,14 @@ static void test_joint(dspark_model *m, const int32_t *ids) {
         int count[CELLS] = { 0 }, is = 1, n = 0;
         int64_t accepted = 0;
         dspark_session_desc d = session_desc(64);
-        d.temperature = samplers[k].temperature, d.top_k = samplers[k].top_k, d.top_p = samplers[k].top_p, d.min_p = samplers[k].min_p;
+        d.temperature = samplers[k].temperature, d.top_k = samplers[k].top_k, d.top_p = samplers[k].top_p,
+            d.min_p = samplers[k].min_p;
         d.adjust = only_four, d.policy.verify = DSPARK_VERIFY_REJECTION, d.policy.quota = 3, d.ignore_eos = 1;
         d.policy.schedule = samplers[k].schedule, d.policy.threshold = samplers[k].schedule ? .3f : 0;
         exact_joint(base, &d, p);
         for (int round = 0; round < 25; round++)
-            for (int B = 1; B <= 8; n += B, B++) is &= count_texts(base, d, B, (uint64_t)(100000 * k + n), count, &accepted);
+            for (int B = 1; B <= 8; n += B, B++) is &= count_texts(base, d, B, (uint64_t)(100000 * k + n), count,
+                &accepted);
         is &= fits(p, count, n, &chi);
         ok(is && accepted, "rejection, %s, batches of 1 to 8: three tokens' joint is the target's (chi-square %.0f, %d texts, %d "
            "drafts accepted)", samplers[k].name, chi, n, (int)accepted);
@@ -856,7 +890,8 @@ static void test_logprobs(dspark_model *m, const int32_t *ids) {
             must(dspark_session_append(plain, &r.tokens[i], 1));
         }
     }
-    ok(n == 40 && worst < 2e-6, "log-probabilities are ln softmax of plain decoding's adjusted logits, temperature 1 (off by %.1e, %d of "
+    ok(n == 40 && worst < 2e-6,
+        "log-probabilities are ln softmax of plain decoding's adjusted logits, temperature 1 (off by %.1e, %d of "
        "drafts)", worst, drafts);
     dspark_session_close(s), dspark_session_close(plain);
 }
@@ -894,8 +929,10 @@ static void run_backbone(const int32_t *ids, int n, int32_t anchor, backbone *b)
     int32_t tokens[GAMMA];
     float confidence[GAMMA];
     must(dspark_session_draft(s, anchor, tokens, confidence, b->logits[0]));
-    for (int k = 0; k < GAMMA; k++) memcpy(b->hidden[k], dspark__row(((dspark__cpu *)m->device)->hidden, k, H), sizeof b->hidden[k]);
-    ok(isinf(confidence[0]) && isinf(confidence[2]), "a drafter without a Markov or a confidence head: confidence 1, whatever it drafts");
+    for (int k = 0; k < GAMMA; k++) memcpy(b->hidden[k], dspark__row(((dspark__cpu *)m->device)->hidden, k, H),
+        sizeof b->hidden[k]);
+    ok(isinf(confidence[0]) && isinf(confidence[2]),
+        "a drafter without a Markov or a confidence head: confidence 1, whatever it drafts");
     dspark_session_close(s);
     dspark_model_close(m);
 }
@@ -920,7 +957,8 @@ static void head_step(int kind, const double *w1, const double *x, double *s, do
     for (int i = 0; i < RANK; i++) e[i] = w1[i];
     if (kind == DSPARK_HEAD_GATED)
         for (int i = 0; i < RANK; i++)
-            e[i] *= sigmoid(dot_row(i, width, 0, x, H) + dot_row(i, width, H, w1, RANK) + (double)joint[RANK * width + i]);
+            e[i] *= sigmoid(dot_row(i, width, 0, x, H) + dot_row(i, width, H, w1,
+                RANK) + (double)joint[RANK * width + i]);
     if (kind != DSPARK_HEAD_RNN) return;
     for (int i = 0; i < 3 * RANK; i++)
         z[i] = dot_row(i, width, 0, s, RANK) + dot_row(i, width, RANK, w1, RANK) + dot_row(i, width, 2 * RANK, x, H) +
@@ -932,7 +970,8 @@ static void head_step(int kind, const double *w1, const double *x, double *s, do
 }
 
 /* How far draft k's logits and confidence are from U_k + W2 e and w [x ; W1 x_(k-1)] + b. */
-static double head_error(const dspark_model *m, const backbone *b, int k, int32_t previous, double *s, const float *logits, float confidence) {
+static double head_error(const dspark_model *m, const backbone *b, int k, int32_t previous, double *s,
+    const float *logits, float confidence) {
     const dspark_weights *w = dspark_model_weights(m);
     double w1[RANK], x[H], e[RANK], worst, c = (double)w->confidence_bias;
     for (int i = 0; i < RANK; i++) w1[i] = element(&w->markov_w1, previous, i);
@@ -967,7 +1006,8 @@ static void test_heads(const int32_t *ids) {
     static backbone b;
     const variant vanilla = { golden_b, { { NULL, NULL } }, { { NULL, NULL } }, NULL, 0 };
     const struct { const char *name; const variant *v; int kind; } heads[] = {
-        { "vanilla", &vanilla, DSPARK_HEAD_VANILLA }, { "gated", &gated, DSPARK_HEAD_GATED }, { "RNN", &rnn, DSPARK_HEAD_RNN },
+        { "vanilla", &vanilla, DSPARK_HEAD_VANILLA }, { "gated", &gated, DSPARK_HEAD_GATED }, { "RNN", &rnn,
+            DSPARK_HEAD_RNN },
         { "missing", &no_head, DSPARK_HEAD_NONE }
     };
     set_joint();
@@ -984,14 +1024,14 @@ static void test_heads(const int32_t *ids) {
 
 static void test_no_drafter(const int32_t *ids) {
     static const float flat[] = { 100, 100, 100 };
-    const variant none = { golden_b, { { "\"dspark_target_layer_ids\"", "\"dspark_target_layer_ids\"" } }, { { NULL, NULL } }, NULL, 0 };
-    dspark_model *m = open_variant(&none);
+    dspark_model *m = open_model(golden_b);
     dspark_session *s = straight(m, ids, 20);
     int32_t tokens[GAMMA];
     float confidence[GAMMA];
     set_costs(m, flat, 3, 10, 0);
-    m->checkpoint.config.n_stages = 0;
-    ok(dspark_session_draft(s, 3, tokens, confidence, NULL) == DSPARK_ERROR_UNSUPPORTED && strstr(dspark_last_error(), "no drafter"),
+    m->checkpoint.config.n_stages = 0;      /* as in a checkpoint without mtp.* */
+    ok(dspark_session_draft(s, 3, tokens, confidence, NULL) == DSPARK_ERROR_UNSUPPORTED &&
+        strstr(dspark_last_error(), "no drafter"),
        "without a drafter a draft is refused");
     ok(step(s).n_tokens == 2 && !s->stats.drafted, "and every step is plain");
     m->checkpoint.config.n_stages = 1;
@@ -1029,13 +1069,15 @@ static void test_profile(const int32_t *ids) {
     ok(lazy && m->has_profile, "without a profile the first step that schedules by one measures it (S#35413)");
     must(dspark_model_profile(m, &p));
     for (int i = 0; i < p.n; i++) sane &= p.sps[i] > 0 && (!i || p.sps[i] <= p.sps[i - 1]);
-    ok(sane && p.n >= 4 && p.draft_us > 0, "%d rows were timed, none faster than fewer; a draft took %.0f us", p.n, (double)p.draft_us);
+    ok(sane && p.n >= 4 && p.draft_us > 0, "%d rows were timed, none faster than fewer; a draft took %.0f us", p.n,
+        (double)p.draft_us);
     dspark_session_close(s);
     dspark_model_close(m);
 }
 
 static void test_profile_of_short_context(const int32_t *ids) {
-    static const variant small = { golden_b, { { "\"max_position_embeddings\": 1048576", "\"max_position_embeddings\": 6" } }, { { NULL, NULL } }, NULL, 0 };
+    static const variant small = { golden_b, { { "\"max_position_embeddings\": 1048576",
+        "\"max_position_embeddings\": 6" } }, { { NULL, NULL } }, NULL, 0 };
     dspark_model *m = open_variant(&small);
     dspark_session_desc d = session_desc(0);
     dspark_session *s = open_session_as(m, &d);
@@ -1053,7 +1095,8 @@ static void test_profile_refused(dspark_model *m) {
     memset(&p, 0, sizeof p);
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile without entries is refused");
     p.n = 2, p.sps[0] = 100;
-    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "sps[1]"), "one with an entry of 0, by name");
+    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "sps[1]"),
+        "one with an entry of 0, by name");
     p.sps[1] = 90, p.draft_us = (float)NAN;
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "one whose draft takes NaN");
     p.n = DSPARK_MAX_PROFILE + 1;
@@ -1081,15 +1124,18 @@ static int most_scheduled(dspark_model *m, const int32_t *ids, const float *us, 
 }
 
 static void test_staircase(dspark_model *m, const int32_t *ids) {
-    static const float flat[] = { 100, 100, 100, 100 }, stair[] = { 100, 100, 100, 1000 }, steep[] = { 100, 1000, 2000, 3000 },
+    static const float flat[] = { 100, 100, 100, 100 }, stair[] = { 100, 100, 100, 1000 }, steep[] = { 100, 1000,
+        2000, 3000 },
         cliff[] = { 100, 250, 250, 250 };
     float sure[GAMMA] = { .05f, .05f, .05f };
     must(dspark_model_set_calibration(m, sure));
     ok(most_scheduled(m, ids, flat, 0) == 3, "where rows cost nothing the whole block is verified");
     ok(most_scheduled(m, ids, stair, 0) == 2, "where the fourth row costs ten times as much, two drafts at most");
     ok(most_scheduled(m, ids, steep, 0) == 0, "where a second row does, none");
-    ok(most_scheduled(m, ids, cliff, 0) == 3, "behind a step of the curve the global maximum is taken, where that is lossless (T#17056)");
-    ok(most_scheduled(m, ids, cliff, DSPARK_VERIFY_REJECTION) == 0, "where it is not, Algorithm 1 stops before the step");
+    ok(most_scheduled(m, ids, cliff, 0) == 3,
+        "behind a step of the curve the global maximum is taken, where that is lossless (T#17056)");
+    ok(most_scheduled(m, ids, cliff, DSPARK_VERIFY_REJECTION) == 0,
+        "where it is not, Algorithm 1 stops before the step");
     must(dspark_model_set_calibration(m, NULL));
 }
 
@@ -1107,7 +1153,8 @@ static void test_calibration(dspark_model *m, const int32_t *ids) {
     must(dspark_session_draft(s, r.tokens[0], tokens, raw, NULL));
     for (int k = 0; k < GAMMA; k++) is &= fabs((double)r.confidence[k] - sigmoid((double)raw[k] / (double)t[k])) < 1e-6;
     ok(is, "c_k = sigmoid(logit_k / T_k)");
-    ok(dspark_model_set_calibration(m, wrong) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "temperature[1]"), "a T of 0 is refused by name");
+    ok(dspark_model_set_calibration(m, wrong) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(),
+        "temperature[1]"), "a T of 0 is refused by name");
     must(dspark_model_set_calibration(m, NULL));
     dspark_session_close(s);
 }
@@ -1157,7 +1204,8 @@ static ledger ledger_of(dspark_model *m, const int32_t *text, int n, const float
 
 static void test_never_slower(dspark_model *m) {
     static const char *const moods[] = { "never right", "always right", "right in waves", "right at random" };
-    static const float flat[] = { 100, 100, 100, 100 }, linear[] = { 100, 120, 140, 160 }, stairs[] = { 100, 100, 190, 190 };
+    static const float flat[] = { 100, 100, 100, 100 }, linear[] = { 100, 120, 140, 160 }, stairs[] = { 100, 100,
+        190, 190 };
     static const float *const costs[] = { flat, linear, stairs };
     enum { LONG = 1400 };
     int32_t *text = (int32_t *)must_have(malloc(LONG * sizeof *text));
@@ -1172,7 +1220,8 @@ static void test_never_slower(dspark_model *m) {
             double loss = DRAFT_US + (double)costs[k][GAMMA] - (double)costs[k][0] + warm * 2 * GAMMA * SAMPLE_US;
             prefixes &= l.worst <= loss + 1e-3, stretches &= l.worst_stretch <= 16 * loss + 1e-3, cycles += l.cycles;
         }
-        ok(prefixes && cycles, "a drafter that is %s: any beginning of a text costs at most 1.01 plain + one worst loss (%d cycles)",
+        ok(prefixes && cycles,
+            "a drafter that is %s: any beginning of a text costs at most 1.01 plain + one worst loss (%d cycles)",
            moods[mood], cycles);
         ok(stretches, "and any stretch at most 1.01 plain + 16 of them");
     }
@@ -1212,7 +1261,8 @@ static void test_never_slower_in_company(dspark_model *m) {
         enter(&l, P, P + (got[0].n_drafted ? 5 : 0) + (rows ? ((double)us[R + rows - 1] - 100) * got[0].n_scheduled / rows : 0),
               got[0].n_tokens, got[0].n_drafted > 0);
     }
-    ok(l.worst <= loss + 1e-3 && l.cycles, "in company, beside whole blocks that cross a step of the curve: the same bound (%.0f of %.0f us)",
+    ok(l.worst <= loss + 1e-3 && l.cycles,
+        "in company, beside whole blocks that cross a step of the curve: the same bound (%.0f of %.0f us)",
        l.worst, loss);
     must(dspark_model_set_calibration(m, NULL));
     for (int i = 0; i < R; i++) dspark_session_close(s[i]);
@@ -1227,11 +1277,14 @@ static void test_step_refused(dspark_model *m, const int32_t *ids) {
     dspark_step_result r[2];
     ok(dspark_step(s, 0, NULL, r) == DSPARK_ERROR_ARGUMENT && dspark_step(NULL, 1, NULL, r) == DSPARK_ERROR_ARGUMENT &&
        dspark_step(s, 1, NULL, NULL) == DSPARK_ERROR_ARGUMENT, "a step of no sessions, or without results, is refused");
-    ok(dspark_step(s, 2, NULL, r) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "another model") && s[0]->n_tokens == 5,
+    ok(dspark_step(s, 2, NULL, r) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "another model") &&
+        s[0]->n_tokens == 5,
        "sessions of two models in one step are refused");
-    ok(dspark_session_draft(s[0], -1, ids ? r[0].draft : NULL, r[0].confidence, NULL) == DSPARK_ERROR_ARGUMENT, "a draft after a token that is none is refused");
+    ok(dspark_session_draft(s[0], -1, r[0].draft, r[0].confidence, NULL) == DSPARK_ERROR_ARGUMENT,
+        "a draft after a token that is none is refused");
     must(dspark_session_submit(s[0], ids, 2));
-    ok(dspark_session_draft(s[0], 4, r[0].draft, r[0].confidence, NULL) == DSPARK_ERROR_ARGUMENT && !dspark_session_logits(s[0]),
+    ok(dspark_session_draft(s[0], 4, r[0].draft, r[0].confidence, NULL) == DSPARK_ERROR_ARGUMENT &&
+        !dspark_session_logits(s[0]),
        "while tokens are pending there are no logits, and a draft is refused");
     dspark_session_close(s[0]), dspark_session_close(s[1]);
     dspark_model_close(other);
@@ -1243,7 +1296,7 @@ static void test_led(void) {
     set_line();
     test_stop_tokens(a), test_eos(a), test_limits(a), test_more_quota(a), test_makers(a);
     test_seeds(b, ids);
-    test_poison(b, ids), test_unreached_poison(b, ids), test_poisoned_drafts(b, ids);
+    test_poison(b, ids), test_poison_and_file(b, ids), test_unreached_poison(b, ids), test_poisoned_drafts(b, ids);
     test_joint(b, ids);
     test_logprobs(b, ids);
     test_heads(ids), test_no_drafter(ids);

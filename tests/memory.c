@@ -85,7 +85,8 @@ static dspark_status append_some(ground *g) {
     dspark_status status = dspark_session_append(g->s, g->text + PROMPT, 150);      /* two passes */
     return status ? status : dspark_session_truncate(g->s, PROMPT);
 }
-static dspark_status run_again(ground *g) { return dspark_session_append(g->s, NULL, 0); }      /* after that: a refill */
+static dspark_status run_again(ground *g) { return dspark_session_append(g->s, NULL,
+    0); }      /* after that: a refill */
 
 static dspark_status draft_one(ground *g) {
     int32_t tokens[DSPARK_MAX_BLOCK];
@@ -128,7 +129,8 @@ static void test_act(ground *g, const char *claim, act *f) {
         status = f(g);
         failed = counted.calls >= counted.fail_at;
         counted.fail_at = 0;
-        good &= counted.live == live && status == (failed ? DSPARK_ERROR_MEMORY : DSPARK_OK) && (!failed || *dspark_last_error());
+        good &= counted.live == live && status == (failed ? DSPARK_ERROR_MEMORY : DSPARK_OK) && (!failed ||
+            *dspark_last_error());
         if (status != (failed ? DSPARK_ERROR_MEMORY : DSPARK_OK))
             printf("# allocation %d: %s: %s\n", n, dspark_status_name(status), dspark_last_error());
     }

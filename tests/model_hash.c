@@ -1,5 +1,5 @@
-/* One hash of logits and texts of a golden checkpoint, a line a path and number of threads: prompt, plain
-   text, text with DSpark, greedy and drawn. Every line must be the same with every path, number of threads,
+/* One hash of logits and texts of a golden checkpoint, a line a path and number of threads: a prompt, its
+   text with DSpark, its plain text. Every line must be the same with every path, number of threads,
    compiler and optimization level. */
 #define DSPARK_STATIC
 #define DSPARK_IMPLEMENTATION
@@ -11,16 +11,16 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {     // 
 }
 
 static uint64_t hash_text(uint64_t hash, dspark_model *m, float temperature, int plain) {
-    int32_t prompt[40];
+    int32_t prompt[24];
     dspark_session_desc d;
     dspark_session *s;
     dspark_step_result r;
     memset(&d, 0, sizeof d), memset(&r, 0, sizeof r);
-    for (int i = 0; i < 40; i++) prompt[i] = (7 * i * i + 3) % dspark_model_config(m)->vocab_size;
-    d.max_context = 100, d.temperature = temperature, d.seed = 5, d.ignore_eos = 1;
+    for (int i = 0; i < 24; i++) prompt[i] = (7 * i * i + 3) % dspark_model_config(m)->vocab_size;
+    d.max_context = 42, d.temperature = temperature, d.seed = 5, d.ignore_eos = 1;
     d.policy.plain = plain, d.policy.schedule = DSPARK_SCHEDULE_BLOCK;
     if (dspark_session_open(&s, m, &d)) return 0;
-    if (dspark_session_append(s, prompt, 40)) return 0;
+    if (dspark_session_append(s, prompt, 24)) return 0;
     hash = hash_bytes(hash, dspark_session_logits(s), (size_t)dspark_model_config(m)->vocab_size * sizeof(float));
     while (!r.finish && !r.status) dspark_step(&s, 1, NULL, &r);
     hash = hash_bytes(hash, dspark_session_tokens(s), (size_t)dspark_session_length(s) * sizeof(int32_t));
@@ -37,8 +37,7 @@ int main(void) {
             memset(&d, 0, sizeof d);
             d.cpu_path = path, d.n_threads = threads;
             if (dspark_model_open(&m, "tests/golden/b", &d)) continue;
-            for (int plain = 0; plain < 2; plain++)
-                for (int drawn = 0; drawn < 2; drawn++) hash = hash_text(hash, m, (float)drawn, plain);
+            hash = hash_text(hash_text(hash, m, 1, 0), m, 1, 1);
             printf("%016llx %s, %d threads\n", (unsigned long long)hash, dspark_model_path_name(m), threads);
             dspark_model_close(m);
         }

@@ -24,7 +24,8 @@ static const uint64_t heap_fence = 0x5AFEC0DE5AFEC0DEu;
 
 HELPER void *heap_take(size_t n) {
     heap_head *head;
-    if (++counted.calls == counted.fail_at || !(head = (heap_head *)malloc(sizeof *head + n + sizeof heap_fence))) return NULL;
+    if (++counted.calls == counted.fail_at ||
+        !(head = (heap_head *)malloc(sizeof *head + n + sizeof heap_fence))) return NULL;
     head->size = n, head->fence = heap_fence;
     memset(head + 1, 0xCD, n);
     memcpy((char *)(head + 1) + n, &heap_fence, sizeof heap_fence);
