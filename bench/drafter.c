@@ -61,10 +61,12 @@ static void report(const domain_tally *tally, int depth, int gamma, const char *
     const char *at = depth == DEEP ? " at 512" : "";
     for (int d = 0; d < N_DOMAINS; d++) {
         const domain_tally *t = &tally[d];
-        printf("tau %s%s,%s,%d,%.4f,,,tokens a cycle,%d\n", domains[d], at, model, threads, tau(tally, d, depth), t->cycles[depth]);
+        printf("tau %s%s,%s,%d,%.4f,,,tokens a cycle,%d\n", domains[d], at, model, threads, tau(tally, d, depth),
+               t->cycles[depth]);
         for (int k = 0; k < gamma; k++) {
             int n = t->reached[depth][k];
-            printf("accepted %s %d%s,%s,%d,%.1f,,,%%,%d\n", domains[d], k + 1, at, model, threads, n ? 100.0 * t->right[depth][k] / n : 0, n);
+            printf("accepted %s %d%s,%s,%d,%.1f,,,%%,%d\n", domains[d], k + 1, at, model, threads,
+                   n ? 100.0 * t->right[depth][k] / n : 0, n);
         }
     }
     printf("tau mean%s,%s,%d,%.4f,,,tokens a cycle,%d\n", at, model, threads, tau(tally, N_DOMAINS, depth), N_DOMAINS);

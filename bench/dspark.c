@@ -57,7 +57,8 @@ static void report(tally *all, const char *model, int threads) {
     for (int kind = 0; kind < N_KINDS; kind++)
         for (int i = 0; i < N_TEMPERATURES; i++) {
             if (!all->ratio[kind][i].n) continue;
-            snprintf(question, sizeof question, "dspark/plain %s t%g", kind < RANDOM ? domains[kind] : "random bytes", (double)temperatures[i]);
+            snprintf(question, sizeof question, "dspark/plain %s t%g", kind < RANDOM ? domains[kind] : "random bytes",
+                     (double)temperatures[i]);
             result(question, model, threads, &all->ratio[kind][i], "x");
             strcat(question, " all");
             result_one(question, model, threads, all->s[kind][i][1] / all->s[kind][i][0], "x");

@@ -12,10 +12,10 @@ enum { DEPTH = 256, ROUNDS = 15, N_DTYPES = 5 };
 typedef struct { double weights[N_DTYPES], bytes; } load;        // weights by dtype, bytes with scales and vectors
 
 static void add_matrix(load *l, const dspark_matrix *m, double times) {
-    double n = (double)m->rows * m->cols;
+    double n = (double)m->rows * m->cols, scales = m->dtype == DSPARK_FP4 ? n / 32 : m->dtype == DSPARK_FP8 ? n / 16384 : 0;
     if (!m->data) return;
     l->weights[m->dtype] += times * n;
-    l->bytes += times * ((double)dtype_bytes(m->dtype, (size_t)m->rows * (size_t)m->cols) + (m->dtype == DSPARK_FP4 ? n / 32 : m->dtype == DSPARK_FP8 ? n / 16384 : 0));
+    l->bytes += times * ((double)dtype_bytes(m->dtype, (size_t)m->rows * (size_t)m->cols) + scales);
 }
 static void add_expert(load *l, const dspark_expert *e, double times) {
     add_matrix(l, &e->w1, times), add_matrix(l, &e->w2, times), add_matrix(l, &e->w3, times);
@@ -33,7 +33,10 @@ static void model_load(const dspark_model *m, load *all, load *experts) {
         add_matrix(all, &l->wq_a, 1), add_matrix(all, &l->wq_b, 1), add_matrix(all, &l->wkv, 1);
         add_matrix(all, &l->wo_a, 1), add_matrix(all, &l->wo_b, 1);
         if (l->ratio) add_compressor(all, &l->compressor);
-        if (l->ratio == 4) add_compressor(all, &l->index_compressor), add_matrix(all, &l->index_weights, 1), add_matrix(all, &l->index_wq_b, 1);
+        if (l->ratio == 4) {
+            add_compressor(all, &l->index_compressor);
+            add_matrix(all, &l->index_weights, 1), add_matrix(all, &l->index_wq_b, 1);
+        }
         add_matrix(all, &l->gate, 1), add_expert(all, &l->shared, 1);
         add_expert(experts, &l->experts[0], c->num_experts_per_tok);
     }
@@ -101,8 +104,10 @@ typedef struct {
 } probes;
 
 static void measure_rates(probes *p, int R) {
-    for (int d = 0; d < 4; d++)
-        p->rate[R][dtypes[d]] = fmax(probe_rate(&p->of[dtypes[d]], R, p->threads, p->k), probe_rate(&p->of[dtypes[d]], R, p->threads, p->k));
+    for (int d = 0; d < 4; d++) {
+        const probe_matrix *m = &p->of[dtypes[d]];
+        p->rate[R][dtypes[d]] = fmax(probe_rate(m, R, p->threads, p->k), probe_rate(m, R, p->threads, p->k));
+    }
     p->rate[R][DSPARK_F16] = p->rate[R][DSPARK_BF16];
     for (int i = 0; i < 20; i++) p->key_rate = fmax(i ? p->key_rate : 0, probe_rate(&p->keys, PROBE_ROWS, p->threads, p->k));
 }
@@ -114,7 +119,8 @@ static double pass_floor(const probes *p, const load *dense, int R, int own) {
     double t = 0, cache;
     for (int d = 0; d < N_DTYPES; d++) if (dense->weights[d] > 0) t += dense->weights[d] / p->rate[R][d];
     for (int n = 1; n <= R; n++) t += touched[n] / p->rate[own ? n : R][dtype];
-    for (int r = 0; r < R; r++) t += 2 * keys(c, DEPTH + r, &cache) * c->head_dim * c->num_attention_heads / PROBE_ROWS / p->key_rate;
+    for (int r = 0; r < R; r++)
+        t += 2 * keys(c, DEPTH + r, &cache) * c->head_dim * c->num_attention_heads / PROBE_ROWS / p->key_rate;
     return t;
 }
 
@@ -149,6 +155,7 @@ int main(int argc, char **argv) {
     dspark_model *m;
     probes p;
     char question[64];
+    double weights = 0;
     memset(&p, 0, sizeof p), memset(ratio, 0, sizeof ratio), memset(own, 0, sizeof own), memset(us, 0, sizeof us);
     table.moe = moe;
     model = m = model_open(dir, threads, &table);
@@ -163,7 +170,8 @@ int main(int argc, char **argv) {
     for (int d = 0; d < 4; d++) p.of[dtypes[d]] = probe_open(dtypes[d], 32 << 20);
     p.keys = probe_open(DSPARK_F32, 128 * sizeof(float) * PROBE_COLS), p.threads = threads, p.k = ((dspark__cpu *)m->device)->k;
     verify(s, &dense, &p, ratio, own, us);
-    result_one("weights a token", name, threads, 1e-6 * (token.weights[0] + token.weights[1] + token.weights[2] + token.weights[3] + token.weights[4]), "millions");
+    for (int d = 0; d < N_DTYPES; d++) weights += token.weights[d];
+    result_one("weights a token", name, threads, 1e-6 * weights, "millions");
     result_one("bytes a token", name, threads, 1e-6 * token.bytes, "MB");
     result("read bandwidth", name, threads, &bandwidth, "GB/s");
     result("decode at the floor's", name, threads, &speed, "tokens/s");

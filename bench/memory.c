@@ -35,6 +35,7 @@ int main(int argc, char **argv) {
     result_one("weights mapped", model_name(dir), threads, 1e-6 * (double)mapped, "MB");
     result_one("session bytes", model_name(dir), threads, 1e-6 * (double)session, "MB");
     result_one("model bytes", model_name(dir), threads, 1e-6 * (double)model, "MB");
-    result_one("resident over weights and session", model_name(dir), threads, 1e-6 * (resident() - (double)mapped - (double)session), "MB");
+    result_one("resident over weights and session", model_name(dir), threads,
+               1e-6 * (resident() - (double)mapped - (double)session), "MB");
     dspark_session_close(s), dspark_model_close(m);
 }

@@ -26,17 +26,24 @@ static int first_thread(void) {
     return 1;
 #endif
 }
-#define TIMED(kernel, call) do { double t_ = first_thread() ? seconds() : 0; call; if (t_ > 0) in_kernel[kernel] += seconds() - t_; } while (0)
+#define TIMED(kernel, call) do { \
+        double t_ = first_thread() ? seconds() : 0; \
+        call; \
+        if (t_ > 0) in_kernel[kernel] += seconds() - t_; \
+    } while (0)
 #define TIMED_VALUE(kernel, call) float y; TIMED(kernel, y = call); return y
 static void k_linear(const dspark__job *j, int b, int e, float *s) { TIMED(LINEAR, kernels->linear(j, b, e, s)); }
 static void k_round(const float *x, int n, int b, float *y) { TIMED(ROUND, kernels->round_fp8(x, n, b, y)); }
 static void k_axpy(float *y, float a, const float *x, int n) { TIMED(AXPY, kernels->axpy(y, a, x, n)); }
 static float k_squares(const float *x, int n) { TIMED_VALUE(NORM, kernels->sum_squares(x, n)); }
 static void k_norm(const float *x, const float *w, int n, float e, float *y) { TIMED(NORM, kernels->rms_norm(x, w, n, e, y)); }
-static void k_swiglu(const float *g, const float *u, int n, float l, float w, float *y) { TIMED(OTHER, kernels->swiglu(g, u, n, l, w, y)); }
+static void k_swiglu(const float *g, const float *u, int n, float l, float w, float *y) {
+    TIMED(OTHER, kernels->swiglu(g, u, n, l, w, y));
+}
 static void k_sigmoid(float *x, int n) { TIMED(OTHER, kernels->sigmoid(x, n)); }
 static void k_softplus(float *x, int n) { TIMED(OTHER, kernels->sqrt_softplus(x, n)); }
-static void k_attend(const float *q, int H, int d, const float *const *rows, int n, float scale, const float *sink, float *scratch, float *o) {
+static void k_attend(const float *q, int H, int d, const float *const *rows, int n, float scale, const float *sink,
+                     float *scratch, float *o) {
     TIMED(ATTEND, kernels->attend(q, H, d, rows, n, scale, sink, scratch, o));
 }
 static void k_pool(const float *const *kv, const float *const *gate, const float *const *ape, int n, int d, float *out) {
@@ -93,7 +100,8 @@ static void report(samples *pass, int passes, int n_rows, int n_threads) {
     for (int op = 0; op < N_OPERATIONS; op++) {
         double rest = each[op];
         if (!calls[op]) continue;
-        printf("| %s | %d | %.1f | %.0f | %.1f %% |", names[op], calls[op] / passes, quantile(&times[op], .5), each[op], 100 * each[op] / sum);
+        printf("| %s | %d | %.1f | %.0f | %.1f %% |", names[op], calls[op] / passes, quantile(&times[op], .5), each[op],
+               100 * each[op] / sum);
         for (int k = 0; k < N_KERNELS; k++) {
             double t = quantile(&shares[op][k], .5) * calls[op] / passes;
             printf(" %.0f |", t);

@@ -7,16 +7,24 @@
 #include "bench.h"
 
 enum { PROBE_COLS = 1024, PROBE_ROWS = 6 };
-static size_t dtype_bytes(int dtype, size_t n) { return dtype == DSPARK_F32 ? 4 * n : dtype == DSPARK_FP8 ? n : dtype == DSPARK_FP4 ? n / 2 : 2 * n; }
+static size_t dtype_bytes(int dtype, size_t n) {
+    return dtype == DSPARK_F32 ? 4 * n : dtype == DSPARK_FP8 ? n : dtype == DSPARK_FP4 ? n / 2 : 2 * n;
+}
 
 #ifdef DSPARK__X86
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-static int has_avx512(void) { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }
+#define AVX512_INLINE AVX512 static inline __attribute__((always_inline))
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 
 // 16 weights of a row from the k-th on; FP8: 2^-8 of them; FP4: even lanes low nibbles, times 1
-AVX512 static inline __attribute__((always_inline)) __m512 probe_decode(const int dtype, const uint8_t *w, size_t k, __m512 table) {
+AVX512_INLINE __m512 probe_decode(const int dtype, const uint8_t *w, size_t k, __m512 table) {
     if (dtype == DSPARK_F32) return _mm512_loadu_ps(w + 4 * k);
-    if (dtype == DSPARK_BF16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * k))), 16));
+    if (dtype == DSPARK_BF16) {
+        __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * k));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    }
     if (dtype == DSPARK_FP8) {
         __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(w + k))), 7);
         return _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16((short)0xbf80)));
@@ -28,9 +36,12 @@ AVX512 static inline __attribute__((always_inline)) __m512 probe_decode(const in
 }
 
 // y[r] += something of w x[r], for 4 rows of weights
-AVX512 static inline __attribute__((always_inline)) void probe_four(const int dtype, const int R, const uint8_t *w, const uint8_t *scale, const float *x, float *y) {
-    const size_t row = dtype_bytes(dtype, PROBE_COLS), line = dtype == DSPARK_F32 ? 16 : dtype == DSPARK_BF16 ? 32 : dtype == DSPARK_FP8 ? 64 : 128;
-    __m512 sum[PROBE_ROWS][4], values = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6), table[4];
+AVX512_INLINE void probe_four(const int dtype, const int R, const uint8_t *w, const uint8_t *scale, const float *x,
+                              float *y) {
+    const size_t row = dtype_bytes(dtype, PROBE_COLS);
+    const size_t line = dtype == DSPARK_F32 ? 16 : dtype == DSPARK_BF16 ? 32 : dtype == DSPARK_FP8 ? 64 : 128;
+    __m512 values = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
+    __m512 sum[PROBE_ROWS][4], table[4];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) for (int q = 0; q < 4; q++) sum[r][q] = _mm512_setzero_ps();
     for (int q = 0; q < 4; q++) table[q] = values;
@@ -40,7 +51,10 @@ AVX512 static inline __attribute__((always_inline)) void probe_four(const int dt
         for (int q = 0; q < 4; q++) {
             const uint8_t *p = w + (size_t)q * row;
             if (k % line == 0) _mm_prefetch((const char *)p + dtype_bytes(dtype, k) + 4 * row, _MM_HINT_T0);
-            if (dtype == DSPARK_FP4 && k % 32 == 0) table[q] = _mm512_mul_ps(values, _mm512_castsi512_ps(_mm512_set1_epi32((int)scale[q * (PROBE_COLS / 32) + (int)k / 32] << 23)));
+            if (dtype == DSPARK_FP4 && k % 32 == 0) {
+                int bits = (int)scale[q * (PROBE_COLS / 32) + (int)k / 32] << 23;
+                table[q] = _mm512_mul_ps(values, _mm512_castsi512_ps(_mm512_set1_epi32(bits)));
+            }
             v[q] = probe_decode(dtype, p, k, table[q]);
         }
 #pragma GCC unroll 6
@@ -53,9 +67,15 @@ AVX512 static inline __attribute__((always_inline)) void probe_four(const int dt
     for (int r = 0; r < R; r++) for (int q = 0; q < 4; q++) y[r] += _mm512_reduce_add_ps(sum[r][q]);
 }
 
-#define PROBE(dtype, R) case dtype * 8 + R: for (int o = first; o < end; o += 4) probe_four(dtype, R, w + (size_t)o * row, scale + (size_t)o * (PROBE_COLS / 32), x, y); break;
-#define PROBES(dtype) PROBE(dtype, 1) PROBE(dtype, 2) PROBE(dtype, 3) PROBE(dtype, 4) PROBE(dtype, 5) PROBE(dtype, 6)
-AVX512 static void probe_avx512(int dtype, int R, const uint8_t *w, const uint8_t *scale, const float *x, float *y, int first, int end) {
+#define PROBE(dtype, R) \
+    case dtype * 8 + R: \
+        for (int o = first; o < end; o += 4) \
+            probe_four(dtype, R, w + (size_t)o * row, scale + (size_t)o * (PROBE_COLS / 32), x, y); \
+        break;
+#define PROBES(dtype) \
+    PROBE(dtype, 1) PROBE(dtype, 2) PROBE(dtype, 3) PROBE(dtype, 4) PROBE(dtype, 5) PROBE(dtype, 6)
+AVX512 static void probe_avx512(int dtype, int R, const uint8_t *w, const uint8_t *scale, const float *x, float *y,
+                                int first, int end) {
     const size_t row = dtype_bytes(dtype, PROBE_COLS);
     switch (dtype * 8 + R) { PROBES(DSPARK_F32) PROBES(DSPARK_BF16) PROBES(DSPARK_FP8) PROBES(DSPARK_FP4) }
 }
@@ -70,7 +90,8 @@ AVX512 static uint64_t read_avx512(const uint8_t *p, size_t n) {
 }
 #else
 static int has_avx512(void) { return 0; }
-static void probe_avx512(int dtype, int R, const uint8_t *w, const uint8_t *scale, const float *x, float *y, int first, int end) {
+static void probe_avx512(int dtype, int R, const uint8_t *w, const uint8_t *scale, const float *x, float *y, int first,
+                         int end) {
     (void)dtype, (void)R, (void)w, (void)scale, (void)x, (void)y, (void)first, (void)end;
 }
 static uint64_t read_avx512(const uint8_t *p, size_t n) { return (void)p, (uint64_t)n; }
@@ -129,7 +150,8 @@ static double probe_run(const probe_matrix *p, int R, int threads, int own, cons
     float *outs[PROBE_ROWS];
     dspark__job job;
     double start;
-    y = (float *)realloc(y, (size_t)(PROBE_ROWS * p->m.rows) * sizeof *y), scratch = (float *)realloc(scratch, n * (size_t)threads * sizeof *scratch);
+    y = (float *)realloc(y, (size_t)(PROBE_ROWS * p->m.rows) * sizeof *y);
+    scratch = (float *)realloc(scratch, n * (size_t)threads * sizeof *scratch);
     if (!y || !scratch) die("bench", "out of memory");
     for (int i = 0; i < PROBE_ROWS * PROBE_COLS; i++) x[i] = (float)(i % 17 - 8);
     for (int r = 0; r < R; r++) rows[r] = x + r * PROBE_COLS, outs[r] = y + (size_t)r * (size_t)p->m.rows;
