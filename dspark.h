@@ -5213,7 +5213,7 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     s->has_logits = 0;
     r->status = dspark__to_p(s, p, s->n_tokens, s->desc.logprobs ? &log_sum : NULL);
     if (!r->status) r->status = dspark__verify_row(&v, 0, &accepted, &token);
-    if (r->status) return s->n_run = s->n_tokens - 1, 0;
+    if (r->status) return s->n_run = s->n_tokens - 1, s->n_injected = dspark__min(s->n_injected, s->n_run), 0;
     finished = dspark__emit(s, r, token, DSPARK_BY_PLAIN,
                             s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
     return !finished;
