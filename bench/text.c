@@ -1,6 +1,6 @@
 // text [DIR [TEXTS [THREADS [DOCUMENTS]]]]: bits a byte of held-out documents (DOCUMENTS a domain, all if 0), as the
 // engine computes them. The first token is given; of the others, up to the 512th, the log-probabilities are summed
-// and divided by the bytes of text in their tokens (special tokens have none): tools/spark-tiny/measure.py's figure.
+// and divided by the bytes of text in their tokens (added tokens have none): tools/spark-tiny/measure.py's figure.
 #include "bench.h"
 
 enum { MOST = 512, ROWS = 64 };
@@ -43,7 +43,8 @@ int main(int argc, char **argv) {
             if (!t->is_document || strcmp(t->domain, domains[d]) || n < 2) continue;
             done++, bits += nats(m, t->ids, n) / log(2);
             for (int k = 1; k < n; k++)
-                if (!dspark_token_is_special(tokenizer, t->ids[k])) dspark_token_bytes(tokenizer, t->ids[k], &len), bytes += len;
+                if (!(tokenizer->tokens[t->ids[k]].kind & DSPARK__TOKEN_ADDED))
+                    dspark_token_bytes(tokenizer, t->ids[k], &len), bytes += len;
         }
         snprintf(question, sizeof question, "bits a byte %s", domains[d]);
         result_one(question, model_name(dir), threads, bits / bytes, "bits");
