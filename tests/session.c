@@ -290,9 +290,11 @@ static void test_truncate_after_pause(dspark_model *m, const int32_t *text) {
     ok(is, "the first draft after a long pause, truncate within the rings: drafts are those of a straight run");
 }
 
-/* Back within the rings right after a refill; without HCA, whose rings are longer than any other. */
+/* Back within the rings right after a refill. Without HCA, whose rings are longer than any other, and with taps of
+   the last layer, whose rows depend on the most before them. */
 static void test_truncate_twice(const int32_t *text) {
-    const variant csa_only = { golden_b, { { "  128,\n  0,", "  0,\n  0," } }, { { NULL, NULL } }, NULL, 0 };
+    const edit config[] = { { "  128,\n  0,", "  0,\n  0," }, { "  1,\n  2\n ]", "  1,\n  3\n ]" } };
+    const variant csa_only = { golden_b, { config[0], config[1] }, { { NULL, NULL } }, NULL, 0 };
     dspark_model *m = open_variant(&csa_only);
     int is = 1;
     for (int back = 1; back <= dspark_model_config(m)->dspark_block_size + 1; back++) {
