@@ -364,7 +364,10 @@ typedef struct {
     void *user;
 } dspark_files;
 
-enum { DSPARK_PATH_BEST, DSPARK_PATH_PLAIN, DSPARK_PATH_AVX2, DSPARK_PATH_AVX512, DSPARK_PATH_NEON };
+enum {
+    DSPARK_PATH_BEST, DSPARK_PATH_PLAIN, DSPARK_PATH_AVX2, DSPARK_PATH_AVX512, DSPARK_PATH_NEON, DSPARK_PATH_AVX512_BF16,
+    DSPARK_PATHS
+};
 
 typedef struct {
     const dspark_backend *backend;      // NULL: the CPU
@@ -5331,11 +5334,12 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
 // >>kernels
 // The arithmetic on vectors, written once, at the end of this file, and compiled once a path: plain C, AVX2,
 // AVX-512, NEON. All paths give the same bits. A sum over k has 16 lanes: lane i takes k = i, i + 16, ... in
-// order, each by a fused multiply-add; then lanes 8 apart are added, those 4 apart, 2 apart, 1 apart. What is
-// missing at the end of a row counts as zeros (up to a multiple of 32 in a linear, of 16 elsewhere). So an
-// output depends on no path, on no other row, and not on who computes its neighbours. Block scales are powers
-// of two and multiply exactly: FP8's go into the input, FP4's into the weight. An FP8 weight of NaN counts as
-// +-480.
+// order, each by a fused multiply-add; then lanes 8 apart are added, those 4 apart, 2 apart, 1 apart. Where the
+// weights are FP8 or FP4, lane i takes 2 i + 1, then 2 i of each 32: so does a processor's product of bfloat16
+// pairs, which is exact for them and for inputs rounded to FP8. What is missing at the end of a row counts as
+// zeros (up to a multiple of 32 in a linear, of 16 elsewhere). So an output depends on no path, on no other row,
+// and not on who computes its neighbours. Block scales are powers of two and multiply exactly: FP8's go into the
+// input, FP4's into the weight. An FP8 weight of NaN counts as +-480.
 
 // y[r][i] = sum over k of w[first + i][k] x[r][k], for i in [0, n); what begin and end cut out is a thread's.
 typedef struct {
@@ -5380,14 +5384,17 @@ typedef struct {
     void (*sinkhorn)(float *comb, int C, int iters, float eps);
 } dspark__kernels;
 
-// A product of up to 4 rows of weights and up to 6 of inputs.
+// Products of up to 6 rows of inputs with `groups` times up to 4 rows of weights, each group behind the last.
 typedef struct {
-    const uint8_t *w[4];        // n weights each, as they are stored; n a multiple of 32
-    const float *scale;         // FP4: [block of 32][output], as floats
-    const float *x[6];
-    float sum[6][4];            // [row][output]
-    int n;
-    size_t ahead;               // bytes from a row of weights to the one that comes when these four are done
+    const uint8_t *w[4];        // of the first group: n weights each, as they are stored; n a multiple of 32
+    const uint8_t *codes[4];    // FP4: their scales; NULL if p.scale has them. Past `end` nothing is read.
+    const uint8_t *end;
+    float *scale;               // FP4: room for [block of 32][4] of them as p_table wants them
+    const float *x[6];          // as prepare() leaves them
+    float *y[6];                // [row][output]
+    int n, groups;
+    size_t step;                // bytes of weights a group
+    size_t ahead;               // and from a row of them to the one that is fetched meanwhile
 } dspark__product;
 
 // Many rows go in even groups of at most this many, whose inputs (scaled, for FP8) stay in the second cache.
@@ -5510,6 +5517,18 @@ static void dspark__float_mode_restore(uint64_t old) {
 #undef DSPARK__PATH
 #ifdef __clang__
 #pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512vbmi,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512vbmi,avx512bw,avx512vl,avx512dq,fma,f16c")
+#endif
+#define DSPARK__PATH 5
+#include "dspark.h"
+#undef DSPARK__PATH
+#ifdef __clang__
+#pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
                              apply_to = function)
 #else
@@ -5541,6 +5560,9 @@ static const dspark__kernels *dspark__kernels_choose(int path) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    int bf16 = avx512 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 1 & 1) &&      // VBMI
+               __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    if (bf16 && (path == DSPARK_PATH_BEST || path == DSPARK_PATH_AVX512_BF16)) return &dspark__kernels_bf16;
     if (avx512 && (path == DSPARK_PATH_BEST || path == DSPARK_PATH_AVX512)) return &dspark__kernels_3;
     if (avx2 && (path == DSPARK_PATH_BEST || path == DSPARK_PATH_AVX2)) return &dspark__kernels_2;
 #endif
@@ -6858,11 +6880,13 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__p_load DSPARK__AT(p_load)
 #define dspark__p_keep DSPARK__AT(p_keep)           // itself; GCC would load it anew for each use
 #define dspark__p_fma DSPARK__AT(p_fma)
+#define dspark__p_input DSPARK__AT(p_input)         // inputs, from the k-th on
+// Of a block of 32 weights, those of lanes that begin at `part` if it is below 16: odd ones, else even ones.
 #define dspark__p_fp8 DSPARK__AT(p_fp8)             // E4M3 codes: 2^-8 of their values; NaN: +-480/256
 #define dspark__p_table DSPARK__AT(p_table)         // what p_fp4 needs of a scale
-#define dspark__p_fp4 DSPARK__AT(p_fp4)             // E2M1 codes times that scale, in an order of lanes ...
-#define dspark__v_order DSPARK__AT(v_order)         // ... from which this restores the natural one,
-#define dspark__v_disorder DSPARK__AT(v_disorder)   // and the way there
+#define dspark__p_fp4 DSPARK__AT(p_fp4)             // E2M1 codes times that scale
+#define dspark__v_zip DSPARK__AT(v_zip)             // stores 32 floats: even and odd ones in turn
+#define dspark__v_unzip DSPARK__AT(v_unzip)         // stores 32 floats: the odd ones of both, then the even ones
 #define dspark__p_bf16 DSPARK__AT(p_bf16)
 #define dspark__p_f16 DSPARK__AT(p_f16)
 #define dspark__v_join DSPARK__AT(v_join)           // the vector of two pieces, if a piece is half of one
@@ -6880,7 +6904,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define DSPARK__WORD DSPARK__INLINE
 #endif
 
-#if DSPARK__PATH == 2 || DSPARK__PATH == 3
+#if DSPARK__PATH == 2 || DSPARK__PATH == 3 || DSPARK__PATH == 5
 DSPARK__INLINE __m128i DSPARK__AT(load16)(const uint8_t *p) {
     return _mm_loadu_si128((const __m128i *)(const void *)p);
 }
@@ -6959,27 +6983,36 @@ DSPARK__CALLED float dspark__v_first(dspark__v a) { return a.f[0]; }
 typedef dspark__v dspark__p;
 DSPARK__CALLED dspark__p dspark__p_zero(void) { return dspark__v_set(0); }
 DSPARK__CALLED dspark__p dspark__p_load(const void *p) { return dspark__v_load(p); }
+DSPARK__CALLED dspark__p dspark__p_input(const float *x, size_t k) { return dspark__v_load(x + k); }
 DSPARK__CALLED dspark__p dspark__p_keep(dspark__p x) { return x; }
 DSPARK__CALLED dspark__p dspark__p_fma(dspark__p a, dspark__p b, dspark__p c) {
     return dspark__v_fma(a, b, c);
 }
 DSPARK__CALLED dspark__v dspark__v_join(dspark__p a, dspark__p b) { return (void)b, a; }
 // The code's exponent and mantissa in a float's place are 2^-120 of its value, subnormals included.
-DSPARK__CALLED dspark__p dspark__p_fp8(const uint8_t *p) {
+DSPARK__CALLED dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     dspark__p y;
-    for (int i = 0; i < 16; i++)
-        y.f[i] = dspark__float_of((uint32_t)(p[i] & 128) << 24 | (uint32_t)(p[i] & 127) << 20) * 0x1p112f;
+    p += part < 16;
+    for (int i = 0; i < 16; i++, p += 2)
+        y.f[i] = dspark__float_of((uint32_t)(*p & 128) << 24 | (uint32_t)(*p & 127) << 20) * 0x1p112f;
     return y;
 }
 DSPARK__CALLED dspark__p dspark__p_table(float scale) {
     static const float values[16] = { 0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6 };
     DSPARK__EACH(dspark__p, .f[i] = values[i] * scale);
 }
-DSPARK__CALLED dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
-    DSPARK__EACH(dspark__p, .f[i] = table.f[p[i / 2] >> i % 2 * 4 & 15]);
+DSPARK__CALLED dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p table) {
+    DSPARK__EACH(dspark__p, .f[i] = table.f[part < 16 ? p[i] >> 4 : p[i] & 15]);
 }
-DSPARK__CALLED dspark__v dspark__v_order(dspark__v a) { return a; }
-DSPARK__CALLED dspark__v dspark__v_disorder(dspark__v a) { return a; }
+DSPARK__CALLED void dspark__v_zip(float *y, dspark__v even, dspark__v odd) {
+    for (int i = 0; i < 16; i++) y[2 * i] = even.f[i], y[2 * i + 1] = odd.f[i];
+}
+DSPARK__CALLED void dspark__v_unzip(float *y, dspark__v a, dspark__v b) {
+    for (int i = 0; i < 8; i++) {
+        y[i] = a.f[2 * i + 1], y[8 + i] = b.f[2 * i + 1];
+        y[16 + i] = a.f[2 * i], y[24 + i] = b.f[2 * i];
+    }
+}
 DSPARK__CALLED dspark__p dspark__p_bf16(const uint8_t *p) {
     dspark__p y;
     for (int i = 0; i < 16; i++, p += 2) y.f[i] = dspark__float_of((uint32_t)(p[0] | p[1] << 8) << 16);
@@ -7081,16 +7114,18 @@ DSPARK__INLINE float dspark__v_first(dspark__v x) { return _mm256_cvtss_f32(x.a)
 typedef __m256 dspark__p;
 DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm256_setzero_ps(); }
 DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm256_loadu_ps((const float *)p); }
+DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return _mm256_loadu_ps(x + k); }
 DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { __asm__("" : "+x"(x)); return x; }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return _mm256_fmadd_ps(x, y, z);
 }
 DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return DSPARK__AT(v_pair)(x, y); }
-// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a second
-// sign.
-DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
-    __m128i h = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)p));
-    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16((short)0xbf80)));
+// A code at the upper end of 16 bits, shifted with its sign, is half precision for 2^-8 of its value, but for a
+// second sign and the other code.
+DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
+    __m128i h = DSPARK__AT(load16)(p + 2 * (part & 8));
+    if (part >= 16) h = _mm_slli_epi16(h, 8);
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(h, 1), _mm_set1_epi16((short)0xbf80)));
 }
 // A code's sign, shifted to its place, brings the rest of the code along; the table holds that too: it
 // cancels.
@@ -7099,16 +7134,27 @@ DSPARK__INLINE dspark__p dspark__p_table(float scale) {
     return _mm256_xor_ps(_mm256_mul_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), _mm256_set1_ps(scale)),
                          _mm256_castsi256_ps(rest));
 }
-DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
-    __m256i code;
-    int32_t u;
-    memcpy(&u, p, 4);
-    code = _mm256_srlv_epi32(_mm256_set1_epi32(u), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p table) {
+    __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p + (part & 8))));
+    if (part < 16) code = _mm256_srli_epi32(code, 4);
     return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code),
                          _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
 }
-DSPARK__INLINE dspark__v dspark__v_order(dspark__v x) { return x; }
-DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) { return x; }
+DSPARK__INLINE void DSPARK__AT(zip)(float *y, __m256 even, __m256 odd) {
+    __m256 a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+    _mm256_storeu_ps(y, _mm256_permute2f128_ps(a, b, 0x20)), _mm256_storeu_ps(y + 8, _mm256_permute2f128_ps(a, b, 0x31));
+}
+DSPARK__INLINE void dspark__v_zip(float *y, dspark__v even, dspark__v odd) {
+    DSPARK__AT(zip)(y, even.a, odd.a), DSPARK__AT(zip)(y + 16, even.b, odd.b);
+}
+DSPARK__INLINE void DSPARK__AT(unzip)(float *y, __m256 a, __m256 b) {
+    __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    _mm256_storeu_ps(y, _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8)));
+    _mm256_storeu_ps(y + 16, _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)));
+}
+DSPARK__INLINE void dspark__v_unzip(float *y, dspark__v x, dspark__v z) {
+    DSPARK__AT(unzip)(y, x.a, x.b), DSPARK__AT(unzip)(y + 8, z.a, z.b);
+}
 DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
     __m128i h = DSPARK__AT(load16)(p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -7128,10 +7174,10 @@ DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     return DSPARK__AT(v_pair)(DSPARK__AT(e8m0_half)(p), DSPARK__AT(e8m0_half)(p + 8));
 }
 
-#elif DSPARK__PATH == 3     // AVX-512: one register
+#elif DSPARK__PATH == 3 || DSPARK__PATH == 5     // AVX-512: one register. 5: what products of bfloat16 take
 typedef struct { __m512 a; } dspark__v;
 typedef struct { __m512i a; } dspark__i;
-enum { DSPARK__AT(rows) = 6, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 4, DSPARK__AT(piece) = 16 };
+enum { DSPARK__AT(rows) = 6, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 4, DSPARK__AT(piece) = DSPARK__PATH == 5 ? 32 : 16 };
 DSPARK__INLINE dspark__v DSPARK__AT(v_of)(__m512 a) { dspark__v y; y.a = a; return y; }
 DSPARK__INLINE dspark__i DSPARK__AT(i_of)(__m512i a) { dspark__i y; y.a = a; return y; }
 #define DSPARK__V1(operation) DSPARK__AT(v_of)(operation(x.a, y.a))
@@ -7182,46 +7228,53 @@ DSPARK__INLINE dspark__v dspark__v_swap1(dspark__v x) {
     return DSPARK__AT(v_of)(_mm512_permute_ps(x.a, 0xb1));
 }
 DSPARK__INLINE float dspark__v_first(dspark__v x) { return _mm512_cvtss_f32(x.a); }
-typedef __m512 dspark__p;
-DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm512_setzero_ps(); }
-DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm512_loadu_ps(p); }
-DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { __asm__("" : "+v"(x)); return x; }
-DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
-    return _mm512_fmadd_ps(x, y, z);
-}
-DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return (void)y, DSPARK__AT(v_of)(x); }
-// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a second
-// sign.
-DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
-    __m256i h = _mm256_cvtepi8_epi16(DSPARK__AT(load16)(p));
-    h = _mm256_and_si256(_mm256_slli_epi16(h, 7), _mm256_set1_epi16((short)0xbf80));
-    return _mm512_cvtph_ps(h);
-}
-// Even lanes get weights 0..7, odd ones 8..15: from eight bytes in all quarters it takes but a shift.
-DSPARK__INLINE dspark__p dspark__p_table(float scale) {
-    __m512 values = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
-    return _mm512_mul_ps(values, _mm512_set1_ps(scale));
-}
-DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
-    __m512i code, by = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-    long long u;
-    memcpy(&u, p, 8);
-    code = _mm512_srlv_epi32(_mm512_set1_epi64(u), by);
-    return _mm512_permutexvar_ps(code, table);
-}
-DSPARK__INLINE dspark__v dspark__v_order(dspark__v x) {
-    __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    return DSPARK__AT(v_of)(_mm512_permutexvar_ps(from, x.a));
-}
-DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) {
-    __m512i from = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-    return DSPARK__AT(v_of)(_mm512_permutexvar_ps(from, x.a));
-}
 DSPARK__INLINE __m256 DSPARK__AT(fold)(dspark__v x) {
     return _mm256_add_ps(_mm512_castps512_ps256(x.a), _mm512_extractf32x8_ps(x.a, 1));
 }
 DSPARK__INLINE void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
     DSPARK__AT(sum4)(y, DSPARK__AT(fold)(a), DSPARK__AT(fold)(b), DSPARK__AT(fold)(c), DSPARK__AT(fold)(d));
+}
+DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
+    __m512i u = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p));
+    u = _mm512_max_epi32(_mm512_slli_epi32(u, 23), _mm512_set1_epi32(0x400000));
+    return DSPARK__AT(v_of)(_mm512_castsi512_ps(u));
+}
+typedef __m512 dspark__p;
+DSPARK__INLINE dspark__p dspark__p_zero(void) { return _mm512_setzero_ps(); }
+DSPARK__INLINE dspark__p dspark__p_load(const void *p) { return _mm512_loadu_ps(p); }
+DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { __asm__("" : "+v"(x)); return x; }
+DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return (void)y, DSPARK__AT(v_of)(x); }
+#if DSPARK__PATH == 3
+DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return _mm512_loadu_ps(x + k); }
+DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
+    return _mm512_fmadd_ps(x, y, z);
+}
+// A code at the upper end of 16 bits, shifted with its sign, is half precision for 2^-8 of its value, but for a
+// second sign and the other code.
+DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
+    __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    if (part >= 16) h = _mm256_slli_epi16(h, 8);
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(h, 1), _mm256_set1_epi16((short)0xbf80)));
+}
+DSPARK__INLINE dspark__p dspark__p_table(float scale) {
+    __m512 values = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
+    return _mm512_mul_ps(values, _mm512_set1_ps(scale));
+}
+DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p table) {
+    __m512i code = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p));
+    return _mm512_permutexvar_ps(part < 16 ? _mm512_srli_epi32(code, 4) : code, table);
+}
+DSPARK__INLINE void dspark__v_zip(float *y, dspark__v even, dspark__v odd) {
+    __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(y, _mm512_permutex2var_ps(even.a, low, odd.a));
+    _mm512_storeu_ps(y + 16, _mm512_permutex2var_ps(even.a, high, odd.a));
+}
+DSPARK__INLINE void dspark__v_unzip(float *y, dspark__v a, dspark__v b) {
+    __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    _mm512_storeu_ps(y, _mm512_permutex2var_ps(a.a, odd, b.a));
+    _mm512_storeu_ps(y + 16, _mm512_permutex2var_ps(a.a, even, b.a));
 }
 DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
@@ -7230,11 +7283,63 @@ DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
 DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
-DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
-    __m512i u = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p));
-    u = _mm512_max_epi32(_mm512_slli_epi32(u, 23), _mm512_set1_epi32(0x400000));
-    return DSPARK__AT(v_of)(_mm512_castsi512_ps(u));
+// Whether n inputs are bfloat16, and 0 or so large that no product with a weight loses a bit to underflow.
+static int DSPARK__AT(is_bf16)(const float *x, int n) {
+    const __m512i least = _mm512_set1_epi32(0x24800000), range = _mm512_set1_epi32(0x40000000);      // 2^-54 .. 2^74
+    for (int k = 0; k < n; k += 16) {
+        __m512i u = _mm512_loadu_si512(x + k), a = _mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff));
+        __mmask16 in = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(a, least), range);
+        if (_mm512_test_epi32_mask(u, _mm512_set1_epi32(0xffff)) | (_mm512_test_epi32_mask(a, a) & ~(unsigned)in)) return 0;
+    }
+    return 1;
 }
+// n floats, of each 32 the odd ones first, to pairs of bfloat16 in their place.
+static void DSPARK__AT(to_bf16)(float *x, int n) {
+    for (int k = 0; k < n; k += 32) {
+        __m512i odd = _mm512_loadu_si512(x + k), even = _mm512_loadu_si512(x + k + 16);
+        odd = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
+        _mm512_storeu_si512(x + k / 2, odd);
+    }
+}
+#else       // pairs of bfloat16 in a piece, 32; inputs lie in as many bytes
+DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return _mm512_loadu_ps(x + k / 2); }
+DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
+    return _mm512_dpbf16_ps(z, (__m512bh)x, (__m512bh)y);
+}
+// A code without its sign, looked up in the bytes of 2^-8 of the values. Both halves of 64 are decoded at once:
+// the second call finds it done.
+#define DSPARK__16(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
+#define DSPARK__LOW 0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240
+static const uint8_t DSPARK__AT(upper)[128] = {
+    0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, 0x38, 0x38, 0x38, 0x38, 0x38, 0x38, 0x38, 0x38, DSPARK__16(0x39),
+    DSPARK__16(0x3a), DSPARK__16(0x3b), DSPARK__16(0x3c), DSPARK__16(0x3d), DSPARK__16(0x3e), DSPARK__16(0x3f)
+}, DSPARK__AT(lower)[128] = {
+    0, 0, 128, 192, 0, 32, 64, 96, 128, 144, 160, 176, 192, 208, 224, 240, DSPARK__LOW, DSPARK__LOW, DSPARK__LOW,
+    DSPARK__LOW, DSPARK__LOW, DSPARK__LOW, DSPARK__LOW
+};
+DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
+    const uint8_t *up = DSPARK__AT(upper), *low = DSPARK__AT(lower);
+    __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);      // unpack takes of each 16 bytes the halves in turn
+    __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p)), u, l;
+    u = _mm512_permutex2var_epi8(_mm512_loadu_si512(up), code, _mm512_loadu_si512(up + 64));
+    l = _mm512_permutex2var_epi8(_mm512_loadu_si512(low), code, _mm512_loadu_si512(low + 64));
+    u = _mm512_ternarylogic_epi32(u, code, _mm512_set1_epi8(-128), 0xf8);       // u | (code & 128)
+    return _mm512_castsi512_ps(part ? _mm512_unpackhi_epi8(l, u) : _mm512_unpacklo_epi8(l, u));
+}
+// The scale comes as its power of two, twice in 32 bits, which is added where a value is not 0.
+DSPARK__INLINE dspark__p dspark__p_table(float scale) {
+    __m512i values = _mm512_broadcast_i32x8(_mm256_setr_epi16(      // less 127, the exponent of 1
+        0, -0x80, 0, 0x40, 0x80, 0xc0, 0x100, 0x140,
+        -0x8000, 0x7f80, -0x8000, -0x7fc0, -0x7f80, -0x7f40, -0x7f00, -0x7ec0));
+    __m512i power = _mm512_castps_si512(_mm512_set1_ps(scale));
+    return _mm512_castsi512_ps(_mm512_mask_add_epi16(values, 0xfefefefe, values, power));
+}
+DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p table) {
+    __m512i code = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p + part / 2));
+    code = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0024002000040000), code);    // bits 0 and 4 of each 32
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(code, _mm512_castps_si512(table)));
+}
+#endif
 
 #elif DSPARK__PATH == 4     // NEON: four registers
 typedef struct { float32x4_t a, b, c, d; } dspark__v;
@@ -7334,6 +7439,7 @@ DSPARK__INLINE dspark__p dspark__p_load(const void *from) {
     return DSPARK__AT(p_of)(vreinterpretq_f32_u8(vld1q_u8(p)), vreinterpretq_f32_u8(vld1q_u8(p + 16)));
 }
 DSPARK__INLINE dspark__p dspark__p_keep(dspark__p x) { return x; }
+DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return dspark__p_load(x + k); }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return DSPARK__AT(p_of)(vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b));
 }
@@ -7344,29 +7450,36 @@ DSPARK__INLINE dspark__p DSPARK__AT(p_half)(uint16x8_t x) {         // of half p
     float16x8_t a = vreinterpretq_f16_u16(x);
     return DSPARK__AT(p_of)(vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)));
 }
-// Sign-extended to 16 bits and shifted, a code is half precision for 2^-8 of its value, but for a second
-// sign.
-DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p) {
-    uint16x8_t h = vreinterpretq_u16_s16(vshll_n_s8(vreinterpret_s8_u8(vld1_u8(p)), 7));
-    return DSPARK__AT(p_half)(vandq_u16(h, vdupq_n_u16(0xbf80)));
+// A code at the upper end of 16 bits, shifted with its sign, is half precision for 2^-8 of its value, but for a
+// second sign and the other code.
+DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
+    int16x8_t h = vreinterpretq_s16_u8(vld1q_u8(p + 2 * (part & 8)));
+    if (part >= 16) h = vshlq_n_s16(h, 8);
+    return DSPARK__AT(p_half)(vandq_u16(vreinterpretq_u16_s16(vshrq_n_s16(h, 1)), vdupq_n_u16(0xbf80)));
 }
 DSPARK__INLINE dspark__p dspark__p_table(float scale) {
     return DSPARK__AT(p_of)(vdupq_n_f32(scale), vdupq_n_f32(scale));
 }
-DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, dspark__p table) {
+DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p table) {
     static const uint8_t halves[16] = { 0, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46,    // their upper bytes
                                         0x80, 0xb8, 0xbc, 0xbe, 0xc0, 0xc2, 0xc4, 0xc6 };
+    uint8x8_t x = vld1_u8(p + (part & 8));
     dspark__p y;
-    uint8x8_t x;
-    uint32_t u;
-    memcpy(&u, p, 4);
-    x = vreinterpret_u8_u32(vdup_n_u32(u));
-    x = vzip1_u8(vand_u8(x, vdup_n_u8(15)), vshr_n_u8(x, 4));
+    x = part < 16 ? vshr_n_u8(x, 4) : vand_u8(x, vdup_n_u8(15));
     y = DSPARK__AT(p_half)(vshll_n_u8(vqtbl1_u8(vld1q_u8(halves), x), 8));
     return DSPARK__AT(p_of)(vmulq_f32(y.a, table.a), vmulq_f32(y.b, table.b));
 }
-DSPARK__INLINE dspark__v dspark__v_order(dspark__v x) { return x; }
-DSPARK__INLINE dspark__v dspark__v_disorder(dspark__v x) { return x; }
+DSPARK__INLINE void DSPARK__AT(store2)(float *y, float32x4x2_t x, int apart) {
+    vst1q_f32(y, x.val[0]), vst1q_f32(y + apart, x.val[1]);
+}
+DSPARK__INLINE void dspark__v_zip(float *y, dspark__v even, dspark__v odd) {
+    DSPARK__AT(store2)(y, vzipq_f32(even.a, odd.a), 4), DSPARK__AT(store2)(y + 8, vzipq_f32(even.b, odd.b), 4);
+    DSPARK__AT(store2)(y + 16, vzipq_f32(even.c, odd.c), 4), DSPARK__AT(store2)(y + 24, vzipq_f32(even.d, odd.d), 4);
+}
+DSPARK__INLINE void dspark__v_unzip(float *y, dspark__v x, dspark__v z) {      // even ones first in uzp
+    DSPARK__AT(store2)(y + 16, vuzpq_f32(x.a, x.b), -16), DSPARK__AT(store2)(y + 20, vuzpq_f32(x.c, x.d), -16);
+    DSPARK__AT(store2)(y + 24, vuzpq_f32(z.a, z.b), -16), DSPARK__AT(store2)(y + 28, vuzpq_f32(z.c, z.d), -16);
+}
 DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
     uint16x8_t x = vreinterpretq_u16_u8(vld1q_u8(p));
     return DSPARK__AT(p_of)(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(x), 16)),
@@ -7437,137 +7550,8 @@ DSPARK__WORD void dspark__v_store_n(float *p, int n, dspark__v x) {
     else DSPARK__AT(store_some)(p, n, x);
 }
 
-// A piece's weights from the k-th on; FP8: 2^-8 of them; FP4: times their scale, in p_fp4's order
-#define dspark__p_decode DSPARK__AT(p_decode)
-DSPARK__WORD dspark__p dspark__p_decode(const int dtype, const uint8_t *w, size_t k, dspark__p table) {
-    switch (dtype) {
-    case DSPARK_FP8: return dspark__p_fp8(w + k);
-    case DSPARK_FP4: return dspark__p_fp4(w + k / 2, table);
-    case DSPARK_BF16: return dspark__p_bf16(w + 2 * k);
-    case DSPARK_F16: return dspark__p_f16(w + 2 * k);
-    default: return dspark__p_load(w + 4 * k);
-    }
-}
-DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
-    return dtype == DSPARK_FP8 ? k : dtype == DSPARK_FP4 ? k / 2 : dtype == DSPARK_F32 ? 4 * k : 2 * k;
-}
-
-// The inner product of everything: R inputs times Q rows of weights. dtype, R and Q are constants where it is
-// called, so that what is not needed vanishes and acc stays in registers (hence no loops over r and q: GCC at
-// -O2 would keep them). Weights are decoded where they are used, each for R rows: measured, that costs less
-// than fetching them from a tile that was decoded before.
-#define DSPARK__EACH_ROW(what) \
-    if (R > 0) { what(0) } if (R > 1) { what(1) } if (R > 2) { what(2) } \
-    if (R > 3) { what(3) } if (R > 4) { what(4) } if (R > 5) { what(5) }
-#define DSPARK__EACH_OUTPUT(what) what(0) if (Q > 1) { what(1) } if (Q > 2) { what(2) } if (Q > 3) { what(3) }
-#define DSPARK__ZERO(r) \
-    acc[r][0][0] = acc[r][1][0] = acc[r][2][0] = acc[r][3][0] = dspark__p_zero(); \
-    acc[r][0][1] = acc[r][1][1] = acc[r][2][1] = acc[r][3][1] = dspark__p_zero();
-#define DSPARK__MULTIPLY(r, half) \
-    v = dspark__p_keep(dspark__p_load(p->x[r] + k)); \
-    acc[r][0][half] = dspark__p_fma(w0, v, acc[r][0][half]); \
-    if (Q > 1) acc[r][1][half] = dspark__p_fma(w1, v, acc[r][1][half]); \
-    if (Q > 2) acc[r][2][half] = dspark__p_fma(w2, v, acc[r][2][half]); \
-    if (Q > 3) acc[r][3][half] = dspark__p_fma(w3, v, acc[r][3][half]);
-#define DSPARK__MULTIPLY_0(r) DSPARK__MULTIPLY(r, 0)
-#define DSPARK__MULTIPLY_1(r) DSPARK__MULTIPLY(r, 1)
-#define DSPARK__PREFETCH(q) \
-    dspark__prefetch((const void *)((uintptr_t)(p->w[q] + DSPARK__AT(bytes)(dtype, k)) + p->ahead));
-#define DSPARK__TABLE(q) t##q = dspark__p_table(p->scale[k / 32 * 4 + q]);
-#define DSPARK__DECODE(q) w##q = dspark__p_decode(dtype, p->w[q], k, t##q);
-#define DSPARK__STEP(multiply) \
-    DSPARK__EACH_OUTPUT(DSPARK__DECODE) \
-    DSPARK__EACH_ROW(multiply) \
-    k += DSPARK__AT(piece);
-#define DSPARK__JOIN(r, q) \
-    (dtype == DSPARK_FP4 ? dspark__v_order(dspark__v_join(acc[r][q][0], acc[r][q][1])) \
-                         : dspark__v_join(acc[r][q][0], acc[r][q][1]))
-#define DSPARK__SUM(r) \
-    if (Q > 3) { \
-        dspark__v_sum4(to->sum[r], DSPARK__JOIN(r, 0), DSPARK__JOIN(r, 1), DSPARK__JOIN(r, 2), \
-                       DSPARK__JOIN(r, 3)); \
-    } else { \
-        to->sum[r][0] = dspark__v_sum(DSPARK__JOIN(r, 0)); \
-        if (Q > 1) to->sum[r][1] = dspark__v_sum(DSPARK__JOIN(r, 1)); \
-    }
-
-#define dspark__product_of DSPARK__AT(product_of)
-DSPARK__INLINE void dspark__product_of(dspark__product *to, const int dtype, const int R, const int Q) {
-    const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : dtype == DSPARK_F32 ? 16 : 32;
-    const dspark__product copy = *to, *p = &copy;       // nothing below can change it
-    dspark__p acc[6][4][2], v, w0, w1, w2, w3, t0, t1, t2, t3;
-    DSPARK__EACH_ROW(DSPARK__ZERO)
-    w1 = w2 = w3 = t0 = t1 = t2 = t3 = dspark__p_zero();
-    for (size_t k = 0, n = (size_t)p->n; k < n;) {
-        if (k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }        // every 64 bytes
-        if (dtype == DSPARK_FP4) { DSPARK__EACH_OUTPUT(DSPARK__TABLE) }
-        DSPARK__STEP(DSPARK__MULTIPLY_0)
-        if (DSPARK__AT(piece) == 8) { DSPARK__STEP(DSPARK__MULTIPLY_1) }
-        DSPARK__STEP(DSPARK__MULTIPLY_0)
-        if (DSPARK__AT(piece) == 8) { DSPARK__STEP(DSPARK__MULTIPLY_1) }
-    }
-    DSPARK__EACH_ROW(DSPARK__SUM)
-}
-
-#define dspark__multiply DSPARK__AT(multiply)
-#if DSPARK__PATH == 1
-static void dspark__multiply(int dtype, int R, dspark__product *p) {
-    (void)R;
-    dspark__product_of(p, dtype, 1, 1);
-}
-#else
-// One function a dtype and number of rows, with as many outputs as the registers hold.
-#define DSPARK__PRODUCT(name, dtype, R) \
-    static void DSPARK__AT(name##R)(dspark__product *p) { \
-        dspark__product_of(p, dtype, R, R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs)); \
-    }
-#define DSPARK__PRODUCTS(R) \
-    DSPARK__PRODUCT(f32_, DSPARK_F32, R) DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) \
-    DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
-#define DSPARK__PRODUCT_ROW(R) \
-    { DSPARK__AT(f32_##R), DSPARK__AT(bf16_##R), DSPARK__AT(f16_1), DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
-DSPARK__PRODUCT(f16_, DSPARK_F16, 1)        // rare: one row at a time
-DSPARK__PRODUCTS(1)
-DSPARK__PRODUCTS(2)
-DSPARK__PRODUCTS(3)
-#if DSPARK__PATH == 3
-DSPARK__PRODUCTS(4)
-DSPARK__PRODUCTS(5)
-DSPARK__PRODUCTS(6)
-#endif
-static void dspark__multiply(int dtype, int R, dspark__product *p) {
-    static void (*const products[][5])(dspark__product *) = {
-        DSPARK__PRODUCT_ROW(1), DSPARK__PRODUCT_ROW(2), DSPARK__PRODUCT_ROW(3),
-#if DSPARK__PATH == 3
-        DSPARK__PRODUCT_ROW(4), DSPARK__PRODUCT_ROW(5), DSPARK__PRODUCT_ROW(6)
-#endif
-    };
-    products[R - 1][dtype](p);
-}
-#endif
-
-// Rows go in even groups of at most `rows`: 8 are 4 and 4. The size of the next group when n are left.
-static int DSPARK__AT(group)(int n) {
-    int groups = (n + DSPARK__AT(rows) - 1) / DSPARK__AT(rows);
-    return (n + groups - 1) / groups;
-}
-
-// The input as a product wants it: times the scales of a row of FP8 blocks, or in p_fp4's order; then zeros.
-static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *x, float *y) {
-    const uint8_t *scale = m->scale;
-    int n = m->cols;
-    dspark__v s = dspark__v_set(1);
-    if (m->dtype == DSPARK_FP8) scale += (size_t)block * (size_t)((n + 127) / 128);
-    for (int k = 0; k < (n + 31) / 32 * 32; k += 16) {
-        dspark__v v = dspark__v_load_n(x + k, n - k, 0);
-        if (m->dtype == DSPARK_FP8 && k % 128 == 0) s = dspark__v_set(dspark__fp8_factor(scale[k / 128]));
-        if (m->dtype == DSPARK_FP4) v = dspark__v_disorder(v);
-        dspark__v_store(y + k, dspark__v_mul(v, s));
-    }
-}
-
-// n FP4 scales of four rows as floats, those of a block beside each other; up to 60 floats too many are
-// written. end: of the matrix's scales, past which nothing is read.
+// n FP4 scales of four rows, held in 2^-64 .. 2^64, as p_table wants them, those of a block beside each other; up to
+// 12 too many are written. end: of the matrix's scales, past which nothing is read.
 static void DSPARK__AT(scales)(const uint8_t *const *row, int n, const uint8_t *end, float *y) {
     for (int k = 0; k < n; k += 16) {
         uint8_t some[4][16] = { { 0 } }, all[64];
@@ -7577,65 +7561,217 @@ static void DSPARK__AT(scales)(const uint8_t *const *row, int n, const uint8_t *
             if (end - at[q] < 16) at[q] = (const uint8_t *)memcpy(some[q], at[q], (size_t)(end - at[q]));
         }
         dspark__interleave(all, at);
-        for (int i = 0; i < 64; i += 16) dspark__v_store(y + 4 * k + i, dspark__v_e8m0(all + i));
+        for (int i = 0; i < 64 && i < 4 * (n - k); i += 16) {
+            dspark__v v = dspark__v_max(dspark__v_set(0x1p-64f), dspark__v_min(dspark__v_set(0x1p64f), dspark__v_e8m0(all + i)));
+#if DSPARK__PATH == 5
+            v.a = _mm512_or_ps(v.a, _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v.a), 16)));
+#endif
+            dspark__v_store(y + 4 * k + i, v);
+        }
+    }
+}
+
+// A piece's weights, the k-th being the first of the block; FP8: 2^-8 of them; FP4: times their scale
+#define dspark__p_decode DSPARK__AT(p_decode)
+DSPARK__WORD dspark__p dspark__p_decode(const int dtype, const uint8_t *w, size_t k, int part, dspark__p table) {
+    if (dtype == DSPARK_FP8) return dspark__p_fp8(w + k, part);
+    if (dtype == DSPARK_FP4) return dspark__p_fp4(w + k / 2, part, table);
+#if DSPARK__PATH != 5
+    if (dtype == DSPARK_BF16) return dspark__p_bf16(w + 2 * (k + (size_t)part));
+    if (dtype == DSPARK_F16) return dspark__p_f16(w + 2 * (k + (size_t)part));
+#endif
+    return dspark__p_load(w + 4 * (k + (size_t)part));
+}
+DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
+    return dtype == DSPARK_FP8 ? k : dtype == DSPARK_FP4 ? k / 2 : dtype == DSPARK_F32 ? 4 * k : 2 * k;
+}
+
+// The inner product of everything: R inputs times Q rows of weights, a block of 32 (64 if a piece is 32) at a time.
+// dtype, R and Q are constants where it is called, so that what is not needed vanishes and acc stays in registers
+// (hence no loops over r and q: GCC at -O2 would keep them). Weights are decoded where they are used, each for R
+// rows: measured, that costs less than fetching them from a tile that was decoded before.
+#define DSPARK__EACH_ROW(what) \
+    if (R > 0) { what(0) } if (R > 1) { what(1) } if (R > 2) { what(2) } \
+    if (R > 3) { what(3) } if (R > 4) { what(4) } if (R > 5) { what(5) }
+#define DSPARK__EACH_OUTPUT(what) what(0) if (Q > 1) { what(1) } if (Q > 2) { what(2) } if (Q > 3) { what(3) }
+#define DSPARK__ZERO(r) \
+    acc[r][0][0] = acc[r][1][0] = acc[r][2][0] = acc[r][3][0] = dspark__p_zero(); \
+    acc[r][0][1] = acc[r][1][1] = acc[r][2][1] = acc[r][3][1] = dspark__p_zero();
+#define DSPARK__MULTIPLY(r) \
+    v = dspark__p_keep(dspark__p_input(p->x[r], k + part)); \
+    acc[r][0][half] = dspark__p_fma(w0, v, acc[r][0][half]); \
+    if (Q > 1) acc[r][1][half] = dspark__p_fma(w1, v, acc[r][1][half]); \
+    if (Q > 2) acc[r][2][half] = dspark__p_fma(w2, v, acc[r][2][half]); \
+    if (Q > 3) acc[r][3][half] = dspark__p_fma(w3, v, acc[r][3][half]);
+#define DSPARK__PREFETCH(q) \
+    dspark__prefetch((const void *)((uintptr_t)(p->w[q] + at + DSPARK__AT(bytes)(dtype, k)) + p->ahead));
+#define DSPARK__TABLE(q) t##q = dspark__p_table(scale[(k + part) / 32 * 4 + q]);
+#define DSPARK__DECODE(q) w##q = dspark__p_decode(dtype, p->w[q] + at, k, part, t##q);
+#define DSPARK__STEP(from, which) { \
+        enum { part = from, half = which }; \
+        if (dtype == DSPARK_FP4 && part % 32 == 0) { DSPARK__EACH_OUTPUT(DSPARK__TABLE) } \
+        DSPARK__EACH_OUTPUT(DSPARK__DECODE) \
+        DSPARK__EACH_ROW(DSPARK__MULTIPLY) \
+    }
+#define DSPARK__JOIN(r, q) dspark__v_join(acc[r][q][0], acc[r][q][1])
+#define DSPARK__SUM(r) \
+    if (Q > 3) { \
+        dspark__v_sum4(p->y[r] + Q * g, DSPARK__JOIN(r, 0), DSPARK__JOIN(r, 1), DSPARK__JOIN(r, 2), DSPARK__JOIN(r, 3)); \
+    } else { \
+        p->y[r][Q * g] = dspark__v_sum(DSPARK__JOIN(r, 0)); \
+        if (Q > 1) p->y[r][Q * g + 1] = dspark__v_sum(DSPARK__JOIN(r, 1)); \
+    }
+
+#define dspark__product_of DSPARK__AT(product_of)
+DSPARK__INLINE void dspark__product_of(const dspark__product *of, const int dtype, const int R, const int Q) {
+    const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : dtype == DSPARK_F32 ? 16 : 32;
+    const dspark__product copy = *of, *p = &copy;       // nothing below can change it
+    float *const scale = copy.scale;
+    dspark__p acc[6][4][2], v, w0, w1, w2, w3, t0, t1, t2, t3;
+    w1 = w2 = w3 = t0 = t1 = t2 = t3 = dspark__p_zero();
+    for (int g = 0; g < p->groups; g++) {
+        const size_t at = (size_t)g * p->step;
+        if (dtype == DSPARK_FP4 && p->codes[0]) {
+            const size_t to = at / 16;      // a scale for each 16 bytes of a row
+            const uint8_t *codes[4];
+            for (int q = 0; q < 4; q++) codes[q] = p->codes[q < Q ? q : 0] + to;
+            DSPARK__AT(scales)(codes, p->n / 32, p->end, scale);
+        }
+        DSPARK__EACH_ROW(DSPARK__ZERO)
+        for (size_t k = 0, n = (size_t)p->n; k < n; k += DSPARK__AT(piece) == 32 ? 64 : 32) {
+            if (k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }        // every 64 bytes
+            DSPARK__STEP(0, 0)
+            if (DSPARK__AT(piece) == 8) DSPARK__STEP(8, 1)
+            DSPARK__STEP(DSPARK__AT(piece) == 32 ? 32 : 16, 0)
+            if (DSPARK__AT(piece) == 8) DSPARK__STEP(24, 1)
+        }
+        DSPARK__EACH_ROW(DSPARK__SUM)
+    }
+}
+
+#define dspark__multiply DSPARK__AT(multiply)
+#if DSPARK__PATH == 1
+static void dspark__multiply(int dtype, int R, const dspark__product *p) {
+    (void)R;
+    dspark__product_of(p, dtype, 1, 1);
+}
+#else
+// One function a dtype and number of rows, with as many outputs as the registers hold.
+#define DSPARK__PRODUCT(name, dtype, R) \
+    static void DSPARK__AT(name##R)(const dspark__product *p) { \
+        dspark__product_of(p, dtype, R, R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs)); \
+    }
+#if DSPARK__PATH == 5
+#define DSPARK__PRODUCTS(R) DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
+#define DSPARK__PRODUCT_ROW(R) { NULL, NULL, NULL, DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
+#else
+#define DSPARK__PRODUCTS(R) \
+    DSPARK__PRODUCT(f32_, DSPARK_F32, R) DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) \
+    DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
+#define DSPARK__PRODUCT_ROW(R) \
+    { DSPARK__AT(f32_##R), DSPARK__AT(bf16_##R), DSPARK__AT(f16_1), DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
+DSPARK__PRODUCT(f16_, DSPARK_F16, 1)        // rare: one row at a time
+#endif
+DSPARK__PRODUCTS(1)
+DSPARK__PRODUCTS(2)
+DSPARK__PRODUCTS(3)
+#if DSPARK__PATH == 3 || DSPARK__PATH == 5
+DSPARK__PRODUCTS(4)
+DSPARK__PRODUCTS(5)
+DSPARK__PRODUCTS(6)
+#endif
+static void dspark__multiply(int dtype, int R, const dspark__product *p) {
+    static void (*const products[][5])(const dspark__product *) = {
+        DSPARK__PRODUCT_ROW(1), DSPARK__PRODUCT_ROW(2), DSPARK__PRODUCT_ROW(3),
+#if DSPARK__PATH == 3 || DSPARK__PATH == 5
+        DSPARK__PRODUCT_ROW(4), DSPARK__PRODUCT_ROW(5), DSPARK__PRODUCT_ROW(6)
+#endif
+    };
+    products[R - 1][dtype](p);
+}
+#undef DSPARK__PRODUCTS
+#undef DSPARK__PRODUCT_ROW
+#endif
+
+#if DSPARK__PATH != 5
+// Rows go in even groups of at most `rows`: 8 are 4 and 4. The size of the next group when n are left.
+static int DSPARK__AT(group)(int n) {
+    int groups = (n + DSPARK__AT(rows) - 1) / DSPARK__AT(rows);
+    return (n + groups - 1) / groups;
+}
+
+// The input as a product wants it, and zeros behind it: for FP8 times the scales of a row of blocks; for FP8 and FP4
+// of each 32 the odd ones first.
+static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *x, float *y) {
+    const uint8_t *scale = m->scale;
+    int n = m->cols;
+    dspark__v s = dspark__v_set(1);
+    if (m->dtype == DSPARK_FP8) scale += (size_t)block * (size_t)((n + 127) / 128);
+    for (int k = 0; k < n; k += 32) {
+        dspark__v a = dspark__v_load_n(x + k, n - k, 0), b = dspark__v_load_n(x + k + 16, n - k - 16, 0);
+        if (m->dtype == DSPARK_FP8 && k % 128 == 0) s = dspark__v_set(dspark__fp8_factor(scale[k / 128]));
+        if (m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4) dspark__v_unzip(y + k, dspark__v_mul(a, s), dspark__v_mul(b, s));
+        else dspark__v_store(y + k, a), dspark__v_store(y + k + 16, b);
     }
 }
 
 // The next weight rows into p: outputs i, i + 1, ...; past the end the last one again. odd: room to pad them
 // with zeros, where a row's length asks for it.
-static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, float *scales,
-                             uint8_t *odd) {
+static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, uint8_t *odd) {
     const dspark_matrix *m = job->w;
-    const uint8_t *scale[4] = { NULL, NULL, NULL, NULL };
     size_t bytes = dspark__row_bytes(m), padded = DSPARK__AT(bytes)(m->dtype, (size_t)p->n);
     for (int q = 0; q < 4; q++) {
         size_t row = (size_t)(job->first + (i + q < end ? i + q : end - 1));
         p->w[q] = (const uint8_t *)m->data + row * bytes;
-        if (m->dtype == DSPARK_FP4) scale[q] = m->scale + row * (size_t)(m->cols / 32);
+        if (m->dtype == DSPARK_FP4) p->codes[q] = m->scale + row * (size_t)(m->cols / 32);
         if (!odd) continue;
         memset(odd + (size_t)q * padded, 0, padded);
         p->w[q] = (const uint8_t *)memcpy(odd + (size_t)q * padded, p->w[q], bytes);
     }
-    if (m->dtype == DSPARK_FP4)
-        DSPARK__AT(scales)(scale, m->cols / 32, m->scale + (size_t)m->rows * (size_t)(m->cols / 32), scales);
 }
 
-// Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs. Few weights at a time, which
-// stay in the first cache for all rows. spare: four rows of weights; four rows' FP4 scales.
+// Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs: all outputs at once if the rows are one
+// group; else few at a time, whose weights stay in the first cache for all rows. spare: four rows of weights; four rows'
+// FP4 scales.
 static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end, const float *const *x,
-                                     float *const *y, int n, float *spare) {
+                                     float *const *y, int n, float *spare,
+                                     void (*multiply)(int, int, const dspark__product *)) {
     const dspark_matrix *m = job->w;
-    size_t stride = dspark__input_stride(m->cols);
     int single = n == 1 || m->dtype == DSPARK_F16, Q = single ? DSPARK__AT(wide) : DSPARK__AT(outputs);
-    size_t group = dspark__row_bytes(m) * (size_t)Q, ahead = (DSPARK__AHEAD + group - 1) / group * group;
+    int once = n <= (single ? 1 : DSPARK__AT(rows)) && m->cols % 32 == 0;
     dspark__product p;
-    p.n = (m->cols + 31) / 32 * 32, p.scale = spare + 4 * stride;
-    for (int i = begin; i < end; i += Q) {
-        DSPARK__AT(take)(job, i, end, &p, spare + 4 * stride, m->cols % 32 ? (uint8_t *)spare : NULL);
-        p.ahead = ahead;
-        for (int r = 0, R; r < n; r += R, p.ahead = 0) {
+    p.n = (m->cols + 31) / 32 * 32, p.step = dspark__row_bytes(m) * (size_t)Q;
+    p.scale = spare + 4 * dspark__input_stride(m->cols);
+    if (m->dtype == DSPARK_FP4) p.end = m->scale + (size_t)m->rows * (size_t)(m->cols / 32);
+    for (int i = begin; i < end; i += p.groups * Q) {
+        float some[6][4];
+        int whole = end - i >= Q;
+        DSPARK__AT(take)(job, i, end, &p, m->cols % 32 ? (uint8_t *)spare : NULL);
+        p.groups = once && whole ? (end - i) / Q : 1;
+        p.ahead = (DSPARK__AHEAD + p.step - 1) / p.step * p.step;
+        for (int r = 0, R; r < n; r += R, p.ahead = 0, p.codes[0] = NULL) {
             R = single ? 1 : DSPARK__AT(group)(n - r);
-            for (int j = 0; j < R; j++) p.x[j] = x[r + j];
-            dspark__multiply(m->dtype, R, &p);
-            for (int j = 0; j < R; j++)
-                if (Q == 4 && i + Q <= end) memcpy(y[r + j] + i, p.sum[j], 4 * sizeof(float));
-                else for (int q = 0; q < Q && i + q < end; q++) y[r + j][i + q] = p.sum[j][q];
+            for (int j = 0; j < R; j++) p.x[j] = x[r + j], p.y[j] = whole ? y[r + j] + i : some[j];
+            multiply(m->dtype, R, &p);
+            for (int j = 0; j < R && !whole; j++) memcpy(y[r + j] + i, some[j], (size_t)(end - i) * sizeof(float));
         }
     }
 }
 
-static void DSPARK__AT(linear)(const dspark__job *job, int begin, int end, float *scratch) {
+// bf16: whether the machine has products of bfloat16, which give the same bits where they are exact.
+static void DSPARK__AT(linear_by)(const dspark__job *job, int begin, int end, float *scratch, int bf16) {
     const dspark_matrix *m = job->w;
     size_t stride = dspark__input_stride(m->cols);
     float *copy = scratch + (64 - ((uintptr_t)scratch & 63)) % 64 / sizeof(float);
     float *spare = copy + stride * (size_t)dspark__linear_rows(job->n_rows);
-    int copied = m->cols % 32 != 0 || m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4;
+    int quantized = m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4, copied = quantized || m->cols % 32 != 0;
     const float *x[DSPARK__LINEAR_ROWS];
     for (int i = begin, next; i < end; i = next) {
         int block = (job->first + i) / 128;
         next = (block + 1) * 128 - job->first;
         if (next > end) next = end;
         for (int r = 0, n; r < job->n_rows; r += n) {
+            void (*multiply)(int, int, const dspark__product *) = dspark__multiply;
             n = dspark__linear_rows(job->n_rows - r);
             for (int j = 0; j < n; j++) {
                 x[j] = job->x[r + j];
@@ -7643,10 +7779,25 @@ static void DSPARK__AT(linear)(const dspark__job *job, int begin, int end, float
                 DSPARK__AT(prepare)(m, block, x[j], copy + (size_t)j * stride);
                 x[j] = copy + (size_t)j * stride;
             }
-            DSPARK__AT(linear_block)(job, i, next, x, job->y + r, n, spare);
+#if DSPARK__PATH == 3
+            int exact = bf16 && quantized && m->cols % 64 == 0;
+            for (int j = 0; j < n && exact; j++) exact = DSPARK__AT(is_bf16)(x[j], m->cols);
+            for (int j = 0; j < n && exact; j++) DSPARK__AT(to_bf16)(copy + (size_t)j * stride, m->cols);
+            if (exact) multiply = dspark__multiply_5;
+#endif
+            DSPARK__AT(linear_block)(job, i, next, x, job->y + r, n, spare, multiply);
         }
     }
+    (void)bf16;
 }
+static void DSPARK__AT(linear)(const dspark__job *job, int begin, int end, float *scratch) {
+    DSPARK__AT(linear_by)(job, begin, end, scratch, 0);
+}
+#if DSPARK__PATH == 3
+static void dspark__linear_bf16(const dspark__job *job, int begin, int end, float *scratch) {
+    DSPARK__AT(linear_by)(job, begin, end, scratch, 1);
+}
+#endif
 
 // ---- Rounding to FP8 and FP4
 
@@ -7716,15 +7867,21 @@ static void DSPARK__AT(decode_fp8)(const uint8_t *codes, const uint8_t *scales, 
     for (int b = 0; b < n; b += block) {
         int size = n - b < block ? n - b : block;
         dspark__v s = dspark__v_set(dspark__e8m0(*scales++));
-        for (int i = 0; i < size; i += 16) {
+        for (int i = 0; i < size; i += 32) {
             const uint8_t *from = codes + b + i;
-            uint8_t some[16] = { 0 };
-            dspark__v v;
-            if (size - i < 16) from = (const uint8_t *)memcpy(some, from, (size_t)(size - i));
-            v = dspark__v_join(dspark__p_fp8(from), dspark__p_fp8(from + DSPARK__AT(piece) % 16));
-            v = dspark__v_mul(v, dspark__v_set(256));
-            v = dspark__v_less(dspark__v_set(448), dspark__v_abs(v), nan, v);
-            dspark__v_store_n(y + b + i, size - i, dspark__v_mul(v, s));
+            uint8_t some[32] = { 0 };
+            float all[32];
+            dspark__v v[2];
+            if (size - i < 32) from = (const uint8_t *)memcpy(some, from, (size_t)(size - i));
+            v[0] = dspark__v_join(dspark__p_fp8(from, 16), dspark__p_fp8(from, 16 + DSPARK__AT(piece) % 16));
+            v[1] = dspark__v_join(dspark__p_fp8(from, 0), dspark__p_fp8(from, DSPARK__AT(piece) % 16));
+            for (int odd = 0; odd < 2; odd++) {
+                v[odd] = dspark__v_mul(v[odd], dspark__v_set(256));
+                v[odd] = dspark__v_less(dspark__v_set(448), dspark__v_abs(v[odd]), nan, v[odd]);
+                v[odd] = dspark__v_mul(v[odd], s);
+            }
+            dspark__v_zip(size - i < 32 ? all : y + b + i, v[0], v[1]);
+            if (size - i < 32) memcpy(y + b + i, all, (size_t)(size - i) * sizeof(float));
         }
     }
 }
@@ -7750,11 +7907,11 @@ static void DSPARK__AT(encode_fp4)(const float *x, int n, uint8_t *codes, uint8_
 }
 
 static void DSPARK__AT(decode_fp4)(const uint8_t *codes, const uint8_t *scales, int n, float *y) {
-    for (int i = 0; i < n; i += 16) {
-        dspark__p table = dspark__p_table(dspark__e8m0(scales[i / 32]));
-        dspark__p a = dspark__p_fp4(codes + i / 2, table);
-        dspark__p b = dspark__p_fp4(codes + i / 2 + DSPARK__AT(piece) % 16 / 2, table);
-        dspark__v_store(y + i, dspark__v_order(dspark__v_join(a, b)));
+    for (int i = 0; i < n; i += 32, codes += 16) {
+        dspark__p table = dspark__p_table(dspark__e8m0(*scales++));
+        dspark__p even = dspark__p_fp4(codes, 16, table), odd = dspark__p_fp4(codes, 0, table);
+        dspark__v_zip(y + i, dspark__v_join(even, dspark__p_fp4(codes, 16 + DSPARK__AT(piece) % 16, table)),
+                      dspark__v_join(odd, dspark__p_fp4(codes, DSPARK__AT(piece) % 16, table)));
     }
 }
 
@@ -7973,8 +8130,10 @@ DSPARK__INLINE void dspark__weigh(const float *const *rows, int n_rows, int at, 
 static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const *rows, int n, float scale,
                                float *s) {
     dspark__product p;
+    float some[6][4];
     memset(&p, 0, sizeof p);
-    p.n = d;
+    p.n = d, p.groups = 1;
+    for (int r = 0; r < 6; r++) p.y[r] = some[r];
     for (int j0 = 0; j0 < n && d % 32 == 0; j0 += 8)
         for (int h = 0, R; h < H; h += R) {
             int Q;
@@ -7985,7 +8144,7 @@ static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const 
                 dspark__multiply(DSPARK_F32, R, &p);
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < Q && j + i < n; i++)
-                        s[(size_t)(h + r) * (size_t)n + (size_t)(j + i)] = scale * p.sum[r][i];
+                        s[(size_t)(h + r) * (size_t)n + (size_t)(j + i)] = scale * some[r][i];
             }
         }
     for (int h = 0; h < H && d % 32; h++)       // a width that no model has
@@ -8031,14 +8190,15 @@ static float DSPARK__AT(index_score)(const float *q, const float *w, int H, int 
     float dots[16];
     dspark__v s = dspark__v_zero(), v;
     dspark__product p;
-    p.n = d, p.ahead = 0, p.x[0] = key;
+    memset(&p, 0, sizeof p);
+    p.n = d, p.groups = 1, p.x[0] = key;
     for (int h0 = 0; h0 < H; h0 += 16) {
         int n = H - h0 < 16 ? H - h0 : 16;
         for (int h = 0; h < n && d % 32; h++) dots[h] = DSPARK__AT(dot)(q + h * d, key, d);
         for (int h = 0; h < n && d % 32 == 0; h += Q) {
             for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)(q + (h + i < n ? h + i : n - 1) * d);
+            p.y[0] = dots + h;
             dspark__multiply(DSPARK_F32, 1, &p);
-            for (int i = 0; i < Q && h + i < n; i++) dots[h + i] = p.sum[0][i];
         }
         v = dspark__v_max(dspark__v_load_n(dots, n, 0), dspark__v_zero());
         s = dspark__v_fma(v, dspark__v_load_n(w + h0, n, 0), s);
@@ -8108,20 +8268,23 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
     }
 }
 
-static const dspark__kernels DSPARK__AT(kernels) = {
+#define DSPARK__KERNELS(name, linear) { \
+        name, linear, DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4), \
+        DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(sum_squares), \
+        DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), \
+        DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_score), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
+    }
+static const dspark__kernels DSPARK__AT(kernels) =
 #if DSPARK__PATH == 1
-    "plain C",
+    DSPARK__KERNELS("plain C", DSPARK__AT(linear));
 #elif DSPARK__PATH == 2
-    "AVX2",
+    DSPARK__KERNELS("AVX2", DSPARK__AT(linear));
 #elif DSPARK__PATH == 3
-    "AVX-512",
+    DSPARK__KERNELS("AVX-512", DSPARK__AT(linear));
+static const dspark__kernels dspark__kernels_bf16 = DSPARK__KERNELS("AVX-512 BF16", dspark__linear_bf16);
 #else
-    "NEON",
+    DSPARK__KERNELS("NEON", DSPARK__AT(linear));
 #endif
-    DSPARK__AT(linear), DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8),
-    DSPARK__AT(encode_fp4), DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy),
-    DSPARK__AT(sum_squares), DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh),
-    DSPARK__AT(sqrt_softplus), DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_score),
-    DSPARK__AT(pool), DSPARK__AT(sinkhorn)
-};
+#undef DSPARK__KERNELS
+#endif  // DSPARK__PATH != 5
 #endif  // DSPARK__PATH

@@ -125,21 +125,39 @@ static void run_linear(const dspark__kernels *k, const dspark_matrix *m, test_ro
 static const int linear_shapes[][4] = {     // rows, cols, first, rows of x
     { 5, 32, 0, 1 }, { 7, 48, 1, 2 }, { 130, 96, 3, 3 }, { 33, 288, 0, 4 }, { 260, 160, 126, 5 }, { 21, 608, 2, 6 },
     { 12, 1120, 0, 7 }, { 9, 544, 0, 8 }, { 10, 64, 3, 9 }, { 140, 320, 100, 64 }, { 4, 200, 0, 1 }, { 6, 17, 0, 3 },
-    { 6, 1, 0, 2 }, { 5, 15, 1, 7 }, { 3, 520, 0, 13 }, { 1, 31, 0, 6 }, { 300, 257, 0, 5 }
+    { 6, 1, 0, 2 }, { 5, 15, 1, 7 }, { 3, 520, 0, 13 }, { 1, 31, 0, 6 }, { 300, 257, 0, 5 }, { 70, 128, 2, 1 },
+    { 131, 192, 1, 2 }, { 23, 1024, 0, 3 }, { 9, 448, 0, 4 }, { 6, 64, 1, 5 }, { 133, 256, 0, 6 }
 };
 
+/* Inputs of an FP8 or FP4 linear: any floats; rounded to FP8, so that they and the products are exact in few bits; the
+   same so small that a product of bfloat16 would flush some to zero; scales of any code. */
+enum { ANY_INPUTS, ROUNDED_INPUTS, TINY_INPUTS, ANY_SCALES, INPUT_KINDS };
+static void change_inputs(const dspark__kernels *k, int inputs, int kind, test_matrix *m, test_rows *t, int cols) {
+    size_t n_scales = kind == DSPARK_FP8 ? (size_t)((m->m.rows + 127) / 128) * (size_t)((cols + 127) / 128)
+                                         : (size_t)m->m.rows * (size_t)(cols / 32);
+    uint8_t *scale = (uint8_t *)m->scales + (m->m.scale - (const uint8_t *)m->scales);
+    for (int r = 0; inputs != ANY_INPUTS && r < t->n_rows; r++) {
+        float *x = t->x_memory + r * t->stride;
+        k->round_fp8(x, cols, 128, x);
+        for (int i = 0; inputs == TINY_INPUTS && i < cols; i++) x[i] *= i % 3 ? 0x1p-60f : 0x1p-127f;
+    }
+    for (size_t i = 0; inputs == ANY_SCALES && i < n_scales; i++) scale[i] = (uint8_t)(random_bits() >> 9);
+}
+
 static int linear_cases(const dspark__kernels *k, kernel_case *out) {
+    static const char *const inputs_name[] = { "", ", rounded inputs", ", tiny inputs", ", any scales" };
     int n_shapes = (int)(sizeof linear_shapes / sizeof *linear_shapes), count = 0;
     for (int kind = DSPARK_F32; kind <= DSPARK_FP4; kind++)
-        for (int i = 0; i < n_shapes; i++) {
-            const int *s = linear_shapes[i];
+        for (int i = 0; i < n_shapes * (kind >= DSPARK_FP8 ? INPUT_KINDS : 1); i++) {
+            const int *s = linear_shapes[i % n_shapes], inputs = i / n_shapes;
             int cols = kind == DSPARK_FP4 ? (s[1] + 31) / 32 * 32 : s[1], n = s[0] - s[2], cut = n / 8 * 4;
             test_matrix m = random_matrix(kind, s[0], cols, i & 3);
             test_rows t = random_rows(s[3], cols, n);
+            change_inputs(k, inputs, kind, &m, &t, cols);
             run_linear(k, &m.m, &t, s[2], cut, n);
             run_linear(k, &m.m, &t, s[2], 0, cut);
-            snprintf(out[count].name, sizeof out->name, "linear %s [%d x %d] from %d, %d rows", kind_name(kind), s[0], cols,
-                     s[2], s[3]);
+            snprintf(out[count].name, sizeof out->name, "linear %s [%d x %d] from %d, %d rows%s", kind_name(kind), s[0], cols,
+                     s[2], s[3], inputs_name[inputs]);
             out[count++].hash = hash_floats(HASH_START, t.y_memory, t.n_rows * n);
             free_matrix(m);
             free_rows(t);
@@ -260,7 +278,7 @@ static int attention_cases(const dspark__kernels *k, kernel_case *out) {
     return count;
 }
 
-#define MAX_KERNEL_CASES 256
+#define MAX_KERNEL_CASES 512
 // All of them, [MAX_KERNEL_CASES]; returns how many.
 static int kernel_cases(const dspark__kernels *k, kernel_case *out) {
     int n;

@@ -11,7 +11,7 @@
 
 int main(int argc, char **argv) {
     static kernel_case cases[MAX_KERNEL_CASES];
-    for (int path = DSPARK_PATH_PLAIN; path <= DSPARK_PATH_NEON; path++) {
+    for (int path = DSPARK_PATH_PLAIN; path < DSPARK_PATHS; path++) {
         const dspark__kernels *k = dspark__kernels_choose(path);
         uint64_t hash = HASH_START;
         int n = k ? kernel_cases(k, cases) : 0;

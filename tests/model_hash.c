@@ -29,7 +29,7 @@ static uint64_t hash_text(uint64_t hash, dspark_model *m, float temperature, int
 }
 
 int main(void) {
-    for (int path = DSPARK_PATH_PLAIN; path <= DSPARK_PATH_NEON; path++)
+    for (int path = DSPARK_PATH_PLAIN; path < DSPARK_PATHS; path++)
         for (int threads = 1; threads <= 2; threads++) {
             dspark_model_desc d;
             dspark_model *m;
