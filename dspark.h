@@ -5363,6 +5363,8 @@ typedef struct {
     void (*hadamard)(float *y, int n);      // y_i = n^-1/2 sum_j (-1)^popcount(i & j) y_j; n a power of two
     float (*dot)(const float *a, const float *b, int n);
     void (*axpy)(float *y, float a, const float *x, int n);         // y += a x
+    // out_k = post_k y + sum_j w_jk x_j for k < K <= 8: w [C][K], x [C][n], out [K][n], which may be x; y NULL: 0
+    void (*mix)(const float *x, int C, int n, const float *w, int K, const float *y, const float *post, float *out);
     float (*sum_squares)(const float *x, int n);
     void (*rms_norm)(const float *x, const float *w, int n, float eps, float *y);       // w NULL: ones
     // weight silu(min(gate, limit)) clamp(up, -limit, limit); limit 0: none; y may be gate or up
@@ -5387,9 +5389,9 @@ typedef struct {
 // Products of up to 6 rows of inputs with `groups` times up to 4 rows of weights, each group behind the last.
 typedef struct {
     const uint8_t *w[4];        // of the first group: n weights each, as they are stored; n a multiple of 32
-    const uint8_t *codes[4];    // FP4: their scales; NULL if p.scale has them. Past `end` nothing is read.
+    const uint8_t *codes;       // FP4: the first row's scales, or NULL if `scale` has them; past `end` nothing is read
     const uint8_t *end;
-    float *scale;               // FP4: room for [block of 32][4] of them as p_table wants them
+    float *scale;               // room for those of four rows as p_table wants them, [4][n / 32]
     const float *x[6];          // as prepare() leaves them
     float *y[6];                // [row][output]
     int n, groups;
@@ -5407,7 +5409,7 @@ static int dspark__linear_rows(int n) {     // the size of the next group when n
 // How many bytes of weights are fetched before they are used: into the second cache, for what is on its way to the
 // first holds one of its few miss buffers.
 enum { DSPARK__AHEAD = 4096 };
-// 16 more: rows a multiple of 4 KiB apart would fall on the same lines of the first cache.
+// 16 more, so that rows do not fall on the same lines of the first cache.
 static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
 // Floats of scratch for a thread: rows of inputs; four of weights; their scales.
 static size_t dspark__linear_scratch(int cols, int n_rows) {
@@ -5435,10 +5437,9 @@ static uint32_t dspark__bits_of(float f) {
 static float dspark__exp2i(int e) { return dspark__float_of((uint32_t)(e + 127) << 23); }
 // 2^(byte - 127); 0 is the subnormal 2^-127, 255 (NaN in E8M0) infinity
 static float dspark__e8m0(uint8_t byte) { return dspark__float_of(byte ? (uint32_t)byte << 23 : 0x400000u); }
-// An FP8 block's scale times the 2^8 that decoding leaves out, held in 2^-56 .. 2^71: so x takes it exactly.
-static float dspark__fp8_factor(uint8_t byte) {
-    return dspark__exp2i((byte < 63 ? 63 : byte > 190 ? 190 : byte) - 127 + 8);
-}
+// An FP8 block's scale times the 2^8 that decoding leaves out, as a power of two, held in -56 .. 71: so x takes it
+// exactly.
+static int dspark__fp8_power(uint8_t byte) { return (byte < 63 ? 63 : byte > 190 ? 190 : byte) - 127 + 8; }
 // e of the smallest 2^e with amax / 2^e within the format, from the bits: log2f is wrong near powers of two.
 static int dspark__fp8_exponent(float amax) {       // 448 = 1.75 * 2^8
     uint32_t u = dspark__bits_of(amax > 1e-4f ? amax : 1e-4f);
@@ -5620,7 +5621,8 @@ typedef struct {
     size_t n_pointers;
 } dspark__cpu;
 
-static int dspark__pad(int n) { return (n + 15) / 16 * 16; }
+// A row's stride: rows a multiple of 4 KiB apart would fall on the same lines of the first cache.
+static int dspark__pad(int n) { return (n + 15) / 16 * 16 + (n % 1024 ? 0 : 16); }
 static int dspark__shared_width(const dspark_config *c) {
     return c->n_shared_experts * c->moe_intermediate_size;
 }
@@ -5840,8 +5842,7 @@ static void dspark__mix_scale(dspark__cpu *d, int r, float *m, int n) {
 static void dspark__mix_copies(dspark__cpu *d, int r, const float *pre, float *x) {
     const dspark_config *c = d->c;
     const float *stream = dspark__row(d->stream, r, c->hc_mult * c->hidden_size);
-    memset(x, 0, (size_t)c->hidden_size * sizeof *x);
-    for (int j = 0; j < c->hc_mult; j++) d->k->axpy(x, pre[j], stream + j * c->hidden_size, c->hidden_size);
+    d->k->mix(stream, c->hc_mult, c->hidden_size, pre, 1, NULL, NULL, x);
 }
 
 typedef struct { const dspark_mix *mix; const float *norm; } dspark__mix_arg;
@@ -5885,18 +5886,11 @@ static void dspark__cpu_mix_in(void *device, int layer, int sub) {
 
 // copy_k = post_k y + sum_j comb_jk copy_j, the sum over comb's first index
 static void dspark__mix_out_row(dspark__cpu *d, int thread, int r, void *arg) {
-    const dspark_config *c = d->c;
-    int C = c->hc_mult, h = c->hidden_size;
-    const float *post = dspark__row(d->post_comb, r, (2 + C) * C), *comb = post + C;
-    float *stream = dspark__row(d->stream, r, C * h), *y = dspark__row(d->y, r, h),
-          *out = dspark__scratch(d, thread);
-    (void)arg;
-    memset(out, 0, (size_t)(C * h) * sizeof *out);
-    for (int k = 0; k < C; k++) {
-        d->k->axpy(out + k * h, post[k], y, h);
-        for (int j = 0; j < C; j++) d->k->axpy(out + k * h, comb[j * C + k], stream + j * h, h);
-    }
-    memcpy(stream, out, (size_t)(C * h) * sizeof *out);
+    int C = d->c->hc_mult, h = d->c->hidden_size;
+    const float *post = dspark__row(d->post_comb, r, (2 + C) * C);
+    float *stream = dspark__row(d->stream, r, C * h);
+    (void)thread, (void)arg;
+    d->k->mix(stream, C, h, post + C, C, dspark__row(d->y, r, h), post, stream);
 }
 
 static void dspark__cpu_mix_out(void *device, int layer, int sub) {
@@ -6052,11 +6046,23 @@ static uint32_t dspark__ordered(float x) {
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// The k largest of scores [n], ascending by index; among equals the lower index wins. The k-th largest is
-// found a byte at a time, by counting.
+// The k largest of scores [n], ascending by index; among equals the lower index wins.
+static void dspark__top_few(const float *scores, int n, int k, int *chosen) {
+    for (int i = 0, n_chosen = 0; n_chosen < k && i < n; i++) {
+        int before = 0;
+        for (int j = 0; j < n; j++) before += j < i ? scores[j] >= scores[i] : scores[j] > scores[i];
+        if (before < k) chosen[n_chosen++] = i;
+    }
+}
+
+// The same for any number. The k-th largest is found a byte at a time, by counting.
 static void dspark__top(const float *scores, int n, int k, int *chosen) {
     uint32_t kth = 0;
     int equal = k, n_chosen = 0;    // how many of those equal to the k-th belong to the k
+    if (n <= 32) {
+        dspark__top_few(scores, n, k, chosen);
+        return;
+    }
     for (int shift = 24; shift >= 0; shift -= 8) {
         int counts[256] = { 0 }, digit = 255;
         for (int i = 0; i < n; i++) {
@@ -6892,7 +6898,6 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
 #define dspark__v_join DSPARK__AT(v_join)           // the vector of two pieces, if a piece is half of one
 #define dspark__v_sum4 DSPARK__AT(v_sum4)           // the sums (v_sum) of four vectors
 #define dspark__v_e8m0 DSPARK__AT(v_e8m0)           // 16 scales
-#define dspark__interleave DSPARK__AT(interleave)   // 64 bytes: p[0][0] p[1][0] p[2][0] p[3][0] p[0][1] ...
 #define dspark__prefetch DSPARK__AT(prefetch)
 
 // Each path says how many rows and outputs of a product its registers hold, and outputs of one row (wide).
@@ -6909,16 +6914,6 @@ DSPARK__INLINE __m128i DSPARK__AT(load16)(const uint8_t *p) {
     return _mm_loadu_si128((const __m128i *)(const void *)p);
 }
 DSPARK__INLINE void DSPARK__AT(store16)(uint8_t *p, __m128i x) { _mm_storeu_si128((__m128i *)(void *)p, x); }
-DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *const *p) {
-    __m128i a = DSPARK__AT(load16)(p[0]), b = DSPARK__AT(load16)(p[1]);
-    __m128i c = DSPARK__AT(load16)(p[2]), d = DSPARK__AT(load16)(p[3]);
-    __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
-    DSPARK__AT(store16)(y, _mm_unpacklo_epi16(ab, cd));
-    DSPARK__AT(store16)(y + 16, _mm_unpackhi_epi16(ab, cd));
-    ab = _mm_unpackhi_epi8(a, b), cd = _mm_unpackhi_epi8(c, d);
-    DSPARK__AT(store16)(y + 32, _mm_unpacklo_epi16(ab, cd));
-    DSPARK__AT(store16)(y + 48, _mm_unpackhi_epi16(ab, cd));
-}
 // Halves, then quarters of a and c beside each other, then of both pairs.
 DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m256 d) {
     __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
@@ -7030,9 +7025,6 @@ DSPARK__CALLED dspark__p dspark__p_f16(const uint8_t *p) {
 }
 DSPARK__CALLED dspark__v dspark__v_e8m0(const uint8_t *p) {
     DSPARK__EACH(dspark__v, .f[i] = dspark__e8m0(p[i]));
-}
-DSPARK__CALLED void dspark__interleave(uint8_t *y, const uint8_t *const *p) {
-    for (int i = 0; i < 64; i++) y[i] = p[i % 4][i / 4];
 }
 DSPARK__CALLED void dspark__prefetch(const void *p) { (void)p; }
 
@@ -7283,9 +7275,9 @@ DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
 DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
-// Whether n inputs are bfloat16, and 0 or so large that no product with a weight loses a bit to underflow.
+// Whether n inputs are bfloat16, and 0 or of a size that no scale takes to an underflow.
 static int DSPARK__AT(is_bf16)(const float *x, int n) {
-    const __m512i least = _mm512_set1_epi32(0x24800000), range = _mm512_set1_epi32(0x40000000);      // 2^-54 .. 2^74
+    const __m512i least = _mm512_set1_epi32(0x2b800000), range = _mm512_set1_epi32(0x28000000);      // 2^-40 .. 2^40
     for (int k = 0; k < n; k += 16) {
         __m512i u = _mm512_loadu_si512(x + k), a = _mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff));
         __mmask16 in = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(a, least), range);
@@ -7293,16 +7285,24 @@ static int DSPARK__AT(is_bf16)(const float *x, int n) {
     }
     return 1;
 }
-// n floats, of each 32 the odd ones first, to pairs of bfloat16 in their place.
-static void DSPARK__AT(to_bf16)(float *x, int n) {
+// n of them, from floats to pairs.
+static void DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
+    for (int k = 0; k < n; k += 16)
+        _mm256_storeu_si256((__m256i *)(void *)(y + k), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_loadu_si512(x + k), 16)));
+}
+// y = x times the scales of a row of FP8 blocks: their power of two is added where x is not 0.
+static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, const uint8_t *scale, uint16_t *y) {
+    __m512i power = _mm512_setzero_si512();
     for (int k = 0; k < n; k += 32) {
-        __m512i odd = _mm512_loadu_si512(x + k), even = _mm512_loadu_si512(x + k + 16);
-        odd = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
-        _mm512_storeu_si512(x + k / 2, odd);
+        __m512i u = _mm512_loadu_si512(x + k);
+        __mmask32 some = _mm512_test_epi16_mask(u, _mm512_set1_epi16(0x7fff));
+        if (k % 128 == 0) power = _mm512_set1_epi16((short)(dspark__fp8_power(scale[k / 128]) * 128));
+        _mm512_storeu_si512(y + k, _mm512_mask_add_epi16(u, some, u, power));
     }
 }
 #else       // pairs of bfloat16 in a piece, 32; inputs lie in as many bytes
 DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return _mm512_loadu_ps(x + k / 2); }
+DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) { return _mm512_loadu_ps(p); }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return _mm512_dpbf16_ps(z, (__m512bh)x, (__m512bh)y);
 }
@@ -7493,12 +7493,6 @@ DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     for (int i = 0; i < 16; i++) y[i] = dspark__e8m0(p[i]);
     return dspark__v_load(y);
 }
-DSPARK__INLINE void dspark__interleave(uint8_t *y, const uint8_t *const *p) {
-    uint8x16x4_t all;
-    all.val[0] = vld1q_u8(p[0]), all.val[1] = vld1q_u8(p[1]);
-    all.val[2] = vld1q_u8(p[2]), all.val[3] = vld1q_u8(p[3]);
-    vst4q_u8(y, all);
-}
 DSPARK__INLINE void dspark__prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 #endif
 
@@ -7550,24 +7544,18 @@ DSPARK__WORD void dspark__v_store_n(float *p, int n, dspark__v x) {
     else DSPARK__AT(store_some)(p, n, x);
 }
 
-// n FP4 scales of four rows, held in 2^-64 .. 2^64, as p_table wants them, those of a block beside each other; up to
-// 12 too many are written. end: of the matrix's scales, past which nothing is read.
-static void DSPARK__AT(scales)(const uint8_t *const *row, int n, const uint8_t *end, float *y) {
-    for (int k = 0; k < n; k += 16) {
-        uint8_t some[4][16] = { { 0 } }, all[64];
-        const uint8_t *at[4];
-        for (int q = 0; q < 4; q++) {
-            at[q] = row[q] + k;
-            if (end - at[q] < 16) at[q] = (const uint8_t *)memcpy(some[q], at[q], (size_t)(end - at[q]));
-        }
-        dspark__interleave(all, at);
-        for (int i = 0; i < 64 && i < 4 * (n - k); i += 16) {
-            dspark__v v = dspark__v_max(dspark__v_set(0x1p-64f), dspark__v_min(dspark__v_set(0x1p64f), dspark__v_e8m0(all + i)));
+// n FP4 scales, held in 2^-64 .. 2^64, as p_table wants them; up to 15 too many are written.
+static void DSPARK__AT(scales)(const uint8_t *codes, int n, const uint8_t *end, float *y) {
+    for (int k = 0; k < n; k += 16, codes += 16) {
+        uint8_t some[16] = { 0 };
+        dspark__v v;
+        if (end - codes < 16) memcpy(some, codes, end > codes ? (size_t)(end - codes) : 0);
+        v = dspark__v_e8m0(end - codes < 16 ? some : codes);
+        v = dspark__v_max(dspark__v_set(0x1p-64f), dspark__v_min(dspark__v_set(0x1p64f), v));
 #if DSPARK__PATH == 5
-            v.a = _mm512_or_ps(v.a, _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v.a), 16)));
+        v.a = _mm512_or_ps(v.a, _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v.a), 16)));
 #endif
-            dspark__v_store(y + 4 * k + i, v);
-        }
+        dspark__v_store(y + k, v);
     }
 }
 
@@ -7576,8 +7564,8 @@ static void DSPARK__AT(scales)(const uint8_t *const *row, int n, const uint8_t *
 DSPARK__WORD dspark__p dspark__p_decode(const int dtype, const uint8_t *w, size_t k, int part, dspark__p table) {
     if (dtype == DSPARK_FP8) return dspark__p_fp8(w + k, part);
     if (dtype == DSPARK_FP4) return dspark__p_fp4(w + k / 2, part, table);
-#if DSPARK__PATH != 5
     if (dtype == DSPARK_BF16) return dspark__p_bf16(w + 2 * (k + (size_t)part));
+#if DSPARK__PATH != 5
     if (dtype == DSPARK_F16) return dspark__p_f16(w + 2 * (k + (size_t)part));
 #endif
     return dspark__p_load(w + 4 * (k + (size_t)part));
@@ -7589,7 +7577,7 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
 // The inner product of everything: R inputs times Q rows of weights, a block of 32 (64 if a piece is 32) at a time.
 // dtype, R and Q are constants where it is called, so that what is not needed vanishes and acc stays in registers
 // (hence no loops over r and q: GCC at -O2 would keep them). Weights are decoded where they are used, each for R
-// rows: measured, that costs less than fetching them from a tile that was decoded before.
+// rows: measured, that costs less than fetching floats from a tile that was decoded before.
 #define DSPARK__EACH_ROW(what) \
     if (R > 0) { what(0) } if (R > 1) { what(1) } if (R > 2) { what(2) } \
     if (R > 3) { what(3) } if (R > 4) { what(4) } if (R > 5) { what(5) }
@@ -7605,7 +7593,7 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     if (Q > 3) acc[r][3][half] = dspark__p_fma(w3, v, acc[r][3][half]);
 #define DSPARK__PREFETCH(q) \
     dspark__prefetch((const void *)((uintptr_t)(p->w[q] + at + DSPARK__AT(bytes)(dtype, k)) + p->ahead));
-#define DSPARK__TABLE(q) t##q = dspark__p_table(scale[(k + part) / 32 * 4 + q]);
+#define DSPARK__TABLE(q) t##q = dspark__p_table(scale[q * blocks + (k + part) / 32]);
 #define DSPARK__DECODE(q) w##q = dspark__p_decode(dtype, p->w[q] + at, k, part, t##q);
 #define DSPARK__STEP(from, which) { \
         enum { part = from, half = which }; \
@@ -7627,16 +7615,13 @@ DSPARK__INLINE void dspark__product_of(const dspark__product *of, const int dtyp
     const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : dtype == DSPARK_F32 ? 16 : 32;
     const dspark__product copy = *of, *p = &copy;       // nothing below can change it
     float *const scale = copy.scale;
+    const size_t blocks = (size_t)copy.n / 32;
     dspark__p acc[6][4][2], v, w0, w1, w2, w3, t0, t1, t2, t3;
     w1 = w2 = w3 = t0 = t1 = t2 = t3 = dspark__p_zero();
     for (int g = 0; g < p->groups; g++) {
         const size_t at = (size_t)g * p->step;
-        if (dtype == DSPARK_FP4 && p->codes[0]) {
-            const size_t to = at / 16;      // a scale for each 16 bytes of a row
-            const uint8_t *codes[4];
-            for (int q = 0; q < 4; q++) codes[q] = p->codes[q < Q ? q : 0] + to;
-            DSPARK__AT(scales)(codes, p->n / 32, p->end, scale);
-        }
+        if (dtype == DSPARK_FP4 && p->codes)        // one for 16 bytes of a row
+            DSPARK__AT(scales)(p->codes + at / 16, Q * (int)blocks, p->end, scale);
         DSPARK__EACH_ROW(DSPARK__ZERO)
         for (size_t k = 0, n = (size_t)p->n; k < n; k += DSPARK__AT(piece) == 32 ? 64 : 32) {
             if (k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }        // every 64 bytes
@@ -7662,8 +7647,9 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
         dspark__product_of(p, dtype, R, R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs)); \
     }
 #if DSPARK__PATH == 5
-#define DSPARK__PRODUCTS(R) DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
-#define DSPARK__PRODUCT_ROW(R) { NULL, NULL, NULL, DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
+#define DSPARK__PRODUCTS(R) \
+    DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
+#define DSPARK__PRODUCT_ROW(R) { NULL, DSPARK__AT(bf16_##R), NULL, DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
 #else
 #define DSPARK__PRODUCTS(R) \
     DSPARK__PRODUCT(f32_, DSPARK_F32, R) DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) \
@@ -7693,6 +7679,25 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
 #undef DSPARK__PRODUCT_ROW
 #endif
 
+#if DSPARK__PATH == 5
+// Four rows of weights as bfloat16, at `tile` from here on: what more rows of inputs than a product takes pay for once.
+static void dspark__decode_bf16(dspark__product *p, int dtype, uint16_t *tile) {
+    const float *scale = p->scale;
+    if (dtype == DSPARK_FP4) DSPARK__AT(scales)(p->codes, p->n / 8, p->end, p->scale);
+    for (int q = 0; q < 4; q++) {
+        for (int k = 0; k < p->n; k += 64) {
+            dspark__p low = dspark__p_zero(), high = low;
+            if (dtype == DSPARK_FP4) low = dspark__p_table(*scale++), high = dspark__p_table(*scale++);
+            dspark__prefetch((const void *)((uintptr_t)(p->w[q] + DSPARK__AT(bytes)(dtype, (size_t)k)) + p->ahead));
+            _mm512_storeu_ps(tile + k, dspark__p_decode(dtype, p->w[q], (size_t)k, 0, low));
+            _mm512_storeu_ps(tile + k + 32, dspark__p_decode(dtype, p->w[q], (size_t)k, 32, high));
+        }
+        p->w[q] = (const uint8_t *)tile;
+        tile += p->n;
+    }
+}
+#endif
+
 #if DSPARK__PATH != 5
 // Rows go in even groups of at most `rows`: 8 are 4 and 4. The size of the next group when n are left.
 static int DSPARK__AT(group)(int n) {
@@ -7709,7 +7714,7 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
     if (m->dtype == DSPARK_FP8) scale += (size_t)block * (size_t)((n + 127) / 128);
     for (int k = 0; k < n; k += 32) {
         dspark__v a = dspark__v_load_n(x + k, n - k, 0), b = dspark__v_load_n(x + k + 16, n - k - 16, 0);
-        if (m->dtype == DSPARK_FP8 && k % 128 == 0) s = dspark__v_set(dspark__fp8_factor(scale[k / 128]));
+        if (m->dtype == DSPARK_FP8 && k % 128 == 0) s = dspark__v_set(dspark__exp2i(dspark__fp8_power(scale[k / 128])));
         if (m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4) dspark__v_unzip(y + k, dspark__v_mul(a, s), dspark__v_mul(b, s));
         else dspark__v_store(y + k, a), dspark__v_store(y + k + 16, b);
     }
@@ -7720,10 +7725,10 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
 static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, uint8_t *odd) {
     const dspark_matrix *m = job->w;
     size_t bytes = dspark__row_bytes(m), padded = DSPARK__AT(bytes)(m->dtype, (size_t)p->n);
+    if (m->dtype == DSPARK_FP4) p->codes = m->scale + (size_t)(job->first + i) * (size_t)(m->cols / 32);
     for (int q = 0; q < 4; q++) {
         size_t row = (size_t)(job->first + (i + q < end ? i + q : end - 1));
         p->w[q] = (const uint8_t *)m->data + row * bytes;
-        if (m->dtype == DSPARK_FP4) p->codes[q] = m->scale + row * (size_t)(m->cols / 32);
         if (!odd) continue;
         memset(odd + (size_t)q * padded, 0, padded);
         p->w[q] = (const uint8_t *)memcpy(odd + (size_t)q * padded, p->w[q], bytes);
@@ -7731,11 +7736,10 @@ static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__pro
 }
 
 // Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs: all outputs at once if the rows are one
-// group; else few at a time, whose weights stay in the first cache for all rows. spare: four rows of weights; four rows'
-// FP4 scales.
+// group; else few at a time, whose weights stay in the first cache for all rows. bf16: inputs are pairs of those.
+// spare: four rows of weights; four rows' FP4 scales.
 static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end, const float *const *x,
-                                     float *const *y, int n, float *spare,
-                                     void (*multiply)(int, int, const dspark__product *)) {
+                                     float *const *y, int n, float *spare, int bf16) {
     const dspark_matrix *m = job->w;
     int single = n == 1 || m->dtype == DSPARK_F16, Q = single ? DSPARK__AT(wide) : DSPARK__AT(outputs);
     int once = n <= (single ? 1 : DSPARK__AT(rows)) && m->cols % 32 == 0;
@@ -7745,18 +7749,41 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
     if (m->dtype == DSPARK_FP4) p.end = m->scale + (size_t)m->rows * (size_t)(m->cols / 32);
     for (int i = begin; i < end; i += p.groups * Q) {
         float some[6][4];
-        int whole = end - i >= Q;
+        int whole = end - i >= Q, dtype = m->dtype;
         DSPARK__AT(take)(job, i, end, &p, m->cols % 32 ? (uint8_t *)spare : NULL);
         p.groups = once && whole ? (end - i) / Q : 1;
         p.ahead = (DSPARK__AHEAD + p.step - 1) / p.step * p.step;
-        for (int r = 0, R; r < n; r += R, p.ahead = 0, p.codes[0] = NULL) {
+#if DSPARK__PATH == 3
+        if (bf16 && !once) dspark__decode_bf16(&p, dtype, (uint16_t *)(void *)spare), dtype = DSPARK_BF16;
+#endif
+        for (int r = 0, R; r < n; r += R, p.ahead = 0, p.codes = NULL) {
             R = single ? 1 : DSPARK__AT(group)(n - r);
             for (int j = 0; j < R; j++) p.x[j] = x[r + j], p.y[j] = whole ? y[r + j] + i : some[j];
-            multiply(m->dtype, R, &p);
+#if DSPARK__PATH == 3
+            if (bf16) dspark__multiply_5(dtype, R, &p);
+            else
+#endif
+            dspark__multiply(dtype, R, &p);
             for (int j = 0; j < R && !whole; j++) memcpy(y[r + j] + i, some[j], (size_t)(end - i) * sizeof(float));
         }
     }
+    (void)bf16;
 }
+
+#if DSPARK__PATH == 3
+// n rows of inputs, if they are exact in bfloat16, to pairs of those in `copy`: of a row cols of them, and behind it room
+// for as many, which a row of FP8 blocks scales.
+static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x) {
+    int cols = job->w->cols;
+    if (job->w->dtype < DSPARK_FP8 || cols % 64) return 0;
+    for (int j = 0; j < n; j++) if (!DSPARK__AT(is_bf16)(job->x[r + j], cols)) return 0;
+    for (int j = 0; j < n; j++, copy += stride) {
+        DSPARK__AT(to_bf16)(job->x[r + j], cols, (uint16_t *)(void *)copy);
+        x[j] = copy + (job->w->dtype == DSPARK_FP8 ? cols / 2 : 0);
+    }
+    return 1;
+}
+#endif
 
 // bf16: whether the machine has products of bfloat16, which give the same bits where they are exact.
 static void DSPARK__AT(linear_by)(const dspark__job *job, int begin, int end, float *scratch, int bf16) {
@@ -7764,28 +7791,31 @@ static void DSPARK__AT(linear_by)(const dspark__job *job, int begin, int end, fl
     size_t stride = dspark__input_stride(m->cols);
     float *copy = scratch + (64 - ((uintptr_t)scratch & 63)) % 64 / sizeof(float);
     float *spare = copy + stride * (size_t)dspark__linear_rows(job->n_rows);
-    int quantized = m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4, copied = quantized || m->cols % 32 != 0;
-    const float *x[DSPARK__LINEAR_ROWS];
-    for (int i = begin, next; i < end; i = next) {
-        int block = (job->first + i) / 128;
-        next = (block + 1) * 128 - job->first;
-        if (next > end) next = end;
-        for (int r = 0, n; r < job->n_rows; r += n) {
-            void (*multiply)(int, int, const dspark__product *) = dspark__multiply;
-            n = dspark__linear_rows(job->n_rows - r);
-            for (int j = 0; j < n; j++) {
-                x[j] = job->x[r + j];
-                if (!copied) continue;
-                DSPARK__AT(prepare)(m, block, x[j], copy + (size_t)j * stride);
-                x[j] = copy + (size_t)j * stride;
-            }
+    int copied = m->dtype >= DSPARK_FP8 || m->cols % 32 != 0;
+    for (int r = 0, n; r < job->n_rows; r += n) {
+        const float *x[DSPARK__LINEAR_ROWS];
+        int exact = 0;
+        n = dspark__linear_rows(job->n_rows - r);
 #if DSPARK__PATH == 3
-            int exact = bf16 && quantized && m->cols % 64 == 0;
-            for (int j = 0; j < n && exact; j++) exact = DSPARK__AT(is_bf16)(x[j], m->cols);
-            for (int j = 0; j < n && exact; j++) DSPARK__AT(to_bf16)(copy + (size_t)j * stride, m->cols);
-            if (exact) multiply = dspark__multiply_5;
+        exact = bf16 && DSPARK__AT(inputs_bf16)(job, r, n, copy, stride, x);
 #endif
-            DSPARK__AT(linear_block)(job, i, next, x, job->y + r, n, spare, multiply);
+        for (int i = begin, next; i < end; i = next) {
+            int block = (job->first + i) / 128;
+            next = m->dtype == DSPARK_FP8 ? (block + 1) * 128 - job->first : end;
+            if (next > end) next = end;
+            for (int j = 0; j < n && !(exact && m->dtype == DSPARK_FP4); j++) {
+                float *to = copy + (size_t)j * stride;
+#if DSPARK__PATH == 3
+                if (exact) {
+                    DSPARK__AT(scale_bf16)((const uint16_t *)(void *)to, m->cols,
+                        m->scale + (size_t)block * (size_t)((m->cols + 127) / 128), (uint16_t *)(void *)(to + m->cols / 2));
+                    continue;
+                }
+#endif
+                x[j] = job->x[r + j];
+                if (copied) DSPARK__AT(prepare)(m, block, x[j], to), x[j] = to;
+            }
+            DSPARK__AT(linear_block)(job, i, next, x, job->y + r, n, spare, exact);
         }
     }
     (void)bf16;
@@ -7954,6 +7984,20 @@ static void DSPARK__AT(axpy)(float *y, float a, const float *x, int n) {
     for (int i = 0; i < n; i += 16) {
         dspark__v v = dspark__v_load_n(y + i, n - i, 0), u = dspark__v_load_n(x + i, n - i, 0);
         dspark__v_store_n(y + i, n - i, dspark__v_fma(dspark__v_set(a), u, v));
+    }
+}
+
+static void DSPARK__AT(mix)(const float *x, int C, int n, const float *w, int K, const float *y, const float *post,
+                            float *out) {
+    for (int i = 0; i < n; i += 16) {
+        dspark__v v[8];
+        for (int k = 0; k < K; k++) {
+            v[k] = dspark__v_zero();
+            if (y) v[k] = dspark__v_fma(dspark__v_set(post[k]), dspark__v_load_n(y + i, n - i, 0), v[k]);
+            for (int j = 0; j < C; j++)
+                v[k] = dspark__v_fma(dspark__v_set(w[j * K + k]), dspark__v_load_n(x + j * n + i, n - i, 0), v[k]);
+        }
+        for (int k = 0; k < K; k++) dspark__v_store_n(out + k * n + i, n - i, v[k]);
     }
 }
 
@@ -8270,7 +8314,7 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
 
 #define DSPARK__KERNELS(name, linear) { \
         name, linear, DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4), \
-        DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(sum_squares), \
+        DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), DSPARK__AT(sum_squares), \
         DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), \
         DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_score), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
     }

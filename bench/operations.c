@@ -6,8 +6,8 @@
 enum { PASS_BEGIN, MIX_IN, WINDOW, CSA, HCA, MOE, MIX_OUT, TAP, HEAD, N_OPERATIONS };
 static const char *const names[N_OPERATIONS] = { "pass_begin", "mix_in", "attention (window)", "attention (CSA)",
                                                  "attention (HCA)", "moe", "mix_out", "tap", "head" };
-enum { LINEAR, ATTEND, POOL, AXPY, ROUND, NORM, SINKHORN, OTHER, N_KERNELS };
-static const char *const kernel_names[N_KERNELS] = { "linear", "attend", "pool", "axpy", "round", "norm", "sinkhorn", "other" };
+enum { LINEAR, ATTEND, POOL, MIX, ROUND, NORM, SINKHORN, OTHER, N_KERNELS };
+static const char *const kernel_names[N_KERNELS] = { "linear", "attend", "pool", "mix", "round", "norm", "sinkhorn", "other" };
 
 static const dspark_backend *inner;
 static dspark_model *model;
@@ -34,7 +34,9 @@ static int first_thread(void) {
 #define TIMED_VALUE(kernel, call) float y; TIMED(kernel, y = call); return y
 static void k_linear(const dspark__job *j, int b, int e, float *s) { TIMED(LINEAR, kernels->linear(j, b, e, s)); }
 static void k_round(const float *x, int n, int b, float *y) { TIMED(ROUND, kernels->round_fp8(x, n, b, y)); }
-static void k_axpy(float *y, float a, const float *x, int n) { TIMED(AXPY, kernels->axpy(y, a, x, n)); }
+static void k_mix(const float *x, int C, int n, const float *w, int K, const float *y, const float *post, float *out) {
+    TIMED(MIX, kernels->mix(x, C, n, w, K, y, post, out));
+}
 static float k_squares(const float *x, int n) { TIMED_VALUE(NORM, kernels->sum_squares(x, n)); }
 static void k_norm(const float *x, const float *w, int n, float e, float *y) { TIMED(NORM, kernels->rms_norm(x, w, n, e, y)); }
 static void k_swiglu(const float *g, const float *u, int n, float l, float w, float *y) {
@@ -56,7 +58,7 @@ static dspark_status open_timed(void **device, const dspark_model *m, const dspa
     dspark__cpu *d = (dspark__cpu *)*device;
     if (status) return status;
     kernels = d->k, timed = *kernels, d->k = &timed;
-    timed.linear = k_linear, timed.round_fp8 = k_round, timed.axpy = k_axpy;
+    timed.linear = k_linear, timed.round_fp8 = k_round, timed.mix = k_mix;
     timed.sum_squares = k_squares, timed.rms_norm = k_norm, timed.swiglu = k_swiglu, timed.sigmoid = k_sigmoid;
     timed.sqrt_softplus = k_softplus, timed.attend = k_attend, timed.pool = k_pool;
     timed.sinkhorn = k_sinkhorn;
