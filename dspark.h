@@ -5424,7 +5424,7 @@ static int dspark__linear_rows(int n) {     // the size of the next group when n
 
 // How many bytes of weights are fetched before they are used: into the second cache, for what is on its way to the
 // first holds one of its few miss buffers.
-enum { DSPARK__AHEAD = 4096 };
+enum { DSPARK__AHEAD = 8192 };
 // 16 more, so that rows do not fall on the same lines of the first cache.
 static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
 // Floats of scratch for a thread: rows of inputs; four of weights; their scales.
