@@ -42,11 +42,6 @@ typedef struct {
 
 typedef struct { dspark_session *s; int domain, prompt; } lane;
 
-static int domain_of(const text *t) {
-    for (int d = 0; d < N_DOMAINS; d++) if (!strcmp(t->domain, domains[d])) return d;
-    return die(t->domain, "expected math, code, chat or story"), 0;
-}
-
 // The next prompt of a domain; -1: there is none. Where answers are drawn, the set may be gone through again.
 static int next_prompt(recorder *r, int domain) {
     for (int tried = 0; tried <= r->set->n; tried++) {
