@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # run.sh [SECTION ...]: the table of `make bench`, whose programs it has built: markdown on standard output, and all
-# figures in build/bench/results.csv. Sections: peer floor dspark drafter acceptance frontier text memory compile; default
-# all.
+# figures in build/bench/results.csv. Sections: peer floor dspark drafter acceptance frontier text memory compile;
+# default all. QUICK=1: a short frontier.
 # A part's run adds to the figures of the parts before it, where machine, commit and compiler are the same.
 # What is compared runs in turn, ROUNDS (5) times, and the ratio's median counts. llama.cpp is looked for in $PEER
-# (build/peer) and built there; DFLASH names spark-tiny with the drafter of train_drafter.py --markov-rank 0; PYTHON names a python3 with what peer/convert.py needs, else one is set up there.
+# (build/peer) and built there; PYTHON names a python3 with what peer/convert.py needs, else one is set up there.
+# DFLASH names spark-tiny with a drafter of train_drafter.py --markov-rank 0.
 # Two cores, otherwise idle, take three quarters of an hour, without building llama.cpp.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."

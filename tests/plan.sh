@@ -29,7 +29,7 @@ plan --rate '180 tokens/s'
 shows "all of them used, \$14.10 a million" "cost of output" "14.1 \$/Mtoken"
 
 # Passes take 10 ms however many rows up to 8: 4 requests of 1 + 1 rows get (1 + .5) / 10 ms = 150 tokens/s each.
-profile='{"sps": [100, 100, 100, 100, 100, 100, 100, 100], "draft_us": 0}'
+profile='{"rows": [1, 8, 9], "us": [10000, 10000, 90000]}'
 plan --profile "$profile" --accept .5 --target '150 tokens/s' --users '9 users'
 shows "a user's rate is tau over the pass that verifies" "tokens for each" "150 tokens/s"
 shows "users who always ask: as many as are served at the target" "users of a machine, p95 in the target" "4 users"
@@ -40,11 +40,16 @@ shows "users who ask a tenth of the time: the binomial's 95th percentile" \
     "users of a machine, p95 in the target" "15 users"
 plan --profile "$profile" --accept .5 --target '151 tokens/s'
 shows "a target that no user can have serves nobody" "served at once" "0 users"
-plan --profile '{"sps": [100, 60, 40, 30], "draft_us": 0}' --accept .5 --concurrency 1
+plan --profile '{"rows": [1, 4], "us": [10000, 34000]}' --accept .5 --concurrency 1
 shows "drafts that cost more than they bring are not verified" "drafts verified" "0"
-plan --profile '{"sps": [100, 80], "draft_us": 4000}' --accept .5 --concurrency 1
+plan --profile '{"rows": [1, 2], "us": [10000, 12500], "draft_us": 4000}' --accept .5 --concurrency 1
 shows "the draft's own time counts: 1.5 / 16.5 ms is less than 1 / 10 ms" "tokens for each" "100 tokens/s"
 
+plan --profile '{"rows": [4, 8], "us": [8000, 10000], "session_us": 100, "draft_us": 1000, "draft_more_us": 50}' \
+    --accept 1 --concurrency 10
+# beyond the points as over their last half: 20 rows take 16 ms; with 9 x .1 and drafts of 1.45, 20 tokens in 18.35 ms
+shows "passes beyond the profile, further requests and their drafts cost what it says" "machine, all of the time" \
+    "1,090 tokens/s"
 plan --profile "$profile" --accept .5 --concurrency 4 --json && python3 - $dir/out 2> $dir/log <<'END'
 import json, sys
 d = json.load(open(sys.argv[1]))
@@ -55,7 +60,8 @@ END
 report $? "JSON: half the accepted drafts are 1.5 / 1.25 of the cost"
 
 for wrong in "--rate 180" "--rate 180ms" "--rate 0tokens/s" "--api \$8/month --rate 1tokens/s" \
-    "--rate 1tokens/s --utilization 2" "--profile {\"sps\":[1,0]}" "--profile {\"sps\":[]}" \
+    "--rate 1tokens/s --utilization 2" "--profile {\"rows\":[1,2],\"us\":[1,0]}" \
+    "--profile {\"rows\":[2,1],\"us\":[1,2]}" "--profile {\"rows\":[],\"us\":[]}" \
     "--profile /nonexistent" "--rate 1tokens/s --users 5users"; do
     plan $wrong
     status=$?
