@@ -39,6 +39,8 @@ build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) -O1 -g $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
 
+build/tests/calibrate build/asan/calibrate: tools/calibrate.c bench/bench.h
+
 asan: build/asan/dspark $(TESTS:%=build/asan/%)     ## the same under AddressSanitizer and UBSan
 	@export DSPARK=build/asan/dspark; $(call RUN_TESTS,$(TESTS:%=build/asan/%),tests/driver.sh)
 

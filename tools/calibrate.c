@@ -37,6 +37,7 @@ typedef struct {
     const manner *how;
     int wanted[N_DOMAINS];                      // cycles still to come
     int next[N_DOMAINS], round[N_DOMAINS];      // the prompt after the last; times that all were gone through
+    int used_up[N_DOMAINS];                     // 1: no prompt is left
     cycles *out;
 } recorder;
 
@@ -54,22 +55,23 @@ static int next_prompt(recorder *r, int domain) {
     return -1;
 }
 
-// The domain that lacks most; -1: none lacks any.
+// The domain that lacks most, of those that have prompts left; -1: none.
 static int wants(const recorder *r) {
-    int d = 0;
-    for (int i = 1; i < N_DOMAINS; i++) if (r->wanted[i] > r->wanted[d]) d = i;
-    return r->wanted[d] > 0 ? d : -1;
+    int most = -1;
+    for (int d = 0; d < N_DOMAINS; d++)
+        if (r->wanted[d] > 0 && !r->used_up[d] && (most < 0 || r->wanted[d] > r->wanted[most])) most = d;
+    return most;
+}
+static int wants_any(const recorder *r) {
+    for (int d = 0; d < N_DOMAINS; d++) if (r->wanted[d] > 0) return 1;
+    return 0;
 }
 
-// Gives a lane an answer to begin, of the domain that lacks most; 0: there is nothing left to do.
+// Gives a lane an answer to begin, of the domain that lacks most; 0: there is nothing left to begin.
 static int lane_open(recorder *r, lane *l) {
     dspark_session_desc desc;
     memset(&desc, 0, sizeof desc);
-    while ((l->domain = wants(r)) >= 0 && (l->prompt = next_prompt(r, l->domain)) < 0) {
-        fprintf(stderr, "calibrate: %s, %s: %d cycles fewer, the prompts are used up\n", r->how->name,
-                domains[l->domain], r->wanted[l->domain]);
-        r->wanted[l->domain] = 0;
-    }
+    while ((l->domain = wants(r)) >= 0 && (l->prompt = next_prompt(r, l->domain)) < 0) r->used_up[l->domain] = 1;
     if (l->domain < 0) return 0;
     const text *t = &r->set->t[l->prompt];
     desc.max_context = t->n + TOKENS + 1, desc.temperature = r->how->temperature;
@@ -92,14 +94,14 @@ static void keep(recorder *r, const lane *l, const dspark_step_result *got) {
 }
 
 static void record(dspark_model *m, const texts *set, const manner *how, int n, cycles *out) {
-    recorder r = { m, set, how, { 0 }, { 0 }, { 0 }, out };
+    recorder r = { m, set, how, { 0 }, { 0 }, { 0 }, { 0 }, out };
     dspark_step_result result[LANES];
     lane lanes[LANES];
     int n_lanes = 0;
     for (int d = 0; d < N_DOMAINS; d++) r.wanted[d] = n / N_DOMAINS;
     out->gamma = dspark_model_config(m)->dspark_block_size, out->n = 0, out->n_prompts = set->n;
     while (n_lanes < LANES && lane_open(&r, &lanes[n_lanes])) n_lanes++;
-    while (n_lanes && wants(&r) >= 0) {
+    while (n_lanes && wants_any(&r)) {
         dspark_session *s[LANES];
         for (int i = 0; i < n_lanes; i++) s[i] = lanes[i].s;
         must(dspark_step(s, n_lanes, NULL, result));
@@ -114,6 +116,9 @@ static void record(dspark_model *m, const texts *set, const manner *how, int n, 
         }
     }
     while (n_lanes) dspark_session_close(lanes[--n_lanes].s);
+    for (int d = 0; d < N_DOMAINS; d++)
+        if (r.wanted[d] > 0)
+            fprintf(stderr, "%s, %s: %d cycles fewer, the prompts are used up\n", how->name, domains[d], r.wanted[d]);
 }
 
 static void write_cycles(FILE *f, const char *set, const manner *how, const texts *all, const cycles *c) {
@@ -310,4 +315,5 @@ int main(int argc, char **argv) {
     fclose(rows), fclose(all), fclose(scored), fclose(reliability);
     texts_free(&fitting), texts_free(&heldout), dspark_model_close(m);
     cycles_free(&seen), cycles_free(&unseen);
+    return 0;
 }
