@@ -162,12 +162,7 @@ static int schedule(const float *confidence, int n, int gamma, const float *sps,
                     int *lengths) {
     return schedule_as(DSPARK_SCHEDULE_GLOBAL, confidence, n, gamma, sps, n_sps, draft_us, lengths);
 }
-static int profile(void *self, float *sps, int cap) {
-    dspark_profile p;
-    must(dspark_model_profile(((subject *)self)->m, &p));
-    memcpy(sps, p.sps, (size_t)(p.n < cap ? p.n : cap) * sizeof *sps);
-    return p.n < cap ? p.n : cap;
-}
+static int measured(void *self) { return ((subject *)self)->m->has_profile; }
 
 /* model.safetensors: 8 bytes, the header's length; the header; the data */
 typedef struct { const char *header; size_t n; uint64_t stated; } forged;
@@ -242,7 +237,7 @@ static int golden(void *self, int i, const int32_t **ids, int *n, const int32_t 
 static const conform_engine sound = {
     .why = dspark_last_error, .open = open_text, .close = close_text, .append = append, .truncate = cut,
     .restore = restore, .logits = logits_of, .state = state_of, .count = count, .propose = propose, .verify = verify,
-    .step = step_texts, .decide = decide, .schedule = schedule, .profile = profile, .header = header_of, .load = load,
+    .step = step_texts, .decide = decide, .schedule = schedule, .measured = measured, .header = header_of, .load = load,
     .damaged = damaged, .golden = golden, .period = 128
 };
 

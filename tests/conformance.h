@@ -44,7 +44,7 @@ typedef struct {
 /* Functions that return int: 0, or CONFORM_REFUSED, after which why() says what, expected, found. */
 typedef struct conform_engine {
     void *self;
-    int vocab, block;               /* at most CONFORM_VOCAB, CONFORM_BLOCK; a block of 8 tests most */
+    int vocab, block;               /* 300 .. CONFORM_VOCAB, at most CONFORM_BLOCK; a block of 8 tests most */
     int period;                     /* positions after which every ring has begun again */
     const char *(*why)(void);
     /* texts */
@@ -66,7 +66,7 @@ typedef struct conform_engine {
     /* lengths [n] of texts with confidences [n][gamma] that a coupled verifier is to check; sps [n_sps] or NULL */
     int (*schedule)(const float *confidence, int n, int gamma, const float *sps, int n_sps, float draft_us,
                     int *lengths);
-    int (*profile)(void *self, float *sps, int cap);        /* measured: how many */
+    int (*measured)(void *self);                            /* 1: it knows what passes cost */
     /* the checkpoint: its tensor file's header (the caller frees), and opening with another in its place */
     char *(*header)(void *self, size_t *n);
     int (*load)(void *self, const char *header, size_t n, uint64_t stated_length);
@@ -563,18 +563,18 @@ CONFORM int conform_hooks(const conform_engine *e) {
     return 1;
 }
 
-/* Two requests of five drafts; passes cost the same up to four rows, ten times as much from the fifth. */
+/* Two requests of five drafts; passes cost the same up to four rows, ten times as much from the fifth. And a first
+   cycle of the engine's own schedule, which nobody gave a profile. */
 CONFORM int conform_trims(const conform_engine *e) {
     static const float confidence[10] = { .9f, .9f, .9f, .9f, .9f, .8f, .8f, .8f, .8f, .8f };
     const float stairs[12] = { 1000, 1000, 1000, 1000, 100, 100, 100, 100, 100, 100, 100, 100 };
-    float sps[16];
-    int lengths[2] = { 5, 5 }, n;
+    const conform_options o = { .adaptive = 1 };
+    int lengths[2] = { 5, 5 };
+    int32_t token;
     if (e->schedule(confidence, 2, 5, stairs, 12, 0, lengths) || lengths[0] + lengths[1] != 2) return 0;
     lengths[0] = lengths[1] = 0;
     if (!e->schedule(confidence, 2, 5, NULL, 0, 0, lengths) && lengths[0] + lengths[1] == 10) return 0;
-    n = e->profile(e->self, sps, 16);
-    for (int i = 0; i < n; i++) if (!(sps[i] > 0 && sps[i] < INFINITY)) return 0;
-    return n > 1;
+    return conform_text(e, &o, &token, 1) == 1 && e->measured(e->self);
 }
 
 /* Staircases at random: the lengths are those that the largest tokens a second, over all counts, have. */
