@@ -39,6 +39,8 @@ build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) -O1 -g $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
 
+build/tests/calibrate build/asan/calibrate: tools/calibrate.c bench/bench.h
+
 asan: build/asan/dspark $(TESTS:%=build/asan/%)     ## the same under AddressSanitizer and UBSan
 	@export DSPARK=build/asan/dspark; $(call RUN_TESTS,$(TESTS:%=build/asan/%),tests/driver.sh)
 
@@ -72,11 +74,22 @@ build/bench/%: bench/%.c $(HEADERS) $(wildcard bench/*.h)
 	@mkdir -p $(@D)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -I. $< -o $@ -lm
 
+# CORPUS: lines of JSON as bench/README.md says. What comes out is in build/calibrate.
+calibrate: build/tools/calibrate    ## fit and judge the small model's confidences on CORPUS=corpus.jsonl.xz
+	@mkdir -p build/calibrate
+	python3 bench/heldout.py $(CORPUS) train 1200 > build/calibrate/fit.jsonl
+	python3 bench/heldout.py $(CORPUS) heldout 1200 > build/calibrate/heldout.jsonl
+	$< tools/spark-tiny/model build/calibrate/fit.jsonl build/calibrate/heldout.jsonl build/calibrate
+
+build/tools/%: tools/%.c bench/bench.h $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -I. $< -o $@ -lm
+
 clean:      ## remove what was built
 	rm -rf build dspark
 
 help:       ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
 
-.PHONY: run test asan fuzz bench clean help
+.PHONY: run test asan fuzz bench calibrate clean help
 .PRECIOUS: build/fuzz/%.exe build/bench/%

@@ -165,6 +165,28 @@ SHARED texts texts_read(const dspark_model *m, const char *path) {
     free(line), fclose(f);
     return all;
 }
+
+// A prompt behind documents of its domain, from line `first` on: `depth` tokens in all, or the prompt if it has more.
+// The caller frees.
+SHARED int32_t *deepen(const texts *all, const text *prompt, int first, int depth, int *n) {
+    int32_t *ids = (int32_t *)need((size_t)(depth + prompt->n), sizeof *ids);
+    *n = 0;
+    for (int i = 0; *n + prompt->n < depth && i < 8 * all->n; i++) {
+        const text *t = &all->t[(first + i) % all->n];
+        int left = depth - prompt->n - *n, take = t->n < left ? t->n : left;
+        if (!t->is_document || strcmp(t->domain, prompt->domain)) continue;
+        memcpy(ids + *n, t->ids + (t->n - take), (size_t)take * sizeof *ids), *n += take;       // its end, if not all
+    }
+    memcpy(ids + *n, prompt->ids, (size_t)prompt->n * sizeof *ids), *n += prompt->n;
+    return ids;
+}
+
+SHARED int domain_of(const text *t) {
+    for (int d = 0; d < N_DOMAINS; d++) if (!strcmp(t->domain, domains[d])) return d;
+    die(t->domain, "expected math, code, chat or story");
+    return 0;
+}
+
 SHARED void texts_free(texts *all) {
     for (int i = 0; i < all->n; i++) free(all->t[i].domain), free(all->t[i].ids);
     free(all->t);

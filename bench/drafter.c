@@ -35,20 +35,6 @@ static void answer(dspark_model *m, const int32_t *ids, int n, int n_tokens, dom
     dspark_session_close(s);
 }
 
-// The prompt behind documents of its domain: at least 512 tokens in all. The caller frees.
-static int32_t *deepen(const texts *all, const text *prompt, int first, int *n) {
-    int32_t *ids = (int32_t *)need(DEPTH + 4096 + (size_t)prompt->n, sizeof *ids);
-    *n = 0;
-    for (int i = 0; i < all->n && *n + prompt->n < DEPTH; i++) {
-        const text *t = &all->t[(first + i) % all->n];
-        int left = DEPTH - prompt->n - *n, take = t->n < left ? t->n : left;
-        if (!t->is_document || strcmp(t->domain, prompt->domain)) continue;
-        memcpy(ids + *n, t->ids + (t->n - take), (size_t)take * sizeof *ids), *n += take;       // its end, if not all
-    }
-    memcpy(ids + *n, prompt->ids, (size_t)prompt->n * sizeof *ids), *n += prompt->n;
-    return ids;
-}
-
 // Of a domain, or (N_DOMAINS) the mean over them
 static double tau(const domain_tally *t, int d, int depth) {
     double sum = 0;
@@ -89,7 +75,7 @@ int main(int argc, char **argv) {
             if (all.t[i].is_document || strcmp(all.t[i].domain, domains[d]) || (prompts && done[d] >= prompts)) continue;
             done[d]++;
             answer(m, all.t[i].ids, all.t[i].n, n, &tally[d], SHALLOW);
-            ids = deepen(&all, &all.t[i], 7 * i, &n_ids);
+            ids = deepen(&all, &all.t[i], 7 * i, DEPTH, &n_ids);
             answer(m, ids, n_ids, n, &tally[d], DEEP);
             free(ids);
         }

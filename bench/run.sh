@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # run.sh [SECTION ...]: the table of `make bench`, whose programs it has built: markdown on standard output, and all
-# figures in build/bench/results.csv. Sections: peer floor dspark drafter text memory compile; default all.
+# figures in build/bench/results.csv. Sections: peer floor dspark drafter acceptance frontier text memory compile;
+# default all. QUICK=1: a short frontier.
 # A part's run adds to the figures of the parts before it, where machine, commit and compiler are the same.
 # What is compared runs in turn, ROUNDS (5) times, and the ratio's median counts. llama.cpp is looked for in $PEER
 # (build/peer) and built there; PYTHON names a python3 with what peer/convert.py needs, else one is set up there.
+# DFLASH names spark-tiny with a drafter of train_drafter.py --markov-rank 0.
 # Two cores, otherwise idle, take three quarters of an hour, without building llama.cpp.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
@@ -105,6 +107,9 @@ section_peer() {
 section_floor() { run floor $models/s118 1; run floor $models/s118 2; run floor $models/s30 1; run floor $tiny 1; }
 section_dspark() { run dspark $tiny bench/heldout.jsonl 1; }
 section_drafter() { run drafter $tiny bench/heldout.jsonl 1; }
+section_acceptance() { run acceptance $tiny "${DFLASH:--}" bench/heldout.jsonl 1; }
+# temperature 0 in full, 1 in short; QUICK=1: both
+section_frontier() { run frontier $tiny bench/heldout.jsonl 2 0 "${QUICK:-0}"; run frontier $tiny bench/heldout.jsonl 2 1 1; }
 section_text() { run text $tiny bench/heldout.jsonl 1; }
 section_memory() { for dir in $tiny $models/s118 $models/s30; do run memory $dir 1; done; }
 section_compile() {     # processor time, which is the wall's on an idle machine
@@ -142,6 +147,11 @@ spark-tiny: held-out bits a byte, mean of domains|bits a byte mean|spark-tiny|1|
 its drafter: tau, whole block, temperature 0, mean of domains|tau mean|spark-tiny|1|>= 2.5
 tau, math|tau math|spark-tiny|1|>= 3.0
 tau at depth 512 over tau, mean of domains|tau mean at 512 over tau|spark-tiny|1|>= 1.0
+tau at temperature 1, DSpark over the drafter without a Markov head|dspark over dflash (coupled\|rejection)|spark-tiny|1|>= 1.1
+throughput, scheduler over plain, 1 to 256 requests at once|scheduler over plain t0 .*|spark-tiny|2|>= 0.98
+the same, one request|scheduler over plain t0 1|spark-tiny|2|>= 1.3
+the same, 2 to 8, over the bound of its passes|scheduler over bound t0 [248]|spark-tiny|2|>= 0.9
+throughput, scheduler over the best fixed length|scheduler over best fixed t0 .*|spark-tiny|2|>= 0.97
 tau at depth 512 over tau, math|tau math at 512 over tau|spark-tiny|1|>= 1.0
 CLAIMS
 }
@@ -171,7 +181,7 @@ commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 flags="$($cc --version | head -1 | tr , ' '); -std=c11 ${CFLAGS:--O2}"
 echo "Machine: $machine; load $(cut -d' ' -f1-2 /proc/loadavg) at the start. Commit $commit. $flags"
 shapes
-for section in ${*:-peer floor dspark drafter text memory compile}; do "section_$section"; done
+for section in ${*:-peer floor dspark drafter acceptance frontier text memory compile}; do "section_$section"; done
 mine="${machine//,/ },$commit,$flags,"
 [ $# -gt 0 ] && [ -f "$csv" ] &&        # a part: what the parts before it found stays, but for what was measured again
     awk -F, -v OFS=, -v mine="$mine" 'NR == FNR { again[$1 OFS $2 OFS $3]; next }

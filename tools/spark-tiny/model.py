@@ -475,7 +475,8 @@ class Drafter(Block):
         h = c.hidden_size
         self.main_proj, self.main_norm = Linear(len(c.dspark_target_layer_ids) * h, h), Norm(h, c.rms_norm_eps)
         self.hc_head, self.norm = HyperHead(c), Norm(h, c.rms_norm_eps)
-        self.markov_head, self.confidence_head = Markov(c), Confidence(c)
+        self.markov_head = Markov(c) if c.dspark_markov_rank else None      # rank 0: DFlash
+        self.confidence_head = Confidence(c)
 
     def window(self, main_hidden):
         """main_hidden [B, T, taps*h] -> rows [B, T, D]"""

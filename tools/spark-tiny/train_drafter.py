@@ -1,6 +1,7 @@
 """Train the drafter of an exported model; its target stays as it is.
 
   python train_drafter.py --model DIR --corpus corpus.jsonl.xz --run RUN --minutes 30 [--generated FILE]
+      [--markov-rank 0]
 
 The target runs once over the text and what the drafter needs of it is kept; logits are recomputed. A
 generated file (see generate.py) gives half of the text. Loss of draft k, weighed exp(-(k-1)/K):
@@ -45,9 +46,11 @@ def build_cache(target, sources, batches, length, threads):
 
 def draft_logits(drafter, target, x, previous):
     """x [A, K, h], previous [A, K]: the token before each draft -> logits [A, K, V], confidence logits [A, K]"""
-    e = drafter.markov_head.markov_w1(previous)                                # [A, K, rank]
-    logits = target.logits(drafter.norm(x)) + F.linear(e, drafter.markov_head.markov_w2.values())
-    return logits, drafter.confidence_head.proj(torch.cat([x, e], -1))[..., 0]
+    logits, seen = target.logits(drafter.norm(x)), x
+    if drafter.markov_head:
+        e = drafter.markov_head.markov_w1(previous)                            # [A, K, rank]
+        logits, seen = logits + F.linear(e, drafter.markov_head.markov_w2.values()), torch.cat([x, e], -1)
+    return logits, drafter.confidence_head.proj(seen)[..., 0]
 
 
 def block_embeddings(target, anchors):
@@ -85,14 +88,19 @@ def start(drafter, target, pairs, steps):
         drafter.attn.load_state_dict(target.layers[1].attn.state_dict())
         drafter.hc_head.load_state_dict(target.hc_head.state_dict())
         drafter.norm.load_state_dict(target.norm.state_dict())
-    bigrams.fit(pairs, drafter.markov_head.markov_w1.weight, drafter.markov_head.markov_w2.weight, steps)
+    if drafter.markov_head:
+        bigrams.fit(pairs, drafter.markov_head.markov_w1.weight, drafter.markov_head.markov_w2.weight, steps)
 
 
 class Run:
     def __init__(self, a):
-        self.path, self.seconds, self.threads = os.path.join(a.run, "drafter.pt"), a.minutes * 60, a.threads
+        self.path, self.threads = os.path.join(a.run, "drafter.pt"), a.threads
+        self.unit, self.length = ("steps", a.steps) if a.steps else ("s", a.minutes * 60)
         self.tokenizer = os.path.join(a.model, "tokenizer.json")
         self.target, self.drafter = load(a.model)
+        if a.markov_rank is not None:
+            self.target.c.dspark_markov_rank = a.markov_rank
+            self.drafter = M.Drafter(self.target.c)
         self.target.requires_grad_(False)
         M.quantize(self.target)
         docs = load_documents(a.corpus, self.tokenizer, "train", a.run)
@@ -128,12 +136,15 @@ class Run:
         self.steps += 1
         return accepted
 
+    def spent(self):
+        return self.steps if self.unit == "steps" else time.time() - self.started
+
     def train(self):
-        bar, saved, mean = tqdm(total=round(self.seconds), unit="s"), time.time(), None
-        while (elapsed := time.time() - self.started) < self.seconds:
-            accepted = self.step(elapsed / self.seconds)
+        bar, saved, mean = tqdm(total=round(self.length), unit=self.unit), time.time(), None
+        while (done := self.spent() / self.length) < 1:
+            accepted = self.step(done)
             mean = accepted if mean is None else mean + .05 * (accepted - mean)
-            bar.update(round(time.time() - self.started) - bar.n)
+            bar.update(round(self.spent()) - bar.n)
             bar.set_postfix_str(f"step {self.steps} accepted " + " ".join(f"{v:.3f}" for v in mean.tolist()))
             if time.time() - saved > 300:
                 self.save()
@@ -146,9 +157,12 @@ def main():
     p.add_argument("--model", required=True)
     p.add_argument("--corpus", required=True)
     p.add_argument("--run", required=True, help="folder for encoded text and checkpoints")
-    p.add_argument("--minutes", type=float, required=True, help="of training, after the target has run")
+    length = p.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="of training, after the target has run")
+    length.add_argument("--steps", type=int, help="of training, where the time is not to matter")
     p.add_argument("--generated", help="text by the target itself, JSON lines")
     p.add_argument("--keep", action="store_true", help="go on from the drafter in --model")
+    p.add_argument("--markov-rank", type=int, help="start anew with this rank; 0: no Markov head (DFlash)")
     p.add_argument("--batches", type=int, default=120, help="of 8 rows, kept in memory")
     p.add_argument("--length", type=int, default=320)
     p.add_argument("--seed", type=int, default=2)

@@ -1,0 +1,249 @@
+// frontier [DIR [TEXTS [THREADS [TEMPERATURE [QUICK]]]]]: what a user gets and what the machine makes, by load and
+// policy. QUICK 1: every second load, one round.
+//
+// Closed loop: N requests are always being served; one that has its TOKENS is replaced by the next held-out prompt's.
+// Each policy serves the same requests, in turn, ROUNDS times; prompts have been run before the clock starts.
+//   closed tT N P throughput     tokens a second in all: median and quartiles of the rounds
+//   closed tT N P user           tokens a second for each of the N
+//   closed tT N P verified       drafts verified a request and step
+//   scheduler over plain tT N, scheduler over best fixed tT N, scheduler over bound tT N
+//                                the bound: the best fixed length, nothing but its passes taking time
+// Open loop: Poisson arrivals at a share of what plain decoding can do; prompts are run between the others' tokens.
+//   open tT S P first p50 ...    seconds from arrival to the first token, ms a token from there on; p50 and p95
+#include "bench.h"
+
+enum { MOST = 256, TOKENS = 64, ROUNDS = 3, PROMPT_ROWS = 64, WARM = 2 };
+
+typedef struct { const char *name; int plain, schedule, cap; float threshold; } policy;
+static const policy policies[] = {
+    { "plain", 1, 0, 0, 0 },
+    { "block 1", 0, DSPARK_SCHEDULE_BLOCK, 1, 0 }, { "block 2", 0, DSPARK_SCHEDULE_BLOCK, 2, 0 },
+    { "block 3", 0, DSPARK_SCHEDULE_BLOCK, 3, 0 }, { "block 4", 0, DSPARK_SCHEDULE_BLOCK, 4, 0 },
+    { "block 5", 0, DSPARK_SCHEDULE_BLOCK, 5, 0 },
+    { "threshold", 0, DSPARK_SCHEDULE_THRESHOLD, 0, .8f },
+    { "algorithm 1", 0, DSPARK_SCHEDULE_PREFIX, 0, 0 }, { "asynchronous", 0, DSPARK_SCHEDULE_ASYNC, 0, 0 },
+    { "scheduler", 0, 0, 0, 0 }         // the engine's own choice, never slower
+};
+enum { N_POLICIES = sizeof policies / sizeof *policies, N_FIXED = 6, SCHEDULER = N_POLICIES - 1 };
+
+static dspark_policy policy_of(const policy *p, int quota) {
+    dspark_policy out;
+    memset(&out, 0, sizeof out);
+    out.plain = p->plain, out.schedule = p->schedule, out.draft_cap = p->cap, out.threshold = p->threshold;
+    out.quota = quota;
+    return out;
+}
+
+// ---- requests: prompts that have been run, to be copied
+
+typedef struct {
+    const char *model;
+    int threads;
+    dspark_model *m;
+    dspark_session *ready[MOST];
+    const text *prompt[MOST];
+    int n, max_context;
+    float temperature;
+} kitchen;
+
+// A result of these samples, which it takes; the question is a format.
+static void say(const kitchen *k, samples *s, const char *unit, const char *format, ...) {
+    char question[96];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(question, sizeof question, format, args);
+    va_end(args);
+    result(question, k->model, k->threads, s, unit);
+    free(s->x), s->x = NULL, s->n = s->cap = 0;
+}
+
+static dspark_session_desc order(const kitchen *k, const policy *p, int number) {
+    dspark_session_desc d;
+    memset(&d, 0, sizeof d);
+    d.max_context = k->max_context, d.temperature = k->temperature, d.seed = (uint64_t)number, d.ignore_eos = 1;
+    d.policy = policy_of(p, TOKENS);
+    return d;
+}
+
+static dspark_session *serve(const kitchen *k, const policy *p, int number) {
+    dspark_session_desc d = order(k, p, number);
+    dspark_session *s;
+    must(dspark_session_fork(&s, k->ready[number % k->n], &d));
+    return s;
+}
+
+// The domains' prompts in turn
+static void prepare(kitchen *k, const texts *all) {
+    int at[N_DOMAINS] = { 0 }, longest = 0;
+    for (int tried = 0; k->n < MOST && tried < 4 * all->n; tried++) {
+        int d = tried % N_DOMAINS;
+        while (at[d] < all->n && (all->t[at[d]].is_document || domain_of(&all->t[at[d]]) != d)) at[d]++;
+        if (at[d] < all->n) k->prompt[k->n++] = &all->t[at[d]++];
+    }
+    for (int i = 0; i < k->n; i++) longest = k->prompt[i]->n > longest ? k->prompt[i]->n : longest;
+    k->max_context = longest + TOKENS + 1;
+    for (int i = 0; i < k->n; i++) {
+        dspark_session_desc d = order(k, &policies[0], 0);
+        k->ready[i] = session_open(k->m, &d);
+        must(dspark_session_append(k->ready[i], k->prompt[i]->ids, k->prompt[i]->n));
+    }
+}
+
+// Does this engine know the policy?
+static int knows(const kitchen *k, const policy *p) {
+    dspark_policy wanted = policy_of(p, TOKENS);
+    return dspark_session_set_policy(k->ready[0], &wanted) == DSPARK_OK;
+}
+
+// ---- closed loop
+
+typedef struct { double tokens, s, steps, verified, rows, draft_us, verify_us; } served;
+
+static void closed(const kitchen *k, int n, const policy *p, int first, double tokens, served *out) {
+    static dspark_step_result r[MOST];
+    dspark_session *s[MOST];
+    memset(out, 0, sizeof *out);
+    for (int i = 0; i < n; i++) s[i] = serve(k, p, first++);
+    for (int step = 0; out->tokens < tokens; step++) {
+        double start = seconds();
+        must(dspark_step(s, n, NULL, r));
+        if (step == WARM) memset(out, 0, sizeof *out);
+        out->s += seconds() - start, out->steps++;
+        for (int i = 0; i < n; i++) {
+            must(r[i].status);
+            out->tokens += r[i].n_tokens, out->verified += r[i].n_scheduled, out->rows++;
+            out->draft_us += (double)r[i].draft_us, out->verify_us += (double)r[i].verify_us;
+            if (!r[i].finish) continue;
+            dspark_session_close(s[i]);
+            s[i] = serve(k, p, first++);
+        }
+    }
+    for (int i = 0; i < n; i++) dspark_session_close(s[i]);
+}
+
+static double speed(const served *g) { return g->tokens / g->s; }
+static double speed_of_passes(const served *g) { return 1e6 * g->tokens / (g->draft_us + g->verify_us); }
+static double best_fixed(served got[N_POLICIES][ROUNDS], int round, double (*of)(const served *)) {
+    double best = 0;
+    for (int i = 0; i < N_FIXED; i++) best = of(&got[i][round]) > best ? of(&got[i][round]) : best;
+    return best;
+}
+
+static void report_policy(const kitchen *k, int n, const char *name, const served *got, int rounds) {
+    samples all = { NULL, 0, 0 }, user = all, verified = all;
+    double t = (double)k->temperature;
+    for (int round = 0; round < rounds; round++) {
+        sample(&all, speed(&got[round])), sample(&user, speed(&got[round]) / n);
+        sample(&verified, got[round].verified / got[round].rows);
+    }
+    say(k, &all, "tokens/s", "closed t%g %d %s throughput", t, n, name);
+    say(k, &user, "tokens/s", "closed t%g %d %s user", t, n, name);
+    say(k, &verified, "drafts", "closed t%g %d %s verified", t, n, name);
+}
+
+// All policies with n requests at once; tokens a second of plain decoding.
+static double at_load(const kitchen *k, int n, int rounds) {
+    static const served nothing;
+    served got[N_POLICIES][ROUNDS] = { { nothing } };
+    samples over_plain = { NULL, 0, 0 }, over_fixed = over_plain, over_bound = over_plain;
+    double t = (double)k->temperature;
+    for (int round = 0; round < rounds; round++)
+        for (int i = 0; i < N_POLICIES; i++)
+            if (knows(k, &policies[i]))
+                closed(k, n, &policies[i], round * (n + TOKENS), 12 * n > 768 ? 12 * n : 768, &got[i][round]);
+    for (int i = 0; i < N_POLICIES; i++) if (got[i][0].steps > 0) report_policy(k, n, policies[i].name, got[i], rounds);
+    for (int round = 0; round < rounds; round++) {
+        double ours = speed(&got[SCHEDULER][round]);
+        sample(&over_plain, ours / speed(&got[0][round])), sample(&over_fixed, ours / best_fixed(got, round, speed));
+        sample(&over_bound, ours / best_fixed(got, round, speed_of_passes));
+    }
+    say(k, &over_plain, "x", "scheduler over plain t%g %d", t, n);
+    say(k, &over_fixed, "x", "scheduler over best fixed t%g %d", t, n);
+    say(k, &over_bound, "x", "scheduler over bound t%g %d", t, n);
+    return speed(&got[0][0]);
+}
+
+// ---- open loop
+
+typedef struct { dspark_session *s; double arrived, first; int tokens; } guest;
+typedef struct { samples first, token; } waits;
+
+static void serve_guests(guest *g, int *n, double from, waits *w) {
+    static dspark_step_result r[MOST];
+    const dspark_step_desc desc = { PROMPT_ROWS };
+    dspark_session *s[MOST];
+    double now;
+    for (int i = 0; i < *n; i++) s[i] = g[i].s;
+    must(dspark_step(s, *n, &desc, r));
+    now = seconds() - from;
+    for (int i = *n - 1; i >= 0; i--) {
+        must(r[i].status);
+        if (!g[i].tokens && r[i].n_tokens) g[i].first = now, sample(&w->first, now - g[i].arrived);
+        g[i].tokens += r[i].n_tokens;
+        if (!r[i].finish) continue;
+        sample(&w->token, 1e3 * (now - g[i].first) / (g[i].tokens > 1 ? g[i].tokens - 1 : 1));
+        dspark_session_close(g[i].s);
+        g[i] = g[--*n];
+    }
+}
+
+// Arrivals for so many seconds, rate a second; then until all are served.
+static void open_loop(const kitchen *k, const policy *p, double rate, double length, waits *w) {
+    guest g[MOST];
+    double next = 0, from = seconds();
+    int n = 0, number = 0;
+    while (next < length || n) {
+        double now = seconds() - from;
+        while (next < length && next <= now && n < MOST) {
+            dspark_session_desc d = order(k, p, number);
+            guest *in = &g[n++];
+            memset(in, 0, sizeof *in);
+            in->s = session_open(k->m, &d), in->arrived = next;
+            must(dspark_session_submit(in->s, k->prompt[number % k->n]->ids, k->prompt[number % k->n]->n));
+            next -= log(dspark_uniform(9, 0, (uint64_t)number++, 0, 0)) / rate;
+        }
+        if (n) serve_guests(g, &n, from, w);
+        else if (next < length) nanosleep(&(struct timespec){ 0, 200000 }, NULL);
+    }
+}
+
+static void report_waits(const kitchen *k, double share, const policy *p, waits *w) {
+    static const double quantiles[] = { .5, .95 };
+    for (int i = 0; i < 2; i++) {
+        double q = quantiles[i], t = (double)k->temperature;
+        printf("open t%g %g %s first p%g,%s,%d,%.5g,,,s,%d\n", t, share, p->name, 100 * q, k->model, k->threads,
+               quantile(&w->first, q), w->first.n);
+        printf("open t%g %g %s token p%g,%s,%d,%.5g,,,ms,%d\n", t, share, p->name, 100 * q, k->model, k->threads,
+               quantile(&w->token, q), w->token.n);
+    }
+    fflush(stdout);
+    free(w->first.x), free(w->token.x);
+}
+
+int main(int argc, char **argv) {
+    static const int loads[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256 };
+    const char *dir = argc > 1 ? argv[1] : "tools/spark-tiny/model", *file = argc > 2 ? argv[2] : "bench/heldout.jsonl";
+    int threads = argc > 3 ? atoi(argv[3]) : 2, quick = argc > 5 && atoi(argv[5]), rounds = quick ? 1 : ROUNDS;
+    kitchen k = { .model = model_name(dir), .threads = threads, .temperature = argc > 4 ? (float)atof(argv[4]) : 0 };
+    double capacity = 0;
+    dspark_model_desc desc;
+    texts all;
+    memset(&desc, 0, sizeof desc);
+    desc.n_threads = threads, desc.max_rows = MOST * (DSPARK_MAX_BLOCK + 1) / 2;
+    must(dspark_model_open(&k.m, dir, &desc));
+    all = texts_read(k.m, file);
+    prepare(&k, &all);
+    for (int i = 0; i < 9; i += quick ? 2 : 1) {
+        double plain = at_load(&k, loads[i], rounds);
+        capacity = plain > capacity ? plain : capacity;
+    }
+    for (int i = 0; i < 2 * 2; i++) {
+        const policy *p = &policies[i % 2 ? SCHEDULER : 0];
+        double share = i / 2 ? .8 : .4;
+        waits w = { { NULL, 0, 0 }, { NULL, 0, 0 } };
+        open_loop(&k, p, share * capacity / TOKENS, quick ? 4 : 15, &w);
+        report_waits(&k, share, p, &w);
+    }
+    for (int i = 0; i < k.n; i++) dspark_session_close(k.ready[i]);
+    texts_free(&all), dspark_model_close(k.m);
+}

@@ -1,0 +1,95 @@
+/* tools/calibrate.c from inside: its scores against figures worked out by hand, and the cycles that it records. */
+#define main calibrate_main
+#include "../tools/calibrate.c"
+#undef main
+#include "tap.h"
+
+static int near(double a, double b) { return fabs(a - b) < 1e-9; }
+
+static void test_scores(void) {
+    /* pairs of a prefix that stood and one that did not: right, half right, right, right */
+    judged j[] = { { .1, 0, 0 }, { .4, 0, 1 }, { .4, 1, 1 }, { .9, 1, 2 } };
+    const double weight[] = { 1, 1, 2 };
+    double s[N_SCORES];
+    score(j, 4, NULL, s);
+    ok(near(s[AUC], 3.5 / 4), "AUC: the share of pairs in order, ties half");
+    ok(near(s[BRIER], (.01 + .16 + .36 + .01) / 4), "Brier: the mean square of what was said less what happened");
+    ok(near(s[ECE], (.1 + .2 + .1) / 4), "ECE: bins' differences over all");
+    score(j, 4, weight, s);
+    ok(near(s[AUC], 5.5 / 6) && near(s[BRIER], .55 / 5) && near(s[ECE], (.1 + .2 + .2) / 5),
+       "a prompt drawn twice counts twice");
+}
+
+static void test_resample(void) {
+    double weight[50], sum = 0;
+    int differ = 0;
+    resample(50, 3, weight);
+    for (int i = 0; i < 50; i++) sum += weight[i], differ |= weight[i] > 1;
+    ok(near(sum, 50) && differ, "a resampling draws as many prompts, some more than once");
+}
+
+static void test_row(void) {
+    static const float temperature[] = { 1.25f, .5f };
+    char line[128] = "";
+    FILE *f = tmpfile();
+    if (!f) die("tmpfile", "cannot be opened");
+    write_row(f, &manners[1], temperature, 2, 1);
+    rewind(f);
+    if (!fgets(line, sizeof line, f)) line[0] = 0;
+    ok(!strcmp(line, "  {\"verify\": \"coupled\", \"temperature\": [0, 0.5], \"sts\": [1.25, 0.5]}\n"),
+       "a row of calibration.json");
+    fclose(f);
+}
+
+/* The first cycle of a prompt, by hand: raw logits, and how many drafts are what plain decoding goes on with. */
+static int is_first_cycle(dspark_model *m, const text *t, const cycles *c, int i) {
+    dspark_session_desc d = plain_desc(t->n + 16);
+    dspark_session *s = session_open(m, &d), *plain = session_open(m, &d);
+    int32_t draft[GAMMA], anchor = -1;
+    float logits[GAMMA];
+    int right = 0, is = 1;
+    dspark_step_result r;
+    must(dspark_session_append(s, t->ids, t->n)), must(dspark_session_append(plain, t->ids, t->n));
+    for (int k = -1; k < c->gamma; k++) {
+        must(dspark_step(&plain, 1, NULL, &r));
+        if (k < 0) {    /* the first step also draws the anchor */
+            anchor = r.tokens[0];
+            must(dspark_session_draft(s, anchor, draft, logits, NULL));
+        }
+        if (right == k + 1 && k + 1 < c->gamma && r.tokens[k < 0] == draft[k + 1]) right++;
+    }
+    for (int k = 0; k < c->gamma; k++) is &= fabsf(c->logits[i * c->gamma + k] - logits[k]) < 1e-3f;
+    dspark_session_close(s), dspark_session_close(plain);
+    return is && c->accepted[i] == right;
+}
+
+static void test_record(void) {
+    dspark_model *m = model_open("tools/spark-tiny/model", 1, NULL);
+    texts all = texts_read(m, "bench/heldout.jsonl"), few = { NULL, 0 };
+    text one_each[N_DOMAINS];
+    int first[N_DOMAINS], n[N_DOMAINS] = { 0 }, is = 1;
+    float raw[GAMMA], fitted[GAMMA];
+    cycles c = cycles_new(400, dspark_model_config(m)->dspark_block_size);
+    for (int i = all.n - 1; i >= 0; i--) if (!all.t[i].is_document) one_each[domain_of(&all.t[i])] = all.t[i];
+    few.t = one_each, few.n = N_DOMAINS;
+    for (int k = 0; k < GAMMA; k++) raw[k] = WIDE;
+    must(dspark_model_set_calibration(m, raw));
+    record(m, &few, &manners[0], 40, &c);
+    for (int i = c.n - 1; i >= 0; i--) n[c.prompt[i]]++, first[c.prompt[i]] = i;
+    for (int d = 0; d < N_DOMAINS; d++) is &= n[d] > 0 && n[d] <= 10 && is_first_cycle(m, &few.t[d], &c, first[d]);
+    ok(is, "greedy: a prompt's first cycle has the drafter's logits and the drafts that plain decoding confirms");
+    record(m, &few, &manners[3], 40, &c);
+    ok(c.n == 40, "drawn answers: as many cycles as asked for, from however few prompts");
+    fit(&c, fitted);
+    for (int k = 0; k < c.gamma; k++) is &= fitted[k] > 0;
+    ok(is, "and temperatures");
+    cycles_free(&c), texts_free(&all), dspark_model_close(m);
+}
+
+int main(void) {
+    test_scores();
+    test_resample();
+    test_row();
+    test_record();
+    return tap_done();
+}
