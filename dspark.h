@@ -274,8 +274,8 @@ DSPARK_API void dspark_account_settle(dspark_account *, double plain_us, double 
 
 // >>api-model
 // A checkpoint directory as released, mapped: config.json, generation_config.json where present,
-// model.safetensors or model.safetensors.index.json with its shards, tokenizer.json where present. The
-// fields of dspark_config carry config.json's names. Whatever opens is valid: there is no unchecked model.
+// model.safetensors or model.safetensors.index.json with its shards, tokenizer.json and calibration.json where
+// present. The fields of dspark_config carry config.json's names. Whatever opens is valid: there is no unchecked model.
 
 enum { DSPARK_MAX_LAYERS = 256, DSPARK_MAX_TAPS = 16, DSPARK_MAX_BLOCK = 16, DSPARK_MAX_EOS = 8 };
 
@@ -542,7 +542,9 @@ typedef struct {
 
 DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);     // measures unless it has one
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_profile *);
-// A calibration: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1.
+// A calibration for every session: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1. Without this call a
+// session takes that row of the checkpoint's calibration.json whose verifier is its own (greedy at temperature 0) and
+// whose band of temperatures is nearest, the first of equals; all 1 where there is none.
 DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *, const float *temperature);
 
 // What dspark_session_open will allocate; 0 and an error if the desc is wrong.
@@ -1996,9 +1998,14 @@ typedef struct {
     int n_files;
     size_t files_cap;
     dspark__owned *owned;   // vectors, layers, experts: each behind its link
+    struct dspark__calibration *calibrations;   // [n_calibrations]
+    int n_calibrations;
     uint64_t hash;          // of config.json and the vectors
     size_t bytes, mapped;   // of what is owned, of the shards
 } dspark__checkpoint;
+
+// A row of calibration.json: for sessions of this verifier at temperatures low .. high.
+typedef struct dspark__calibration { int verify; float band[2], sts[DSPARK_MAX_BLOCK]; } dspark__calibration;
 
 // The types of safetensors; the first five are those of dspark_matrix.
 enum { DSPARK__E8M0 = 5, DSPARK__I64, DSPARK__I32 };
@@ -2032,7 +2039,7 @@ typedef struct {
     const dspark_model_desc *desc;
     const char *dir;
     dspark_status status;
-    dspark__document config, generation, index;     // index: or, in json, the header of the only shard
+    dspark__document config, generation, calibration, index;    // index: or, in json, the header of the only shard
     dspark__names names;
     dspark__tensor *tensors;
     int n_tensors, n_ratios, n_stages;
@@ -2323,6 +2330,52 @@ static void dspark__read_generation(dspark__loader *b) {
     if (dspark__key(&k, "temperature") >= 0)
         c->temperature = (float)dspark__key_real(&k, "temperature", 0, 1000);
     if (dspark__key(&k, "top_p") >= 0) c->top_p = (float)dspark__key_real(&k, "top_p", 1e-6, 1);
+}
+
+// [n], n numbers from low to high.
+static void dspark__key_reals(const dspark__keys *k, const char *key, int n, double low, double high, float *out) {
+    const dspark__json *j = &k->d->json;
+    int node = dspark__key(k, key), good = dspark__json_kind(j, node) == DSPARK__JSON_ARRAY && j->nodes[node].n == n;
+    char expected[64];
+    for (int i = 0; i < n && good; i++) {
+        double value = 0;
+        good = dspark__json_real(j, node + 1 + i, &value) && value >= low && value <= high;
+        out[i] = (float)value;
+    }
+    snprintf(expected, sizeof expected, "%d numbers from %g to %g", n, low, high);
+    if (!good) dspark__key_failed(k, DSPARK_ERROR_FORMAT, key, expected, node);
+}
+
+// {"format": "dspark-calibration-1", "rows": [{"verify": "coupled", "temperature": [low, high], "sts": [gamma]}, ...]}
+static void dspark__read_calibration(dspark__loader *b) {
+    static const char *const verifiers[] = { "coupled", "rejection", "greedy" };
+    dspark__checkpoint *ck = b->ck;
+    dspark__keys k = { b, &b->calibration, 0, "" };
+    const dspark__json *j = &b->calibration.json;
+    dspark_status status = DSPARK_OK;
+    int rows, node, i;
+    if (!b->status && ck->config.n_stages) status = dspark__document_open(b, "calibration.json", &b->calibration);
+    if (b->status || !ck->config.n_stages || status == DSPARK_ERROR_IO) return;
+    if ((b->status = status) != DSPARK_OK) return;
+    node = dspark__key(&k, "format"), rows = dspark__key(&k, "rows");
+    if (!dspark__json_is(j, node, "dspark-calibration-1"))
+        dspark__key_failed(&k, DSPARK_ERROR_UNSUPPORTED, "format", "dspark-calibration-1", node);
+    if (dspark__json_kind(j, rows) != DSPARK__JSON_ARRAY)
+        dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "rows", "an array", rows);
+    if (b->status) return;
+    ck->calibrations = (dspark__calibration *)dspark__own(b, (size_t)j->nodes[rows].n, sizeof *ck->calibrations);
+    for (node = rows + 1; node < j->nodes[rows].next && !b->status; node = dspark__json_next(j, node)) {
+        dspark__calibration *row = &ck->calibrations[ck->n_calibrations];
+        char prefix[32];
+        snprintf(prefix, sizeof prefix, "rows[%d].", ck->n_calibrations++);
+        k.object = node, k.prefix = prefix;
+        for (i = 0; i < 3 && !dspark__json_is(j, dspark__key(&k, "verify"), verifiers[i]); i++) continue;
+        if (i == 3)
+            dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "verify", "coupled, rejection or greedy", dspark__key(&k, "verify"));
+        row->verify = i;
+        dspark__key_reals(&k, "temperature", 2, 0, 1e6, row->band);
+        dspark__key_reals(&k, "sts", ck->config.dspark_block_size, 1e-6, 1e6, row->sts);
+    }
 }
 
 // What the config says of the draft stages that the file has; without any these fields are 0.
@@ -2946,9 +2999,11 @@ static dspark_status dspark__checkpoint_open(dspark__checkpoint *ck, const char 
     dspark__open_shards(&b);
     dspark__count_stages(&b);
     dspark__read_drafter(&b);
+    dspark__read_calibration(&b);
     if (!b.status) dspark__bind_all(&b);
     dspark__document_close(&ck->io, &b.config);
     dspark__document_close(&ck->io, &b.generation);
+    dspark__document_close(&ck->io, &b.calibration);
     dspark__document_close(&ck->io, &b.index);
     dspark__free(b.names.slots);
     dspark__free(b.tensors);
@@ -4024,9 +4079,9 @@ struct dspark_model {
     const dspark_backend *backend;
     void *device;
     int max_rows, max_token_bytes;
-    int has_profile;
+    int has_profile, has_calibration;
     dspark_profile profile;
-    float calibration[DSPARK_MAX_BLOCK];
+    float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
     dspark__batch batch;
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
@@ -4150,6 +4205,7 @@ DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *m, const flo
                                 (double)temperature[k]);
     for (int k = 0; k < m->checkpoint.config.dspark_block_size; k++)
         m->calibration[k] = temperature ? temperature[k] : 1;
+    m->has_calibration = 1;
     return DSPARK_OK;
 }
 
@@ -4203,6 +4259,10 @@ static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *
     return b->pass_end(d, result);
 }
 
+#if defined __GNUC__ && !defined __clang__      // what follows up to >>kernels calls and seldom computes
+#pragma GCC push_options
+#pragma GCC optimize("O1", "fp-contract=off")
+#endif
 // >>session
 // Committed tokens, of which the first n_run have been run: their rows are in the state, indexed by position.
 // Between calls n_run is n_tokens (and the logits for the next are there) or less (the rest is pending).
@@ -4711,6 +4771,20 @@ static int dspark__mode(const dspark_session *s) {
     return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify;
 }
 
+// The temperatures of the session's confidences, [gamma].
+static const float *dspark__calibration_of(const dspark_session *s) {
+    const dspark_model *m = s->model;
+    const dspark__checkpoint *ck = &m->checkpoint;
+    const float *best = m->calibration;
+    float t = dspark__greedy(s) ? 0 : s->desc.temperature, nearest = HUGE_VALF;
+    for (int i = 0; i < ck->n_calibrations && !m->has_calibration; i++) {
+        const dspark__calibration *row = &ck->calibrations[i];
+        float away = fmaxf(0, fmaxf(row->band[0] - t, t - row->band[1]));
+        if (row->verify == dspark__mode(s) && away < nearest) nearest = away, best = row->sts;
+    }
+    return best;
+}
+
 // Logits of the token after n of the session's tokens, in place: adjusted, then p. The log of the adjusted
 // softmax's denominator goes to *log_sum, if wanted.
 static dspark_status dspark__to_p(const dspark_session *s, float *logits, int n, double *log_sum) {
@@ -4984,7 +5058,7 @@ static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, f
                      : dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_PLAIN, (uint64_t)position, 0, &token);
     if (status) return status;
     s->tokens[position] = a->r->draft[k] = token;
-    a->r->confidence[k] = (float)dspark_sts_apply(confidence_logit, s->model->calibration[k]);
+    a->r->confidence[k] = (float)dspark_sts_apply(confidence_logit, dspark__calibration_of(s)[k]);
     return DSPARK_OK;
 }
 
@@ -5328,6 +5402,9 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
     return DSPARK_OK;
 }
 
+#if defined __GNUC__ && !defined __clang__
+#pragma GCC pop_options
+#endif
 // >>kernels
 // The arithmetic on vectors, written once, at the end of this file, and compiled once a path: plain C, AVX2,
 // AVX-512, NEON. All paths give the same bits. A sum over k has 16 lanes: lane i takes k = i, i + 16, ... in
