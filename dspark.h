@@ -371,6 +371,8 @@ typedef struct {
     int n_threads;                      // 0: all processors (1 without OpenMP)
     int cpu_path;                       // DSPARK_PATH_*; 0: the best this machine has. All give the same bits.
     int max_rows;                       // rows of one pass, 0: 128. Bounds the workspace; a text does not depend on it.
+    int max_sessions;                   // at least so many with whole blocks fit into one pass; 0: what max_rows give
+    size_t memory_limit;                // bytes that the model and its sessions may allocate; 0: no limit
     dspark_files files;
     int (*progress)(void *user, float done);    // 0..1, while opening; returns 0 to cancel
     void *user;
@@ -378,7 +380,7 @@ typedef struct {
 
 // Opens a directory. desc NULL or zeroed: the CPU, all defaults. On an error *out is NULL. IO, FORMAT (names
 // file, tensor, expected, found), UNSUPPORTED, MEMORY, CANCELLED. A model may be shared by threads, but no
-// two calls that run it (append, step, draft, profile) at once.
+// two calls that run it (append, step, draft, profile) or open and close its sessions at once.
 DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
                                            const dspark_model_desc *desc);
 DSPARK_API void dspark_model_close(dspark_model *);             // after its sessions; NULL is fine
@@ -547,8 +549,9 @@ DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_p
 // whose band of temperatures is nearest, the first of equals; all 1 where there is none.
 DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *, const float *temperature);
 
-// What dspark_session_open will allocate; 0 and an error if the desc is wrong.
+// What dspark_session_open will allocate, all there is to a session; 0 and an error if the desc is wrong.
 DSPARK_API size_t dspark_session_bytes(const dspark_model *, const dspark_session_desc *);
+// MEMORY: there is no more, or it would be more than memory_limit leaves.
 DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *,
                                              const dspark_session_desc *);
 DSPARK_API void dspark_session_close(dspark_session *);         // NULL is fine
@@ -585,9 +588,11 @@ typedef struct {
     int prompt_rows;        // of a submitted prompt, run a step at most; 0: what a pass has room for
 } dspark_step_desc;
 
-// One cycle of n sessions of one model, results [n]; desc NULL: defaults. Returns an error that concerns all
-// (results then mean nothing); one of a session is in its result. A session that has finished emits nothing
-// and says why.
+// One cycle of n sessions of one model, results [n]; desc NULL: defaults. A pass takes what max_rows hold: all of
+// max_sessions at once; more sessions follow in further passes. Prompts get the rows that decoding leaves. Who is in a
+// step changes nobody's text (but see REJECTION), so sessions may come, go and be closed between any two. Returns an
+// error that concerns all (results then mean nothing); one of a session is in its result. A session that has finished
+// emits nothing and says why.
 DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *,
                                      dspark_step_result *results);
 
@@ -2371,7 +2376,8 @@ static void dspark__read_calibration(dspark__loader *b) {
         k.object = node, k.prefix = prefix;
         for (i = 0; i < 3 && !dspark__json_is(j, dspark__key(&k, "verify"), verifiers[i]); i++) continue;
         if (i == 3)
-            dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "verify", "coupled, rejection or greedy", dspark__key(&k, "verify"));
+            dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "verify", "coupled, rejection or greedy",
+                               dspark__key(&k, "verify"));
         row->verify = i;
         dspark__key_reals(&k, "temperature", 2, 0, 1e6, row->band);
         dspark__key_reals(&k, "sts", ck->config.dspark_block_size, 1e-6, 1e6, row->sts);
@@ -4079,6 +4085,7 @@ struct dspark_model {
     const dspark_backend *backend;
     void *device;
     int max_rows, max_token_bytes;
+    size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
     dspark_profile profile;
     float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
@@ -4086,6 +4093,13 @@ struct dspark_model {
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
 };
+
+// Would so many bytes more be too many?
+static dspark_status dspark__memory_check(const dspark_model *m, const char *what, size_t more) {
+    size_t limit = m->memory_limit, used = dspark_model_bytes(m, NULL) + m->session_bytes;
+    if (!limit || (used <= limit && more <= limit - used)) return DSPARK_OK;
+    return dspark__fail(DSPARK_ERROR_MEMORY, "%s: %zu bytes and %zu more, memory_limit is %zu", what, used, more, limit);
+}
 
 static size_t dspark__tokenizer_bytes(const dspark_tokenizer *t) {
     size_t bytes = 0;
@@ -4169,18 +4183,23 @@ static dspark_status dspark__model_open_tokenizer(dspark_model *m, const char *d
 
 static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const dspark_model_desc *desc) {
     const dspark_config *c = &m->checkpoint.config;
+    dspark_model_desc d = *desc;
     dspark_status status = dspark__checkpoint_open(&m->checkpoint, dir, desc);
     if (!status) status = dspark__model_open_tokenizer(m, dir);
     if (status) return status;
     m->backend = desc->backend ? desc->backend : dspark_cpu_backend();
-    status = m->backend->open(&m->device, m, desc);
+    if (desc->max_sessions < 0 || desc->max_sessions > 1 << 16)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_sessions %d: expected 0 to %d", desc->max_sessions, 1 << 16);
+    d.max_rows = dspark__max(desc->max_rows > 0 ? desc->max_rows : 128, desc->max_sessions * (1 + c->dspark_block_size));
+    status = m->backend->open(&m->device, m, &d);
     if (status) return status;
-    m->max_rows = m->backend->max_rows(m->device);
+    m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
     for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = 1;
     m->row = (float *)dspark__alloc((size_t)c->vocab_size, sizeof *m->row);
     m->bytes += (size_t)c->vocab_size * sizeof *m->row;
     if (!m->row) return DSPARK_ERROR_MEMORY;
-    return dspark__batch_open(&m->batch, m->max_rows, c->dspark_block_size, &m->bytes);
+    status = dspark__batch_open(&m->batch, m->max_rows, c->dspark_block_size, &m->bytes);
+    return status ? status : dspark__memory_check(m, "model", 0);
 }
 
 DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
@@ -4288,6 +4307,7 @@ struct dspark_session {
     int text_len, text_out, text_cap;
     int finish;                     // the stop that ended the text, until an append or a truncate; else 0
     char *memory;
+    size_t bytes;                   // of the model's session_bytes
 };
 
 static const dspark_config *dspark__config(const dspark_session *s) { return &s->model->checkpoint.config; }
@@ -4397,6 +4417,7 @@ DSPARK_API size_t dspark_session_bytes(const dspark_model *m, const dspark_sessi
 DSPARK_API void dspark_session_close(dspark_session *s) {
     if (!s) return;
     if (s->state) s->model->backend->state_close(s->state);
+    s->model->session_bytes -= s->bytes;
     dspark__free(s->memory);
     dspark__free(s);
 }
@@ -4406,9 +4427,12 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
     dspark_session_desc none;
     dspark_session *s;
     dspark_status status;
+    size_t bytes, before = m->backend->bytes(m->device);
     *out = NULL;
     desc = dspark__session_defaults(desc, &none);
     if ((status = dspark__desc_check(m, desc)) != DSPARK_OK) return status;
+    bytes = dspark_session_bytes(m, desc);
+    if ((status = dspark__memory_check(m, "session", bytes)) != DSPARK_OK) return status;
     s = (dspark_session *)dspark__alloc(1, sizeof *s);
     if (!s) return DSPARK_ERROR_MEMORY;
     s->model = m, s->desc = *desc, s->desc.max_context = dspark__context(m, desc);
@@ -4417,6 +4441,8 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
         s->memory ? m->backend->state_open(&s->state, m->device, s->desc.max_context) : DSPARK_ERROR_MEMORY;
     if (status) return dspark_session_close(s), status;
     dspark__session_layout(s, m, desc, s->memory);
+    s->bytes = bytes - (m->backend->bytes(m->device) - before);     // the device's workspace may have grown
+    m->session_bytes += s->bytes;
     *out = s;
     return DSPARK_OK;
 }
@@ -5293,9 +5319,9 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     return !finished;
 }
 
-// Enters a session into the step with at most `room` rows; how many it may need. 0: none, its result is
+// Enters a session into the step; how many rows it may need, of a prompt one at least. 0: none, its result is
 // complete.
-static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_result *r, int room) {
+static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_result *r) {
     memset(a, 0, sizeof *a);
     memset(r, 0, sizeof *r);
     a->s = s, a->r = r;
@@ -5307,13 +5333,24 @@ static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_res
                0;
     if (!s->has_logits && s->n_tokens - s->n_run > 1) {
         r->status = dspark__refill(s);
-        return r->status ? 0 : (a->n_prompt = dspark__min(room, s->n_tokens - s->n_run));
+        return r->status ? 0 : (a->n_prompt = 1);
     }
     r->finish = s->finish ? s->finish : dspark__exhausted(s);
     if (!r->finish && s->has_logits && !dspark__first_token(s, r) && r->status) return 0;
     if (r->finish) return dspark__text_end(s, r), 0;
     r->status = dspark__refill(s);
-    return r->status ? 0 : 1 + dspark__config(s)->dspark_block_size;
+    return r->status ? 0 : 1 + (dspark__draft_limit(s) ? dspark__config(s)->dspark_block_size : 0);
+}
+
+// What a pass has left goes to the prompts in it, in their order.
+static void dspark__share_rows(dspark__lane *lanes, int n, int left, int prompt_rows) {
+    for (int i = 0; i < n; i++) {
+        int more = lanes[i].s->n_tokens - lanes[i].s->n_run;
+        if (!lanes[i].n_prompt) continue;
+        if (prompt_rows > 0) more = dspark__min(more, prompt_rows);
+        more = dspark__min(more - lanes[i].n_prompt, left);
+        lanes[i].n_prompt += more, left -= more;
+    }
 }
 
 static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) {
@@ -5364,11 +5401,10 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     for (int i = 0; i < n && !status;) {
         int rows = 0, lanes = 0, worst = 1 + m->checkpoint.config.dspark_block_size;
         for (; i < n && m->max_rows - rows >= worst; i++) {
-            int room = m->max_rows - rows, need;
-            if (prompt_rows > 0) room = dspark__min(room, prompt_rows);
-            need = dspark__lane_open(&m->batch.lanes[lanes], sessions[i], &results[i], room);
+            int need = dspark__lane_open(&m->batch.lanes[lanes], sessions[i], &results[i]);
             rows += need, lanes += need > 0;
         }
+        dspark__share_rows(m->batch.lanes, lanes, m->max_rows - rows, prompt_rows);
         if (lanes) status = dspark__cycle(m, m->batch.lanes, lanes);
     }
     return status;
