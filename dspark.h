@@ -76,8 +76,9 @@
 
    NEVER SLOWER
    Each session has an account in modelled time (T and the draft's cost): a cycle's gain over plain decoding is added,
-   its loss taken off, and it drafts only if the account bears the worst outcome. So any text takes at most 1.01 of
-   plain decoding and one such outcome. (schedule BLOCK and THRESHOLD draft always.)
+   its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected. So any
+   text takes at most 1.01 of plain decoding and one such outcome, or three where the model's other texts have gained
+   the two. (schedule BLOCK and THRESHOLD draft always.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
@@ -532,18 +533,32 @@ typedef struct {
     double draft_us, verify_us;
 } dspark_stats;
 
-// What drives a schedule: T(B) as passes a second with B rows, the costs of a draft and of a draw. Measured
-// on this machine in at most about a second, at the first step that needs it or by dspark_model_profile.
+// What drives a schedule: what passes take here, in microseconds. With B rows of n sessions that are d tokens deep on
+// average: T(B) + (n - 1) session_us + B context_us (d - 256) / 1024; SPS(B) is one over that.
 enum { DSPARK_MAX_PROFILE = 64 };
 typedef struct {
-    float sps[DSPARK_MAX_PROFILE];      // sps[B-1]; never rising: a curve without noise's teeth
-    int n;
-    float draft_us, inject_us;          // a draft of gamma tokens; each token's tap beyond two that it must inject
+    int n;                              // points of T: B = rows[i] rows of one session, 256 tokens deep, take us[i]
+    int rows[DSPARK_MAX_PROFILE];       // ascending
+    float us[DSPARK_MAX_PROFILE];
+    float session_us, context_us;
+    float draft_us, draft_more_us;      // gamma drafts of one session; of each further one in the same draft pass
+    float inject_us;                    // each tap beyond two that a draft must inject
     float sample_us;                    // drawing a token from its logits
+    int learn;                          // 1: every step's passes correct it
+    unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // how often, at most 16: the more, the less is corrected
 } dspark_profile;
 
-DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);     // measures unless it has one
+// T(B): linear between the points; before them in proportion to B, beyond them as over their last half.
+DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
+// Measures, unless there is one, in about half a second; so does the first step that needs it. It learns.
+DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);
+// NULL: nothing is known. Then it is learned: a plain pass, three drafts that are verified whole, and from then on
+// never slower.
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_profile *);
+// To a file and back, as {"format": "dspark-profile-1", ...}. Refused (FORMAT) is one of another checkpoint, path or
+// number of threads, where passes take another time.
+DSPARK_API dspark_status dspark_model_save_profile(dspark_model *, const char *path);
+DSPARK_API dspark_status dspark_model_load_profile(dspark_model *, const char *path);
 // A calibration for every session: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1. Without this call a
 // session takes that row of the checkpoint's calibration.json whose verifier is its own (greedy at temperature 0) and
 // whose band of temperatures is nearest, the first of equals; all 1 where there is none.
@@ -4066,17 +4081,29 @@ typedef struct {
     int length;                 // how many are
     int draft_row, logits_row;  // of its first draft, of its first row's logits
     int drafted;                // it went through the drafter
-    double plain_us, draft_us;  // P of its account (0: no account is kept), what drafting costs it
+    int trial;                  // to learn what that costs
+    double plain_us;            // P of its account; 0: no account is kept
+    double extra_us;            // what its draft takes beyond its share of the pass
 } dspark__lane;
+
+// What this step's passes cost.
+typedef struct {
+    int R, drafting;            // sessions that decode; those of them that may draft
+    double base_us, row_us, context_us;         // beyond T(B): once; a row; of that for its context
+    double plain_us;            // P: a session's share of a step without drafts
+    double worst[DSPARK_MAX_BLOCK + 1];         // [cap]: the most of a pass' growth that one with l <= cap may cause
+    double growth[DSPARK_MAX_BLOCK + 1];        // [l]: its share if all that may verify l
+} dspark__costs;
 
 // What a step gathers about its sessions; arrays of max_rows entries, [max_rows][gamma] for confidence.
 typedef struct {
     int32_t *ids, *previous;
     dspark_segment *segments;
     dspark__lane *lanes;
-    float *confidence, *threshold;
+    float *confidence, *threshold, *sps;
     int *limit, *lengths, *lane_of;
     void *scratch;
+    dspark__costs costs;
 } dspark__batch;
 
 struct dspark_model {
@@ -4087,8 +4114,10 @@ struct dspark_model {
     int max_rows, max_token_bytes;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
+    dspark_account account;     // of all sessions; limit 0: not opened since the profile was set
     dspark_profile profile;
     float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
+    float survival[DSPARK_MAX_BLOCK];       // a_k of late: what a new session's drafts are expected to bring
     dspark__batch batch;
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
@@ -4098,7 +4127,8 @@ struct dspark_model {
 static dspark_status dspark__memory_check(const dspark_model *m, const char *what, size_t more) {
     size_t limit = m->memory_limit, used = dspark_model_bytes(m, NULL) + m->session_bytes;
     if (!limit || (used <= limit && more <= limit - used)) return DSPARK_OK;
-    return dspark__fail(DSPARK_ERROR_MEMORY, "%s: %zu bytes and %zu more, memory_limit is %zu", what, used, more, limit);
+    return dspark__fail(DSPARK_ERROR_MEMORY, "%s: %zu bytes and %zu more, memory_limit is %zu", what, used, more,
+                        limit);
 }
 
 static size_t dspark__tokenizer_bytes(const dspark_tokenizer *t) {
@@ -4127,7 +4157,7 @@ DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
 static void dspark__batch_close(dspark__batch *b) {
     dspark__free(b->ids), dspark__free(b->previous), dspark__free(b->segments), dspark__free(b->lanes);
     dspark__free(b->confidence), dspark__free(b->threshold), dspark__free(b->limit), dspark__free(b->lengths);
-    dspark__free(b->lane_of), dspark__free(b->scratch);
+    dspark__free(b->lane_of), dspark__free(b->scratch), dspark__free(b->sps);
 }
 
 static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamma, size_t *bytes) {
@@ -4138,13 +4168,14 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->lanes = (dspark__lane *)dspark__alloc(n, sizeof *b->lanes);
     b->confidence = (float *)dspark__alloc(n * (size_t)dspark__max(gamma, 1), sizeof *b->confidence);
     b->threshold = (float *)dspark__alloc(n, sizeof *b->threshold);
+    b->sps = (float *)dspark__alloc(n, sizeof *b->sps);
     b->limit = (int *)dspark__alloc(n, sizeof *b->limit);
     b->lengths = (int *)dspark__alloc(n, sizeof *b->lengths);
     b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
     b->scratch = dspark__alloc(scratch, 1);
     *bytes += scratch + n * (3 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             (size_t)(gamma + 1) * sizeof(float));
-    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->limit &&
+                             (size_t)(dspark__max(gamma, 1) + 2) * sizeof(float));
+    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->sps && b->limit &&
                    b->lengths && b->lane_of && b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
@@ -4190,11 +4221,12 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     m->backend = desc->backend ? desc->backend : dspark_cpu_backend();
     if (desc->max_sessions < 0 || desc->max_sessions > 1 << 16)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_sessions %d: expected 0 to %d", desc->max_sessions, 1 << 16);
-    d.max_rows = dspark__max(desc->max_rows > 0 ? desc->max_rows : 128, desc->max_sessions * (1 + c->dspark_block_size));
+    d.max_rows = desc->max_rows > 0 ? desc->max_rows : 128;
+    d.max_rows = dspark__max(d.max_rows, desc->max_sessions * (1 + c->dspark_block_size));
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
-    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = 1;
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = m->survival[k] = 1;
     m->row = (float *)dspark__alloc((size_t)c->vocab_size, sizeof *m->row);
     m->bytes += (size_t)c->vocab_size * sizeof *m->row;
     if (!m->row) return DSPARK_ERROR_MEMORY;
@@ -4301,6 +4333,7 @@ struct dspark_session {
     uint64_t cycle;                 // never goes back
     int has_account;
     dspark_account account;
+    float survival[DSPARK_MAX_BLOCK];       // a_k of late
     dspark_stats stats;
     dspark_utf8 utf8;
     char *text;                     // what the last step gave (text_out bytes), then what is held back
@@ -4441,6 +4474,7 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
         s->memory ? m->backend->state_open(&s->state, m->device, s->desc.max_context) : DSPARK_ERROR_MEMORY;
     if (status) return dspark_session_close(s), status;
     dspark__session_layout(s, m, desc, s->memory);
+    memcpy(s->survival, m->survival, sizeof s->survival);
     s->bytes = bytes - (m->backend->bytes(m->device) - before);     // the device's workspace may have grown
     m->session_bytes += s->bytes;
     *out = s;
@@ -4900,144 +4934,343 @@ static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
 // ---- the cost of passes
 
 enum { DSPARK__FRESH_TAPS = 2 };        // that a draft injects after a usual cycle: in draft_us
+enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 4 };      // where, and with how many, is measured
 
-// One pass of the target with B rows at the session's end, or one draft (B 0); microseconds.
-static dspark_status dspark__time_pass(dspark_session *s, int B, double *us) {
+DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
+    double slope;
+    int i = 0, half = p->n - 1;
+    if (rows <= p->rows[0]) return (double)p->us[0] * (double)rows / p->rows[0];
+    for (int end = p->n; end - i > 1;) {
+        int middle = (i + end) / 2;
+        if (p->rows[middle] <= rows) i = middle;
+        else end = middle;
+    }
+    if (i + 1 < p->n) slope = ((double)p->us[i + 1] - (double)p->us[i]) / (p->rows[i + 1] - p->rows[i]);
+    else {
+        slope = (double)p->us[i] / p->rows[i];
+        while (half >= 0 && 2 * p->rows[half] > p->rows[i]) half--;
+        if (half >= 0) slope = fmin(slope, ((double)p->us[i] - (double)p->us[half]) / (p->rows[i] - p->rows[half]));
+    }
+    return (double)p->us[i] + slope * (double)(rows - p->rows[i]);
+}
+
+// What was seen n times before, seen again: the least of the first three, since the first may wait for the disk;
+// then a running mean that outliers hardly move.
+static float dspark__learned(float was, double us, unsigned char *seen) {
+    double error = us - (double)was, bound = (double)was / 4;
+    if (*seen < 16) ++*seen;
+    if (*seen <= 3) return (float)(*seen == 1 ? us : fmin(us, (double)was));
+    return (float)((double)was + fmax(-bound, fmin(error, bound)) / *seen);
+}
+
+// A pass of `rows` rows took so long: its point moves, or becomes one where none is near. More rows cost no less: of
+// points that say otherwise the newer counts.
+static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
+    int i = 0;
+    while (i < p->n && p->rows[i] < rows) i++;
+    if (i == p->n || p->rows[i] != rows) {
+        int last = i == p->n;
+        int near = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
+        double expected = p->n ? dspark_profile_us(p, rows) : us;
+        if (near || p->n == DSPARK_MAX_PROFILE) {       // the nearest takes the error
+            if (last || (i && rows - p->rows[i - 1] < p->rows[i] - rows)) i--;
+            us = (double)p->us[i] * us / expected;
+        } else {
+            size_t after = (size_t)(p->n - i);
+            memmove(p->rows + i + 1, p->rows + i, after * sizeof *p->rows);
+            memmove(p->us + i + 1, p->us + i, after * sizeof *p->us);
+            memmove(p->seen + i + 1, p->seen + i, after);
+            p->rows[i] = rows, p->us[i] = (float)expected, p->seen[i] = i && !last ? 4 : 0, p->n++;
+        }
+    }
+    p->us[i] = dspark__learned(p->us[i], us, &p->seen[i]);
+    for (int j = 0; j < p->n; j++)
+        if ((p->us[j] > p->us[i]) == (j < i)) p->us[j] = p->us[i];
+}
+
+// A draft of n sessions took so long, what they inject and draw left out.
+static void dspark__learn_draft(dspark_profile *p, int n, double us) {
+    double expected = (double)p->draft_us + (n - 1) * (double)p->draft_more_us;
+    float scale = 1;
+    if (expected <= 0) p->draft_us = p->draft_more_us = (float)(us / n), expected = us;
+    scale = dspark__learned(1, us / expected, &p->draft_seen);
+    p->draft_us *= scale;
+    if (n > 1) p->draft_more_us *= scale;
+}
+
+// One pass of the target with B rows of each of n sessions at their ends, or (B 0) a draft of each; microseconds.
+static dspark_status dspark__time_pass(dspark_session **s, int n, int B, double *us) {
+    dspark_model *m = s[0]->model;
+    const dspark_config *c = &m->checkpoint.config;
+    dspark__batch *b = &m->batch;
+    dspark_pass pass;
     dspark_pass_result result;
-    int32_t tokens[DSPARK_MAX_BLOCK];
-    float confidence[DSPARK_MAX_BLOCK];
+    dspark_status status;
+    int rows = B ? B : c->dspark_block_size;
     double start = dspark__now_us();
-    dspark_status status = B ? dspark__run_alone(s, s->tokens, B, s->n_run, 0, 0, &result)
-                             : dspark_session_draft(s, s->tokens[0], tokens, confidence, NULL);
+    memset(&pass, 0, sizeof pass);
+    pass.kind = B ? DSPARK_PASS_TARGET : DSPARK_PASS_DRAFT, pass.ids = b->ids, pass.segments = b->segments;
+    pass.n_rows = n * rows, pass.n_segments = n;
+    for (int i = 0; i < n; i++) {
+        b->segments[i] = B ? dspark__segment(s[i], i * rows, rows, s[i]->n_run)
+                           : dspark__draft_segment(s[i], i * rows, rows);
+        b->segments[i].logits_from = 0, b->previous[i] = s[i]->tokens[0];
+        memcpy(b->ids + i * rows, s[i]->tokens + i, (size_t)rows * sizeof *b->ids);
+    }
+    status = B ? dspark__forward(m, &pass, &result) : dspark__draft_backbone(m, &pass, &result);
+    for (int k = 0; k < rows && !B && !status; k++) m->backend->draft_step(m->device, k, b->previous);
     *us = dspark__now_us() - start;
     return status;
 }
 
-// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps`
-// positions.
-static dspark_status dspark__time_best(dspark_session *s, int B, int taps, double until_us, double *best) {
+// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps` positions.
+static dspark_status dspark__time_best(dspark_session **s, int n, int B, int taps, double slice_us, double *best) {
     dspark_status status = DSPARK_OK;
+    double until = dspark__now_us() + slice_us;
     *best = HUGE_VAL;
-    for (int i = 0; i < 12 && !status && (i < 3 || dspark__now_us() < until_us); i++) {
+    for (int i = 0; i < 12 && !status && (i < 3 || dspark__now_us() < until); i++) {
         double us;
-        s->n_injected = dspark__max(0, s->n_run - taps);
-        status = dspark__time_pass(s, B, &us);
+        for (int j = 0; j < n; j++) s[j]->n_injected = dspark__max(0, s[j]->n_run - taps);
+        status = dspark__time_pass(s, n, B, &us);
         if (i && us < *best) *best = us;
     }
     return status;
 }
 
-// A draw at temperature 1 from the logits of the session's end.
-static dspark_status dspark__time_sample(dspark_session *s, double *best) {
+// A draw at temperature 1 from the logits of the last pass.
+static dspark_status dspark__time_sample(dspark_session *s, const float *logits, double *best) {
     int V = dspark__config(s)->vocab_size;
     int32_t token;
     dspark_status status = DSPARK_OK;
     *best = HUGE_VAL;
     for (int i = 0; i < 5 && !status; i++) {
         double start = dspark__now_us();
-        status = dspark_distribution(s->logits, V, 1, 0, 0, 0, s->model->row);
+        status = dspark_distribution(logits, V, 1, 0, 0, 0, s->model->row);
         if (!status) status = dspark_draw(s->model->row, V, 1, DSPARK_DRAW_PLAIN, (uint64_t)i, 0, &token);
         *best = fmin(*best, dspark__now_us() - start);
     }
     return status;
 }
 
-static dspark_status dspark__measure(dspark_session *s, dspark_profile *p) {
-    static const int more[] = { 10, 12, 16, 24, 32, 48, 64 };
-    int gamma = dspark__config(s)->dspark_block_size, at = 0,
-        most = dspark__min(DSPARK_MAX_PROFILE, s->model->max_rows);
-    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 1.2e4, draft_us = 0,
-                                   inject_us = 0, sample_us = 0;
+// T(B) of one session, from few rows to as many as a third of a second allows.
+static dspark_status dspark__measure_rows(dspark_session **s, int most, double slice, dspark_profile *p) {
+    int gamma = dspark__config(s[0])->dspark_block_size;
+    double start = dspark__now_us(), us;
     dspark_status status = DSPARK_OK;
-    most = dspark__min(most, s->desc.max_context - s->n_tokens);
-    for (int B = 1, next = 0; B <= most && !status; at = B, B = next) {
+    for (int B = 1; B <= most && !status; B = B < dspark__max(8, gamma + 1) ? B + 1 : (B + B / 2) & ~1) {
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
-        status = dspark__time_best(s, B, 0, dspark__now_us() + slice, &us[B]);
-        us[B] = fmax(us[B], us[at]);        // more rows cost no less: what says otherwise is noise
-        for (int b = at + 1; b < B; b++) us[b] = us[at] + (us[B] - us[at]) * (b - at) / (B - at);
-        next = B + 1;
-        for (int i = 6; i >= 0 && B >= dspark__max(8, gamma + 1); i--) if (more[i] > B) next = more[i];
-        p->n = B;
+        status = dspark__time_best(s, 1, B, 0, slice, &us);
+        if (p->n) us = fmax(us, (double)p->us[p->n - 1]);       // more rows cost no less: what says otherwise is noise
+        p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
     }
-    for (int B = 1; B <= p->n; B++) p->sps[B - 1] = (float)(1e6 / us[B]);
-    if (!status && gamma)
-        status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS, dspark__now_us() + 2 * slice, &draft_us);
-    if (!status && gamma)
-        status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS + 64, dspark__now_us() + slice, &inject_us);
-    if (!status && dspark__time_sample(s, &sample_us)) sample_us = 0;       // NaN is the business of who meets it
-    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64),
+    return status;
+}
+
+// s [n]: sessions with room for `most` rows each, the first of them deeper.
+static dspark_status dspark__measure(dspark_session **s, int n, int most, int deeper, dspark_profile *p) {
+    int gamma = dspark__config(s[0])->dspark_block_size, rows = dspark__min(most, 8),
+        company = dspark__min(n, gamma ? s[0]->model->max_rows / gamma : n);
+    double slice = 1.2e4, draft_us = 0, inject_us = 0, more_us = 0, sample_us = 0, us, alone = 0;
+    dspark_pass_result result;
+    dspark_status status = dspark__measure_rows(s, most, slice, p);
+    if (!status && n > 1) {
+        status = dspark__time_best(s, n, 1, 0, slice, &us);
+        p->session_us = (float)(fmax(us - dspark_profile_us(p, n), 0) / (n - 1));
+    }
+    if (!status && gamma) status = dspark__time_best(s, 1, 0, DSPARK__FRESH_TAPS, 2 * slice, &draft_us);
+    if (!status && gamma) status = dspark__time_best(s, 1, 0, DSPARK__FRESH_TAPS + 64, slice, &inject_us);
+    if (!status && gamma && company > 1)
+        status = dspark__time_best(s, company, 0, DSPARK__FRESH_TAPS, slice, &more_us);
+    if (company < 2) more_us = draft_us, company = 2;
+    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64);
+    p->draft_more_us = (float)(fmax(more_us - draft_us, 0) / (company - 1)), p->draft_seen = 8;
+    if (!status) status = dspark__run_alone(s[0], s[0]->tokens, 1, s[0]->n_run, 0, 0, &result);
+    if (!status && dspark__time_sample(s[0], result.logits, &sample_us)) sample_us = 0;     // NaN concerns who meets it
     p->sample_us = (float)sample_us;
+    if (!status && deeper) status = dspark__time_best(s, 1, rows, 0, slice, &alone);
+    s[0]->n_run += deeper;
+    if (!status && deeper) status = dspark__time_best(s, 1, rows, 0, slice, &us);
+    if (deeper) p->context_us = (float)(fmax(us - alone, 0) / rows * 1024 / deeper);
+    return status;
+}
+
+// What passes cost does not depend on what a state holds: nothing needs to have been run.
+static dspark_status dspark__measure_sessions(dspark_model *m, dspark_profile *p) {
+    const dspark_config *c = &m->checkpoint.config;
+    dspark_session *s[DSPARK__COMPANY];
+    dspark_session_desc desc;
+    dspark_status status = DSPARK_OK;
+    int all = c->max_position_embeddings, most = dspark__min(m->max_rows, dspark__max(1, all - DSPARK__DEPTH)),
+        depth = dspark__min(DSPARK__DEPTH, dspark__max(1, all - most - 1)), deeper = DSPARK__DEEPER, n = 0;
+    most = dspark__min(most, all - depth);
+    if (depth + deeper + most > all) deeper = 0;
+    memset(&desc, 0, sizeof desc);
+    for (; n < dspark__min(DSPARK__COMPANY, m->max_rows) && !status; n += !status) {
+        desc.max_context = depth + (n ? dspark__min(most, c->dspark_block_size + 1) : most + deeper);
+        status = dspark_session_open(&s[n], m, &desc);
+        if (status) break;
+        s[n]->n_run = depth;
+        for (int i = 0; i < desc.max_context; i++) s[n]->tokens[i] = (int32_t)((int64_t)(i + n) * 7919 % c->vocab_size);
+    }
+    if (!status) status = dspark__measure(s, n, most, deeper, p);
+    while (n) dspark_session_close(s[--n]);
     return status;
 }
 
 DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *out) {
-    const dspark_config *c = &m->checkpoint.config;
-    dspark_session_desc desc;
-    dspark_session *s;
-    dspark_status status = DSPARK_OK;
     if (!m->has_profile) {
         dspark_profile p;
-        memset(&desc, 0, sizeof desc), memset(&p, 0, sizeof p);
-        desc.max_context = dspark__min(c->max_position_embeddings, 256 + DSPARK_MAX_PROFILE);
-        status = dspark_session_open(&s, m, &desc);
-        if (status) return status;
-        s->n_tokens = dspark__max(2, desc.max_context - DSPARK_MAX_PROFILE);
-        s->n_tokens = dspark__min(s->n_tokens, desc.max_context - 1);
-        for (int i = 0; i < desc.max_context; i++)
-            s->tokens[i] = (int32_t)((int64_t)i * 7919 % c->vocab_size);
-        status = dspark__run_pending(s);
-        if (!status) status = dspark__measure(s, &p);
-        dspark_session_close(s);
-        if (status) return status;
+        dspark_status status;
+        memset(&p, 0, sizeof p);
+        if ((status = dspark__measure_sessions(m, &p)) != DSPARK_OK) return status;
+        p.learn = 1;
         m->profile = p, m->has_profile = 1;
     }
     *out = m->profile;
     return DSPARK_OK;
 }
 
+// The costs of a profile that are one number.
+static const struct { const char *name; size_t at; } dspark__profile_costs[] = {
+    { "session_us", offsetof(dspark_profile, session_us) }, { "context_us", offsetof(dspark_profile, context_us) },
+    { "draft_us", offsetof(dspark_profile, draft_us) }, { "draft_more_us", offsetof(dspark_profile, draft_more_us) },
+    { "inject_us", offsetof(dspark_profile, inject_us) }, { "sample_us", offsetof(dspark_profile, sample_us) }
+};
+enum { DSPARK__PROFILE_COSTS = sizeof dspark__profile_costs / sizeof *dspark__profile_costs };
+static float *dspark__profile_cost(const dspark_profile *p, int i) {
+    return (float *)(uintptr_t)((const char *)p + dspark__profile_costs[i].at);
+}
+
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
-    if (p->n < 1 || p->n > DSPARK_MAX_PROFILE || !(p->draft_us >= 0 && p->draft_us <= FLT_MAX) ||
-        !(p->inject_us >= 0 && p->inject_us <= FLT_MAX) || !(p->sample_us >= 0 && p->sample_us <= FLT_MAX))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT,
-                            "profile: %d entries, a draft of %g us, %g a tap, a draw of %g us", p->n,
-                            (double)p->draft_us, (double)p->inject_us, (double)p->sample_us);
+    memset(&m->account, 0, sizeof m->account);
+    if (!p) {
+        memset(&m->profile, 0, sizeof m->profile);
+        return m->profile.learn = m->has_profile = 1, DSPARK_OK;
+    }
+    if (p->n < (p->learn ? 0 : 1) || p->n > DSPARK_MAX_PROFILE)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d points: expected 1 to %d", p->n, DSPARK_MAX_PROFILE);
     for (int i = 0; i < p->n; i++)
-        if (!(p->sps[i] > 0 && p->sps[i] <= FLT_MAX))
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: sps[%d] is %g: expected more than 0", i,
-                                (double)p->sps[i]);
+        if (!(p->us[i] > 0 && p->us[i] <= FLT_MAX) || p->rows[i] < 1 || (i && p->rows[i] <= p->rows[i - 1]))
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: us[%d] is %g for %d rows: expected more than 0, and "
+                                "more rows than before", i, (double)p->us[i], p->rows[i]);
+    for (int i = 0; i < DSPARK__PROFILE_COSTS; i++)
+        if (!(*dspark__profile_cost(p, i) >= 0 && *dspark__profile_cost(p, i) <= FLT_MAX))
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %s is %g: expected 0 or more",
+                                dspark__profile_costs[i].name, (double)*dspark__profile_cost(p, i));
     m->profile = *p, m->has_profile = 1;
     return DSPARK_OK;
 }
+
+#ifndef DSPARK_NO_STDIO
+// What passes depend on besides: a profile of another is refused.
+static void dspark__profile_of(const dspark_model *m, char *text, size_t size) {
+    snprintf(text, size, "checkpoint %016llx, %s, %s, %d threads", (unsigned long long)m->checkpoint.hash,
+             m->backend->name, dspark_model_path_name(m), dspark_model_threads(m));
+}
+
+DSPARK_API dspark_status dspark_model_save_profile(dspark_model *m, const char *path) {
+    dspark_profile p;
+    dspark_status status = dspark_model_profile(m, &p);
+    char of[128];
+    FILE *f;
+    if (status) return status;
+    if (!(f = fopen(path, "w"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
+    dspark__profile_of(m, of, sizeof of);
+    fprintf(f, "{\"format\": \"dspark-profile-1\", \"of\": \"%s\",\n \"rows\": [", of);
+    for (int i = 0; i < p.n; i++) fprintf(f, "%s%d", i ? ", " : "", p.rows[i]);
+    fprintf(f, "],\n \"us\": [");
+    for (int i = 0; i < p.n; i++) fprintf(f, "%s%.1f", i ? ", " : "", (double)p.us[i]);
+    fprintf(f, "]");
+    for (int i = 0; i < DSPARK__PROFILE_COSTS; i++)
+        fprintf(f, ",\n \"%s\": %.3f", dspark__profile_costs[i].name, (double)*dspark__profile_cost(&p, i));
+    fprintf(f, "}\n");
+    if (ferror(f)) status = DSPARK_ERROR_IO;
+    if (fclose(f)) status = DSPARK_ERROR_IO;
+    return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
+}
+
+static dspark_status dspark__profile_read(dspark_model *m, dspark__loader *b, dspark_profile *p) {
+    const dspark__json *j = &b->config.json;
+    const dspark__keys k = { b, &b->config, 0, "" };
+    float rows[DSPARK_MAX_PROFILE];
+    char of[128];
+    int node = dspark__key(&k, "of");
+    dspark__profile_of(m, of, sizeof of);
+    if (!dspark__json_is(j, dspark__key(&k, "format"), "dspark-profile-1"))
+        dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "format", "dspark-profile-1", dspark__key(&k, "format"));
+    else if (!dspark__json_is(j, node, of)) dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "of", of, node);
+    node = dspark__key(&k, "rows");
+    if (dspark__json_kind(j, node) == DSPARK__JSON_ARRAY) p->n = dspark__min(j->nodes[node].n, DSPARK_MAX_PROFILE);
+    dspark__key_reals(&k, "rows", p->n, 1, 1e9, rows);
+    dspark__key_reals(&k, "us", p->n, 1e-3, 1e12, p->us);
+    for (int i = 0; i < p->n && !b->status; i++) p->rows[i] = (int)rows[i], p->seen[i] = 8;
+    for (int i = 0; i < DSPARK__PROFILE_COSTS && !b->status; i++)
+        *dspark__profile_cost(p, i) = (float)dspark__key_real(&k, dspark__profile_costs[i].name, 0, 1e12);
+    p->learn = 1, p->draft_seen = 8;
+    return b->status ? b->status : dspark_model_set_profile(m, p);
+}
+
+DSPARK_API dspark_status dspark_model_load_profile(dspark_model *m, const char *path) {
+    dspark_profile p;
+    dspark__loader b;
+    dspark__document *d = &b.config;
+    memset(&p, 0, sizeof p), memset(&b, 0, sizeof b);
+    b.status = dspark__file_map(NULL, path, &d->file.data, &d->file.size);
+    if (b.status) return b.status;
+    d->file.name = dspark__path_end(path);
+    b.status = dspark__object_parse(&d->json, &d->file, 0, (size_t)d->file.size);
+    if (!b.status) b.status = dspark__profile_read(m, &b, &p);
+    dspark__json_free(&d->json);
+    dspark__file_unmap(NULL, d->file.data, d->file.size);
+    return b.status;
+}
+#endif
 
 // What a session adds to the time of each of its rows: a draw, unless it is greedy.
 static double dspark__sample_us(const dspark_session *s) {
     return dspark__greedy(s) ? 0 : (double)s->model->profile.sample_us;
 }
 
-static double dspark__pass_time(const dspark_model *m, int64_t rows, double sample_us) {
-    dspark_sps sps;
-    sps.sps = m->profile.sps, sps.n = m->profile.n;
-    return dspark__pass_us(&sps, rows) + (double)rows * sample_us;
+// A target pass of this step with so many rows.
+static double dspark__pass_time(const dspark_model *m, int64_t rows) {
+    const dspark__costs *c = &m->batch.costs;
+    return dspark_profile_us(&m->profile, rows) + c->base_us + (double)rows * c->row_us;
 }
-// A draft, with the taps that a pause has left to inject.
-static double dspark__draft_time(const dspark_session *s) {
-    const dspark_profile *p = &s->model->profile;
+// A draft's share for each of n sessions.
+static double dspark__draft_time(const dspark_model *m, int n) {
+    return ((double)m->profile.draft_us + (n - 1) * (double)m->profile.draft_more_us) / n;
+}
+// What a session's draft takes besides: its draws, and the taps that a pause has left to inject.
+static double dspark__draft_extra(const dspark_session *s) {
     int taps = s->n_run - dspark__max(s->n_injected, s->n_run - dspark__config(s)->sliding_window);
-    return (double)p->draft_us + (double)p->inject_us * dspark__max(0, taps - DSPARK__FRESH_TAPS) +
+    return (double)s->model->profile.inject_us * dspark__max(0, taps - DSPARK__FRESH_TAPS) +
            dspark__config(s)->dspark_block_size * dspark__sample_us(s);
 }
 
-// W: the worst that drafting can cost one of R sessions, l drafts verified and one token got. The pass's
-// growth is shared by what each verifies, so the worst is over how much the others do.
-static double dspark__worst_us(const dspark_session *s, int R, int cap, double draft_us) {
-    const dspark_model *m = s->model;
-    double sample_us = dspark__sample_us(s);
-    double most = 0, T = dspark__pass_time(m, R, sample_us);
-    int others = (R - 1) * m->checkpoint.config.dspark_block_size;
-    for (int l = 1; l <= cap; l++)
-        for (int rows = l; rows <= l + others; rows++)
-            most = fmax(most, (dspark__pass_time(m, (int64_t)R + rows, sample_us) - T) * l / rows);
-    return T / R + draft_us + most;
+// What the step's passes cost, R sessions decoding, of which `drafting` may draft.
+static void dspark__costs_open(dspark_model *m, const dspark__lane *lanes, int n) {
+    dspark__costs *c = &m->batch.costs;
+    const dspark_profile *p = &m->profile;
+    int gamma = m->checkpoint.config.dspark_block_size, others;
+    double depth = 0, draws = 0, T;
+    memset(c, 0, sizeof *c);
+    for (int i = 0; i < n; i++) {
+        if (lanes[i].n_prompt) continue;
+        c->R++, c->drafting += lanes[i].limit > 0;
+        depth += lanes[i].s->n_run, draws += dspark__sample_us(lanes[i].s);
+    }
+    if (!p->n || !c->R) return;
+    c->base_us = (double)p->session_us * (c->R - 1);
+    c->context_us = (double)p->context_us * (depth / c->R - DSPARK__DEPTH) / 1024;
+    c->row_us = c->context_us + draws / c->R;
+    T = dspark__pass_time(m, c->R), c->plain_us = T / c->R, others = (c->R - 1) * gamma;
+    for (int rows = 1; rows <= gamma + others && c->drafting; rows++) {
+        double each = (dspark__pass_time(m, c->R + rows) - T) / rows;
+        for (int cap = dspark__max(1, rows - others); cap <= gamma; cap++)
+            c->worst[cap] = fmax(c->worst[cap], each * dspark__min(rows, cap));
+    }
+    for (int l = 1; l <= gamma && c->drafting; l++)
+        c->growth[l] = (dspark__pass_time(m, (int64_t)c->R + (int64_t)c->drafting * l) - T) / c->drafting;
 }
 
 // ---- draft
@@ -5052,22 +5285,66 @@ static int dspark__draft_limit(const dspark_session *s) {
     return dspark__max(0, dspark__min(limit, left - 1));
 }
 
-// The account decides where the schedule is the model's own; forced schedules draft always.
-static void dspark__decide_draft(dspark__lane *a, int R) {
+// BLOCK and THRESHOLD draft always; else it must be worth it.
+static int dspark__is_forced(const dspark_session *s) {
+    return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
+}
+
+// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft. survival: a_k,
+// [limit]; NULL: as if every draft were accepted.
+static double dspark__gain(const dspark_model *m, const dspark__lane *a, const float *survival) {
+    const dspark__costs *c = &m->batch.costs;
+    double tokens = 0, best = 0;
+    for (int l = 1; l <= a->limit; l++) {
+        tokens += survival ? (double)survival[l - 1] : 1;
+        best = fmax(best, tokens * c->plain_us - c->growth[l]);
+    }
+    return best - dspark__draft_time(m, dspark__max(1, c->drafting)) - a->extra_us;
+}
+
+// To be found out again now and then: texts change.
+enum { DSPARK__PROBE = 64, DSPARK__TRIALS = 3, DSPARK__TRIAL_SESSIONS = 4 };
+
+// A session that lost its first worst outcome may lose two more of what all sessions together have gained: without
+// that an unlucky beginning would keep a good drafter from the whole text.
+static int dspark__affords(const dspark_session *s, double plain_us, double worst_us) {
+    dspark_account credit = s->account;
+    if (dspark_account_affords(&credit, plain_us, worst_us)) return 1;
+    credit.balance_us += credit.limit_us / 8;
+    return dspark_account_affords(&s->model->account, plain_us, worst_us) &&
+           dspark_account_affords(&credit, plain_us, worst_us);
+}
+
+// Does this lane draft? It looks at the past only, so a rejection verifier may ask. While the costs are not known, a
+// few sessions draft to learn them, and no account is kept.
+static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     dspark_session *s = a->s;
     const dspark_model *m = s->model;
-    a->limit = dspark__draft_limit(s);
-    a->n_drafted = a->limit ? dspark__config(s)->dspark_block_size : 0;
-    a->draft_us = dspark__draft_time(s);
-    if (!a->limit || s->desc.policy.schedule) return;
-    a->plain_us = dspark__pass_time(m, R, dspark__sample_us(s)) / R;
-    if (!s->has_account) {
-        dspark_account_open(&s->account, a->plain_us,
-                            dspark__worst_us(s, R, dspark__config(s)->dspark_block_size, a->draft_us));
-        s->has_account = 1;
+    const dspark__costs *c = &m->batch.costs;
+    double worst;
+    if (!a->limit || dspark__is_forced(s)) return a->limit > 0;
+    if (!m->profile.n) return 0;
+    if (m->profile.learn && m->profile.draft_seen < DSPARK__TRIALS)
+        return a->trial = ++*trials <= DSPARK__TRIAL_SESSIONS;
+    worst = c->plain_us + dspark__draft_time(m, 1) + a->extra_us;
+    a->plain_us = c->plain_us;
+    if (!s->has_account)
+        dspark_account_open(&s->account, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
+    s->has_account = 1;
+    while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
+    return dspark__gain(m, a, s->survival) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
+}
+
+static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
+    int trials = 0;
+    for (int i = 0; i < n; i++) lanes[i].limit = lanes[i].n_prompt ? 0 : dspark__draft_limit(lanes[i].s);
+    dspark__costs_open(m, lanes, n);
+    for (int i = 0; i < n; i++) {
+        dspark__lane *a = &lanes[i];
+        if (a->limit) a->extra_us = dspark__draft_extra(a->s);
+        if (!dspark__decides_to_draft(a, &trials)) a->limit = 0;
+        a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0;
     }
-    if (!dspark_account_affords(&s->account, a->plain_us, dspark__worst_us(s, R, a->limit, a->draft_us)))
-        a->n_drafted = a->limit = 0;
 }
 
 // Draft k of a lane from its logits, into the tokens behind the committed ones.
@@ -5106,13 +5383,23 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
     }
 }
 
+// The survivals of a lane's drafts become part of what is expected of the next.
+static void dspark__expect(const dspark__lane *a) {
+    float survival = 1;
+    for (int k = 0; k < a->n_drafted; k++) {
+        survival *= a->r->confidence[k];
+        a->s->survival[k] += (survival - a->s->survival[k]) / 8;
+        a->s->model->survival[k] += (survival - a->s->model->survival[k]) / 64;
+    }
+}
+
 static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
     dspark_pass pass;
     dspark_pass_result out;
     dspark_status status;
-    double start = dspark__now_us();
+    double start = dspark__now_us(), extra = 0;
     dspark__draft_rows(m, lanes, n, &pass);
     if (!pass.n_segments) return DSPARK_OK;
     if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return status;
@@ -5137,45 +5424,51 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) 
         a->r->draft_us = (float)((dspark__now_us() - start) / pass.n_segments),
         a->r->n_drafted = a->n_drafted;
         a->limit = dspark__min(a->limit, a->n_drafted);
+        extra += a->extra_us;
+        dspark__expect(a);
     }
+    if (m->profile.learn) dspark__learn_draft(&m->profile, pass.n_segments, fmax(dspark__now_us() - start - extra, 1));
     return DSPARK_OK;
 }
 
 // ---- schedule
 
-// Lengths of the lanes whose schedule is `mode`, all others' rows being in the pass already. Algorithm 1
-// (PREFIX) for sessions that verify by rejection, since its admissions look at nothing that a draft may
-// change; its global maximum where that is lossless; the same two modes of scheduling.md for forced
-// schedules.
-static int dspark__mode_of(const dspark_session *s) {
+static int dspark__mode_of(const dspark__lane *a) {
+    const dspark_session *s = a->s;
+    if (a->trial) return DSPARK_SCHEDULE_BLOCK;
     if (s->desc.policy.schedule) return s->desc.policy.schedule;
     return dspark__mode(s) == DSPARK_VERIFY_REJECTION ? DSPARK_SCHEDULE_PREFIX : DSPARK_SCHEDULE_GLOBAL;
 }
+
+// Lengths of the lanes whose schedule is `mode`. All that decode are its requests, for each brings a token; *rows, so
+// far without the drafts of this mode, are the pass'. PREFIX, Algorithm 1, is for sessions that verify by rejection,
+// since its admissions look at nothing that a draft may change; GLOBAL, its maximum, where that is lossless.
 static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes, int n, int mode, int *rows) {
     dspark__batch *b = &m->batch;
-    int gamma = m->checkpoint.config.dspark_block_size, R = 0;
+    int gamma = m->checkpoint.config.dspark_block_size, R = 0, candidates = 0, drafted = 0;
     dspark_schedule_desc d;
-    float curve[DSPARK_MAX_PROFILE];        // SPS with the draws in it
-    double sample_us = 0, draft_us = 0;
+    double extra = 0;
     dspark_sps sps;
     dspark_status status;
     for (int i = 0; i < n; i++) {
         const dspark_session *s = lanes[i].s;
-        if (!lanes[i].limit || dspark__mode_of(s) != mode) continue;
+        if (lanes[i].n_prompt) continue;
+        b->limit[R] = dspark__mode_of(&lanes[i]) == mode ? lanes[i].limit : 0;
         memcpy(b->confidence + R * gamma, lanes[i].r->confidence, (size_t)gamma * sizeof *b->confidence);
-        b->limit[R] = lanes[i].limit, b->threshold[R] = s->desc.policy.threshold, b->lane_of[R++] = i;
-        sample_us = fmax(sample_us, dspark__sample_us(s)), draft_us += lanes[i].draft_us;
+        candidates += b->limit[R], drafted += lanes[i].drafted, extra += lanes[i].drafted ? lanes[i].extra_us : 0;
+        b->threshold[R] = s->desc.policy.threshold, b->lane_of[R++] = i;
     }
-    if (!R) return DSPARK_OK;
+    if (!candidates) return DSPARK_OK;
     memset(&d, 0, sizeof d);
-    for (int i = 0; i < m->profile.n; i++) curve[i] = (float)(1e6 / dspark__pass_time(m, i + 1, sample_us));
-    sps.sps = curve, sps.n = m->profile.n;
-    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.n_requests = R,
-    d.gamma = gamma;
-    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.draft_us = (float)draft_us,
-    d.scratch = b->scratch;
+    sps.sps = b->sps, sps.n = *rows + candidates;
+    if (mode >= DSPARK_SCHEDULE_PREFIX)     // rows below what the pass has anyway are never asked for
+        for (int B = 1; B <= sps.n; B++) b->sps[B - 1] = (float)(1e6 / dspark__pass_time(m, dspark__max(B, *rows)));
+    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.n_requests = R, d.gamma = gamma;
+    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.scratch = b->scratch;
+    d.draft_us = (float)(drafted ? drafted * dspark__draft_time(m, drafted) + extra : 0);
     if ((status = dspark_schedule(&d, b->lengths)) != DSPARK_OK) return status;
-    for (int i = 0; i < R; i++) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
+    for (int i = 0; i < R; i++)
+        if (b->limit[i]) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
     return DSPARK_OK;
 }
 
@@ -5196,7 +5489,7 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
     dspark__batch *b = &m->batch;
     dspark_pass pass;
     dspark_status status;
-    double start = dspark__now_us();
+    double start = dspark__now_us(), us;
     int logits = 0;
     memset(&pass, 0, sizeof pass);
     pass.kind = DSPARK_PASS_TARGET, pass.ids = b->ids, pass.segments = b->segments;
@@ -5211,11 +5504,10 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
         pass.n_rows += rows, logits += rows - g->logits_from;
         dspark__mark_run(s, s->n_run + rows);
     }
-    status = dspark__forward(m, &pass, out);
-    for (int i = 0; i < n; i++) {
-        int rows = b->segments[i].n_rows;
-        lanes[i].r->verify_us = (float)((dspark__now_us() - start) * rows / pass.n_rows);
-    }
+    status = dspark__forward(m, &pass, out), us = dspark__now_us() - start;
+    for (int i = 0; i < n; i++) lanes[i].r->verify_us = (float)(us * b->segments[i].n_rows / pass.n_rows);
+    us -= b->costs.base_us + b->costs.context_us * pass.n_rows;
+    if (!status && m->profile.learn && b->costs.R == n && us > 0) dspark__learn_pass(&m->profile, pass.n_rows, us);
     return status;
 }
 
@@ -5269,24 +5561,23 @@ static void dspark__count(dspark__lane *a) {
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
 
-// In modelled time: what this cycle cost the session, and what its tokens would have cost plainly.
-static void dspark__settle(dspark__lane *lanes, int i, int n, int tau) {
-    dspark__lane *a = &lanes[i];
-    const dspark_model *m = a->s->model;
-    int64_t R = 0, drafts = 0;
-    double cycle = a->plain_us, sample_us = dspark__sample_us(a->s);
+// In modelled time: what this cycle cost the session, and what its tokens would have cost plainly. `drafts` are
+// verified in all, of `drafted` sessions.
+static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
+    dspark_model *m = a->s->model;
+    int R = m->batch.costs.R;
+    double cycle = a->plain_us;
     if (a->plain_us <= 0) return;
-    for (int j = 0; j < n; j++) R += !lanes[j].n_prompt, drafts += lanes[j].length;
-    if (a->drafted) cycle += a->draft_us;
+    if (a->drafted) cycle += dspark__draft_time(m, drafted) + a->extra_us;
     if (a->length)
-        cycle += (dspark__pass_time(m, R + drafts, sample_us) - dspark__pass_time(m, R, sample_us)) *
-                 a->length / (double)drafts;
+        cycle += (dspark__pass_time(m, R + drafts) - dspark__pass_time(m, R)) * a->length / (double)drafts;
     dspark_account_settle(&a->s->account, a->plain_us, cycle, tau);
+    if (m->account.limit_us <= 0) m->account = a->s->account, m->account.balance_us = 0;
+    dspark_account_settle(&m->account, a->plain_us, cycle, tau);
 }
 
-static void dspark__commit(dspark__lane *lanes, int i, int n, const dspark_pass_result *out,
-                           const float *p_draft) {
-    dspark__lane *a = &lanes[i];
+static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const float *p_draft, int drafts,
+                           int drafted) {
     dspark_session *s = a->s;
     size_t V = (size_t)dspark__config(s)->vocab_size;
     int before = s->n_tokens;
@@ -5294,7 +5585,7 @@ static void dspark__commit(dspark__lane *lanes, int i, int n, const dspark_pass_
     a->r->status = dspark__verify_lane(a, out->logits + (size_t)a->logits_row * V,
                                        p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
-    dspark__settle(lanes, i, n, s->n_tokens - before);
+    dspark__settle(a, drafts, drafted, s->n_tokens - before);
     dspark__count(a);
 }
 
@@ -5357,17 +5648,17 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     dspark_pass_result out;
     dspark_status status;
     float *p_draft = NULL;
-    int R = 0;
-    for (int i = 0; i < n; i++) R += !lanes[i].n_prompt;
-    for (int i = 0; i < n; i++) if (!lanes[i].n_prompt) dspark__decide_draft(&lanes[i], R);
+    int drafts = 0, drafted = 0;
+    dspark__decide(m, lanes, n);
     status = dspark__draft(m, lanes, n);
     if (!status) status = dspark__schedule(m, lanes, n);
     if (!status) status = dspark__target(m, lanes, n, &out);
     if (status) return status;
     if (m->checkpoint.config.n_stages) p_draft = m->backend->draft_logits(m->device);
+    for (int i = 0; i < n; i++) drafts += lanes[i].length, drafted += lanes[i].drafted;
     for (int i = 0; i < n; i++) {
         if (lanes[i].n_prompt) dspark__commit_prompt(&lanes[i], &out);
-        else dspark__commit(lanes, i, n, &out, lanes[i].n_drafted ? p_draft : NULL);
+        else dspark__commit(&lanes[i], &out, lanes[i].n_drafted ? p_draft : NULL, drafts, drafted);
         lanes[i].s->cycle++;
         dspark__text_end(lanes[i].s, lanes[i].r);
     }
