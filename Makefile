@@ -52,6 +52,13 @@ build/asan/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) -O1 $(OPENMP) $(CHECKS) -I. -Itests $< -o $@ -lm
 
+soak: build/soak      ## 10,000 requests, up to 256 at once: is each text the one it has alone? half an hour
+	build/soak
+
+build/soak: tests/soak.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -O2 $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
+
 fuzz: $(FUZZERS:%=fuzz-%)       ## every target of tests/fuzz for FUZZ_SECONDS (60); needs clang
 FUZZ_SECONDS ?= 60
 
@@ -91,5 +98,5 @@ clean:      ## remove what was built
 help:       ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
 
-.PHONY: run test asan fuzz bench calibrate clean help
+.PHONY: run test asan soak fuzz bench calibrate clean help
 .PRECIOUS: build/fuzz/%.exe build/bench/%

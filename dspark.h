@@ -76,8 +76,9 @@
 
    NEVER SLOWER
    Each session has an account in modelled time (T and the draft's cost): a cycle's gain over plain decoding is added,
-   its loss taken off, and it drafts only if the account bears the worst outcome. So any text takes at most 1.01 of
-   plain decoding and one such outcome. (schedule BLOCK and THRESHOLD draft always.)
+   its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected. So any
+   text takes at most 1.01 of plain decoding and one such outcome, or three where the model's other texts have gained
+   the two. (schedule BLOCK and THRESHOLD draft always.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
@@ -274,8 +275,8 @@ DSPARK_API void dspark_account_settle(dspark_account *, double plain_us, double 
 
 // >>api-model
 // A checkpoint directory as released, mapped: config.json, generation_config.json where present,
-// model.safetensors or model.safetensors.index.json with its shards, tokenizer.json where present. The
-// fields of dspark_config carry config.json's names. Whatever opens is valid: there is no unchecked model.
+// model.safetensors or model.safetensors.index.json with its shards, tokenizer.json and calibration.json where
+// present. The fields of dspark_config carry config.json's names. Whatever opens is valid: there is no unchecked model.
 
 enum { DSPARK_MAX_LAYERS = 256, DSPARK_MAX_TAPS = 16, DSPARK_MAX_BLOCK = 16, DSPARK_MAX_EOS = 8 };
 
@@ -374,6 +375,8 @@ typedef struct {
     int n_threads;                      // 0: all processors (1 without OpenMP)
     int cpu_path;                       // DSPARK_PATH_*; 0: the best this machine has. All give the same bits.
     int max_rows;                       // rows of one pass, 0: 128. Bounds the workspace; a text does not depend on it.
+    int max_sessions;                   // at least so many with whole blocks fit into one pass; 0: what max_rows give
+    size_t memory_limit;                // bytes that the model and its sessions may allocate; 0: no limit
     dspark_files files;
     int (*progress)(void *user, float done);    // 0..1, while opening; returns 0 to cancel
     void *user;
@@ -381,7 +384,7 @@ typedef struct {
 
 // Opens a directory. desc NULL or zeroed: the CPU, all defaults. On an error *out is NULL. IO, FORMAT (names
 // file, tensor, expected, found), UNSUPPORTED, MEMORY, CANCELLED. A model may be shared by threads, but no
-// two calls that run it (append, step, draft, profile) at once.
+// two calls that run it (append, step, draft, profile) or open and close its sessions at once.
 DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
                                            const dspark_model_desc *desc);
 DSPARK_API void dspark_model_close(dspark_model *);             // after its sessions; NULL is fine
@@ -479,14 +482,21 @@ typedef void (*dspark_adjust)(void *user, const int32_t *prefix, int n, float *l
 
 typedef struct {
     int plain;              // 1: no drafting
-    int schedule;           // 0: what models fastest, never slower than plain; DSPARK_SCHEDULE_BLOCK: all drafts;
-                            // DSPARK_SCHEDULE_THRESHOLD: those before the first confidence below threshold
+    int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled REJECTION,
+                            // which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one, never slower;
+                            // _BLOCK: all drafts; _THRESHOLD: those before the first confidence below threshold
     int verify;             // DSPARK_VERIFY_COUPLED (0): the text of plain decoding; DSPARK_VERIFY_REJECTION;
                             // DSPARK_VERIFY_GREEDY: the argmax, as both are at temperature 0
     float threshold;        // of confidence, 0: none. Cuts in every schedule but BLOCK.
     int draft_cap;          // drafts verified a cycle at most; 0: the block
     int quota;              // tokens emitted in all (dspark_stats.emitted) before the session finishes; 0: no limit
+    float share;            // of the verification budget: what its tokens are worth beside other sessions'; 0: 1
 } dspark_policy;
+
+// A policy by name, from one table: "code", "chat", "creative", "regulated"; quota and share are the caller's to set.
+// NULL: there is no such name. dspark_preset_name: the i-th, NULL after the last.
+DSPARK_API const dspark_policy *dspark_preset(const char *name);
+DSPARK_API const char *dspark_preset_name(int i);
 
 typedef struct {
     int max_context;        // tokens, prompt included; 0: 4096 or the model's max_position_embeddings, the smaller
@@ -508,6 +518,7 @@ typedef struct {
 } dspark_session_desc;
 
 enum { DSPARK_RUNNING, DSPARK_STOP_TOKEN, DSPARK_STOP_STRING, DSPARK_LENGTH, DSPARK_CONTEXT };  // finish
+DSPARK_API const char *dspark_finish_name(int finish);         // "running", "stop_token", ...
 enum { DSPARK_BY_PLAIN, DSPARK_BY_DRAFT, DSPARK_BY_CORRECTION, DSPARK_BY_BONUS };   // who produced a token
 
 typedef struct {
@@ -523,33 +534,70 @@ typedef struct {
     int32_t draft[DSPARK_MAX_BLOCK];
     float confidence[DSPARK_MAX_BLOCK];             // c_k, calibrated
     float draft_us, verify_us;          // this session's share of what the passes took
+    float step_us;                      // how long its tokens were waited for: the whole of the passes
 } dspark_step_result;
 
+enum { DSPARK_BUCKETS = 48 };
 typedef struct {
     int64_t steps;                      // with a pass of the target
     int64_t cycles;                     // of them with drafts
-    int64_t drafted, scheduled, accepted, emitted;
+    int64_t drafted, accepted, emitted;
+    int64_t scheduled;                  // verified; drafts behind the token that ended a text were not looked at: left out
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
+    int64_t token_us[DSPARK_BUCKETS];   // tokens that took, step_us over its tokens, up to 2^(i / 2 + 1) us, the last: or more
     double draft_us, verify_us;
 } dspark_stats;
 
-// What drives a schedule: T(B) as passes a second with B rows, the costs of a draft and of a draw. Measured
-// on this machine in at most about a second, at the first step that needs it or by dspark_model_profile.
+typedef struct {
+    double tau;                         // tokens a pass of the target
+    double rejection_rate;              // of the drafts scheduled
+    double accepted_us;                 // draft_us and verify_us over the drafts accepted
+    double p50_us, p95_us;              // of a token, to a bucket's width
+} dspark_summary;
+DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *);
+
+// Text into text[cap], zero-ended where it fits: its length, though it be over cap.
+// Counters for Prometheus, under the names that engines share: dspark_spec_decode_num_drafts_total (cycles),
+// _num_draft_tokens_total (scheduled), _num_accepted_tokens_total, _num_accepted_tokens_per_pos_total, and more. labels:
+// `model="x"`, of every sample; NULL: none.
+DSPARK_API int dspark_stats_prometheus(const dspark_stats *, const char *labels, char *text, int cap);
+// A step of a session as one line of JSON, newline and all; id is the caller's name for it.
+DSPARK_API int dspark_step_json(const dspark_step_result *, int64_t id, char *text, int cap);
+
+// What drives a schedule: what passes take here, in microseconds. With B rows of n sessions that are d tokens deep on
+// average: T(B) + (n - 1) session_us + B context_us (d - 256) / 1024; SPS(B) is one over that.
 enum { DSPARK_MAX_PROFILE = 64 };
 typedef struct {
-    float sps[DSPARK_MAX_PROFILE];      // sps[B-1]; never rising: a curve without noise's teeth
-    int n;
-    float draft_us, inject_us;          // a draft of gamma tokens; each token's tap beyond two that it must inject
+    int n;                              // points of T: B = rows[i] rows of one session, 256 tokens deep, take us[i]
+    int rows[DSPARK_MAX_PROFILE];       // ascending
+    float us[DSPARK_MAX_PROFILE];
+    float session_us, context_us;
+    float draft_us, draft_more_us;      // gamma drafts of one session; of each further one in the same draft pass
+    float inject_us;                    // each tap beyond two that a draft must inject
     float sample_us;                    // drawing a token from its logits
+    int learn;                          // 1: every step's passes correct it
+    unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // how often, up to 8: the more, the less is corrected
 } dspark_profile;
 
-DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);     // measures unless it has one
+// T(B): linear between the points; before them in proportion to B, beyond them as over their last half.
+DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
+// Measures, unless there is one, in about half a second; so does the first step that needs it. It learns.
+DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);
+// NULL: nothing is known. Then it is learned: a plain pass, three drafts that are verified whole, and from then on
+// never slower.
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_profile *);
-// A calibration: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1.
+// To a file and back, as {"format": "dspark-profile-1", ...}. Refused (FORMAT) is one of another checkpoint, path or
+// number of threads, where passes take another time.
+DSPARK_API dspark_status dspark_model_save_profile(dspark_model *, const char *path);
+DSPARK_API dspark_status dspark_model_load_profile(dspark_model *, const char *path);
+// A calibration for every session: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1. Without this call a
+// session takes that row of the checkpoint's calibration.json whose verifier is its own (greedy at temperature 0) and
+// whose band of temperatures is nearest, the first of equals; all 1 where there is none.
 DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *, const float *temperature);
 
-// What dspark_session_open will allocate; 0 and an error if the desc is wrong.
+// What dspark_session_open will allocate, all there is to a session; 0 and an error if the desc is wrong.
 DSPARK_API size_t dspark_session_bytes(const dspark_model *, const dspark_session_desc *);
+// MEMORY: there is no more, or it would be more than memory_limit leaves.
 DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *,
                                              const dspark_session_desc *);
 DSPARK_API void dspark_session_close(dspark_session *);         // NULL is fine
@@ -577,6 +625,7 @@ DSPARK_API const int32_t *dspark_session_tokens(const dspark_session *);        
 DSPARK_API const float *dspark_session_logits(const dspark_session *);          // [vocab] for the next token; NULL
                                                                                 // while a token is pending
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *);
+DSPARK_API const dspark_stats *dspark_model_stats(const dspark_model *);        // of all its sessions, closed ones too
 // What the drafter proposes after `anchor` were committed: gamma tokens (argmax), gamma confidence logits
 // and, unless NULL, [gamma][vocab] draft logits. The text stays as it is; nothing may be pending.
 DSPARK_API dspark_status dspark_session_draft(dspark_session *, int32_t anchor, int32_t *tokens,
@@ -586,9 +635,11 @@ typedef struct {
     int prompt_rows;        // of a submitted prompt, run a step at most; 0: what a pass has room for
 } dspark_step_desc;
 
-// One cycle of n sessions of one model, results [n]; desc NULL: defaults. Returns an error that concerns all
-// (results then mean nothing); one of a session is in its result. A session that has finished emits nothing
-// and says why.
+// One cycle of n sessions of one model, results [n]; desc NULL: defaults. A pass takes what max_rows hold: all of
+// max_sessions at once; more sessions follow in further passes. Prompts get the rows that decoding leaves. Who is in a
+// step changes nobody's text (but see REJECTION), so sessions may come, go and be closed between any two. Returns an
+// error that concerns all (results then mean nothing); one of a session is in its result. A session that has finished
+// emits nothing and says why.
 DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *,
                                      dspark_step_result *results);
 
@@ -2003,9 +2054,14 @@ typedef struct {
     int n_files;
     size_t files_cap;
     dspark__owned *owned;   // vectors, layers, experts: each behind its link
+    struct dspark__calibration *calibrations;   // [n_calibrations]
+    int n_calibrations;
     uint64_t hash;          // of config.json and the vectors
     size_t bytes, mapped;   // of what is owned, of the shards
 } dspark__checkpoint;
+
+// A row of calibration.json: for sessions of this verifier at temperatures low .. high.
+typedef struct dspark__calibration { int verify; float band[2], sts[DSPARK_MAX_BLOCK]; } dspark__calibration;
 
 // The types of safetensors; the first five are those of dspark_matrix.
 enum { DSPARK__E8M0 = 5, DSPARK__I64, DSPARK__I32 };
@@ -2039,7 +2095,7 @@ typedef struct {
     const dspark_model_desc *desc;
     const char *dir;
     dspark_status status;
-    dspark__document config, generation, index;     // index: or, in json, the header of the only shard
+    dspark__document config, generation, calibration, index;    // index: or, in json, the header of the only shard
     dspark__names names;
     dspark__tensor *tensors;
     int n_tensors, n_ratios, n_stages;
@@ -2330,6 +2386,53 @@ static void dspark__read_generation(dspark__loader *b) {
     if (dspark__key(&k, "temperature") >= 0)
         c->temperature = (float)dspark__key_real(&k, "temperature", 0, 1000);
     if (dspark__key(&k, "top_p") >= 0) c->top_p = (float)dspark__key_real(&k, "top_p", 1e-6, 1);
+}
+
+// [n], n numbers from low to high.
+static void dspark__key_reals(const dspark__keys *k, const char *key, int n, double low, double high, float *out) {
+    const dspark__json *j = &k->d->json;
+    int node = dspark__key(k, key), good = dspark__json_kind(j, node) == DSPARK__JSON_ARRAY && j->nodes[node].n == n;
+    char expected[64];
+    for (int i = 0; i < n && good; i++) {
+        double value = 0;
+        good = dspark__json_real(j, node + 1 + i, &value) && value >= low && value <= high;
+        out[i] = (float)value;
+    }
+    snprintf(expected, sizeof expected, "%d numbers from %g to %g", n, low, high);
+    if (!good) dspark__key_failed(k, DSPARK_ERROR_FORMAT, key, expected, node);
+}
+
+// {"format": "dspark-calibration-1", "rows": [{"verify": "coupled", "temperature": [low, high], "sts": [gamma]}, ...]}
+static void dspark__read_calibration(dspark__loader *b) {
+    static const char *const verifiers[] = { "coupled", "rejection", "greedy" };
+    dspark__checkpoint *ck = b->ck;
+    dspark__keys k = { b, &b->calibration, 0, "" };
+    const dspark__json *j = &b->calibration.json;
+    dspark_status status = DSPARK_OK;
+    int rows, node, i;
+    if (!b->status && ck->config.n_stages) status = dspark__document_open(b, "calibration.json", &b->calibration);
+    if (b->status || !ck->config.n_stages || status == DSPARK_ERROR_IO) return;
+    if ((b->status = status) != DSPARK_OK) return;
+    node = dspark__key(&k, "format"), rows = dspark__key(&k, "rows");
+    if (!dspark__json_is(j, node, "dspark-calibration-1"))
+        dspark__key_failed(&k, DSPARK_ERROR_UNSUPPORTED, "format", "dspark-calibration-1", node);
+    if (dspark__json_kind(j, rows) != DSPARK__JSON_ARRAY)
+        dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "rows", "an array", rows);
+    if (b->status) return;
+    ck->calibrations = (dspark__calibration *)dspark__own(b, (size_t)j->nodes[rows].n, sizeof *ck->calibrations);
+    for (node = rows + 1; node < j->nodes[rows].next && !b->status; node = dspark__json_next(j, node)) {
+        dspark__calibration *row = &ck->calibrations[ck->n_calibrations];
+        char prefix[32];
+        snprintf(prefix, sizeof prefix, "rows[%d].", ck->n_calibrations++);
+        k.object = node, k.prefix = prefix;
+        for (i = 0; i < 3 && !dspark__json_is(j, dspark__key(&k, "verify"), verifiers[i]); i++) continue;
+        if (i == 3)
+            dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "verify", "coupled, rejection or greedy",
+                               dspark__key(&k, "verify"));
+        row->verify = i;
+        dspark__key_reals(&k, "temperature", 2, 0, 1e6, row->band);
+        dspark__key_reals(&k, "sts", ck->config.dspark_block_size, 1e-6, 1e6, row->sts);
+    }
 }
 
 // What the config says of the draft stages that the file has; without any these fields are 0.
@@ -2953,9 +3056,11 @@ static dspark_status dspark__checkpoint_open(dspark__checkpoint *ck, const char 
     dspark__open_shards(&b);
     dspark__count_stages(&b);
     dspark__read_drafter(&b);
+    dspark__read_calibration(&b);
     if (!b.status) dspark__bind_all(&b);
     dspark__document_close(&ck->io, &b.config);
     dspark__document_close(&ck->io, &b.generation);
+    dspark__document_close(&ck->io, &b.calibration);
     dspark__document_close(&ck->io, &b.index);
     dspark__free(b.names.slots);
     dspark__free(b.tensors);
@@ -4012,17 +4117,29 @@ typedef struct {
     int length;                 // how many are
     int draft_row, logits_row;  // of its first draft, of its first row's logits
     int drafted;                // it went through the drafter
-    double plain_us, draft_us;  // P of its account (0: no account is kept), what drafting costs it
+    int trial;                  // to learn what that costs
+    double plain_us;            // P of its account; 0: no account is kept
+    double extra_us;            // what its draft takes beyond its share of the pass
 } dspark__lane;
+
+// What this step's passes cost.
+typedef struct {
+    int R, drafting;            // sessions that decode; those of them that may draft
+    double base_us, row_us, context_us;         // beyond T(B): once; a row; of that for its context
+    double plain_us;            // P: a session's share of a step without drafts
+    double worst[DSPARK_MAX_BLOCK + 1];         // [cap]: the most of a pass' growth that one with l <= cap may cause
+    double growth[DSPARK_MAX_BLOCK + 1];        // [l]: its share if all that may verify l
+} dspark__costs;
 
 // What a step gathers about its sessions; arrays of max_rows entries, [max_rows][gamma] for confidence.
 typedef struct {
     int32_t *ids, *previous;
     dspark_segment *segments;
     dspark__lane *lanes;
-    float *confidence, *threshold;
-    int *limit, *lengths, *lane_of;
+    float *confidence, *threshold, *weight, *sps;
+    int *limit, *lengths, *lane_of, *n_past;
     void *scratch;
+    dspark__costs costs;
 } dspark__batch;
 
 struct dspark_model {
@@ -4031,13 +4148,25 @@ struct dspark_model {
     const dspark_backend *backend;
     void *device;
     int max_rows, max_token_bytes;
-    int has_profile;
+    size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
+    int has_profile, has_calibration;
+    dspark_account account;     // of all sessions; limit 0: not opened since the profile was set
+    dspark_stats stats;         // the same
     dspark_profile profile;
-    float calibration[DSPARK_MAX_BLOCK];
+    float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
+    float survival[DSPARK_MAX_BLOCK];       // a_k of late: what a new session's drafts are expected to bring
     dspark__batch batch;
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
 };
+
+// Would so many bytes more be too many?
+static dspark_status dspark__memory_check(const dspark_model *m, const char *what, size_t more) {
+    size_t limit = m->memory_limit, used = dspark_model_bytes(m, NULL) + m->session_bytes;
+    if (!limit || (used <= limit && more <= limit - used)) return DSPARK_OK;
+    return dspark__fail(DSPARK_ERROR_MEMORY, "%s: %zu bytes and %zu more, memory_limit is %zu", what, used, more,
+                        limit);
+}
 
 static size_t dspark__tokenizer_bytes(const dspark_tokenizer *t) {
     size_t bytes = 0;
@@ -4065,7 +4194,8 @@ DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
 static void dspark__batch_close(dspark__batch *b) {
     dspark__free(b->ids), dspark__free(b->previous), dspark__free(b->segments), dspark__free(b->lanes);
     dspark__free(b->confidence), dspark__free(b->threshold), dspark__free(b->limit), dspark__free(b->lengths);
-    dspark__free(b->lane_of), dspark__free(b->scratch);
+    dspark__free(b->lane_of), dspark__free(b->scratch), dspark__free(b->sps);
+    dspark__free(b->weight), dspark__free(b->n_past);
 }
 
 static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamma, size_t *bytes) {
@@ -4076,13 +4206,16 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->lanes = (dspark__lane *)dspark__alloc(n, sizeof *b->lanes);
     b->confidence = (float *)dspark__alloc(n * (size_t)dspark__max(gamma, 1), sizeof *b->confidence);
     b->threshold = (float *)dspark__alloc(n, sizeof *b->threshold);
+    b->sps = (float *)dspark__alloc(n, sizeof *b->sps);
+    b->weight = (float *)dspark__alloc(n, sizeof *b->weight);
+    b->n_past = (int *)dspark__alloc(n, sizeof *b->n_past);
     b->limit = (int *)dspark__alloc(n, sizeof *b->limit);
     b->lengths = (int *)dspark__alloc(n, sizeof *b->lengths);
     b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
     b->scratch = dspark__alloc(scratch, 1);
-    *bytes += scratch + n * (3 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             (size_t)(gamma + 1) * sizeof(float));
-    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->limit &&
+    *bytes += scratch + n * (4 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
+                             (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
+    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->sps && b->weight && b->n_past && b->limit &&
                    b->lengths && b->lane_of && b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
@@ -4121,18 +4254,24 @@ static dspark_status dspark__model_open_tokenizer(dspark_model *m, const char *d
 
 static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const dspark_model_desc *desc) {
     const dspark_config *c = &m->checkpoint.config;
+    dspark_model_desc d = *desc;
     dspark_status status = dspark__checkpoint_open(&m->checkpoint, dir, desc);
     if (!status) status = dspark__model_open_tokenizer(m, dir);
     if (status) return status;
     m->backend = desc->backend ? desc->backend : dspark_cpu_backend();
-    status = m->backend->open(&m->device, m, desc);
+    if (desc->max_sessions < 0 || desc->max_sessions > 1 << 16)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_sessions %d: expected 0 to %d", desc->max_sessions, 1 << 16);
+    d.max_rows = desc->max_rows > 0 ? desc->max_rows : 128;
+    d.max_rows = dspark__max(d.max_rows, desc->max_sessions * (1 + c->dspark_block_size));
+    status = m->backend->open(&m->device, m, &d);
     if (status) return status;
-    m->max_rows = m->backend->max_rows(m->device);
-    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = 1;
+    m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = m->survival[k] = 1;
     m->row = (float *)dspark__alloc((size_t)c->vocab_size, sizeof *m->row);
     m->bytes += (size_t)c->vocab_size * sizeof *m->row;
     if (!m->row) return DSPARK_ERROR_MEMORY;
-    return dspark__batch_open(&m->batch, m->max_rows, c->dspark_block_size, &m->bytes);
+    status = dspark__batch_open(&m->batch, m->max_rows, c->dspark_block_size, &m->bytes);
+    return status ? status : dspark__memory_check(m, "model", 0);
 }
 
 DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
@@ -4157,6 +4296,7 @@ DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *m, const flo
                                 (double)temperature[k]);
     for (int k = 0; k < m->checkpoint.config.dspark_block_size; k++)
         m->calibration[k] = temperature ? temperature[k] : 1;
+    m->has_calibration = 1;
     return DSPARK_OK;
 }
 
@@ -4214,7 +4354,7 @@ static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *
     return b->pass_end(d, result);
 }
 
-#if defined __GNUC__ && !defined __clang__      // no speed is asked of what follows, but that it compiles soon
+#if defined __GNUC__ && !defined __clang__      // what follows up to >>kernels calls and seldom computes
 #pragma GCC push_options
 #pragma GCC optimize("O1", "fp-contract=off")
 #endif
@@ -4237,12 +4377,16 @@ struct dspark_session {
     uint64_t cycle;                 // never goes back
     int has_account;
     dspark_account account;
+    float survival[DSPARK_MAX_BLOCK];       // a_k of late
+    float past[2][DSPARK_MAX_BLOCK];        // confidences of one step before and of two, ..
+    int n_past[2];                          // .. so many
     dspark_stats stats;
     dspark_utf8 utf8;
     char *text;                     // what the last step gave (text_out bytes), then what is held back
     int text_len, text_out, text_cap;
     int finish;                     // the stop that ended the text, until an append or a truncate; else 0
     char *memory;
+    size_t bytes;                   // of the model's session_bytes
 };
 
 static const dspark_config *dspark__config(const dspark_session *s) { return &s->model->checkpoint.config; }
@@ -4250,6 +4394,7 @@ static const dspark_config *dspark__config(const dspark_session *s) { return &s-
 DSPARK_API int dspark_session_length(const dspark_session *s) { return s->n_tokens; }
 DSPARK_API const int32_t *dspark_session_tokens(const dspark_session *s) { return s->tokens; }
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *s) { return &s->stats; }
+DSPARK_API const dspark_stats *dspark_model_stats(const dspark_model *m) { return &m->stats; }
 DSPARK_API const float *dspark_session_logits(const dspark_session *s) {
     return s->has_logits ? s->logits : NULL;
 }
@@ -4259,11 +4404,34 @@ static int dspark__context(const dspark_model *m, const dspark_session_desc *des
     return dspark__min(4096, m->checkpoint.config.max_position_embeddings);
 }
 
-static dspark_status dspark__policy_check(const dspark_model *m, const dspark_policy *p) {
+// code: drafts are nearly always right, verify what pays. chat: what the drafter doubts is not worth a row.
+// creative: sampled, so rejection, which accepts more there. regulated: a seed's text is fixed, and the schedule looks
+// at nothing but what came before.
+static const struct { const char *name; dspark_policy policy; } dspark__presets[] = {
+    { "code", { 0, DSPARK_SCHEDULE_PLAIN, DSPARK_VERIFY_COUPLED, 0, 0, 0, 0 } },
+    { "chat", { 0, DSPARK_SCHEDULE_PLAIN, DSPARK_VERIFY_COUPLED, .5f, 0, 0, 0 } },
+    { "creative", { 0, DSPARK_SCHEDULE_PREFIX, DSPARK_VERIFY_REJECTION, 0, 0, 0, 0 } },
+    { "regulated", { 0, DSPARK_SCHEDULE_PREFIX, DSPARK_VERIFY_COUPLED, 0, 0, 0, 0 } }
+};
+DSPARK_API const char *dspark_preset_name(int i) {
+    return i >= 0 && i < (int)(sizeof dspark__presets / sizeof *dspark__presets) ? dspark__presets[i].name : NULL;
+}
+DSPARK_API const dspark_policy *dspark_preset(const char *name) {
+    for (int i = 0; dspark_preset_name(i); i++)
+        if (!strcmp(dspark_preset_name(i), name)) return &dspark__presets[i].policy;
+    return NULL;
+}
+
+static dspark_status dspark__policy_check(const dspark_model *m, const dspark_policy *p, float temperature) {
     int gamma = m->checkpoint.config.dspark_block_size;
-    if (p->schedule && p->schedule != DSPARK_SCHEDULE_BLOCK && p->schedule != DSPARK_SCHEDULE_THRESHOLD)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0, BLOCK or THRESHOLD",
-                            p->schedule);
+    if (p->schedule < DSPARK_SCHEDULE_PLAIN || p->schedule > DSPARK_SCHEDULE_GLOBAL)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0 to %d", p->schedule,
+                            DSPARK_SCHEDULE_GLOBAL);
+    if (p->schedule == DSPARK_SCHEDULE_GLOBAL && p->verify == DSPARK_VERIFY_REJECTION && temperature > 0)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule GLOBAL looks at drafts: with rejection at temperature "
+                            "%g the text would not be the target's", (double)temperature);
+    if (!(p->share >= 0 && p->share <= FLT_MAX))
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: share %g: expected 0 or more", (double)p->share);
     if (p->verify < DSPARK_VERIFY_COUPLED || p->verify > DSPARK_VERIFY_GREEDY)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: verify %d: expected 0 to %d", p->verify,
                             DSPARK_VERIFY_GREEDY);
@@ -4300,7 +4468,7 @@ static dspark_status dspark__desc_check(const dspark_model *m, const dspark_sess
         if (!d->stop_strings[i] || !*d->stop_strings[i] || strlen(d->stop_strings[i]) > DSPARK__LONGEST_STOP)
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d: expected 1 to %d bytes", i,
                                 DSPARK__LONGEST_STOP);
-    return dspark__policy_check(m, &d->policy);
+    return dspark__policy_check(m, &d->policy, d->temperature);
 }
 
 // The session's own memory: struct, tokens, logits, text, stops. Counted first, then placed.
@@ -4352,6 +4520,7 @@ DSPARK_API size_t dspark_session_bytes(const dspark_model *m, const dspark_sessi
 DSPARK_API void dspark_session_close(dspark_session *s) {
     if (!s) return;
     if (s->state) s->model->backend->state_close(s->state);
+    s->model->session_bytes -= s->bytes;
     dspark__free(s->memory);
     dspark__free(s);
 }
@@ -4361,9 +4530,12 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
     dspark_session_desc none;
     dspark_session *s;
     dspark_status status;
+    size_t bytes, before = m->backend->bytes(m->device);
     *out = NULL;
     desc = dspark__session_defaults(desc, &none);
     if ((status = dspark__desc_check(m, desc)) != DSPARK_OK) return status;
+    bytes = dspark_session_bytes(m, desc);
+    if ((status = dspark__memory_check(m, "session", bytes)) != DSPARK_OK) return status;
     s = (dspark_session *)dspark__alloc(1, sizeof *s);
     if (!s) return DSPARK_ERROR_MEMORY;
     s->model = m, s->desc = *desc, s->desc.max_context = dspark__context(m, desc);
@@ -4372,12 +4544,15 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
         s->memory ? m->backend->state_open(&s->state, m->device, s->desc.max_context) : DSPARK_ERROR_MEMORY;
     if (status) return dspark_session_close(s), status;
     dspark__session_layout(s, m, desc, s->memory);
+    memcpy(s->survival, m->survival, sizeof s->survival);
+    s->bytes = bytes - (m->backend->bytes(m->device) - before);     // the device's workspace may have grown
+    m->session_bytes += s->bytes;
     *out = s;
     return DSPARK_OK;
 }
 
 DSPARK_API dspark_status dspark_session_set_policy(dspark_session *s, const dspark_policy *p) {
-    dspark_status status = dspark__policy_check(s->model, p);
+    dspark_status status = dspark__policy_check(s->model, p, s->desc.temperature);
     if (!status) s->desc.policy = *p;
     return status;
 }
@@ -4726,6 +4901,20 @@ static int dspark__mode(const dspark_session *s) {
     return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify;
 }
 
+// The temperatures of the session's confidences, [gamma].
+static const float *dspark__calibration_of(const dspark_session *s) {
+    const dspark_model *m = s->model;
+    const dspark__checkpoint *ck = &m->checkpoint;
+    const float *best = m->calibration;
+    float t = dspark__greedy(s) ? 0 : s->desc.temperature, nearest = HUGE_VALF;
+    for (int i = 0; i < ck->n_calibrations && !m->has_calibration; i++) {
+        const dspark__calibration *row = &ck->calibrations[i];
+        float away = fmaxf(0, fmaxf(row->band[0] - t, t - row->band[1]));
+        if (row->verify == dspark__mode(s) && away < nearest) nearest = away, best = row->sts;
+    }
+    return best;
+}
+
 // Logits of the token after n of the session's tokens, in place: adjusted, then p. The log of the adjusted
 // softmax's denominator goes to *log_sum, if wanted.
 static dspark_status dspark__to_p(const dspark_session *s, float *logits, int n, double *log_sum) {
@@ -4789,7 +4978,7 @@ static int dspark__exhausted(const dspark_session *s) {
 static int dspark__emit(dspark_session *s, dspark_step_result *r, int32_t token, int by, double logprob) {
     int stop = dspark__is_stop_token(s, token);
     s->tokens[s->n_tokens++] = token;
-    s->stats.emitted++;
+    s->stats.emitted++, s->model->stats.emitted++;
     r->tokens[r->n_tokens] = token, r->by[r->n_tokens] = (unsigned char)by,
     r->logprob[r->n_tokens++] = (float)logprob;
     r->finish = stop                            ? DSPARK_STOP_TOKEN
@@ -4815,144 +5004,343 @@ static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
 // ---- the cost of passes
 
 enum { DSPARK__FRESH_TAPS = 2 };        // that a draft injects after a usual cycle: in draft_us
+enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 4 };      // where, and with how many, is measured
 
-// One pass of the target with B rows at the session's end, or one draft (B 0); microseconds.
-static dspark_status dspark__time_pass(dspark_session *s, int B, double *us) {
+DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
+    double slope;
+    int i = 0, half = p->n - 1;
+    if (rows <= p->rows[0]) return (double)p->us[0] * (double)rows / p->rows[0];
+    for (int end = p->n; end - i > 1;) {
+        int middle = (i + end) / 2;
+        if (p->rows[middle] <= rows) i = middle;
+        else end = middle;
+    }
+    if (i + 1 < p->n) slope = ((double)p->us[i + 1] - (double)p->us[i]) / (p->rows[i + 1] - p->rows[i]);
+    else {
+        slope = (double)p->us[i] / p->rows[i];
+        while (half >= 0 && 2 * p->rows[half] > p->rows[i]) half--;
+        if (half >= 0) slope = fmin(slope, ((double)p->us[i] - (double)p->us[half]) / (p->rows[i] - p->rows[half]));
+    }
+    return (double)p->us[i] + slope * (double)(rows - p->rows[i]);
+}
+
+// What was seen n times before, seen again: the least of the first three, since the first may wait for the disk;
+// then a running mean that outliers hardly move.
+static float dspark__learned(float was, double us, unsigned char *seen) {
+    double error = us - (double)was, bound = (double)was / 4;
+    if (*seen < 8) ++*seen;
+    if (*seen <= 3) return (float)(*seen == 1 ? us : fmin(us, (double)was));
+    return (float)((double)was + fmax(-bound, fmin(error, bound)) / *seen);
+}
+
+// A pass of `rows` rows took so long: its point moves, or becomes one where none is near. More rows cost no less: of
+// points that say otherwise the newer counts.
+static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
+    int i = 0;
+    while (i < p->n && p->rows[i] < rows) i++;
+    if (i == p->n || p->rows[i] != rows) {
+        int last = i == p->n;
+        int near = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
+        double expected = p->n ? dspark_profile_us(p, rows) : us;
+        if (near || p->n == DSPARK_MAX_PROFILE) {       // the nearest takes the error
+            if (last || (i && rows - p->rows[i - 1] < p->rows[i] - rows)) i--;
+            us = (double)p->us[i] * us / expected;
+        } else {
+            size_t after = (size_t)(p->n - i);
+            memmove(p->rows + i + 1, p->rows + i, after * sizeof *p->rows);
+            memmove(p->us + i + 1, p->us + i, after * sizeof *p->us);
+            memmove(p->seen + i + 1, p->seen + i, after);
+            p->rows[i] = rows, p->us[i] = (float)expected, p->seen[i] = i && !last ? 4 : 0, p->n++;
+        }
+    }
+    p->us[i] = dspark__learned(p->us[i], us, &p->seen[i]);
+    for (int j = 0; j < p->n; j++)
+        if ((p->us[j] > p->us[i]) == (j < i)) p->us[j] = p->us[i];
+}
+
+// A draft of n sessions took so long, what they inject and draw left out.
+static void dspark__learn_draft(dspark_profile *p, int n, double us) {
+    double expected = (double)p->draft_us + (n - 1) * (double)p->draft_more_us;
+    float scale = 1;
+    if (expected <= 0) p->draft_us = p->draft_more_us = (float)(us / n), expected = us;
+    scale = dspark__learned(1, us / expected, &p->draft_seen);
+    p->draft_us *= scale;
+    if (n > 1) p->draft_more_us *= scale;
+}
+
+// One pass of the target with B rows of each of n sessions at their ends, or (B 0) a draft of each; microseconds.
+static dspark_status dspark__time_pass(dspark_session **s, int n, int B, double *us) {
+    dspark_model *m = s[0]->model;
+    const dspark_config *c = &m->checkpoint.config;
+    dspark__batch *b = &m->batch;
+    dspark_pass pass;
     dspark_pass_result result;
-    int32_t tokens[DSPARK_MAX_BLOCK];
-    float confidence[DSPARK_MAX_BLOCK];
+    dspark_status status;
+    int rows = B ? B : c->dspark_block_size;
     double start = dspark__now_us();
-    dspark_status status = B ? dspark__run_alone(s, s->tokens, B, s->n_run, 0, 0, &result)
-                             : dspark_session_draft(s, s->tokens[0], tokens, confidence, NULL);
+    memset(&pass, 0, sizeof pass);
+    pass.kind = B ? DSPARK_PASS_TARGET : DSPARK_PASS_DRAFT, pass.ids = b->ids, pass.segments = b->segments;
+    pass.n_rows = n * rows, pass.n_segments = n;
+    for (int i = 0; i < n; i++) {
+        b->segments[i] = B ? dspark__segment(s[i], i * rows, rows, s[i]->n_run)
+                           : dspark__draft_segment(s[i], i * rows, rows);
+        b->segments[i].logits_from = 0, b->previous[i] = s[i]->tokens[0];
+        memcpy(b->ids + i * rows, s[i]->tokens + i, (size_t)rows * sizeof *b->ids);
+    }
+    status = B ? dspark__forward(m, &pass, &result) : dspark__draft_backbone(m, &pass, &result);
+    for (int k = 0; k < rows && !B && !status; k++) m->backend->draft_step(m->device, k, b->previous);
     *us = dspark__now_us() - start;
     return status;
 }
 
-// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps`
-// positions.
-static dspark_status dspark__time_best(dspark_session *s, int B, int taps, double until_us, double *best) {
+// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps` positions.
+static dspark_status dspark__time_best(dspark_session **s, int n, int B, int taps, double slice_us, double *best) {
     dspark_status status = DSPARK_OK;
+    double until = dspark__now_us() + slice_us;
     *best = HUGE_VAL;
-    for (int i = 0; i < 12 && !status && (i < 3 || dspark__now_us() < until_us); i++) {
+    for (int i = 0; i < 12 && !status && (i < 3 || dspark__now_us() < until); i++) {
         double us;
-        s->n_injected = dspark__max(0, s->n_run - taps);
-        status = dspark__time_pass(s, B, &us);
+        for (int j = 0; j < n; j++) s[j]->n_injected = dspark__max(0, s[j]->n_run - taps);
+        status = dspark__time_pass(s, n, B, &us);
         if (i && us < *best) *best = us;
     }
     return status;
 }
 
-// A draw at temperature 1 from the logits of the session's end.
-static dspark_status dspark__time_sample(dspark_session *s, double *best) {
+// A draw at temperature 1 from the logits of the last pass.
+static dspark_status dspark__time_sample(dspark_session *s, const float *logits, double *best) {
     int V = dspark__config(s)->vocab_size;
     int32_t token;
     dspark_status status = DSPARK_OK;
     *best = HUGE_VAL;
     for (int i = 0; i < 5 && !status; i++) {
         double start = dspark__now_us();
-        status = dspark_distribution(s->logits, V, 1, 0, 0, 0, s->model->row);
+        status = dspark_distribution(logits, V, 1, 0, 0, 0, s->model->row);
         if (!status) status = dspark_draw(s->model->row, V, 1, DSPARK_DRAW_PLAIN, (uint64_t)i, 0, &token);
         *best = fmin(*best, dspark__now_us() - start);
     }
     return status;
 }
 
-static dspark_status dspark__measure(dspark_session *s, dspark_profile *p) {
-    static const int more[] = { 10, 12, 16, 24, 32, 48, 64 };
-    int gamma = dspark__config(s)->dspark_block_size, at = 0,
-        most = dspark__min(DSPARK_MAX_PROFILE, s->model->max_rows);
-    double us[DSPARK_MAX_PROFILE + 1] = { 0 }, start = dspark__now_us(), slice = 1.2e4, draft_us = 0,
-                                   inject_us = 0, sample_us = 0;
+// T(B) of one session, from few rows to as many as a third of a second allows.
+static dspark_status dspark__measure_rows(dspark_session **s, int most, double slice, dspark_profile *p) {
+    int gamma = dspark__config(s[0])->dspark_block_size;
+    double start = dspark__now_us(), us;
     dspark_status status = DSPARK_OK;
-    most = dspark__min(most, s->desc.max_context - s->n_tokens);
-    for (int B = 1, next = 0; B <= most && !status; at = B, B = next) {
+    for (int B = 1; B <= most && !status; B = B < dspark__max(8, gamma + 1) ? B + 1 : (B + B / 2) & ~1) {
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
-        status = dspark__time_best(s, B, 0, dspark__now_us() + slice, &us[B]);
-        us[B] = fmax(us[B], us[at]);        // more rows cost no less: what says otherwise is noise
-        for (int b = at + 1; b < B; b++) us[b] = us[at] + (us[B] - us[at]) * (b - at) / (B - at);
-        next = B + 1;
-        for (int i = 6; i >= 0 && B >= dspark__max(8, gamma + 1); i--) if (more[i] > B) next = more[i];
-        p->n = B;
+        status = dspark__time_best(s, 1, B, 0, slice, &us);
+        if (p->n) us = fmax(us, (double)p->us[p->n - 1]);       // more rows cost no less: what says otherwise is noise
+        p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
     }
-    for (int B = 1; B <= p->n; B++) p->sps[B - 1] = (float)(1e6 / us[B]);
-    if (!status && gamma)
-        status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS, dspark__now_us() + 2 * slice, &draft_us);
-    if (!status && gamma)
-        status = dspark__time_best(s, 0, DSPARK__FRESH_TAPS + 64, dspark__now_us() + slice, &inject_us);
-    if (!status && dspark__time_sample(s, &sample_us)) sample_us = 0;       // NaN is the business of who meets it
-    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64),
+    return status;
+}
+
+// s [n]: sessions with room for `most` rows each, the first of them deeper.
+static dspark_status dspark__measure(dspark_session **s, int n, int most, int deeper, dspark_profile *p) {
+    int gamma = dspark__config(s[0])->dspark_block_size, rows = dspark__min(most, 8),
+        company = dspark__min(n, gamma ? s[0]->model->max_rows / gamma : n);
+    double slice = 1.2e4, draft_us = 0, inject_us = 0, more_us = 0, sample_us = 0, us, alone = 0;
+    dspark_pass_result result;
+    dspark_status status = dspark__measure_rows(s, most, slice, p);
+    if (!status && n > 1) {
+        status = dspark__time_best(s, n, 1, 0, slice, &us);
+        p->session_us = (float)(fmax(us - dspark_profile_us(p, n), 0) / (n - 1));
+    }
+    if (!status && gamma) status = dspark__time_best(s, 1, 0, DSPARK__FRESH_TAPS, 2 * slice, &draft_us);
+    if (!status && gamma) status = dspark__time_best(s, 1, 0, DSPARK__FRESH_TAPS + 64, slice, &inject_us);
+    if (!status && gamma && company > 1)
+        status = dspark__time_best(s, company, 0, DSPARK__FRESH_TAPS, slice, &more_us);
+    if (company < 2) more_us = draft_us, company = 2;
+    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64);
+    p->draft_more_us = (float)(fmax(more_us - draft_us, 0) / (company - 1)), p->draft_seen = 8;
+    if (!status) status = dspark__run_alone(s[0], s[0]->tokens, 1, s[0]->n_run, 0, 0, &result);
+    if (!status && dspark__time_sample(s[0], result.logits, &sample_us)) sample_us = 0;     // NaN concerns who meets it
     p->sample_us = (float)sample_us;
+    if (!status && deeper) status = dspark__time_best(s, 1, rows, 0, slice, &alone);
+    s[0]->n_run += deeper;
+    if (!status && deeper) status = dspark__time_best(s, 1, rows, 0, slice, &us);
+    if (deeper) p->context_us = (float)(fmax(us - alone, 0) / rows * 1024 / deeper);
+    return status;
+}
+
+// What passes cost does not depend on what a state holds: nothing needs to have been run.
+static dspark_status dspark__measure_sessions(dspark_model *m, dspark_profile *p) {
+    const dspark_config *c = &m->checkpoint.config;
+    dspark_session *s[DSPARK__COMPANY];
+    dspark_session_desc desc;
+    dspark_status status = DSPARK_OK;
+    int all = c->max_position_embeddings, most = dspark__min(m->max_rows, dspark__max(1, all - DSPARK__DEPTH)),
+        depth = dspark__min(DSPARK__DEPTH, dspark__max(1, all - most - 1)), deeper = DSPARK__DEEPER, n = 0;
+    most = dspark__min(most, all - depth);
+    if (depth + deeper + most > all) deeper = 0;
+    memset(&desc, 0, sizeof desc);
+    for (; n < dspark__min(DSPARK__COMPANY, m->max_rows) && !status; n += !status) {
+        desc.max_context = depth + (n ? dspark__min(most, c->dspark_block_size + 1) : most + deeper);
+        status = dspark_session_open(&s[n], m, &desc);
+        if (status) break;
+        s[n]->n_run = depth;
+        for (int i = 0; i < desc.max_context; i++) s[n]->tokens[i] = (int32_t)((int64_t)(i + n) * 7919 % c->vocab_size);
+    }
+    if (!status) status = dspark__measure(s, n, most, deeper, p);
+    while (n) dspark_session_close(s[--n]);
     return status;
 }
 
 DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *out) {
-    const dspark_config *c = &m->checkpoint.config;
-    dspark_session_desc desc;
-    dspark_session *s;
-    dspark_status status = DSPARK_OK;
     if (!m->has_profile) {
         dspark_profile p;
-        memset(&desc, 0, sizeof desc), memset(&p, 0, sizeof p);
-        desc.max_context = dspark__min(c->max_position_embeddings, 256 + DSPARK_MAX_PROFILE);
-        status = dspark_session_open(&s, m, &desc);
-        if (status) return status;
-        s->n_tokens = dspark__max(2, desc.max_context - DSPARK_MAX_PROFILE);
-        s->n_tokens = dspark__min(s->n_tokens, desc.max_context - 1);
-        for (int i = 0; i < desc.max_context; i++)
-            s->tokens[i] = (int32_t)((int64_t)i * 7919 % c->vocab_size);
-        status = dspark__run_pending(s);
-        if (!status) status = dspark__measure(s, &p);
-        dspark_session_close(s);
-        if (status) return status;
+        dspark_status status;
+        memset(&p, 0, sizeof p);
+        if ((status = dspark__measure_sessions(m, &p)) != DSPARK_OK) return status;
+        p.learn = 1;
         m->profile = p, m->has_profile = 1;
     }
     *out = m->profile;
     return DSPARK_OK;
 }
 
+// The costs of a profile that are one number.
+static const struct { const char *name; size_t at; } dspark__profile_costs[] = {
+    { "session_us", offsetof(dspark_profile, session_us) }, { "context_us", offsetof(dspark_profile, context_us) },
+    { "draft_us", offsetof(dspark_profile, draft_us) }, { "draft_more_us", offsetof(dspark_profile, draft_more_us) },
+    { "inject_us", offsetof(dspark_profile, inject_us) }, { "sample_us", offsetof(dspark_profile, sample_us) }
+};
+enum { DSPARK__PROFILE_COSTS = sizeof dspark__profile_costs / sizeof *dspark__profile_costs };
+static float *dspark__profile_cost(const dspark_profile *p, int i) {
+    return (float *)(uintptr_t)((const char *)p + dspark__profile_costs[i].at);
+}
+
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
-    if (p->n < 1 || p->n > DSPARK_MAX_PROFILE || !(p->draft_us >= 0 && p->draft_us <= FLT_MAX) ||
-        !(p->inject_us >= 0 && p->inject_us <= FLT_MAX) || !(p->sample_us >= 0 && p->sample_us <= FLT_MAX))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT,
-                            "profile: %d entries, a draft of %g us, %g a tap, a draw of %g us", p->n,
-                            (double)p->draft_us, (double)p->inject_us, (double)p->sample_us);
+    memset(&m->account, 0, sizeof m->account);
+    if (!p) {
+        memset(&m->profile, 0, sizeof m->profile);
+        return m->profile.learn = m->has_profile = 1, DSPARK_OK;
+    }
+    if (p->n < (p->learn ? 0 : 1) || p->n > DSPARK_MAX_PROFILE)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d points: expected 1 to %d", p->n, DSPARK_MAX_PROFILE);
     for (int i = 0; i < p->n; i++)
-        if (!(p->sps[i] > 0 && p->sps[i] <= FLT_MAX))
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: sps[%d] is %g: expected more than 0", i,
-                                (double)p->sps[i]);
+        if (!(p->us[i] > 0 && p->us[i] <= FLT_MAX) || p->rows[i] < 1 || (i && p->rows[i] <= p->rows[i - 1]))
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: us[%d] is %g for %d rows: expected more than 0, and "
+                                "more rows than before", i, (double)p->us[i], p->rows[i]);
+    for (int i = 0; i < DSPARK__PROFILE_COSTS; i++)
+        if (!(*dspark__profile_cost(p, i) >= 0 && *dspark__profile_cost(p, i) <= FLT_MAX))
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %s is %g: expected 0 or more",
+                                dspark__profile_costs[i].name, (double)*dspark__profile_cost(p, i));
     m->profile = *p, m->has_profile = 1;
     return DSPARK_OK;
 }
+
+#ifndef DSPARK_NO_STDIO
+// What passes depend on besides: a profile of another is refused.
+static void dspark__profile_of(const dspark_model *m, char *text, size_t size) {
+    snprintf(text, size, "checkpoint %016llx, %s, %s, %d threads", (unsigned long long)m->checkpoint.hash,
+             m->backend->name, dspark_model_path_name(m), dspark_model_threads(m));
+}
+
+DSPARK_API dspark_status dspark_model_save_profile(dspark_model *m, const char *path) {
+    dspark_profile p;
+    dspark_status status = dspark_model_profile(m, &p);
+    char of[128];
+    FILE *f;
+    if (status) return status;
+    if (!(f = fopen(path, "w"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
+    dspark__profile_of(m, of, sizeof of);
+    fprintf(f, "{\"format\": \"dspark-profile-1\", \"of\": \"%s\",\n \"rows\": [", of);
+    for (int i = 0; i < p.n; i++) fprintf(f, "%s%d", i ? ", " : "", p.rows[i]);
+    fprintf(f, "],\n \"us\": [");
+    for (int i = 0; i < p.n; i++) fprintf(f, "%s%.1f", i ? ", " : "", (double)p.us[i]);
+    fprintf(f, "]");
+    for (int i = 0; i < DSPARK__PROFILE_COSTS; i++)
+        fprintf(f, ",\n \"%s\": %.3f", dspark__profile_costs[i].name, (double)*dspark__profile_cost(&p, i));
+    fprintf(f, "}\n");
+    if (ferror(f)) status = DSPARK_ERROR_IO;
+    if (fclose(f)) status = DSPARK_ERROR_IO;
+    return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
+}
+
+static dspark_status dspark__profile_read(dspark_model *m, dspark__loader *b, dspark_profile *p) {
+    const dspark__json *j = &b->config.json;
+    const dspark__keys k = { b, &b->config, 0, "" };
+    float rows[DSPARK_MAX_PROFILE];
+    char of[128];
+    int node = dspark__key(&k, "of");
+    dspark__profile_of(m, of, sizeof of);
+    if (!dspark__json_is(j, dspark__key(&k, "format"), "dspark-profile-1"))
+        dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "format", "dspark-profile-1", dspark__key(&k, "format"));
+    else if (!dspark__json_is(j, node, of)) dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "of", of, node);
+    node = dspark__key(&k, "rows");
+    if (dspark__json_kind(j, node) == DSPARK__JSON_ARRAY) p->n = dspark__min(j->nodes[node].n, DSPARK_MAX_PROFILE);
+    dspark__key_reals(&k, "rows", p->n, 1, 1e9, rows);
+    dspark__key_reals(&k, "us", p->n, 1e-3, 1e12, p->us);
+    for (int i = 0; i < p->n && !b->status; i++) p->rows[i] = (int)rows[i], p->seen[i] = 8;
+    for (int i = 0; i < DSPARK__PROFILE_COSTS && !b->status; i++)
+        *dspark__profile_cost(p, i) = (float)dspark__key_real(&k, dspark__profile_costs[i].name, 0, 1e12);
+    p->learn = 1, p->draft_seen = 8;
+    return b->status ? b->status : dspark_model_set_profile(m, p);
+}
+
+DSPARK_API dspark_status dspark_model_load_profile(dspark_model *m, const char *path) {
+    dspark_profile p;
+    dspark__loader b;
+    dspark__document *d = &b.config;
+    memset(&p, 0, sizeof p), memset(&b, 0, sizeof b);
+    b.status = dspark__file_map(NULL, path, &d->file.data, &d->file.size);
+    if (b.status) return b.status;
+    d->file.name = dspark__path_end(path);
+    b.status = dspark__object_parse(&d->json, &d->file, 0, (size_t)d->file.size);
+    if (!b.status) b.status = dspark__profile_read(m, &b, &p);
+    dspark__json_free(&d->json);
+    dspark__file_unmap(NULL, d->file.data, d->file.size);
+    return b.status;
+}
+#endif
 
 // What a session adds to the time of each of its rows: a draw, unless it is greedy.
 static double dspark__sample_us(const dspark_session *s) {
     return dspark__greedy(s) ? 0 : (double)s->model->profile.sample_us;
 }
 
-static double dspark__pass_time(const dspark_model *m, int64_t rows, double sample_us) {
-    dspark_sps sps;
-    sps.sps = m->profile.sps, sps.n = m->profile.n;
-    return dspark__pass_us(&sps, rows) + (double)rows * sample_us;
+// A target pass of this step with so many rows.
+static double dspark__pass_time(const dspark_model *m, int64_t rows) {
+    const dspark__costs *c = &m->batch.costs;
+    return dspark_profile_us(&m->profile, rows) + c->base_us + (double)rows * c->row_us;
 }
-// A draft, with the taps that a pause has left to inject.
-static double dspark__draft_time(const dspark_session *s) {
-    const dspark_profile *p = &s->model->profile;
+// A draft's share for each of n sessions.
+static double dspark__draft_time(const dspark_model *m, int n) {
+    return ((double)m->profile.draft_us + (n - 1) * (double)m->profile.draft_more_us) / n;
+}
+// What a session's draft takes besides: its draws, and the taps that a pause has left to inject.
+static double dspark__draft_extra(const dspark_session *s) {
     int taps = s->n_run - dspark__max(s->n_injected, s->n_run - dspark__config(s)->sliding_window);
-    return (double)p->draft_us + (double)p->inject_us * dspark__max(0, taps - DSPARK__FRESH_TAPS) +
+    return (double)s->model->profile.inject_us * dspark__max(0, taps - DSPARK__FRESH_TAPS) +
            dspark__config(s)->dspark_block_size * dspark__sample_us(s);
 }
 
-// W: the worst that drafting can cost one of R sessions, l drafts verified and one token got. The pass's
-// growth is shared by what each verifies, so the worst is over how much the others do.
-static double dspark__worst_us(const dspark_session *s, int R, int cap, double draft_us) {
-    const dspark_model *m = s->model;
-    double sample_us = dspark__sample_us(s);
-    double most = 0, T = dspark__pass_time(m, R, sample_us);
-    int others = (R - 1) * m->checkpoint.config.dspark_block_size;
-    for (int l = 1; l <= cap; l++)
-        for (int rows = l; rows <= l + others; rows++)
-            most = fmax(most, (dspark__pass_time(m, (int64_t)R + rows, sample_us) - T) * l / rows);
-    return T / R + draft_us + most;
+// What the step's passes cost, R sessions decoding, of which `drafting` may draft.
+static void dspark__costs_open(dspark_model *m, const dspark__lane *lanes, int n) {
+    dspark__costs *c = &m->batch.costs;
+    const dspark_profile *p = &m->profile;
+    int gamma = m->checkpoint.config.dspark_block_size, others;
+    double depth = 0, draws = 0, T;
+    memset(c, 0, sizeof *c);
+    for (int i = 0; i < n; i++) {
+        if (lanes[i].n_prompt) continue;
+        c->R++, c->drafting += lanes[i].limit > 0;
+        depth += lanes[i].s->n_run, draws += dspark__sample_us(lanes[i].s);
+    }
+    if (!p->n || !c->R) return;
+    c->base_us = (double)p->session_us * (c->R - 1);
+    c->context_us = (double)p->context_us * (depth / c->R - DSPARK__DEPTH) / 1024;
+    c->row_us = c->context_us + draws / c->R;
+    T = dspark__pass_time(m, c->R), c->plain_us = T / c->R, others = (c->R - 1) * gamma;
+    for (int rows = 1; rows <= gamma + others && c->drafting; rows++) {
+        double each = (dspark__pass_time(m, c->R + rows) - T) / rows;
+        for (int cap = dspark__max(1, rows - others); cap <= gamma; cap++)
+            c->worst[cap] = fmax(c->worst[cap], each * dspark__min(rows, cap));
+    }
+    for (int l = 1; l <= gamma && c->drafting; l++)
+        c->growth[l] = (dspark__pass_time(m, (int64_t)c->R + (int64_t)c->drafting * l) - T) / c->drafting;
 }
 
 // ---- draft
@@ -4967,22 +5355,66 @@ static int dspark__draft_limit(const dspark_session *s) {
     return dspark__max(0, dspark__min(limit, left - 1));
 }
 
-// The account decides where the schedule is the model's own; forced schedules draft always.
-static void dspark__decide_draft(dspark__lane *a, int R) {
+// BLOCK and THRESHOLD draft always; else it must be worth it.
+static int dspark__is_forced(const dspark_session *s) {
+    return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
+}
+
+// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft. survival: a_k,
+// [limit]; NULL: as if every draft were accepted.
+static double dspark__gain(const dspark_model *m, const dspark__lane *a, const float *survival) {
+    const dspark__costs *c = &m->batch.costs;
+    double tokens = 0, best = 0;
+    for (int l = 1; l <= a->limit; l++) {
+        tokens += survival ? (double)survival[l - 1] : 1;
+        best = fmax(best, tokens * c->plain_us - c->growth[l]);
+    }
+    return best - dspark__draft_time(m, dspark__max(1, c->drafting)) - a->extra_us;
+}
+
+// To be found out again now and then: texts change.
+enum { DSPARK__PROBE = 64, DSPARK__TRIALS = 3, DSPARK__TRIAL_SESSIONS = 4 };
+
+// A session that lost its first worst outcome may lose two more of what all sessions together have gained: without
+// that an unlucky beginning would keep a good drafter from the whole text.
+static int dspark__affords(const dspark_session *s, double plain_us, double worst_us) {
+    dspark_account credit = s->account;
+    if (dspark_account_affords(&credit, plain_us, worst_us)) return 1;
+    credit.balance_us += credit.limit_us / 8;
+    return dspark_account_affords(&s->model->account, plain_us, worst_us) &&
+           dspark_account_affords(&credit, plain_us, worst_us);
+}
+
+// Does this lane draft? It looks at the past only, so a rejection verifier may ask. While the costs are not known, a
+// few sessions draft to learn them, and no account is kept.
+static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     dspark_session *s = a->s;
     const dspark_model *m = s->model;
-    a->limit = dspark__draft_limit(s);
-    a->n_drafted = a->limit ? dspark__config(s)->dspark_block_size : 0;
-    a->draft_us = dspark__draft_time(s);
-    if (!a->limit || s->desc.policy.schedule) return;
-    a->plain_us = dspark__pass_time(m, R, dspark__sample_us(s)) / R;
-    if (!s->has_account) {
-        dspark_account_open(&s->account, a->plain_us,
-                            dspark__worst_us(s, R, dspark__config(s)->dspark_block_size, a->draft_us));
-        s->has_account = 1;
+    const dspark__costs *c = &m->batch.costs;
+    double worst;
+    if (!a->limit || dspark__is_forced(s)) return a->limit > 0;
+    if (!m->profile.n) return 0;
+    if (m->profile.learn && m->profile.draft_seen < DSPARK__TRIALS)
+        return a->trial = ++*trials <= DSPARK__TRIAL_SESSIONS;
+    worst = c->plain_us + dspark__draft_time(m, 1) + a->extra_us;
+    a->plain_us = c->plain_us;
+    if (!s->has_account)
+        dspark_account_open(&s->account, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
+    s->has_account = 1;
+    while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
+    return dspark__gain(m, a, s->survival) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
+}
+
+static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
+    int trials = 0;
+    for (int i = 0; i < n; i++) lanes[i].limit = lanes[i].n_prompt ? 0 : dspark__draft_limit(lanes[i].s);
+    dspark__costs_open(m, lanes, n);
+    for (int i = 0; i < n; i++) {
+        dspark__lane *a = &lanes[i];
+        if (a->limit) a->extra_us = dspark__draft_extra(a->s);
+        if (!dspark__decides_to_draft(a, &trials)) a->limit = 0;
+        a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0;
     }
-    if (!dspark_account_affords(&s->account, a->plain_us, dspark__worst_us(s, R, a->limit, a->draft_us)))
-        a->n_drafted = a->limit = 0;
 }
 
 // Draft k of a lane from its logits, into the tokens behind the committed ones.
@@ -4999,7 +5431,7 @@ static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, f
                      : dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_PLAIN, (uint64_t)position, 0, &token);
     if (status) return status;
     s->tokens[position] = a->r->draft[k] = token;
-    a->r->confidence[k] = (float)dspark_sts_apply(confidence_logit, s->model->calibration[k]);
+    a->r->confidence[k] = (float)dspark_sts_apply(confidence_logit, dspark__calibration_of(s)[k]);
     return DSPARK_OK;
 }
 
@@ -5021,13 +5453,23 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
     }
 }
 
+// The survivals of a lane's drafts become part of what is expected of the next.
+static void dspark__expect(const dspark__lane *a) {
+    float survival = 1;
+    for (int k = 0; k < a->n_drafted; k++) {
+        survival *= a->r->confidence[k];
+        a->s->survival[k] += (survival - a->s->survival[k]) / 8;
+        a->s->model->survival[k] += (survival - a->s->model->survival[k]) / 64;
+    }
+}
+
 static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
     dspark_pass pass;
     dspark_pass_result out;
     dspark_status status;
-    double start = dspark__now_us();
+    double start = dspark__now_us(), extra = 0;
     dspark__draft_rows(m, lanes, n, &pass);
     if (!pass.n_segments) return DSPARK_OK;
     if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return status;
@@ -5052,55 +5494,90 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) 
         a->r->draft_us = (float)((dspark__now_us() - start) / pass.n_segments),
         a->r->n_drafted = a->n_drafted;
         a->limit = dspark__min(a->limit, a->n_drafted);
+        extra += a->extra_us;
+        dspark__expect(a);
     }
+    if (m->profile.learn) dspark__learn_draft(&m->profile, pass.n_segments, fmax(dspark__now_us() - start - extra, 1));
     return DSPARK_OK;
 }
 
 // ---- schedule
 
-// Lengths of the lanes whose schedule is `mode`, all others' rows being in the pass already. Algorithm 1
-// (PREFIX) for sessions that verify by rejection, since its admissions look at nothing that a draft may
-// change; its global maximum where that is lossless; the same two modes of scheduling.md for forced
-// schedules.
-static int dspark__mode_of(const dspark_session *s) {
+static int dspark__mode_of(const dspark__lane *a) {
+    const dspark_session *s = a->s;
+    if (a->trial) return DSPARK_SCHEDULE_BLOCK;
     if (s->desc.policy.schedule) return s->desc.policy.schedule;
     return dspark__mode(s) == DSPARK_VERIFY_REJECTION ? DSPARK_SCHEDULE_PREFIX : DSPARK_SCHEDULE_GLOBAL;
 }
+
+// The budget: what GLOBAL would admit with the confidences of two steps before. PREFIX until there are some.
+static dspark_status dspark__async_budget(dspark__batch *b, const dspark__lane *lanes, dspark_schedule_desc *d) {
+    dspark_schedule_desc past = *d;
+    dspark_status status;
+    int any = 0;
+    past.mode = DSPARK_SCHEDULE_GLOBAL, past.n_drafted = b->n_past;
+    for (int i = 0; i < d->n_requests; i++) {
+        const dspark_session *s = lanes[b->lane_of[i]].s;
+        b->n_past[i] = s->n_past[1], any += b->limit[i] ? s->n_past[1] : 0;
+        memcpy(b->confidence + i * d->gamma, s->past[1], (size_t)d->gamma * sizeof *b->confidence);
+    }
+    if (!any) return d->mode = DSPARK_SCHEDULE_PREFIX, DSPARK_OK;
+    status = dspark_schedule(&past, b->lengths);
+    for (int i = 0; i < d->n_requests && !status; i++) d->budget += b->lengths[i];
+    return status;
+}
+
+// Lengths of the lanes whose schedule is `mode`. All that decode are its requests, for each brings a token; *rows, so
+// far without the drafts of this mode, are the pass'. PREFIX, Algorithm 1, is for sessions that verify by rejection,
+// since its admissions look at nothing that a draft may change; GLOBAL, its maximum, where that is lossless.
 static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes, int n, int mode, int *rows) {
     dspark__batch *b = &m->batch;
-    int gamma = m->checkpoint.config.dspark_block_size, R = 0;
+    int gamma = m->checkpoint.config.dspark_block_size, R = 0, candidates = 0, drafted = 0;
     dspark_schedule_desc d;
-    float curve[DSPARK_MAX_PROFILE];        // SPS with the draws in it
-    double sample_us = 0, draft_us = 0;
+    double extra = 0;
     dspark_sps sps;
     dspark_status status;
     for (int i = 0; i < n; i++) {
         const dspark_session *s = lanes[i].s;
-        if (!lanes[i].limit || dspark__mode_of(s) != mode) continue;
-        memcpy(b->confidence + R * gamma, lanes[i].r->confidence, (size_t)gamma * sizeof *b->confidence);
-        b->limit[R] = lanes[i].limit, b->threshold[R] = s->desc.policy.threshold, b->lane_of[R++] = i;
-        sample_us = fmax(sample_us, dspark__sample_us(s)), draft_us += lanes[i].draft_us;
+        if (lanes[i].n_prompt) continue;
+        b->limit[R] = dspark__mode_of(&lanes[i]) == mode ? lanes[i].limit : 0;
+        candidates += b->limit[R], drafted += lanes[i].drafted, extra += lanes[i].drafted ? lanes[i].extra_us : 0;
+        b->weight[R] = s->desc.policy.share > 0 ? s->desc.policy.share : 1;
+        b->threshold[R] = s->desc.policy.threshold, b->lane_of[R++] = i;
     }
-    if (!R) return DSPARK_OK;
+    if (!candidates) return DSPARK_OK;
     memset(&d, 0, sizeof d);
-    for (int i = 0; i < m->profile.n; i++) curve[i] = (float)(1e6 / dspark__pass_time(m, i + 1, sample_us));
-    sps.sps = curve, sps.n = m->profile.n;
-    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.n_requests = R,
-    d.gamma = gamma;
-    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.draft_us = (float)draft_us,
-    d.scratch = b->scratch;
+    sps.sps = b->sps, sps.n = *rows + candidates;
+    if (mode >= DSPARK_SCHEDULE_PREFIX)     // rows below what the pass has anyway are never asked for
+        for (int B = 1; B <= sps.n; B++) b->sps[B - 1] = (float)(1e6 / dspark__pass_time(m, dspark__max(B, *rows)));
+    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.weight = b->weight;
+    d.n_requests = R, d.gamma = gamma, d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.scratch = b->scratch;
+    d.draft_us = (float)(drafted ? drafted * dspark__draft_time(m, drafted) + extra : 0);
+    if (mode == DSPARK_SCHEDULE_ASYNC && (status = dspark__async_budget(b, lanes, &d)) != DSPARK_OK) return status;
+    for (int i = 0; i < R; i++)
+        memcpy(b->confidence + i * gamma, lanes[b->lane_of[i]].r->confidence, (size_t)gamma * sizeof *b->confidence);
     if ((status = dspark_schedule(&d, b->lengths)) != DSPARK_OK) return status;
-    for (int i = 0; i < R; i++) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
+    for (int i = 0; i < R; i++)
+        if (b->limit[i]) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
     return DSPARK_OK;
 }
 
+// This step's confidences are the next's of one step before.
+static void dspark__remember(const dspark__lane *a) {
+    dspark_session *s = a->s;
+    if (a->n_prompt) return;
+    memcpy(s->past[1], s->past[0], sizeof s->past[0]);
+    memcpy(s->past[0], a->r->confidence, sizeof s->past[0]);
+    s->n_past[1] = s->n_past[0], s->n_past[0] = a->n_drafted;
+}
+
 static dspark_status dspark__schedule(dspark_model *m, dspark__lane *lanes, int n) {
-    static const int modes[] = { DSPARK_SCHEDULE_BLOCK, DSPARK_SCHEDULE_THRESHOLD, DSPARK_SCHEDULE_PREFIX,
-                                 DSPARK_SCHEDULE_GLOBAL };
     dspark_status status = DSPARK_OK;
     int rows = 0;
     for (int i = 0; i < n; i++) rows += lanes[i].n_prompt ? lanes[i].n_prompt : 1;
-    for (int i = 0; i < 4 && !status; i++) status = dspark__schedule_mode(m, lanes, n, modes[i], &rows);
+    for (int mode = DSPARK_SCHEDULE_BLOCK; mode <= DSPARK_SCHEDULE_GLOBAL && !status; mode++)
+        status = dspark__schedule_mode(m, lanes, n, mode, &rows);
+    for (int i = 0; i < n; i++) dspark__remember(&lanes[i]);
     return status;
 }
 
@@ -5111,7 +5588,7 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
     dspark__batch *b = &m->batch;
     dspark_pass pass;
     dspark_status status;
-    double start = dspark__now_us();
+    double start = dspark__now_us(), us;
     int logits = 0;
     memset(&pass, 0, sizeof pass);
     pass.kind = DSPARK_PASS_TARGET, pass.ids = b->ids, pass.segments = b->segments;
@@ -5126,11 +5603,10 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
         pass.n_rows += rows, logits += rows - g->logits_from;
         dspark__mark_run(s, s->n_run + rows);
     }
-    status = dspark__forward(m, &pass, out);
-    for (int i = 0; i < n; i++) {
-        int rows = b->segments[i].n_rows;
-        lanes[i].r->verify_us = (float)((dspark__now_us() - start) * rows / pass.n_rows);
-    }
+    status = dspark__forward(m, &pass, out), us = dspark__now_us() - start;
+    for (int i = 0; i < n; i++) lanes[i].r->verify_us = (float)(us * b->segments[i].n_rows / pass.n_rows);
+    us -= b->costs.base_us + b->costs.context_us * pass.n_rows;
+    if (!status && m->profile.learn && b->costs.R == n && us > 0) dspark__learn_pass(&m->profile, pass.n_rows, us);
     return status;
 }
 
@@ -5174,34 +5650,41 @@ static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const
     return DSPARK_OK;
 }
 
-static void dspark__count(dspark__lane *a) {
-    dspark_stats *t = &a->s->stats;
-    const dspark_step_result *r = a->r;
+// The bucket of a token that took so long.
+static int dspark__bucket(double us) {
+    int i = 0;
+    for (double top = 2; us > top && i < DSPARK_BUCKETS - 1; i++) top *= 1.4142135623730951;
+    return i;
+}
+
+static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
+    int n = r->n_scheduled;
+    if (r->finish && r->n_tokens && r->by[r->n_tokens - 1] == DSPARK_BY_DRAFT) n = r->n_accepted;
     t->steps++, t->cycles += r->n_drafted > 0;
-    t->drafted += r->n_drafted, t->scheduled += r->n_scheduled, t->accepted += r->n_accepted;
+    t->drafted += r->n_drafted, t->scheduled += n, t->accepted += r->n_accepted;
     t->draft_us += (double)r->draft_us, t->verify_us += (double)r->verify_us;
-    for (int k = 0; k < r->n_scheduled; k++) t->scheduled_by_position[k]++;
+    if (r->n_tokens) t->token_us[dspark__bucket((double)r->step_us / r->n_tokens)] += r->n_tokens;
+    for (int k = 0; k < n; k++) t->scheduled_by_position[k]++;
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
 
-// In modelled time: what this cycle cost the session, and what its tokens would have cost plainly.
-static void dspark__settle(dspark__lane *lanes, int i, int n, int tau) {
-    dspark__lane *a = &lanes[i];
-    const dspark_model *m = a->s->model;
-    int64_t R = 0, drafts = 0;
-    double cycle = a->plain_us, sample_us = dspark__sample_us(a->s);
+// In modelled time: what this cycle cost the session, and what its tokens would have cost plainly. `drafts` are
+// verified in all, of `drafted` sessions.
+static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
+    dspark_model *m = a->s->model;
+    int R = m->batch.costs.R;
+    double cycle = a->plain_us;
     if (a->plain_us <= 0) return;
-    for (int j = 0; j < n; j++) R += !lanes[j].n_prompt, drafts += lanes[j].length;
-    if (a->drafted) cycle += a->draft_us;
+    if (a->drafted) cycle += dspark__draft_time(m, drafted) + a->extra_us;
     if (a->length)
-        cycle += (dspark__pass_time(m, R + drafts, sample_us) - dspark__pass_time(m, R, sample_us)) *
-                 a->length / (double)drafts;
+        cycle += (dspark__pass_time(m, R + drafts) - dspark__pass_time(m, R)) * a->length / (double)drafts;
     dspark_account_settle(&a->s->account, a->plain_us, cycle, tau);
+    if (m->account.limit_us <= 0) m->account = a->s->account, m->account.balance_us = 0;
+    dspark_account_settle(&m->account, a->plain_us, cycle, tau);
 }
 
-static void dspark__commit(dspark__lane *lanes, int i, int n, const dspark_pass_result *out,
-                           const float *p_draft) {
-    dspark__lane *a = &lanes[i];
+static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const float *p_draft, int drafts,
+                           int drafted) {
     dspark_session *s = a->s;
     size_t V = (size_t)dspark__config(s)->vocab_size;
     int before = s->n_tokens;
@@ -5209,8 +5692,7 @@ static void dspark__commit(dspark__lane *lanes, int i, int n, const dspark_pass_
     a->r->status = dspark__verify_lane(a, out->logits + (size_t)a->logits_row * V,
                                        p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
-    dspark__settle(lanes, i, n, s->n_tokens - before);
-    dspark__count(a);
+    dspark__settle(a, drafts, drafted, s->n_tokens - before);
 }
 
 // ---- a step
@@ -5234,9 +5716,9 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     return !finished;
 }
 
-// Enters a session into the step with at most `room` rows; how many it may need. 0: none, its result is
+// Enters a session into the step; how many rows it may need, of a prompt one at least. 0: none, its result is
 // complete.
-static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_result *r, int room) {
+static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_result *r) {
     memset(a, 0, sizeof *a);
     memset(r, 0, sizeof *r);
     a->s = s, a->r = r;
@@ -5248,32 +5730,50 @@ static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_res
                0;
     if (!s->has_logits && s->n_tokens - s->n_run > 1) {
         r->status = dspark__refill(s);
-        return r->status ? 0 : (a->n_prompt = dspark__min(room, s->n_tokens - s->n_run));
+        return r->status ? 0 : (a->n_prompt = 1);
     }
     r->finish = s->finish ? s->finish : dspark__exhausted(s);
     if (!r->finish && s->has_logits && !dspark__first_token(s, r) && r->status) return 0;
     if (r->finish) return dspark__text_end(s, r), 0;
     r->status = dspark__refill(s);
-    return r->status ? 0 : 1 + dspark__config(s)->dspark_block_size;
+    return r->status ? 0 : 1 + (dspark__draft_limit(s) ? dspark__config(s)->dspark_block_size : 0);
+}
+
+// What a pass has left goes to the prompts in it, in their order.
+static void dspark__share_rows(dspark__lane *lanes, int n, int left, int prompt_rows) {
+    for (int i = 0; i < n; i++) {
+        int more = lanes[i].s->n_tokens - lanes[i].s->n_run;
+        if (!lanes[i].n_prompt) continue;
+        if (prompt_rows > 0) more = dspark__min(more, prompt_rows);
+        more = dspark__min(more - lanes[i].n_prompt, left);
+        lanes[i].n_prompt += more, left -= more;
+    }
 }
 
 static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) {
     dspark_pass_result out;
     dspark_status status;
     float *p_draft = NULL;
-    int R = 0;
-    for (int i = 0; i < n; i++) R += !lanes[i].n_prompt;
-    for (int i = 0; i < n; i++) if (!lanes[i].n_prompt) dspark__decide_draft(&lanes[i], R);
+    int drafts = 0, drafted = 0;
+    double start = dspark__now_us();
+    dspark__decide(m, lanes, n);
     status = dspark__draft(m, lanes, n);
     if (!status) status = dspark__schedule(m, lanes, n);
     if (!status) status = dspark__target(m, lanes, n, &out);
     if (status) return status;
     if (m->checkpoint.config.n_stages) p_draft = m->backend->draft_logits(m->device);
+    for (int i = 0; i < n; i++) drafts += lanes[i].length, drafted += lanes[i].drafted;
     for (int i = 0; i < n; i++) {
         if (lanes[i].n_prompt) dspark__commit_prompt(&lanes[i], &out);
-        else dspark__commit(lanes, i, n, &out, lanes[i].n_drafted ? p_draft : NULL);
+        else dspark__commit(&lanes[i], &out, lanes[i].n_drafted ? p_draft : NULL, drafts, drafted);
         lanes[i].s->cycle++;
         dspark__text_end(lanes[i].s, lanes[i].r);
+    }
+    for (int i = 0; i < n; i++) {
+        lanes[i].r->step_us = (float)(dspark__now_us() - start);
+        if (lanes[i].n_prompt) continue;
+        dspark__count(&lanes[i].s->stats, lanes[i].r);
+        dspark__count(&m->stats, lanes[i].r);
     }
     return DSPARK_OK;
 }
@@ -5282,7 +5782,7 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
 static int dspark__wants_profile(dspark_session **sessions, int n) {
     for (int i = 0; i < n; i++)
         if (dspark__config(sessions[i])->n_stages && !sessions[i]->desc.policy.plain &&
-            !sessions[i]->desc.policy.schedule)
+            !dspark__is_forced(sessions[i]))
             return 1;
     return 0;
 }
@@ -5305,14 +5805,105 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     for (int i = 0; i < n && !status;) {
         int rows = 0, lanes = 0, worst = 1 + m->checkpoint.config.dspark_block_size;
         for (; i < n && m->max_rows - rows >= worst; i++) {
-            int room = m->max_rows - rows, need;
-            if (prompt_rows > 0) room = dspark__min(room, prompt_rows);
-            need = dspark__lane_open(&m->batch.lanes[lanes], sessions[i], &results[i], room);
+            int need = dspark__lane_open(&m->batch.lanes[lanes], sessions[i], &results[i]);
             rows += need, lanes += need > 0;
         }
+        dspark__share_rows(m->batch.lanes, lanes, m->max_rows - rows, prompt_rows);
         if (lanes) status = dspark__cycle(m, m->batch.lanes, lanes);
     }
     return status;
+}
+
+// ---- what there is to see
+
+static double dspark__quantile_us(const dspark_stats *t, double p) {
+    double below = 0, all = 0, top = 2;
+    for (int i = 0; i < DSPARK_BUCKETS; i++) all += (double)t->token_us[i];
+    for (int i = 0; i < DSPARK_BUCKETS - 1; i++, top *= 1.4142135623730951)
+        if ((below += (double)t->token_us[i]) >= p * all) break;
+    return all > 0 ? top : 0;
+}
+
+DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *t) {
+    dspark_summary s;
+    s.tau = t->steps ? (double)(t->steps + t->accepted) / (double)t->steps : 0;
+    s.rejection_rate = t->scheduled ? 1 - (double)t->accepted / (double)t->scheduled : 0;
+    s.accepted_us = t->accepted ? (t->draft_us + t->verify_us) / (double)t->accepted : 0;
+    s.p50_us = dspark__quantile_us(t, .5), s.p95_us = dspark__quantile_us(t, .95);
+    return s;
+}
+
+typedef struct { char *text; int cap, n; } dspark__writer;
+#ifdef __GNUC__
+__attribute__((format(printf, 2, 3)))
+#endif
+static void dspark__write(dspark__writer *w, const char *format, ...) {
+    int left = dspark__max(w->cap - w->n, 0), n;
+    va_list args;
+    va_start(args, format);
+    n = vsnprintf(left ? w->text + w->n : NULL, (size_t)left, format, args);
+    va_end(args);
+    w->n += dspark__max(n, 0);
+}
+
+// The lines of one metric: value, and for each of n positions one where by_position is not NULL.
+static void dspark__write_metric(dspark__writer *w, const char *name, const char *labels, double value,
+                                 const int64_t *by_position) {
+    int n = by_position ? DSPARK_MAX_BLOCK : 1;
+    while (by_position && n && !by_position[n - 1]) n--;
+    dspark__write(w, "# TYPE dspark_%s counter\n", name);
+    for (int k = 0; k < n; k++) {
+        dspark__write(w, "dspark_%s", name);
+        if (*labels || by_position) dspark__write(w, "{%s", labels);
+        if (by_position) dspark__write(w, "%sposition=\"%d\"", *labels ? "," : "", k);
+        dspark__write(w, "%s %.15g\n", *labels || by_position ? "}" : "", by_position ? (double)by_position[k] : value);
+    }
+}
+
+DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels, char *text, int cap) {
+    dspark__writer w = { text, cap, 0 };
+    const char *comma = labels && *labels ? "," : "";
+    double below = 0, top = 2;
+    labels = labels ? labels : "";
+    dspark__write_metric(&w, "spec_decode_num_drafts_total", labels, (double)t->cycles, NULL);
+    dspark__write_metric(&w, "spec_decode_num_draft_tokens_total", labels, (double)t->scheduled, NULL);
+    dspark__write_metric(&w, "spec_decode_num_accepted_tokens_total", labels, (double)t->accepted, NULL);
+    dspark__write_metric(&w, "spec_decode_num_draft_tokens_per_pos_total", labels, 0, t->scheduled_by_position);
+    dspark__write_metric(&w, "spec_decode_num_accepted_tokens_per_pos_total", labels, 0, t->accepted_by_position);
+    dspark__write_metric(&w, "drafted_tokens_total", labels, (double)t->drafted, NULL);
+    dspark__write_metric(&w, "generation_tokens_total", labels, (double)t->emitted, NULL);
+    dspark__write_metric(&w, "steps_total", labels, (double)t->steps, NULL);
+    dspark__write_metric(&w, "draft_seconds_total", labels, 1e-6 * t->draft_us, NULL);
+    dspark__write_metric(&w, "verify_seconds_total", labels, 1e-6 * t->verify_us, NULL);
+    dspark__write(&w, "# TYPE dspark_time_per_output_token_seconds histogram\n");
+    for (int i = 0; i < DSPARK_BUCKETS; i++, top *= 1.4142135623730951) {
+        below += (double)t->token_us[i];
+        if (i < DSPARK_BUCKETS - 1 && (i % 2 || !below)) continue;
+        dspark__write(&w, "dspark_time_per_output_token_seconds_bucket{%s%sle=\"", labels, comma);
+        if (i == DSPARK_BUCKETS - 1) dspark__write(&w, "+Inf\"} %.15g\n", below);
+        else dspark__write(&w, "%.6g\"} %.15g\n", 1e-6 * top, below);
+    }
+    return w.n;
+}
+
+DSPARK_API const char *dspark_finish_name(int finish) {
+    static const char *const names[] = { "running", "stop_token", "stop_string", "length", "context" };
+    return finish >= 0 && finish <= DSPARK_CONTEXT ? names[finish] : "unknown finish";
+}
+
+DSPARK_API int dspark_step_json(const dspark_step_result *r, int64_t id, char *text, int cap) {
+    dspark__writer w = { text, cap, 0 };
+    dspark__write(&w, "{\"session\": %lld, \"status\": \"%s\", \"finish\": \"%s\", \"tokens\": [", (long long)id,
+                  dspark_status_name(r->status), dspark_finish_name(r->finish));
+    for (int i = 0; i < r->n_tokens; i++) dspark__write(&w, "%s%d", i ? ", " : "", (int)r->tokens[i]);
+    dspark__write(&w, "], \"drafted\": %d, \"scheduled\": %d, \"accepted\": %d, \"draft\": [", r->n_drafted,
+                  r->n_scheduled, r->n_accepted);
+    for (int k = 0; k < r->n_drafted; k++) dspark__write(&w, "%s%d", k ? ", " : "", (int)r->draft[k]);
+    dspark__write(&w, "], \"confidence\": [");
+    for (int k = 0; k < r->n_drafted; k++) dspark__write(&w, "%s%.4f", k ? ", " : "", (double)r->confidence[k]);
+    dspark__write(&w, "], \"draft_us\": %.1f, \"verify_us\": %.1f, \"step_us\": %.1f}\n", (double)r->draft_us,
+                  (double)r->verify_us, (double)r->step_us);
+    return w.n;
 }
 
 DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor, int32_t *tokens,

@@ -114,9 +114,9 @@ static int substitute_header(file *f, const char *find, const char *replace, int
     return found;
 }
 
-enum { CONFIG, HEADER, HEADER_ALL, MODEL, GENERATION, INDEX };   /* where; MODEL, GENERATION, INDEX: all of the file */
+enum { CONFIG, HEADER, HEADER_ALL, MODEL, GENERATION, CALIBRATION, INDEX };    /* where; MODEL and after: all of the file */
 static const char *const names[] = { "config.json", "model.safetensors", "model.safetensors", "model.safetensors",
-                                     "generation_config.json", "model.safetensors.index.json" };
+                                     "generation_config.json", "calibration.json", "model.safetensors.index.json" };
 
 typedef struct {
     int where;
@@ -126,6 +126,8 @@ typedef struct {
 } bad;
 
 #define U DSPARK_ERROR_UNSUPPORTED
+#define ROWS(rows) "{\"format\": \"dspark-calibration-1\", \"rows\": " rows "}"
+#define ROW(verify, band, sts) "{\"verify\": \"" verify "\", \"temperature\": " band ", \"sts\": " sts "}"
 #define T(name, type, shape) "\"" name "\":{\"dtype\":\"" type "\",\"shape\":" shape
 static const bad cases[] = {
     /* JSON */
@@ -303,6 +305,19 @@ static const bad cases[] = {
     { GENERATION, NULL, "{\"temperature\": \"hot\"}", "temperature", "found hot", 0 },
     { GENERATION, NULL, "{\"top_p\": 1.5}", "top_p", "found 1.5", 0 },
     { GENERATION, NULL, "{\"eos_token_id\": [1, 512]}", "generation_config.json: eos_token_id", "found 512", 0 },
+    /* calibration.json */
+    { CALIBRATION, NULL, "{", "calibration.json", "the end", 0 },
+    { CALIBRATION, NULL, "{}", "calibration.json: format: expected dspark-calibration-1", "found nothing", U },
+    { CALIBRATION, NULL, "{\"format\": \"dspark-calibration-1\"}", "calibration.json: rows: expected an array", "found nothing", 0 },
+    { CALIBRATION, NULL, ROWS("[5]"), "rows[0].verify: expected coupled, rejection or greedy", "found nothing", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("hopeful", "[0, 1]", "[1, 1, 1, 1, 1]") "]"), "rows[0].verify", "found hopeful", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0]", "[1, 1, 1, 1, 1]") "]"), "rows[0].temperature: expected 2 numbers", "found an array of 1", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, -1]", "[1, 1, 1, 1, 1]") "]"), "rows[0].temperature", "from 0", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, 1, 1, 1]") ", " ROW("coupled", "[0, 1]", "[1, 1, 1, 1]") "]"),
+      "rows[1].sts: expected 5 numbers", "found an array of 4", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, 1, 1, 0]") "]"), "rows[0].sts", "found an array of 5", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, [1], 1, 1]") "]"), "rows[0].sts", "found an array of 5", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, 1, 1, 1e999]") "]"), "rows[0].sts", "found an array of 5", 0 },
     /* model.safetensors.index.json, without model.safetensors */
     { INDEX, NULL, "{\"weight_map\": {", "model.safetensors.index.json", "the end", 0 },
     { INDEX, NULL, "{}", "weight_map", "found nothing", 0 },
@@ -721,9 +736,9 @@ static void check_heads(const directory *golden) {
     }
 }
 
-typedef struct { const char *claim, *config[2], *header[2]; const char *generation; } variant;
+typedef struct { const char *claim, *config[2], *header[2]; const char *generation, *calibration; } variant;
 
-/* Opens golden/a with one change of config.json, one of the header (wherever it stands), and a generation_config.json. */
+/* Opens golden/a with one change of config.json, one of the header (wherever it stands), and files beside it. */
 static int opens_as(dspark__checkpoint *ck, directory *d, const directory *golden, const variant *v) {
     file *f;
     int done = 1;
@@ -732,23 +747,28 @@ static int opens_as(dspark__checkpoint *ck, directory *d, const directory *golde
     if (v->config[0]) done &= substitute(f, 0, f->n, v->config[0], v->config[1], 0) > 0;
     if (v->header[0]) done &= substitute_header(find_file(d, "model.safetensors"), v->header[0], v->header[1], 1) > 0;
     if (v->generation) put_text(d, "generation_config.json", v->generation);
+    if (v->calibration) put_text(d, "calibration.json", v->calibration);
     if (!done) printf("# nothing to replace\n");
     return opens(ck, d) && done;
 }
 
 static void check_variants(const directory *golden) {
     static const variant v[] = {
-        { "no drafter", { NULL, NULL }, { "\"mtp.", "\"old." }, NULL },
-        { "no drafter in the config either", { "dspark_block_size", "x" }, { "\"mtp.", "\"old." }, NULL },
-        { "neither Markov nor confidence head", { "\"dspark_markov_rank\": 64", "\"x\": 0" }, { "_head.", "_x." }, NULL },
-        { "as many ratios as layers", { "128,\n  0,\n  0", "128" }, { NULL, NULL }, NULL },
-        { "no rope_scaling", { "\"rope_scaling\"", "\"x\"" }, { NULL, NULL }, NULL },
-        { "rope_scaling null", { "\"rope_scaling\": {", "\"rope_scaling\": null, \"x\": {" }, { NULL, NULL }, NULL },
-        { "no bos, eos a list", { "\"bos_token_id\": 0", "\"bos_token_id\": null" }, { NULL, NULL }, "{\"eos_token_id\": [2, 3]}" },
-        { "generation", { NULL, NULL }, { NULL, NULL }, "{\"do_sample\": true, \"temperature\": 0.6, \"top_p\": 0.95}" },
-        { "do_sample unsaid", { NULL, NULL }, { NULL, NULL }, "{\"temperature\": 0.6, \"top_p\": null, \"eos_token_id\": 5}" },
-        { "greedy", { NULL, NULL }, { NULL, NULL }, "{\"do_sample\": false, \"temperature\": -9, \"top_p\": 0.95}" },
-        { "no eos", { "\"eos_token_id\": 1", "\"eos_token_id\": []" }, { NULL, NULL }, "{}" }
+        { "no drafter", { NULL, NULL }, { "\"mtp.", "\"old." }, NULL, NULL },
+        { "no drafter in the config either", { "dspark_block_size", "x" }, { "\"mtp.", "\"old." }, NULL, NULL },
+        { "neither Markov nor confidence head", { "\"dspark_markov_rank\": 64", "\"x\": 0" }, { "_head.", "_x." }, NULL, NULL },
+        { "as many ratios as layers", { "128,\n  0,\n  0", "128" }, { NULL, NULL }, NULL, NULL },
+        { "no rope_scaling", { "\"rope_scaling\"", "\"x\"" }, { NULL, NULL }, NULL, NULL },
+        { "rope_scaling null", { "\"rope_scaling\": {", "\"rope_scaling\": null, \"x\": {" }, { NULL, NULL }, NULL, NULL },
+        { "no bos, eos a list", { "\"bos_token_id\": 0", "\"bos_token_id\": null" }, { NULL, NULL }, "{\"eos_token_id\": [2, 3]}", NULL },
+        { "generation", { NULL, NULL }, { NULL, NULL }, "{\"do_sample\": true, \"temperature\": 0.6, \"top_p\": 0.95}", NULL },
+        { "do_sample unsaid", { NULL, NULL }, { NULL, NULL }, "{\"temperature\": 0.6, \"top_p\": null, \"eos_token_id\": 5}", NULL },
+        { "greedy", { NULL, NULL }, { NULL, NULL }, "{\"do_sample\": false, \"temperature\": -9, \"top_p\": 0.95}", NULL },
+        { "no eos", { "\"eos_token_id\": 1", "\"eos_token_id\": []" }, { NULL, NULL }, "{}", NULL },
+        { "a calibration", { NULL, NULL }, { NULL, NULL }, NULL,
+          ROWS("[" ROW("coupled", "[0.5, 1]", "[1, 2, 0.5, 1, 1e-3]") ", " ROW("greedy", "[0, 0]", "[4, 4, 4, 4, 4]") "]") },
+        { "a calibration without rows", { NULL, NULL }, { NULL, NULL }, NULL, ROWS("[]") },
+        { "no drafter, a calibration that is none", { NULL, NULL }, { "\"mtp.", "\"old." }, NULL, "{" }
     };
     int n = (int)(sizeof v / sizeof *v);
     for (int i = 0; i < n; i++) {
@@ -766,6 +786,9 @@ static void check_variants(const directory *golden) {
         if (i == 8) right &= c->temperature == .6f && c->top_p == -1 && c->n_eos == 1 && c->eos_token_id[0] == 5;
         if (i == 9) right &= c->temperature == -1 && c->top_p == -1;
         if (i == 10) right &= c->n_eos == 0;
+        if (i == 11) right &= ck.n_calibrations == 2 && ck.calibrations[0].band[0] == .5f && ck.calibrations[0].sts[4] == 1e-3f &&
+                              ck.calibrations[1].verify == DSPARK_VERIFY_GREEDY && ck.calibrations[1].sts[0] == 4;
+        if (i >= 12) right &= !ck.n_calibrations;
         ok(right && closes(&ck, &d), "opens: %s", v[i].claim);
         drop(&d);
     }

@@ -174,11 +174,11 @@ static int all_add_up(const told *t, int gamma) {
 
 static void test_prompts(dspark_model *m, const prompt *p) {
     static const struct { const char *claim; manner how; } manners[] = {
-        { "the default schedule", { { 0, 0, 0, 0, 0, 0 }, 0, N_TOKENS } },
-        { "whole blocks, draft caps 1 to 5", { { 0, DSPARK_SCHEDULE_BLOCK, 0, 0, 0, 0 }, 1, N_TOKENS / 2 } },
-        { "a threshold of .4", { { 0, DSPARK_SCHEDULE_THRESHOLD, 0, .4f, 0, 0 }, 0, N_TOKENS / 4 } },
+        { "the default schedule", { { 0, 0, 0, 0, 0, 0, 0 }, 0, N_TOKENS } },
+        { "whole blocks, draft caps 1 to 5", { { 0, DSPARK_SCHEDULE_BLOCK, 0, 0, 0, 0, 0 }, 1, N_TOKENS / 2 } },
+        { "a threshold of .4", { { 0, DSPARK_SCHEDULE_THRESHOLD, 0, .4f, 0, 0, 0 }, 0, N_TOKENS / 4 } },
     };
-    const manner plain = { { 1, 0, 0, 0, 0, 0 }, 0, N_TOKENS };
+    const manner plain = { { 1, 0, 0, 0, 0, 0, 0 }, 0, N_TOKENS };
     told *expected = (told *)must_have(malloc(N_PROMPTS * sizeof *expected)),
         *t = (told *)must_have(malloc(N_PROMPTS * sizeof *t));
     texts(m, p, &plain, expected);
@@ -1103,9 +1103,9 @@ static void test_profile(const int32_t *ids) {
     set_schedule(s, 0, 0), step(s);
     ok(lazy && m->has_profile, "without a profile the first step that schedules by one measures it (S#35413)");
     must(dspark_model_profile(m, &p));
-    for (int i = 0; i < p.n; i++) sane &= p.sps[i] > 0 && (!i || p.sps[i] <= p.sps[i - 1]);
-    ok(sane && p.n >= 4 && p.draft_us > 0, "%d rows were timed, none faster than fewer; a draft took %.0f us", p.n,
-        (double)p.draft_us);
+    for (int i = 0; i < p.n; i++) sane &= p.us[i] > 0 && (!i || (p.us[i] >= p.us[i - 1] && p.rows[i] > p.rows[i - 1]));
+    ok(sane && p.n >= 4 && p.rows[3] == 4 && p.draft_us > 0, "up to %d rows were timed, none faster than fewer; a draft "
+       "took %.0f us", p.rows[p.n - 1], (double)p.draft_us);
     dspark_session_close(s);
     dspark_model_close(m);
 }
@@ -1129,10 +1129,13 @@ static void test_profile_refused(dspark_model *m) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile without entries is refused");
-    p.n = 2, p.sps[0] = 100;
-    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "sps[1]"),
+    p.n = 2, p.rows[0] = 1, p.rows[1] = 2, p.us[0] = 100;
+    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "us[1]"),
         "one with an entry of 0, by name");
-    p.sps[1] = 90, p.draft_us = (float)NAN;
+    p.us[1] = 110, p.rows[1] = 1;
+    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "more rows"),
+        "one that has no order");
+    p.rows[1] = 2, p.draft_us = (float)NAN;
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "one whose draft takes NaN");
     p.n = DSPARK_MAX_PROFILE + 1;
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "one that is too long");
@@ -1162,8 +1165,8 @@ static void test_staircase(dspark_model *m, const int32_t *ids) {
     static const float flat[] = { 100, 100, 100, 100 }, stair[] = { 100, 100, 100, 1000 }, steep[] = { 100, 1000,
         2000, 3000 },
         cliff[] = { 100, 250, 250, 250 };
-    float sure[GAMMA] = { .05f, .05f, .05f };
-    must(dspark_model_set_calibration(m, sure));
+    float *bias = &m->checkpoint.weights.confidence_bias, was = *bias;
+    *bias = 1e4f;       /* sure of every draft, and so expecting as much of the next */
     ok(most_scheduled(m, ids, flat, 0) == 3, "where rows cost nothing the whole block is verified");
     ok(most_scheduled(m, ids, stair, 0) == 2, "where the fourth row costs ten times as much, two drafts at most");
     ok(most_scheduled(m, ids, steep, 0) == 0, "where a second row does, none");
@@ -1171,7 +1174,7 @@ static void test_staircase(dspark_model *m, const int32_t *ids) {
         "behind a step of the curve the global maximum is taken, where that is lossless (T#17056)");
     ok(most_scheduled(m, ids, cliff, DSPARK_VERIFY_REJECTION) == 0,
         "where it is not, Algorithm 1 stops before the step");
-    must(dspark_model_set_calibration(m, NULL));
+    *bias = was;
 }
 
 static void test_calibration(dspark_model *m, const int32_t *ids) {

@@ -179,8 +179,8 @@ HELPER int32_t *golden_text(const char *dir) {
 HELPER void set_costs(dspark_model *m, const float *us, int n, float draft_us, float sample_us) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
-    p.n = n, p.draft_us = draft_us, p.sample_us = sample_us;
-    for (int i = 0; i < n; i++) p.sps[i] = 1e6f / us[i];
+    p.n = n, p.draft_us = p.draft_more_us = draft_us, p.sample_us = sample_us;
+    for (int i = 0; i < n; i++) p.rows[i] = i + 1, p.us[i] = us[i];
     must(dspark_model_set_profile(m, &p));
 }
 
