@@ -479,14 +479,21 @@ typedef void (*dspark_adjust)(void *user, const int32_t *prefix, int n, float *l
 
 typedef struct {
     int plain;              // 1: no drafting
-    int schedule;           // 0: what models fastest, never slower than plain; DSPARK_SCHEDULE_BLOCK: all drafts;
-                            // DSPARK_SCHEDULE_THRESHOLD: those before the first confidence below threshold
+    int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled REJECTION,
+                            // which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one, never slower;
+                            // _BLOCK: all drafts; _THRESHOLD: those before the first confidence below threshold
     int verify;             // DSPARK_VERIFY_COUPLED (0): the text of plain decoding; DSPARK_VERIFY_REJECTION;
                             // DSPARK_VERIFY_GREEDY: the argmax, as both are at temperature 0
     float threshold;        // of confidence, 0: none. Cuts in every schedule but BLOCK.
     int draft_cap;          // drafts verified a cycle at most; 0: the block
     int quota;              // tokens emitted in all (dspark_stats.emitted) before the session finishes; 0: no limit
+    float share;            // of the verification budget: what its tokens are worth beside other sessions'; 0: 1
 } dspark_policy;
+
+// A policy by name, from one table: "code", "chat", "creative", "regulated"; quota and share are the caller's to set.
+// NULL: there is no such name. dspark_preset_name: the i-th, NULL after the last.
+DSPARK_API const dspark_policy *dspark_preset(const char *name);
+DSPARK_API const char *dspark_preset_name(int i);
 
 typedef struct {
     int max_context;        // tokens, prompt included; 0: 4096 or the model's max_position_embeddings, the smaller
@@ -508,6 +515,7 @@ typedef struct {
 } dspark_session_desc;
 
 enum { DSPARK_RUNNING, DSPARK_STOP_TOKEN, DSPARK_STOP_STRING, DSPARK_LENGTH, DSPARK_CONTEXT };  // finish
+DSPARK_API const char *dspark_finish_name(int finish);         // "running", "stop_token", ...
 enum { DSPARK_BY_PLAIN, DSPARK_BY_DRAFT, DSPARK_BY_CORRECTION, DSPARK_BY_BONUS };   // who produced a token
 
 typedef struct {
@@ -523,15 +531,35 @@ typedef struct {
     int32_t draft[DSPARK_MAX_BLOCK];
     float confidence[DSPARK_MAX_BLOCK];             // c_k, calibrated
     float draft_us, verify_us;          // this session's share of what the passes took
+    float step_us;                      // how long its tokens were waited for: the whole of the passes
 } dspark_step_result;
 
+enum { DSPARK_BUCKETS = 48 };
 typedef struct {
     int64_t steps;                      // with a pass of the target
     int64_t cycles;                     // of them with drafts
-    int64_t drafted, scheduled, accepted, emitted;
+    int64_t drafted, accepted, emitted;
+    int64_t scheduled;                  // verified; drafts behind the token that ended a text were not looked at: left out
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     double draft_us, verify_us;
+    int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, step_us shared by its tokens; last: more
 } dspark_stats;
+
+typedef struct {
+    double tau;                         // tokens a pass of the target
+    double rejection_rate;              // of the drafts scheduled
+    double accepted_us;                 // draft_us and verify_us over the drafts accepted
+    double p50_us, p95_us;              // of a token, to a bucket's width
+} dspark_summary;
+DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *);
+
+// Text into text[cap], zero-ended where it fits: its length, though it be over cap.
+// Counters for Prometheus, under the names that engines share: dspark_spec_decode_num_drafts_total (cycles),
+// _num_draft_tokens_total (scheduled), _num_accepted_tokens_total, _num_accepted_tokens_per_pos_total, and more. labels:
+// `model="x"`, of every sample; NULL: none.
+DSPARK_API int dspark_stats_prometheus(const dspark_stats *, const char *labels, char *text, int cap);
+// A step of a session as one line of JSON, newline and all; id is the caller's name for it.
+DSPARK_API int dspark_step_json(const dspark_step_result *, int64_t id, char *text, int cap);
 
 // What drives a schedule: what passes take here, in microseconds. With B rows of n sessions that are d tokens deep on
 // average: T(B) + (n - 1) session_us + B context_us (d - 256) / 1024; SPS(B) is one over that.
@@ -545,7 +573,7 @@ typedef struct {
     float inject_us;                    // each tap beyond two that a draft must inject
     float sample_us;                    // drawing a token from its logits
     int learn;                          // 1: every step's passes correct it
-    unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // how often, at most 16: the more, the less is corrected
+    unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // how often, up to 8: the more, the less is corrected
 } dspark_profile;
 
 // T(B): linear between the points; before them in proportion to B, beyond them as over their last half.
@@ -594,6 +622,7 @@ DSPARK_API const int32_t *dspark_session_tokens(const dspark_session *);        
 DSPARK_API const float *dspark_session_logits(const dspark_session *);          // [vocab] for the next token; NULL
                                                                                 // while a token is pending
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *);
+DSPARK_API const dspark_stats *dspark_model_stats(const dspark_model *);        // of all its sessions, closed ones too
 // What the drafter proposes after `anchor` were committed: gamma tokens (argmax), gamma confidence logits
 // and, unless NULL, [gamma][vocab] draft logits. The text stays as it is; nothing may be pending.
 DSPARK_API dspark_status dspark_session_draft(dspark_session *, int32_t anchor, int32_t *tokens,
@@ -4100,8 +4129,8 @@ typedef struct {
     int32_t *ids, *previous;
     dspark_segment *segments;
     dspark__lane *lanes;
-    float *confidence, *threshold, *sps;
-    int *limit, *lengths, *lane_of;
+    float *confidence, *threshold, *weight, *sps;
+    int *limit, *lengths, *lane_of, *n_past;
     void *scratch;
     dspark__costs costs;
 } dspark__batch;
@@ -4115,6 +4144,7 @@ struct dspark_model {
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
     dspark_account account;     // of all sessions; limit 0: not opened since the profile was set
+    dspark_stats stats;         // the same
     dspark_profile profile;
     float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
     float survival[DSPARK_MAX_BLOCK];       // a_k of late: what a new session's drafts are expected to bring
@@ -4158,6 +4188,7 @@ static void dspark__batch_close(dspark__batch *b) {
     dspark__free(b->ids), dspark__free(b->previous), dspark__free(b->segments), dspark__free(b->lanes);
     dspark__free(b->confidence), dspark__free(b->threshold), dspark__free(b->limit), dspark__free(b->lengths);
     dspark__free(b->lane_of), dspark__free(b->scratch), dspark__free(b->sps);
+    dspark__free(b->weight), dspark__free(b->n_past);
 }
 
 static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamma, size_t *bytes) {
@@ -4169,13 +4200,15 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->confidence = (float *)dspark__alloc(n * (size_t)dspark__max(gamma, 1), sizeof *b->confidence);
     b->threshold = (float *)dspark__alloc(n, sizeof *b->threshold);
     b->sps = (float *)dspark__alloc(n, sizeof *b->sps);
+    b->weight = (float *)dspark__alloc(n, sizeof *b->weight);
+    b->n_past = (int *)dspark__alloc(n, sizeof *b->n_past);
     b->limit = (int *)dspark__alloc(n, sizeof *b->limit);
     b->lengths = (int *)dspark__alloc(n, sizeof *b->lengths);
     b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
     b->scratch = dspark__alloc(scratch, 1);
-    *bytes += scratch + n * (3 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             (size_t)(dspark__max(gamma, 1) + 2) * sizeof(float));
-    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->sps && b->limit &&
+    *bytes += scratch + n * (4 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
+                             (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
+    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->sps && b->weight && b->n_past && b->limit &&
                    b->lengths && b->lane_of && b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
@@ -4334,6 +4367,8 @@ struct dspark_session {
     int has_account;
     dspark_account account;
     float survival[DSPARK_MAX_BLOCK];       // a_k of late
+    float past[2][DSPARK_MAX_BLOCK];        // confidences of one step before and of two, ..
+    int n_past[2];                          // .. so many
     dspark_stats stats;
     dspark_utf8 utf8;
     char *text;                     // what the last step gave (text_out bytes), then what is held back
@@ -4348,6 +4383,7 @@ static const dspark_config *dspark__config(const dspark_session *s) { return &s-
 DSPARK_API int dspark_session_length(const dspark_session *s) { return s->n_tokens; }
 DSPARK_API const int32_t *dspark_session_tokens(const dspark_session *s) { return s->tokens; }
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *s) { return &s->stats; }
+DSPARK_API const dspark_stats *dspark_model_stats(const dspark_model *m) { return &m->stats; }
 DSPARK_API const float *dspark_session_logits(const dspark_session *s) {
     return s->has_logits ? s->logits : NULL;
 }
@@ -4357,11 +4393,34 @@ static int dspark__context(const dspark_model *m, const dspark_session_desc *des
     return dspark__min(4096, m->checkpoint.config.max_position_embeddings);
 }
 
-static dspark_status dspark__policy_check(const dspark_model *m, const dspark_policy *p) {
+// code: drafts are nearly always right, verify what pays. chat: what the drafter doubts is not worth a row.
+// creative: sampled, so rejection, which accepts more there. regulated: a seed's text is fixed, and the schedule looks
+// at nothing but what came before.
+static const struct { const char *name; dspark_policy policy; } dspark__presets[] = {
+    { "code", { 0, DSPARK_SCHEDULE_PLAIN, DSPARK_VERIFY_COUPLED, 0, 0, 0, 0 } },
+    { "chat", { 0, DSPARK_SCHEDULE_PLAIN, DSPARK_VERIFY_COUPLED, .5f, 0, 0, 0 } },
+    { "creative", { 0, DSPARK_SCHEDULE_PREFIX, DSPARK_VERIFY_REJECTION, 0, 0, 0, 0 } },
+    { "regulated", { 0, DSPARK_SCHEDULE_PREFIX, DSPARK_VERIFY_COUPLED, 0, 0, 0, 0 } }
+};
+DSPARK_API const char *dspark_preset_name(int i) {
+    return i >= 0 && i < (int)(sizeof dspark__presets / sizeof *dspark__presets) ? dspark__presets[i].name : NULL;
+}
+DSPARK_API const dspark_policy *dspark_preset(const char *name) {
+    for (int i = 0; dspark_preset_name(i); i++)
+        if (!strcmp(dspark_preset_name(i), name)) return &dspark__presets[i].policy;
+    return NULL;
+}
+
+static dspark_status dspark__policy_check(const dspark_model *m, const dspark_policy *p, float temperature) {
     int gamma = m->checkpoint.config.dspark_block_size;
-    if (p->schedule && p->schedule != DSPARK_SCHEDULE_BLOCK && p->schedule != DSPARK_SCHEDULE_THRESHOLD)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0, BLOCK or THRESHOLD",
-                            p->schedule);
+    if (p->schedule < DSPARK_SCHEDULE_PLAIN || p->schedule > DSPARK_SCHEDULE_GLOBAL)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0 to %d", p->schedule,
+                            DSPARK_SCHEDULE_GLOBAL);
+    if (p->schedule == DSPARK_SCHEDULE_GLOBAL && p->verify == DSPARK_VERIFY_REJECTION && temperature > 0)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule GLOBAL looks at drafts: with rejection at temperature "
+                            "%g the text would not be the target's", (double)temperature);
+    if (!(p->share >= 0 && p->share <= FLT_MAX))
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: share %g: expected 0 or more", (double)p->share);
     if (p->verify < DSPARK_VERIFY_COUPLED || p->verify > DSPARK_VERIFY_GREEDY)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: verify %d: expected 0 to %d", p->verify,
                             DSPARK_VERIFY_GREEDY);
@@ -4398,7 +4457,7 @@ static dspark_status dspark__desc_check(const dspark_model *m, const dspark_sess
         if (!d->stop_strings[i] || !*d->stop_strings[i] || strlen(d->stop_strings[i]) > DSPARK__LONGEST_STOP)
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d: expected 1 to %d bytes", i,
                                 DSPARK__LONGEST_STOP);
-    return dspark__policy_check(m, &d->policy);
+    return dspark__policy_check(m, &d->policy, d->temperature);
 }
 
 // The session's own memory: struct, tokens, logits, text, stops. Counted first, then placed.
@@ -4482,7 +4541,7 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
 }
 
 DSPARK_API dspark_status dspark_session_set_policy(dspark_session *s, const dspark_policy *p) {
-    dspark_status status = dspark__policy_check(s->model, p);
+    dspark_status status = dspark__policy_check(s->model, p, s->desc.temperature);
     if (!status) s->desc.policy = *p;
     return status;
 }
@@ -4745,11 +4804,11 @@ static int dspark__utf8_waits(const dspark_utf8 *u) {
 }
 
 static int dspark__stats_are_counts(const dspark_stats *t) {
-    int64_t count[offsetof(dspark_stats, draft_us) / sizeof(int64_t)];
+    int64_t count[offsetof(dspark_stats, draft_us) / sizeof(int64_t)], wrong = 0;
     memcpy(count, t, sizeof count);
-    for (size_t i = 0; i < sizeof count / sizeof *count; i++)
-        if (count[i] < 0 || count[i] >> 53) return 0;
-    return 1;
+    for (size_t i = 0; i < sizeof count / sizeof *count; i++) wrong |= count[i] >> 53;
+    for (int i = 0; i < DSPARK_BUCKETS; i++) wrong |= t->token_us[i] >> 53;
+    return !wrong;
 }
 
 static dspark_status dspark__record_check(const dspark_model *m, const char *path,
@@ -4908,7 +4967,7 @@ static int dspark__exhausted(const dspark_session *s) {
 static int dspark__emit(dspark_session *s, dspark_step_result *r, int32_t token, int by, double logprob) {
     int stop = dspark__is_stop_token(s, token);
     s->tokens[s->n_tokens++] = token;
-    s->stats.emitted++;
+    s->stats.emitted++, s->model->stats.emitted++;
     r->tokens[r->n_tokens] = token, r->by[r->n_tokens] = (unsigned char)by,
     r->logprob[r->n_tokens++] = (float)logprob;
     r->finish = stop                            ? DSPARK_STOP_TOKEN
@@ -4958,7 +5017,7 @@ DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
 // then a running mean that outliers hardly move.
 static float dspark__learned(float was, double us, unsigned char *seen) {
     double error = us - (double)was, bound = (double)was / 4;
-    if (*seen < 16) ++*seen;
+    if (*seen < 8) ++*seen;
     if (*seen <= 3) return (float)(*seen == 1 ? us : fmin(us, (double)was));
     return (float)((double)was + fmax(-bound, fmin(error, bound)) / *seen);
 }
@@ -5440,6 +5499,23 @@ static int dspark__mode_of(const dspark__lane *a) {
     return dspark__mode(s) == DSPARK_VERIFY_REJECTION ? DSPARK_SCHEDULE_PREFIX : DSPARK_SCHEDULE_GLOBAL;
 }
 
+// The budget: what GLOBAL would admit with the confidences of two steps before. PREFIX until there are some.
+static dspark_status dspark__async_budget(dspark__batch *b, const dspark__lane *lanes, dspark_schedule_desc *d) {
+    dspark_schedule_desc past = *d;
+    dspark_status status;
+    int any = 0;
+    past.mode = DSPARK_SCHEDULE_GLOBAL, past.n_drafted = b->n_past;
+    for (int i = 0; i < d->n_requests; i++) {
+        const dspark_session *s = lanes[b->lane_of[i]].s;
+        b->n_past[i] = s->n_past[1], any += b->limit[i] ? s->n_past[1] : 0;
+        memcpy(b->confidence + i * d->gamma, s->past[1], (size_t)d->gamma * sizeof *b->confidence);
+    }
+    if (!any) return d->mode = DSPARK_SCHEDULE_PREFIX, DSPARK_OK;
+    status = dspark_schedule(&past, b->lengths);
+    for (int i = 0; i < d->n_requests && !status; i++) d->budget += b->lengths[i];
+    return status;
+}
+
 // Lengths of the lanes whose schedule is `mode`. All that decode are its requests, for each brings a token; *rows, so
 // far without the drafts of this mode, are the pass'. PREFIX, Algorithm 1, is for sessions that verify by rejection,
 // since its admissions look at nothing that a draft may change; GLOBAL, its maximum, where that is lossless.
@@ -5454,8 +5530,8 @@ static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes,
         const dspark_session *s = lanes[i].s;
         if (lanes[i].n_prompt) continue;
         b->limit[R] = dspark__mode_of(&lanes[i]) == mode ? lanes[i].limit : 0;
-        memcpy(b->confidence + R * gamma, lanes[i].r->confidence, (size_t)gamma * sizeof *b->confidence);
         candidates += b->limit[R], drafted += lanes[i].drafted, extra += lanes[i].drafted ? lanes[i].extra_us : 0;
+        b->weight[R] = s->desc.policy.share > 0 ? s->desc.policy.share : 1;
         b->threshold[R] = s->desc.policy.threshold, b->lane_of[R++] = i;
     }
     if (!candidates) return DSPARK_OK;
@@ -5463,22 +5539,34 @@ static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes,
     sps.sps = b->sps, sps.n = *rows + candidates;
     if (mode >= DSPARK_SCHEDULE_PREFIX)     // rows below what the pass has anyway are never asked for
         for (int B = 1; B <= sps.n; B++) b->sps[B - 1] = (float)(1e6 / dspark__pass_time(m, dspark__max(B, *rows)));
-    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.n_requests = R, d.gamma = gamma;
-    d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.scratch = b->scratch;
+    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.weight = b->weight;
+    d.n_requests = R, d.gamma = gamma, d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.scratch = b->scratch;
     d.draft_us = (float)(drafted ? drafted * dspark__draft_time(m, drafted) + extra : 0);
+    if (mode == DSPARK_SCHEDULE_ASYNC && (status = dspark__async_budget(b, lanes, &d)) != DSPARK_OK) return status;
+    for (int i = 0; i < R; i++)
+        memcpy(b->confidence + i * gamma, lanes[b->lane_of[i]].r->confidence, (size_t)gamma * sizeof *b->confidence);
     if ((status = dspark_schedule(&d, b->lengths)) != DSPARK_OK) return status;
     for (int i = 0; i < R; i++)
         if (b->limit[i]) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
     return DSPARK_OK;
 }
 
+// This step's confidences are the next's of one step before.
+static void dspark__remember(const dspark__lane *a) {
+    dspark_session *s = a->s;
+    if (a->n_prompt) return;
+    memcpy(s->past[1], s->past[0], sizeof s->past[0]);
+    memcpy(s->past[0], a->r->confidence, sizeof s->past[0]);
+    s->n_past[1] = s->n_past[0], s->n_past[0] = a->n_drafted;
+}
+
 static dspark_status dspark__schedule(dspark_model *m, dspark__lane *lanes, int n) {
-    static const int modes[] = { DSPARK_SCHEDULE_BLOCK, DSPARK_SCHEDULE_THRESHOLD, DSPARK_SCHEDULE_PREFIX,
-                                 DSPARK_SCHEDULE_GLOBAL };
     dspark_status status = DSPARK_OK;
     int rows = 0;
     for (int i = 0; i < n; i++) rows += lanes[i].n_prompt ? lanes[i].n_prompt : 1;
-    for (int i = 0; i < 4 && !status; i++) status = dspark__schedule_mode(m, lanes, n, modes[i], &rows);
+    for (int mode = DSPARK_SCHEDULE_BLOCK; mode <= DSPARK_SCHEDULE_GLOBAL && !status; mode++)
+        status = dspark__schedule_mode(m, lanes, n, mode, &rows);
+    for (int i = 0; i < n; i++) dspark__remember(&lanes[i]);
     return status;
 }
 
@@ -5551,13 +5639,21 @@ static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const
     return DSPARK_OK;
 }
 
-static void dspark__count(dspark__lane *a) {
-    dspark_stats *t = &a->s->stats;
-    const dspark_step_result *r = a->r;
+// The bucket of a token that took so long.
+static int dspark__bucket(double us) {
+    int i = 0;
+    for (double top = 2; us > top && i < DSPARK_BUCKETS - 1; i++) top *= 1.4142135623730951;
+    return i;
+}
+
+static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
+    int n = r->n_scheduled;
+    if (r->finish && r->n_tokens && r->by[r->n_tokens - 1] == DSPARK_BY_DRAFT) n = r->n_accepted;
     t->steps++, t->cycles += r->n_drafted > 0;
-    t->drafted += r->n_drafted, t->scheduled += r->n_scheduled, t->accepted += r->n_accepted;
+    t->drafted += r->n_drafted, t->scheduled += n, t->accepted += r->n_accepted;
     t->draft_us += (double)r->draft_us, t->verify_us += (double)r->verify_us;
-    for (int k = 0; k < r->n_scheduled; k++) t->scheduled_by_position[k]++;
+    if (r->n_tokens) t->token_us[dspark__bucket((double)r->step_us / r->n_tokens)] += r->n_tokens;
+    for (int k = 0; k < n; k++) t->scheduled_by_position[k]++;
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
 
@@ -5586,7 +5682,6 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
                                        p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
-    dspark__count(a);
 }
 
 // ---- a step
@@ -5649,6 +5744,7 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     dspark_status status;
     float *p_draft = NULL;
     int drafts = 0, drafted = 0;
+    double start = dspark__now_us();
     dspark__decide(m, lanes, n);
     status = dspark__draft(m, lanes, n);
     if (!status) status = dspark__schedule(m, lanes, n);
@@ -5662,6 +5758,12 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
         lanes[i].s->cycle++;
         dspark__text_end(lanes[i].s, lanes[i].r);
     }
+    for (int i = 0; i < n; i++) {
+        lanes[i].r->step_us = (float)(dspark__now_us() - start);
+        if (lanes[i].n_prompt) continue;
+        dspark__count(&lanes[i].s->stats, lanes[i].r);
+        dspark__count(&m->stats, lanes[i].r);
+    }
     return DSPARK_OK;
 }
 
@@ -5669,7 +5771,7 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
 static int dspark__wants_profile(dspark_session **sessions, int n) {
     for (int i = 0; i < n; i++)
         if (dspark__config(sessions[i])->n_stages && !sessions[i]->desc.policy.plain &&
-            !sessions[i]->desc.policy.schedule)
+            !dspark__is_forced(sessions[i]))
             return 1;
     return 0;
 }
@@ -5699,6 +5801,98 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
         if (lanes) status = dspark__cycle(m, m->batch.lanes, lanes);
     }
     return status;
+}
+
+// ---- what there is to see
+
+static double dspark__quantile_us(const dspark_stats *t, double p) {
+    double below = 0, all = 0, top = 2;
+    for (int i = 0; i < DSPARK_BUCKETS; i++) all += (double)t->token_us[i];
+    for (int i = 0; i < DSPARK_BUCKETS - 1; i++, top *= 1.4142135623730951)
+        if ((below += (double)t->token_us[i]) >= p * all) break;
+    return all > 0 ? top : 0;
+}
+
+DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *t) {
+    dspark_summary s;
+    s.tau = t->steps ? (double)(t->steps + t->accepted) / (double)t->steps : 0;
+    s.rejection_rate = t->scheduled ? 1 - (double)t->accepted / (double)t->scheduled : 0;
+    s.accepted_us = t->accepted ? (t->draft_us + t->verify_us) / (double)t->accepted : 0;
+    s.p50_us = dspark__quantile_us(t, .5), s.p95_us = dspark__quantile_us(t, .95);
+    return s;
+}
+
+typedef struct { char *text; int cap, n; } dspark__writer;
+#ifdef __GNUC__
+__attribute__((format(printf, 2, 3)))
+#endif
+static void dspark__write(dspark__writer *w, const char *format, ...) {
+    int left = dspark__max(w->cap - w->n, 0), n;
+    va_list args;
+    va_start(args, format);
+    n = vsnprintf(left ? w->text + w->n : NULL, (size_t)left, format, args);
+    va_end(args);
+    w->n += dspark__max(n, 0);
+}
+
+// The lines of one metric: value, and for each of n positions one where by_position is not NULL.
+static void dspark__write_metric(dspark__writer *w, const char *name, const char *labels, double value,
+                                 const int64_t *by_position) {
+    int n = by_position ? DSPARK_MAX_BLOCK : 1;
+    while (by_position && n && !by_position[n - 1]) n--;
+    dspark__write(w, "# TYPE dspark_%s counter\n", name);
+    for (int k = 0; k < n; k++) {
+        dspark__write(w, "dspark_%s", name);
+        if (*labels || by_position) dspark__write(w, "{%s", labels);
+        if (by_position) dspark__write(w, "%sposition=\"%d\"", *labels ? "," : "", k);
+        dspark__write(w, "%s %.15g\n", *labels || by_position ? "}" : "", by_position ? (double)by_position[k] : value);
+    }
+}
+
+DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels, char *text, int cap) {
+    dspark__writer w = { text, cap, 0 };
+    const char *comma = labels && *labels ? "," : "";
+    double below = 0, top = 2;
+    labels = labels ? labels : "";
+    dspark__write_metric(&w, "spec_decode_num_drafts_total", labels, (double)t->cycles, NULL);
+    dspark__write_metric(&w, "spec_decode_num_draft_tokens_total", labels, (double)t->scheduled, NULL);
+    dspark__write_metric(&w, "spec_decode_num_accepted_tokens_total", labels, (double)t->accepted, NULL);
+    dspark__write_metric(&w, "spec_decode_num_draft_tokens_per_pos_total", labels, 0, t->scheduled_by_position);
+    dspark__write_metric(&w, "spec_decode_num_accepted_tokens_per_pos_total", labels, 0, t->accepted_by_position);
+    dspark__write_metric(&w, "drafted_tokens_total", labels, (double)t->drafted, NULL);
+    dspark__write_metric(&w, "generation_tokens_total", labels, (double)t->emitted, NULL);
+    dspark__write_metric(&w, "steps_total", labels, (double)t->steps, NULL);
+    dspark__write_metric(&w, "draft_seconds_total", labels, 1e-6 * t->draft_us, NULL);
+    dspark__write_metric(&w, "verify_seconds_total", labels, 1e-6 * t->verify_us, NULL);
+    dspark__write(&w, "# TYPE dspark_time_per_output_token_seconds histogram\n");
+    for (int i = 0; i < DSPARK_BUCKETS; i++, top *= 1.4142135623730951) {
+        below += (double)t->token_us[i];
+        if (i < DSPARK_BUCKETS - 1 && (i % 2 || !below)) continue;
+        dspark__write(&w, "dspark_time_per_output_token_seconds_bucket{%s%sle=\"", labels, comma);
+        if (i == DSPARK_BUCKETS - 1) dspark__write(&w, "+Inf\"} %.15g\n", below);
+        else dspark__write(&w, "%.6g\"} %.15g\n", 1e-6 * top, below);
+    }
+    return w.n;
+}
+
+DSPARK_API const char *dspark_finish_name(int finish) {
+    static const char *const names[] = { "running", "stop_token", "stop_string", "length", "context" };
+    return finish >= 0 && finish <= DSPARK_CONTEXT ? names[finish] : "unknown finish";
+}
+
+DSPARK_API int dspark_step_json(const dspark_step_result *r, int64_t id, char *text, int cap) {
+    dspark__writer w = { text, cap, 0 };
+    dspark__write(&w, "{\"session\": %lld, \"status\": \"%s\", \"finish\": \"%s\", \"tokens\": [", (long long)id,
+                  dspark_status_name(r->status), dspark_finish_name(r->finish));
+    for (int i = 0; i < r->n_tokens; i++) dspark__write(&w, "%s%d", i ? ", " : "", (int)r->tokens[i]);
+    dspark__write(&w, "], \"drafted\": %d, \"scheduled\": %d, \"accepted\": %d, \"draft\": [", r->n_drafted,
+                  r->n_scheduled, r->n_accepted);
+    for (int k = 0; k < r->n_drafted; k++) dspark__write(&w, "%s%d", k ? ", " : "", (int)r->draft[k]);
+    dspark__write(&w, "], \"confidence\": [");
+    for (int k = 0; k < r->n_drafted; k++) dspark__write(&w, "%s%.4f", k ? ", " : "", (double)r->confidence[k]);
+    dspark__write(&w, "], \"draft_us\": %.1f, \"verify_us\": %.1f, \"step_us\": %.1f}\n", (double)r->draft_us,
+                  (double)r->verify_us, (double)r->step_us);
+    return w.n;
 }
 
 DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor, int32_t *tokens,

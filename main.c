@@ -28,13 +28,14 @@
 enum { MAX_STOPS = 16 };
 
 typedef struct {
-    const char *model, *prompt, *system;
+    const char *model, *prompt, *system, *preset, *profile, *metrics, *log;
     const char *stop[MAX_STOPS];
     int n_stops, n, context, top_k, threads;
     double temperature, top_p, min_p, threshold;    // negative: not given
     uint64_t seed;
     int schedule, verify;                           // in the numbers of dspark_policy
-    int plain, chat, think, show, stats, json, compare, check, help;
+    int plain, chat, think, show, stats, json, compare, check, learn, help;
+    FILE *log_to;
 } settings;
 
 enum { FLAG, INTEGER, REAL, SEED, TEXT, STOP, CHOICE };
@@ -63,6 +64,7 @@ static const option options[] = {
     { "--schedule", "sps|block|threshold", CHOICE, AT(schedule), 0, 0,
       "drafts to verify: what models fastest (default), all, those before --threshold" },
     { "--threshold", "X", REAL, AT(threshold), 0, 1, "cut before the first confidence below X; default 0" },
+    { "--preset", "NAME", TEXT, AT(preset), 0, 0, "schedule, verifier, threshold: code, chat, creative, regulated" },
     { "--verify", "coupled|rejection", CHOICE, AT(verify), 0, 0, "coupled (default): the text of --plain" },
     { "--chat", NULL, FLAG, AT(chat), 0, 0, "put the prompt into the chat form" },
     { "--system", "TEXT", TEXT, AT(system), 0, 0, "the chat's system message (implies --chat)" },
@@ -70,8 +72,12 @@ static const option options[] = {
     { "--show", NULL, FLAG, AT(show), 0, 0, "colour each token by its origin, then list the cycles" },
     { "--stats", NULL, FLAG, AT(stats), 0, 0, "speed and acceptance, on standard error" },
     { "--json", NULL, FLAG, AT(json), 0, 0, "one JSON object in place of the text" },
+    { "--metrics", "FILE", TEXT, AT(metrics), 0, 0, "counters at the end, for Prometheus" },
+    { "--log", "FILE", TEXT, AT(log), 0, 0, "a line of JSON for every step" },
+    { "--profile", "FILE", TEXT, AT(profile), 0, 0, "what passes cost: read if it is there, written at the end" },
+    { "--learn", NULL, FLAG, AT(learn), 0, 0, "do not measure what passes cost: learn it from the first steps" },
     { "--compare", NULL, FLAG, AT(compare), 0, 0, "plain and with DSpark: speeds; are the texts the same?" },
-    { "--check", NULL, FLAG, AT(check), 0, 0, "what machine and checkpoint are; does memory suffice?" },
+    { "--check", NULL, FLAG, AT(check), 0, 0, "what machine and checkpoint are, what passes cost; does it fit?" },
     { "--threads", "N", INTEGER, AT(threads), 1, 1024, "default: all processors" },
     { "-h", NULL, FLAG, AT(help), 0, 0, "this list" },
 };
@@ -141,6 +147,7 @@ static int parse(settings *s, int argc, char **argv) {
         return error(BAD_CALL, "%s '%s': expected %g to %g", o->name, argv[i], o->low, o->high);
     }
     if (s->json + s->show + s->compare > 1) return error(BAD_CALL, "of --json, --show, --compare only one");
+    if (s->preset && !dspark_preset(s->preset)) return error(BAD_CALL, "--preset %s: there is no such preset", s->preset);
     if (s->plain && s->compare) return error(BAD_CALL, "--compare runs --plain itself");
     if (s->schedule == DSPARK_SCHEDULE_THRESHOLD && s->threshold <= 0)
         return error(BAD_CALL, "--schedule threshold wants a --threshold");
@@ -281,6 +288,11 @@ static void show_cycles(const answer *a, const dspark_tokenizer *t) {
     }
 }
 
+static void log_step(FILE *f, const dspark_step_result *r) {
+    char line[4096];
+    if (dspark_step_json(r, 0, line, sizeof line) < (int)sizeof line) fputs(line, f);
+}
+
 // From a session that holds the prompt to an answer; an exit status.
 static int generate(const settings *o, dspark_session *s, const dspark_tokenizer *t, answer *a) {
     int quiet = o->json || o->compare;
@@ -292,6 +304,7 @@ static int generate(const settings *o, dspark_session *s, const dspark_tokenizer
         if (!status) status = r.status;
         if (status) return api_error(status);
         count(a, &r, now() - began);
+        if (o->log_to) log_step(o->log_to, &r);
         if (o->show && r.n_drafted) push(&a->cycles, &r, sizeof r);
         if (o->show) show_tokens(a, &r, t);
         else push(&a->text, r.text, (size_t)r.text_len);
@@ -319,7 +332,6 @@ static void print_stats(answer *a) {
 }
 
 static void print_json(const answer *a) {
-    static const char *const finishes[] = { "running", "stop_token", "stop_string", "length", "context" };
     const dspark_stats *s = &a->stats;
     const unsigned char *text = a->text.data;
     const int32_t *ids = a->tokens.data;
@@ -329,7 +341,7 @@ static void print_json(const answer *a) {
     printf("\", \"tokens\": [");
     for (int i = 0; i < a->n; i++) printf("%s%d", i ? ", " : "", (int)ids[i]);
     printf("], \"finish\": \"%s\", \"prompt_tokens\": %d, \"prompt_seconds\": %.6f, \"seconds\": %.6f, "
-           "\"tokens_per_second\": %.3f, ", finishes[a->finish], a->n_prompt, a->prompt_s, a->s, speed(a));
+           "\"tokens_per_second\": %.3f, ", dspark_finish_name(a->finish), a->n_prompt, a->prompt_s, a->s, speed(a));
     printf("\"tau\": %.4f, \"steps\": %d, \"cycles\": %d, \"drafted\": %d, \"scheduled\": %d, "
            "\"accepted\": %d, \"accepted_by_position\": [", tau(a), (int)s->steps, (int)s->cycles,
            (int)s->drafted, (int)s->scheduled, (int)s->accepted);
@@ -379,8 +391,11 @@ static dspark_session_desc session_desc(const settings *o, const dspark_model *m
     d.temperature = o->temperature >= 0 ? (float)o->temperature : c->temperature >= 0 ? c->temperature : 0;
     d.top_p = o->top_p >= 0 ? (float)o->top_p : c->top_p >= 0 ? c->top_p : 0;
     d.stop_strings = o->stop, d.n_stop_strings = o->n_stops;
-    d.policy.plain = o->plain, d.policy.schedule = o->schedule, d.policy.verify = o->verify;
-    d.policy.threshold = (float)o->threshold;
+    if (o->preset) d.policy = *dspark_preset(o->preset);
+    d.policy.plain = o->plain;
+    if (o->schedule) d.policy.schedule = o->schedule;
+    if (o->verify) d.policy.verify = o->verify;
+    if (o->threshold > 0) d.policy.threshold = (float)o->threshold;
     d.progress = reading;
     return d;
 }
@@ -462,7 +477,20 @@ static int one_prompt(const settings *o, dspark_model *m) {
     return status;
 }
 
-static int check(const settings *o, const dspark_model *m) {
+// T(B) in milliseconds and tokens a second where all rows count; what a draft takes.
+static int check_profile(dspark_model *m) {
+    dspark_profile p;
+    dspark_status status = dspark_model_profile(m, &p);
+    if (status) return api_error(status);
+    printf("passes     ");
+    for (int B = 1; B <= 64 && p.n; B *= 2)
+        printf(" %d: %.2f ms (%.0f/s)", B, 1e-3 * dspark_profile_us(&p, B), 1e6 * B / dspark_profile_us(&p, B));
+    printf("\ndraft       %.2f ms, %.2f ms for another session; a draw %.3f ms\n", 1e-3 * (double)p.draft_us,
+           1e-3 * (double)p.draft_more_us, 1e-3 * (double)p.sample_us);
+    return 0;
+}
+
+static int check(const settings *o, dspark_model *m) {
     const dspark_config *c = dspark_model_config(m);
     const dspark_tokenizer *t = dspark_model_tokenizer(m);
     const double MiB = 1 << 20, memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
@@ -486,7 +514,7 @@ static int check(const settings *o, const dspark_model *m) {
     printf("memory      %.1f MiB of weights mapped, %.1f MiB model, %.1f MiB session; %.1f MiB in all: %s\n",
            (double)mapped / MiB, (double)model / MiB, (double)session / MiB, all / MiB,
            all < memory ? "fits" : "does not fit, weights will be paged");
-    return 0;
+    return all < memory ? check_profile(m) : 0;
 }
 
 // ---- a conversation --------------------------------------------------------------------------
@@ -582,27 +610,50 @@ static const char *model_directory(const settings *o, char *room, size_t size) {
     return o->model ? o->model : n > 0 && !access(room, F_OK) ? room : small;
 }
 
-static int run(const settings *o) {
+// A profile is read where there is one, or measured now rather than in the first answer's time, or learned.
+static dspark_status prepare_profile(const settings *o, dspark_model *m) {
+    dspark_profile profile;
+    if (o->plain || !dspark_model_config(m)->n_stages) return DSPARK_OK;
+    if (o->profile && !access(o->profile, F_OK)) return dspark_model_load_profile(m, o->profile);
+    if (o->learn) return dspark_model_set_profile(m, NULL);
+    return o->check ? DSPARK_OK : dspark_model_profile(m, &profile);
+}
+
+// What the run leaves in files, where they were asked for.
+static int leave(const settings *o, dspark_model *m) {
+    char text[16384];
+    FILE *f;
+    int n = dspark_stats_prometheus(dspark_model_stats(m), NULL, text, sizeof text);
+    dspark_status status = o->profile ? dspark_model_save_profile(m, o->profile) : DSPARK_OK;
+    if (status) return api_error(status);
+    if (o->log_to && fclose(o->log_to)) return error(FAILED, "%s: %s", o->log, strerror(errno));
+    if (!o->metrics) return 0;
+    f = fopen(o->metrics, "w");
+    if (!f || n >= (int)sizeof text || fputs(text, f) < 0 || fclose(f)) return error(FAILED, "%s: %s", o->metrics, strerror(errno));
+    return 0;
+}
+
+static int run(settings *o) {
     char room[4096];
     const char *dir = model_directory(o, room, sizeof room);
     int exit_status, ask = !o->prompt && isatty(STDIN_FILENO);
     dspark_model_desc desc;
-    dspark_profile profile;
     dspark_model *m;
     dspark_status status;
     struct stat st;
     if (stat(dir, &st) || !S_ISDIR(st.st_mode)) return error(BAD_CALL, "%s: no such directory", dir);
+    if (o->log && !(o->log_to = fopen(o->log, "w"))) return error(BAD_CALL, "%s: %s", o->log, strerror(errno));
     if (ask && (o->json || o->compare)) return error(BAD_CALL, "--json and --compare need a prompt (-p)");
     memset(&desc, 0, sizeof desc);
     desc.n_threads = o->threads, desc.progress = loading;
     status = dspark_model_open(&m, dir, &desc);
-    // measured here, not in the first answer's time
-    if (!status && !o->check && !o->plain && dspark_model_config(m)->n_stages) status = dspark_model_profile(m, &profile);
+    if (!status) status = prepare_profile(o, m);
     progress_end();
     if (status) exit_status = api_error(status);
     else if (o->check) exit_status = check(o, m);
     else if (!dspark_model_tokenizer(m)) exit_status = error(FAILED, "%s holds no tokenizer.json", dir);
     else exit_status = ask ? chat(o, m) : one_prompt(o, m);
+    if (!exit_status) exit_status = leave(o, m);
     dspark_model_close(m);
     return exit_status;
 }

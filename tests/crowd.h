@@ -70,9 +70,9 @@ typedef struct {
 } crowd;
 
 HELPER void shuffle_policy(visitor *v, int gamma) {
-    static const int schedules[] = { 0, 0, DSPARK_SCHEDULE_BLOCK, DSPARK_SCHEDULE_THRESHOLD };
     dspark_policy p = v->q.desc.policy;
-    p.plain = dice(4) == 0, p.schedule = schedules[dice(4)], p.threshold = dice(2) ? .3f : 0, p.draft_cap = dice(gamma + 1);
+    p.plain = dice(4) == 0, p.schedule = dice(DSPARK_SCHEDULE_GLOBAL + 1), p.threshold = dice(2) ? .3f : 0;
+    p.draft_cap = dice(gamma + 1), p.share = (float)dice(3);
     must(dspark_session_set_policy(v->s, &p));
 }
 

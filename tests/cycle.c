@@ -174,11 +174,11 @@ static int all_add_up(const told *t, int gamma) {
 
 static void test_prompts(dspark_model *m, const prompt *p) {
     static const struct { const char *claim; manner how; } manners[] = {
-        { "the default schedule", { { 0, 0, 0, 0, 0, 0 }, 0, N_TOKENS } },
-        { "whole blocks, draft caps 1 to 5", { { 0, DSPARK_SCHEDULE_BLOCK, 0, 0, 0, 0 }, 1, N_TOKENS / 2 } },
-        { "a threshold of .4", { { 0, DSPARK_SCHEDULE_THRESHOLD, 0, .4f, 0, 0 }, 0, N_TOKENS / 4 } },
+        { "the default schedule", { { 0, 0, 0, 0, 0, 0, 0 }, 0, N_TOKENS } },
+        { "whole blocks, draft caps 1 to 5", { { 0, DSPARK_SCHEDULE_BLOCK, 0, 0, 0, 0, 0 }, 1, N_TOKENS / 2 } },
+        { "a threshold of .4", { { 0, DSPARK_SCHEDULE_THRESHOLD, 0, .4f, 0, 0, 0 }, 0, N_TOKENS / 4 } },
     };
-    const manner plain = { { 1, 0, 0, 0, 0, 0 }, 0, N_TOKENS };
+    const manner plain = { { 1, 0, 0, 0, 0, 0, 0 }, 0, N_TOKENS };
     told *expected = (told *)must_have(malloc(N_PROMPTS * sizeof *expected)),
         *t = (told *)must_have(malloc(N_PROMPTS * sizeof *t));
     texts(m, p, &plain, expected);

@@ -27,7 +27,7 @@ says_grep() { pattern=$1; shift; run "$@" && grep -q -- "$pattern" $dir/out; }
 
 for call in "--nonsense" "word" "-n" "-n ten" "-n -1" "-n 1.5" "-n 1e99" "-t -1" "-t nan" "--top-p 2" "--seed -1" \
     "--seed 99999999999999999999" "-c 0" "--threads 0" "--stop" "--schedule fast" "--verify maybe" "--threshold 2" \
-    "--schedule threshold" "--json --show" "--plain --compare" "-m /nonexistent" "-m Makefile"; do
+    "--schedule threshold" "--preset reckless" "--log $dir/none/log" "--json --show" "--plain --compare" "-m /nonexistent" "-m Makefile"; do
     check "$call: one line on stderr, exit status 2" refuses 2 -p x $call
 done
 check "an empty --stop is refused" refuses 2 -p x --stop ''
@@ -95,6 +95,18 @@ else
         says_grep 'of 5 verified' -m $model -p "$prompt" -n 40 --show --schedule block
     check "--stats is on stderr" eval 'run -m $model -p "$prompt" -n 40 --stats && grep -q "^tau " $dir/err'
     check "--check says whether it fits" says_grep ' in all: fits' -m $model --check
+    check "and what passes cost" says_grep '^passes .* 4: .* ms' -m $model --check
+    for preset in code chat regulated; do
+        check "--preset $preset: the same text" same -p "$prompt" --preset $preset
+    done
+    check "--learn: the same text" same -p "$prompt" --learn
+    check "--profile writes what passes cost" eval 'text -p "$prompt" --profile $dir/profile && grep -q "\"us\"" $dir/profile'
+    check "and reads it" same -p "$prompt" --profile $dir/profile
+    echo '{}' > $dir/broken
+    check "one that is broken: one line, exit status 1" refuses 1 -m $model -p "$prompt" --profile $dir/broken
+    check "--log has a line a step: the first gives two tokens" eval 'text -p "$prompt" --plain --log $dir/log && [ "$(wc -l < $dir/log)" -eq 39 ]'
+    check "--metrics counts the tokens" eval 'text -p "$prompt" --metrics $dir/metrics &&
+        grep -qx "dspark_generation_tokens_total 40" $dir/metrics'
 fi
 
 echo "1..$n"

@@ -155,6 +155,255 @@ static void test_calibration(const int32_t *text) {
     dspark_model_close(m);
 }
 
+/* ---- schedules across requests */
+
+enum { R = 3, STEPS = 30 };
+typedef struct { dspark_session *s[R]; dspark_step_result r[R]; } table;
+
+static void sit_down(table *t, dspark_model *m, const int32_t *text, int schedule, int verify, const float *share) {
+    for (int i = 0; i < R; i++) {
+        dspark_session_desc d = session_desc(320);
+        d.ignore_eos = 1, d.seed = 9, d.policy.schedule = schedule, d.policy.verify = verify;
+        d.temperature = verify == DSPARK_VERIFY_REJECTION;
+        if (share) d.policy.share = share[i];
+        t->s[i] = open_session_as(m, &d);
+        must(dspark_session_append(t->s[i], text + (share ? 0 : 7 * i), 20));
+        t->s[i]->has_account = 1, t->s[i]->account.balance_us = t->s[i]->account.limit_us = 1e9;      /* rich */
+    }
+}
+static void stand_up(table *t) {
+    for (int i = 0; i < R; i++) dspark_session_close(t->s[i]);
+}
+
+/* Passes rise in stairs of four rows; a draft costs 5 us a session, so that all draft as long as they are believed in. */
+static const float stairs_us[] = { 100, 100, 100, 180, 180, 180, 180, 260, 260, 260, 260, 340 };
+static void set_stairs(dspark_model *m) { set_costs(m, stairs_us, COUNT(stairs_us), 5, 0); }
+
+/* What scheduling.md says of a step whose requests drafted `now`, and two steps before `then`. */
+static void async_lengths(int gamma, const dspark_step_result *now, const dspark_step_result *then, int *lengths) {
+    float sps[COUNT(stairs_us)], c[R * DSPARK_MAX_BLOCK];
+    int n[R], budget = 0, drafted = 0, any = 0;
+    char scratch[R * 64];
+    dspark_sps table_of;
+    dspark_schedule_desc d;
+    memset(&d, 0, sizeof d);
+    for (int i = 0; i < COUNT(sps); i++) sps[i] = 1e6f / stairs_us[i];
+    table_of.sps = sps, table_of.n = COUNT(sps);
+    d.sps = &table_of, d.n_requests = R, d.gamma = gamma, d.n_drafted = n, d.confidence = c, d.scratch = scratch;
+    for (int i = 0; i < R; i++) drafted += now[i].n_drafted > 0;
+    d.draft_us = (float)(5 * drafted);
+    for (int i = 0; i < R && then; i++) n[i] = now[i].n_drafted ? then[i].n_drafted : 0, any += n[i];
+    for (int i = 0; i < R && then; i++)
+        memcpy(c + i * gamma, then[i].confidence, (size_t)gamma * sizeof *c);
+    d.mode = DSPARK_SCHEDULE_GLOBAL;
+    if (any) must(dspark_schedule(&d, lengths));
+    for (int i = 0; i < R && any; i++) budget += lengths[i];
+    for (int i = 0; i < R; i++) n[i] = now[i].n_drafted, memcpy(c + i * gamma, now[i].confidence, (size_t)gamma * sizeof *c);
+    d.mode = any ? DSPARK_SCHEDULE_ASYNC : DSPARK_SCHEDULE_PREFIX, d.budget = budget;
+    must(dspark_schedule(&d, lengths));
+}
+
+static void test_async(dspark_model *m, const int32_t *text, int verify) {
+    static dspark_step_result seen_before[STEPS][R];
+    float *bias = &m->checkpoint.weights.confidence_bias, was = *bias;
+    int gamma = dspark_model_config(m)->dspark_block_size, lengths[R], right = 1, scheduled = 0, asked = 0;
+    table t;
+    *bias += 3;         /* believed in, but not beyond doubt */
+    set_stairs(m);
+    sit_down(&t, m, text, DSPARK_SCHEDULE_ASYNC, verify, NULL);
+    for (int k = 0; k < STEPS; k++) {
+        must(dspark_step(t.s, R, NULL, t.r));
+        memcpy(seen_before[k], t.r, sizeof t.r);
+        async_lengths(gamma, t.r, k < 2 ? NULL : seen_before[k - 2], lengths);
+        for (int i = 0; i < R; i++) {
+            right &= lengths[i] == t.r[i].n_scheduled;
+            scheduled += t.r[i].n_scheduled, asked += t.r[i].n_drafted;
+        }
+    }
+    ok(right && scheduled > 0 && scheduled < asked, "ASYNC, %s: lengths are the largest a_k within the budget of two steps "
+       "before (%d of %d drafts)", verify ? "rejection" : "coupled", scheduled, asked);
+    *bias = was;
+    stand_up(&t);
+}
+
+static void test_share(dspark_model *m, const int32_t *text) {
+    static const float shares[R] = { 1, 8, 1 };
+    float *bias = &m->checkpoint.weights.confidence_bias, was = *bias;
+    int n[R] = { 0 };
+    table t;
+    *bias += 3;
+    set_stairs(m);
+    sit_down(&t, m, text, 0, 0, shares);        /* one and the same text, thrice */
+    for (int k = 0; k < STEPS; k++) {
+        must(dspark_step(t.s, R, NULL, t.r));
+        for (int i = 0; i < R; i++) n[i] += t.r[i].n_scheduled;
+    }
+    ok(n[1] > n[0] && n[1] > n[2], "of equal requests the one with the larger share gets more verified (%d, %d, %d)", n[0], n[1],
+       n[2]);
+    *bias = was;
+    stand_up(&t);
+}
+
+static void test_refused_global(dspark_model *m) {
+    dspark_session_desc d = session_desc(100);
+    dspark_session *s;
+    dspark_policy p;
+    d.policy.schedule = DSPARK_SCHEDULE_GLOBAL, d.policy.verify = DSPARK_VERIFY_REJECTION, d.temperature = .5f;
+    ok(dspark_session_open(&s, m, &d) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "GLOBAL"),
+       "GLOBAL is refused for a session that verifies by rejection from a sampled draft");
+    d.temperature = 0, p = d.policy;
+    ok(!dspark_session_open(&s, m, &d), "but at temperature 0, where drafts are not drawn, it is not");
+    dspark_session_close(s);
+    d.temperature = 1, d.policy.schedule = DSPARK_SCHEDULE_ASYNC, s = open_session_as(m, &d);
+    ok(dspark_session_set_policy(s, &p) == DSPARK_ERROR_ARGUMENT && s->desc.policy.schedule == DSPARK_SCHEDULE_ASYNC,
+       "nor can it be put in the place of ASYNC later");
+    dspark_session_close(s);
+}
+
+static void test_presets(dspark_model *m) {
+    int n = 0, good = 1;
+    for (; dspark_preset_name(n); n++) {
+        dspark_session_desc d = session_desc(100);
+        dspark_session *s;
+        d.temperature = 1, d.policy = *dspark_preset(dspark_preset_name(n));
+        good &= !dspark_session_open(&s, m, &d);
+        dspark_session_close(s);
+    }
+    ok(good && n == 4, "%d presets, each of them a policy", n);
+    ok(!dspark_preset("reckless"), "and none by another name");
+}
+
+/* ---- what passes cost */
+
+/* T(B) = 500 + 90 B; every pass takes up to 8 % more, one in twenty four times as much. */
+static double passes_take(int B) { return (500 + 90 * B) * (1 + dice(80) / 1000.) * (dice(20) ? 1 : 4); }
+
+static void test_learning(void) {
+    dspark_profile p;
+    double worst = 0;
+    memset(&p, 0, sizeof p);
+    for (int i = 0; i < 400; i++) {
+        int B = 1 + dice(i < 200 ? 24 : 200);
+        dspark__learn_pass(&p, B, passes_take(B));
+    }
+    for (int B = 1; B <= 200; B++) worst = fmax(worst, fabs(dspark_profile_us(&p, B) / (1.04 * (500 + 90 * B)) - 1));
+    ok(worst < .2 && p.n <= DSPARK_MAX_PROFILE, "400 noisy passes teach T(B) to %.0f %%, with %d points", 100 * worst, p.n);
+    for (int i = 0; i < p.n; i++) p.us[i] *= 2;
+    for (int i = 0; i < 600; i++) {
+        int B = 1 + dice(24);
+        dspark__learn_pass(&p, B, passes_take(B));
+    }
+    worst = 0;
+    for (int B = 1; B <= 24; B++) worst = fmax(worst, fabs(dspark_profile_us(&p, B) / (1.04 * (500 + 90 * B)) - 1));
+    ok(worst < .2, "and where the machine becomes another they follow (%.0f %%)", 100 * worst);
+}
+
+static void test_no_profile(dspark_model *m, const int32_t *text) {
+    dspark_session_desc d = session_desc(320);
+    dspark_session *s;
+    dspark_step_result r[6];
+    dspark_profile p;
+    must(dspark_model_set_profile(m, NULL));
+    d.ignore_eos = 1;
+    s = open_session_as(m, &d);
+    must(dspark_session_append(s, text, 20));
+    for (int i = 0; i < 6; i++) r[i] = step(s);
+    must(dspark_model_profile(m, &p));
+    ok(!r[0].n_drafted && r[1].n_scheduled == 3 && r[2].n_scheduled == 3 && r[3].n_scheduled == 3 && p.n >= 2 && p.draft_us > 0,
+       "without a profile: a plain step, three blocks, and the costs are known");
+    dspark_session_close(s);
+}
+
+static int refuses_profile(dspark_model *m, const char *path, const char *text, const char *words) {
+    FILE *f = fopen(path, "w");
+    if (!f || fputs(text, f) < 0 || fclose(f)) bail("cannot be written", path);
+    return dspark_model_load_profile(m, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), words);
+}
+
+static void test_profile_file(void) {
+    static const char path[] = "build/serving.profile";
+    dspark_model *m = open_model(golden_b), *other = open_model_as(golden_b, 2, 0, 0);
+    dspark_profile p, q;
+    int close_enough = 1;
+    must(dspark_model_profile(m, &p));
+    must(dspark_model_save_profile(m, path));
+    must(dspark_model_set_profile(m, NULL));
+    must(dspark_model_load_profile(m, path));
+    must(dspark_model_profile(m, &q));
+    for (int i = 0; i < p.n; i++) close_enough &= p.rows[i] == q.rows[i] && fabsf(p.us[i] - q.us[i]) <= .06f;
+    ok(p.n == q.n && close_enough && q.learn && fabsf(p.draft_us - q.draft_us) < .01f, "a profile is saved and loaded");
+    ok(dspark_model_load_profile(other, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "2 threads"),
+       "but not for another number of threads");
+    ok(refuses_profile(m, path, "{}", "format") && refuses_profile(m, path, "[]", "object") &&
+       refuses_profile(m, path, "{\"format\": \"dspark-profile-1\"}", "of: expected checkpoint"), "what is no profile is refused");
+    ok(dspark_model_load_profile(m, "build/none") == DSPARK_ERROR_IO, "a file that is not there is IO");
+    remove(path);
+    dspark_model_close(m), dspark_model_close(other);
+}
+
+/* ---- what there is to see */
+
+static void test_counters(const int32_t *text) {
+    dspark_model *m = open_model(golden_b);
+    dspark_stats sum;
+    dspark_summary all;
+    static char metrics[16384], few[40], line[4096], expected[128];
+    table t;
+    int good = 1, n;
+    memset(&sum, 0, sizeof sum);
+    sit_down(&t, m, text, DSPARK_SCHEDULE_BLOCK, 0, NULL);
+    for (int k = 0; k < 10; k++) must(dspark_step(t.s, R, NULL, t.r));
+    for (int i = 0; i < R; i++) {
+        const dspark_stats *s = dspark_session_stats(t.s[i]);
+        sum.cycles += s->cycles, sum.scheduled += s->scheduled, sum.accepted += s->accepted, sum.emitted += s->emitted;
+    }
+    n = dspark_step_json(&t.r[1], 7, line, sizeof line);
+    stand_up(&t);
+    ok(dspark_model_stats(m)->cycles == sum.cycles && dspark_model_stats(m)->scheduled == sum.scheduled &&
+       dspark_model_stats(m)->accepted == sum.accepted && dspark_model_stats(m)->emitted == sum.emitted && sum.cycles == 30,
+       "the model counts what its sessions counted, closed ones too");
+    good = n == (int)strlen(line) && line[n - 1] == '\n' && strstr(line, "\"session\": 7,") && strstr(line, "\"drafted\": 3,");
+    ok(good, "a step is a line of JSON");
+    n = dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", metrics, sizeof metrics);
+    snprintf(expected, sizeof expected, "\ndspark_spec_decode_num_draft_tokens_total{model=\"b\"} %d\n", (int)sum.scheduled);
+    ok(n == (int)strlen(metrics) && strstr(metrics, expected) &&
+       strstr(metrics, "dspark_spec_decode_num_draft_tokens_per_pos_total{model=\"b\",position=\"0\"} "),
+       "counters are Prometheus' text, labelled");
+    ok(dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", few, sizeof few) == n && strlen(few) == sizeof few - 1,
+       "of a text that does not fit the length is told");
+    all = dspark_stats_summary(dspark_model_stats(m));
+    ok(fabs(all.tau - (double)(30 + sum.accepted) / 30) < 1e-9 && all.p50_us > 0 && all.p95_us >= all.p50_us &&
+       fabs(all.rejection_rate - 1 + (double)sum.accepted / (double)sum.scheduled) < 1e-9, "and a summary: tau %.2f", all.tau);
+    dspark_model_close(m);
+}
+
+/* The text ends with an accepted draft: those behind it were neither accepted nor rejected. */
+static void test_stop_within_block(const int32_t *text) {
+    dspark_model *m = open_model(golden_b);
+    script lead = { NULL, 0 };
+    dspark_session_desc d = session_desc(100);
+    dspark_session *s;
+    int32_t stop = text[22];        /* anchor, a draft, this draft, another */
+    dspark_step_result r;
+    lead.text = text, lead.n = 100, d.adjust = follow_script, d.adjust_user = &lead;
+    d.stop_tokens = &stop, d.n_stop_tokens = 1, d.policy.schedule = DSPARK_SCHEDULE_BLOCK;
+    s = open_session_as(m, &d);
+    must(dspark_session_append(s, text, 20));
+    r = step(s);
+    ok(r.finish == DSPARK_STOP_TOKEN && r.n_scheduled == 3 && r.n_accepted == 2 && s->stats.scheduled == 2 &&
+       dspark_stats_summary(&s->stats).rejection_rate == 0, "drafts behind a stop token are not counted as rejected");
+    dspark_session_close(s);
+    dspark_model_close(m);
+}
+
+static void test_one_model(const int32_t *text) {
+    dspark_model *m = open_model(golden_b);
+    test_async(m, text, DSPARK_VERIFY_COUPLED), test_async(m, text, DSPARK_VERIFY_REJECTION);
+    test_share(m, text), test_refused_global(m), test_presets(m);
+    test_no_profile(m, text);
+    dspark_model_close(m);
+}
+
 int main(void) {
     int32_t *text = golden_text(golden_b);
     test_crowd(golden_b, 256, 0, 300, 256);
@@ -163,6 +412,8 @@ int main(void) {
     test_flat_passes(text);
     test_memory_limit(), test_memory_limit_of_model();
     test_calibration(text);
+    test_one_model(text), test_learning(), test_profile_file();
+    test_counters(text), test_stop_within_block(text);
     free(text);
     return sessions_done();
 }

@@ -743,7 +743,8 @@ static void test_desc(const dspark_model *m) {
     refuses(m, n_stop_tokens, 1, "stop tokens");
     refuses(m, n_stop_tokens, -1, "stop tokens");
     refuses(m, n_stop_strings, 1, "stop strings");
-    refuses(m, policy.schedule, DSPARK_SCHEDULE_ASYNC, "schedule");
+    refuses(m, policy.schedule, DSPARK_SCHEDULE_GLOBAL + 1, "schedule");
+    refuses(m, policy.share, -1, "share");
     refuses(m, policy.schedule, -1, "schedule");
     refuses(m, policy.verify, 3, "verify");
     refuses(m, policy.threshold, 2, "threshold");
