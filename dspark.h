@@ -546,6 +546,7 @@ typedef struct {
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     int64_t token_us[DSPARK_BUCKETS];   // tokens that took, step_us over its tokens, up to 2^(i / 2 + 1) us, the last: or more
     double draft_us, verify_us;
+    int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, step_us shared by its tokens; last: more
 } dspark_stats;
 
 typedef struct {
@@ -4815,11 +4816,11 @@ static int dspark__utf8_waits(const dspark_utf8 *u) {
 }
 
 static int dspark__stats_are_counts(const dspark_stats *t) {
-    int64_t count[offsetof(dspark_stats, draft_us) / sizeof(int64_t)];
+    int64_t count[offsetof(dspark_stats, draft_us) / sizeof(int64_t)], wrong = 0;
     memcpy(count, t, sizeof count);
-    for (size_t i = 0; i < sizeof count / sizeof *count; i++)
-        if (count[i] < 0 || count[i] >> 53) return 0;
-    return 1;
+    for (size_t i = 0; i < sizeof count / sizeof *count; i++) wrong |= count[i] >> 53;
+    for (int i = 0; i < DSPARK_BUCKETS; i++) wrong |= t->token_us[i] >> 53;
+    return !wrong;
 }
 
 static dspark_status dspark__record_check(const dspark_model *m, const char *path,

@@ -104,7 +104,7 @@ else
     check "and reads it" same -p "$prompt" --profile $dir/profile
     echo '{}' > $dir/broken
     check "one that is broken: one line, exit status 1" refuses 1 -m $model -p "$prompt" --profile $dir/broken
-    check "--log has a line a step" eval 'text -p "$prompt" --plain --log $dir/log && [ "$(wc -l < $dir/log)" -eq 40 ]'
+    check "--log has a line a step: the first gives two tokens" eval 'text -p "$prompt" --plain --log $dir/log && [ "$(wc -l < $dir/log)" -eq 39 ]'
     check "--metrics counts the tokens" eval 'text -p "$prompt" --metrics $dir/metrics &&
         grep -qx "dspark_generation_tokens_total 40" $dir/metrics'
 fi

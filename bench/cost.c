@@ -1,0 +1,131 @@
+// cost [DIR [THREADS]]: what does a pass cost, and what does it cost to decide upon one?
+//   pass error T(B)           of random passes (sessions, rows, depths) the median of |predicted / measured - 1|, by rows
+//   pass error +sessions      and by the sessions of the pass
+//   pass error +context       and by their depths: what the engine uses
+//   pass error +experts       the same, corrected by a least-squares term in the distinct experts of all layers
+//   schedule 256              microseconds to decide and schedule 256 sessions that all have drafts
+//   schedule 256 share        of the plain pass of 256 rows
+#include "bench.h"
+
+enum { SESSIONS = 24, PASSES = 160, BLOCK = 6, DEEPEST = 3000 };
+
+// The CPU, counting how many experts the layers of a pass had work for.
+static int64_t distinct;
+static void counting_moe(void *device, int layer) {
+    const dspark__cpu *d = (const dspark__cpu *)device;
+    dspark_cpu_backend()->moe(device, layer);
+    for (int e = 0; e < d->c->n_routed_experts; e++) distinct += d->expert_first[e + 1] > d->expert_first[e];
+}
+
+typedef struct { double us, rows, sessions, depth, experts; } passage;
+
+static passage random_pass(dspark_model *m, dspark_session **s, int i) {
+    int gamma = dspark_model_config(m)->dspark_block_size, n = 1 + (int)(dspark_uniform(1, 0, (uint64_t)i, 0, 0) * SESSIONS);
+    dspark__batch *b = &m->batch;
+    passage best;
+    dspark_pass p;
+    dspark_pass_result out;
+    memset(&p, 0, sizeof p), memset(&best, 0, sizeof best);
+    if (i % 3 == 0) n = 1 + n % 3;
+    p.kind = DSPARK_PASS_TARGET, p.ids = b->ids, p.segments = b->segments, p.n_segments = n;
+    best.sessions = n, best.us = 1e12;
+    for (int k = 0; k < n; k++) {
+        int rows = 1 + (int)(dspark_uniform(1, 1, (uint64_t)i, k, 0) * (gamma + 1));
+        s[k]->n_run = 32 + (int)(dspark_uniform(1, 2, (uint64_t)i, i % 2 ? k : 0, 0) * (DEEPEST - 64));
+        b->segments[k] = dspark__segment(s[k], p.n_rows, rows, s[k]->n_run), b->segments[k].logits_from = 0;
+        memcpy(b->ids + p.n_rows, s[k]->tokens + 7 * i, (size_t)rows * sizeof *b->ids);
+        p.n_rows += rows, best.depth += s[k]->n_run;
+    }
+    best.rows = p.n_rows, best.depth /= n;
+    for (int k = 0; k < 3; k++) {
+        double start = seconds(), us;
+        distinct = 0;
+        must(dspark__forward(m, &p, &out));
+        us = 1e6 * (seconds() - start);
+        if (k && us < best.us) best.us = us;
+    }
+    best.experts = (double)distinct;
+    return best;
+}
+
+// T of the profile, up to `terms` of it; 3: all.
+static double predicted(const dspark_profile *p, const passage *x, int terms) {
+    double us = dspark_profile_us(p, (int64_t)x->rows);
+    if (terms > 1) us += (x->sessions - 1) * (double)p->session_us;
+    if (terms > 2) us += x->rows * (double)p->context_us * (x->depth - 256) / 1024;
+    return us;
+}
+
+static void report(const char *name, const dspark_profile *p, const passage *x, int terms, double per_expert, double mean,
+                   const char *model, int threads) {
+    samples error = { NULL, 0, 0 };
+    for (int i = 0; i < PASSES; i++) {
+        double us = predicted(p, &x[i], terms) + per_expert * (x[i].experts - mean);
+        sample(&error, 100 * fabs(us / x[i].us - 1));
+    }
+    result(name, model, threads, &error, "%");
+    free(error.x);
+}
+
+static void measure_model(dspark_model *m, const dspark_profile *p, const char *name, int threads) {
+    static passage x[PASSES];
+    dspark_session *s[SESSIONS];
+    dspark_session_desc d = plain_desc(DEEPEST + BLOCK);
+    double mean = 0, top = 0, bottom = 0, bias = 0;
+    for (int k = 0; k < SESSIONS; k++) s[k] = session_open(m, &d), noise(m, s[k]->tokens, DEEPEST, (uint64_t)k);
+    for (int i = 0; i < PASSES; i++) x[i] = random_pass(m, s, i), mean += x[i].experts / PASSES;
+    for (int i = 0; i < PASSES; i++) bias += (x[i].us - predicted(p, &x[i], 3)) / PASSES;
+    for (int i = 0; i < PASSES; i++) {
+        double e = x[i].experts - mean;
+        top += e * (x[i].us - predicted(p, &x[i], 3) - bias), bottom += e * e;
+    }
+    report("pass error T(B)", p, x, 1, 0, 0, name, threads);
+    report("pass error +sessions", p, x, 2, 0, 0, name, threads);
+    report("pass error +context", p, x, 3, 0, 0, name, threads);
+    report("pass error +experts", p, x, 3, bottom > 0 ? top / bottom : 0, mean, name, threads);
+    for (int k = 0; k < SESSIONS; k++) dspark_session_close(s[k]);
+}
+
+static void measure_schedule(dspark_model *m, const dspark_profile *p, const char *name, int threads) {
+    enum { N = 256 };
+    int gamma = dspark_model_config(m)->dspark_block_size;
+    dspark_step_result *r = (dspark_step_result *)need(N, sizeof *r);
+    dspark__lane *lanes = m->batch.lanes;
+    dspark_session_desc d = plain_desc(64);
+    samples us = { NULL, 0, 0 };
+    d.policy.plain = 0, d.policy.schedule = DSPARK_SCHEDULE_GLOBAL;
+    memset(lanes, 0, N * sizeof *lanes);
+    for (int i = 0; i < N; i++) {
+        lanes[i].s = session_open(m, &d), lanes[i].r = &r[i];
+        lanes[i].s->n_tokens = 20, lanes[i].s->n_run = 19;
+        for (int k = 0; k < gamma; k++) r[i].confidence[k] = (float)dspark_uniform(1, 0, (uint64_t)i, k, 0);
+    }
+    for (int round = 0; round < 50; round++) {
+        double start = seconds();
+        dspark__decide(m, lanes, N);
+        for (int i = 0; i < N; i++) lanes[i].limit = lanes[i].n_drafted = gamma, lanes[i].drafted = 1, lanes[i].length = 0;
+        must(dspark__schedule(m, lanes, N));
+        sample(&us, 1e6 * (seconds() - start));
+    }
+    result("schedule 256", name, threads, &us, "us");
+    result_one("schedule 256 share", name, threads, 100 * quantile(&us, .5) / dspark_profile_us(p, N), "%");
+    for (int i = 0; i < N; i++) dspark_session_close(lanes[i].s);
+    free(us.x), free(r);
+}
+
+int main(int argc, char **argv) {
+    const char *dir = argc > 1 ? argv[1] : "tools/spark-tiny/model";
+    int threads = argc > 2 ? atoi(argv[2]) : 1;
+    dspark_backend counting = *dspark_cpu_backend();
+    dspark_model *m;
+    dspark_model_desc desc;
+    dspark_profile p;
+    memset(&desc, 0, sizeof desc);
+    counting.moe = counting_moe, desc.backend = &counting, desc.n_threads = threads, desc.max_sessions = 256;
+    must(dspark_model_open(&m, dir, &desc));
+    must(dspark_model_profile(m, &p));
+    measure_model(m, &p, model_name(dir), threads);
+    if (dspark_model_config(m)->n_stages) measure_schedule(m, &p, model_name(dir), threads);
+    dspark_model_close(m);
+    return 0;
+}
