@@ -544,7 +544,6 @@ typedef struct {
     int64_t drafted, accepted, emitted;
     int64_t scheduled;                  // verified; drafts behind the token that ended a text were not looked at: left out
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
-    int64_t token_us[DSPARK_BUCKETS];   // tokens that took, step_us over its tokens, up to 2^(i / 2 + 1) us, the last: or more
     double draft_us, verify_us;
     int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, step_us shared by its tokens; last: more
 } dspark_stats;
