@@ -77,8 +77,9 @@
    NEVER SLOWER
    Each session has an account in modelled time (T and the draft's cost): a cycle's gain over plain decoding is added,
    its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected. So any
-   text takes at most 1.01 of plain decoding and one such outcome, or three where the model's other texts have gained
-   the two. (schedule BLOCK and THRESHOLD draft always.)
+   text takes at most 1.01 of plain decoding, and three such outcomes where other texts like it (temperature 0, or a
+   verifier and a band of temperatures) have gained them: all of those together take 1.01 of plain decoding and one such
+   outcome. (schedule BLOCK and THRESHOLD draft always.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
@@ -4109,6 +4110,7 @@ static size_t dspark__state_layout(dspark__state *s, const dspark_config *c) {
 // A checkpoint, its tokenizer and a device that runs it.
 
 // One session's part in a step.
+enum { DSPARK__MANNERS = 7 };       // dspark__manner
 typedef struct {
     dspark_session *s;
     dspark_step_result *r;
@@ -4150,7 +4152,7 @@ struct dspark_model {
     int max_rows, max_token_bytes;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
-    dspark_account account;     // of all sessions; limit 0: not opened since the profile was set
+    dspark_account account[DSPARK__MANNERS];    // of all sessions of a manner; limit 0: not opened since the profile was set
     dspark_stats stats;         // the same
     dspark_profile profile;
     float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
@@ -5212,7 +5214,7 @@ static float *dspark__profile_cost(const dspark_profile *p, int i) {
 }
 
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
-    memset(&m->account, 0, sizeof m->account);
+    memset(m->account, 0, sizeof m->account);
     if (!p) {
         memset(&m->profile, 0, sizeof m->profile);
         return m->profile.learn = m->has_profile = 1, DSPARK_OK;
@@ -5375,14 +5377,27 @@ static double dspark__gain(const dspark_model *m, const dspark__lane *a, const f
 // To be found out again now and then: texts change.
 enum { DSPARK__PROBE = 64, DSPARK__TRIALS = 3, DSPARK__TRIAL_SESSIONS = 4 };
 
-// A session that lost its first worst outcome may lose two more of what all sessions together have gained: without
-// that an unlucky beginning would keep a good drafter from the whole text.
+// Where drafts fare alike: at temperature 0, and with a verifier in a band of temperatures.
+static int dspark__manner(const dspark_session *s) {
+    if (dspark__greedy(s)) return 0;
+    return 1 + 3 * (dspark__mode(s) == DSPARK_VERIFY_REJECTION) + (s->desc.temperature > .5f) + (s->desc.temperature > .85f);
+}
+
+// A session begins with nothing of its own, and may lose three worst outcomes of what its manner has: that begins with
+// one, and keeps what all sessions gain. So where drafts do not pay, only the first text tries at length, and where they
+// do, an unlucky beginning keeps no text from them.
+static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
+    dspark_account *all = &s->model->account[dspark__manner(s)];
+    if (all->limit_us <= 0) dspark_account_open(all, plain_us, worst_us);
+    if (!s->has_account) s->account = *all, s->account.balance_us = 0;
+    s->has_account = 1;
+}
 static int dspark__affords(const dspark_session *s, double plain_us, double worst_us) {
+    const dspark_account *all = &s->model->account[dspark__manner(s)];
     dspark_account credit = s->account;
     if (dspark_account_affords(&credit, plain_us, worst_us)) return 1;
-    credit.balance_us += credit.limit_us / 8;
-    return dspark_account_affords(&s->model->account, plain_us, worst_us) &&
-           dspark_account_affords(&credit, plain_us, worst_us);
+    credit.balance_us += credit.limit_us * 3 / 16;
+    return dspark_account_affords(all, plain_us, worst_us) && dspark_account_affords(&credit, plain_us, worst_us);
 }
 
 // Does this lane draft? It looks at the past only, so a rejection verifier may ask. While the costs are not known, a
@@ -5398,9 +5413,7 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
         return a->trial = ++*trials <= DSPARK__TRIAL_SESSIONS;
     worst = c->plain_us + dspark__draft_time(m, 1) + a->extra_us;
     a->plain_us = c->plain_us;
-    if (!s->has_account)
-        dspark_account_open(&s->account, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
-    s->has_account = 1;
+    dspark__account_begin(s, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
     while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
     return dspark__gain(m, a, s->survival) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
 }
@@ -5679,8 +5692,7 @@ static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
     if (a->length)
         cycle += (dspark__pass_time(m, R + drafts) - dspark__pass_time(m, R)) * a->length / (double)drafts;
     dspark_account_settle(&a->s->account, a->plain_us, cycle, tau);
-    if (m->account.limit_us <= 0) m->account = a->s->account, m->account.balance_us = 0;
-    dspark_account_settle(&m->account, a->plain_us, cycle, tau);
+    dspark_account_settle(&m->account[dspark__manner(a->s)], a->plain_us, cycle, tau);
 }
 
 static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const float *p_draft, int drafts,
