@@ -618,8 +618,8 @@ typedef struct {
     const float *confidence_logits;     // draft: [n_rows]
 } dspark_pass_result;
 
-// A state as pieces of bytes, in a fixed order, for fork, save and restore; called with each piece of
-// n_tokens.
+// A state as pieces of bytes, in a fixed order, for save and restore; called with each piece of n_tokens. data is valid
+// during the call: it reads the bytes or, restoring, fills them in.
 typedef dspark_status (*dspark_piece)(void *user, void *data, size_t bytes);
 
 enum { DSPARK_SUB_ATTN, DSPARK_SUB_FFN };
@@ -633,7 +633,8 @@ struct dspark_backend {
     size_t (*state_bytes)(const void *device, int max_context);     // what state_open would allocate
     dspark_status (*state_open)(void **state, void *device, int max_context);
     void (*state_close)(void *state);
-    dspark_status (*state_pieces)(void *state, int n_tokens, dspark_piece, void *user);
+    dspark_status (*state_copy)(void *to, const void *from, int n_tokens);      // what n_tokens have left there
+    dspark_status (*state_pieces)(void *state, int n_tokens, int restore, dspark_piece, void *user);
     dspark_status (*pass_begin)(void *device, const dspark_pass *); // embeds: stream [rows][C][h]
     void (*mix_in)(void *device, int layer, int sub);               // stream -> normed input x [rows][h]
     void (*attention)(void *device, int layer);                     // x -> y [rows][h]
@@ -649,6 +650,13 @@ struct dspark_backend {
     dspark_status (*pass_end)(void *device, dspark_pass_result *);  // drafting: before the steps, which fill it in
 };
 DSPARK_API const dspark_backend *dspark_cpu_backend(void);
+#ifdef __cplusplus
+extern "C"
+#endif
+const dspark_backend *dspark_cuda_backend(void);        // in dspark_cuda.cu
+
+// For a backend: makes `message` this thread's dspark_last_error and gives status back.
+DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 
 #endif  // DSPARK_H
 
@@ -728,6 +736,10 @@ static dspark_status dspark__fail(dspark_status status, const char *format, ...)
     va_end(args);
     memcpy(dspark__message, text, sizeof text);
     return status;
+}
+
+DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message) {
+    return dspark__fail(status, "%s", message);
 }
 
 static dspark_status dspark__no_memory(size_t n, size_t size) {
@@ -4507,27 +4519,6 @@ DSPARK_API dspark_status dspark_session_truncate(dspark_session *s, int n_tokens
 
 // ---- copies and files
 
-// Two states' pieces side by side: the source's are listed, then the copy's filled.
-typedef struct { void **data; size_t n, cap; int copying; } dspark__piece_list;
-static dspark_status dspark__piece_copy(void *user, void *data, size_t bytes) {
-    dspark__piece_list *l = (dspark__piece_list *)user;
-    void **grown;
-    if (l->copying) return memcpy(data, l->data[l->n++], bytes), DSPARK_OK;
-    grown = (void **)dspark__grow((void *)l->data, &l->cap, l->n + 1, sizeof *grown);
-    if (!grown) return DSPARK_ERROR_MEMORY;
-    l->data = grown, l->data[l->n++] = data;
-    return DSPARK_OK;
-}
-
-static dspark_status dspark__state_copy(const dspark_backend *b, void *to, void *from, int n_tokens) {
-    dspark__piece_list l = { NULL, 0, 0, 0 };
-    dspark_status status = b->state_pieces(from, n_tokens, dspark__piece_copy, &l);
-    l.n = 0, l.copying = 1;
-    if (!status) status = b->state_pieces(to, n_tokens, dspark__piece_copy, &l);
-    dspark__free((void *)l.data);
-    return status;
-}
-
 // What a session is besides its desc and its state; a session file holds these bytes.
 typedef struct {
     char magic[8];
@@ -4571,7 +4562,7 @@ DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_
         return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "fork: %d tokens, a context of %d", s->n_tokens, most);
     status = dspark_session_open(out, s->model, desc ? desc : &s->desc);
     if (status) return status;
-    status = dspark__state_copy(b, (*out)->state, s->state, dspark__min(s->n_tokens, most));
+    status = b->state_copy((*out)->state, s->state, s->n_tokens);
     if (status) return dspark_session_close(*out), *out = NULL, status;
     dspark__session_record_of(s, &r);
     dspark__session_take(*out, &r);
@@ -4593,12 +4584,12 @@ static dspark_status dspark__piece_read(void *user, void *data, size_t bytes) {
 }
 
 // The parts of a session file behind its record: tokens, logits, text held back, state.
-static dspark_status dspark__session_parts(const dspark_session *s, dspark_piece piece, void *user) {
+static dspark_status dspark__session_parts(const dspark_session *s, int restore, dspark_piece piece, void *user) {
     size_t V = (size_t)dspark__config(s)->vocab_size;
     dspark_status status = piece(user, s->tokens, (size_t)s->n_tokens * sizeof *s->tokens);
     if (!status) status = piece(user, s->logits, V * sizeof *s->logits);
     if (!status) status = piece(user, s->text + s->text_out, (size_t)(s->text_len - s->text_out));
-    return status ? status : s->model->backend->state_pieces(s->state, s->n_tokens, piece, user);
+    return status ? status : s->model->backend->state_pieces(s->state, s->n_tokens, restore, piece, user);
 }
 
 DSPARK_API dspark_status dspark_session_save(const dspark_session *s, const char *path) {
@@ -4610,7 +4601,7 @@ DSPARK_API dspark_status dspark_session_save(const dspark_session *s, const char
     if (status) return status;
     if (!(f = fopen(path, "wb"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
     status = dspark__piece_write(f, &r, sizeof r);
-    if (!status) status = dspark__session_parts(s, dspark__piece_write, f);
+    if (!status) status = dspark__session_parts(s, 0, dspark__piece_write, f);
     if (fclose(f) && !status) status = DSPARK_ERROR_IO;
     return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
 }
@@ -4675,7 +4666,7 @@ static dspark_status dspark__session_read(dspark_session **out, dspark_model *m,
     if ((status = dspark_session_open(out, m, desc ? desc : &own)) != DSPARK_OK) return status;
     dspark__session_take(*out, &r);
     if (desc) (*out)->finish = DSPARK_RUNNING;
-    status = dspark__session_parts(*out, dspark__piece_read, f);
+    status = dspark__session_parts(*out, 1, dspark__piece_read, f);
     for (int i = 0; !status && i < r.n_tokens; i++)
         if ((*out)->tokens[i] < 0 || (*out)->tokens[i] >= m->checkpoint.config.vocab_size)
             status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: token %d is %d", path, i, (int)(*out)->tokens[i]);
@@ -6766,8 +6757,16 @@ static dspark_status dspark__cpu_state_open(void **state, void *device, int max_
     return DSPARK_OK;
 }
 
-static dspark_status dspark__cpu_state_pieces(void *state, int n_tokens, dspark_piece piece, void *user) {
+static dspark_status dspark__cpu_state_copy(void *to, const void *from, int n_tokens) {
+    const dspark__state *a = (const dspark__state *)from, *b = (const dspark__state *)to;
+    for (int i = 0; i < a->n_arrays; i++)
+        memcpy(b->arrays[i].data, a->arrays[i].data, a->arrays[i].row_bytes * dspark__array_rows(&a->arrays[i], n_tokens));
+    return DSPARK_OK;
+}
+
+static dspark_status dspark__cpu_state_pieces(void *state, int n_tokens, int restore, dspark_piece piece, void *user) {
     const dspark__state *s = (const dspark__state *)state;
+    (void)restore;
     for (int i = 0; i < s->n_arrays; i++) {
         const dspark__array *a = &s->arrays[i];
         dspark_status status = piece(user, a->data, a->row_bytes * dspark__array_rows(a, n_tokens));
@@ -6793,6 +6792,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
                                         dspark__cpu_state_bytes,
                                         dspark__cpu_state_open,
                                         dspark__cpu_state_close,
+                                        dspark__cpu_state_copy,
                                         dspark__cpu_state_pieces,
                                         dspark__cpu_pass_begin,
                                         dspark__cpu_mix_in,
