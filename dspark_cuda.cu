@@ -997,14 +997,17 @@ static __device__ void load_query(const attend_args &p, const row &s, const floa
     __syncwarp();
 }
 
+// Eight chains: short ones lose less.
 static __device__ __forceinline__ float dot(const float *a, const float *b, int n) {
-    float4 sum = make_float4(0, 0, 0, 0);
-    for (int i = 0; i < n; i += 4) {
-        const float4 x = *(const float4 *)(const void *)(a + i), y = *(const float4 *)(const void *)(b + i);
-        sum.x = fmaf(x.x, y.x, sum.x), sum.y = fmaf(x.y, y.y, sum.y);
-        sum.z = fmaf(x.z, y.z, sum.z), sum.w = fmaf(x.w, y.w, sum.w);
-    }
-    return (sum.x + sum.y) + (sum.z + sum.w);
+    float sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    for (int i = 0; i < n; i += 8)
+        UNROLL
+        for (int k = 0; k < 8; k += 4) {
+            const float4 x = *(const float4 *)(const void *)(a + i + k), y = *(const float4 *)(const void *)(b + i + k);
+            sum[k] = fmaf(x.x, y.x, sum[k]), sum[k + 1] = fmaf(x.y, y.y, sum[k + 1]);
+            sum[k + 2] = fmaf(x.z, y.z, sum[k + 2]), sum[k + 3] = fmaf(x.w, y.w, sum[k + 3]);
+        }
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
 // A split of a row's keys for eight heads, a warp a head: 32 keys at a time, a lane a key for the scores, four dims of every 128 a
