@@ -21,6 +21,18 @@ MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)    # programs are built side
 dspark: main.c dspark.h     ## build ./dspark (the default)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) main.c -o $@ -lm $(LDFLAGS)
 
+# Contraction would let a sum depend on the kernel's other sizes, and a text on its company.
+NVCC ?= nvcc
+CUDA_ARCHS ?= 80 90a 100 120
+NVFLAGS = -std=c++17 -O3 -fmad=false $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -Wall,-Wextra
+build/dspark_cuda.o: dspark_cuda.cu dspark.h
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) -Werror all-warnings -c dspark_cuda.cu -o $@
+
+cuda: build/dspark_cuda.o main.c dspark.h       ## build ./dspark with the CUDA backend: --backend cuda; needs nvcc
+	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -DDSPARK_CUDA -c main.c -o build/main_cuda.o
+	$(NVCC) build/main_cuda.o build/dspark_cuda.o -o dspark $(OPENMP:%=-Xcompiler %) -lm $(LDFLAGS)
+
 run: dspark     ## build, and let the small model solve a problem; colours show who made each token
 	./dspark --chat --show --stats -t .6 -n 120 -p "John buys 10 packs of magic cards. Each pack has 20 cards and 1/4 of \
 	those cards are uncommon. How many uncommon cards did he get?"
@@ -34,6 +46,21 @@ RUN_TESTS = if command -v prove >/dev/null; then prove --exec '' $(1) $(2); else
 
 test: dspark $(TESTS:%=build/tests/%)       ## all tests
 	@$(call RUN_TESTS,$(TESTS:%=build/tests/%),$(SHELL_TESTS))
+
+# The CUDA backend without CUDA: its kernels as threads on the host (tests/cuda_host.h). Where there is a device, on it too.
+HOST_CUDA = -std=c++17 -O2 -g -ffp-contract=off -DDSPARK_CUDA_HOST -I. -Itests $(WARN) -Werror -Wno-unknown-pragmas
+build/tests/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
+	@mkdir -p $(@D)
+	$(CXX) $(HOST_CUDA) -x c++ -c dspark_cuda.cu -o $@
+
+build/tests/cuda: tests/cuda.c build/tests/cuda_host.o $(HEADERS)
+	$(CC) $(STD) -O1 -g $(WARN) -Werror -DDSPARK_CUDA_HOST -I. -Itests -c tests/cuda.c -o $@.o
+	$(CXX) $@.o build/tests/cuda_host.o -o $@ -lm
+
+build/tests/cuda_device: tests/cuda.c build/dspark_cuda.o $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -O1 -g $(WARN) -Werror -I. -Itests -c tests/cuda.c -o $@.o
+	$(NVCC) $@.o build/dspark_cuda.o -o $@ -lm
 
 build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
@@ -78,5 +105,5 @@ clean:      ## remove what was built
 help:       ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
 
-.PHONY: run test asan fuzz bench clean help
+.PHONY: run cuda test asan fuzz bench clean help
 .PRECIOUS: build/fuzz/%.exe build/bench/%

@@ -34,6 +34,7 @@ typedef struct {
     double temperature, top_p, min_p, threshold;    // negative: not given
     uint64_t seed;
     int schedule, verify;                           // in the numbers of dspark_policy
+    int backend;
     int plain, chat, think, show, stats, json, compare, check, help;
 } settings;
 
@@ -72,6 +73,7 @@ static const option options[] = {
     { "--json", NULL, FLAG, AT(json), 0, 0, "one JSON object in place of the text" },
     { "--compare", NULL, FLAG, AT(compare), 0, 0, "plain and with DSpark: speeds; are the texts the same?" },
     { "--check", NULL, FLAG, AT(check), 0, 0, "what machine and checkpoint are; does memory suffice?" },
+    { "--backend", "cpu|cuda", CHOICE, AT(backend), 0, 0, "where it runs; cuda: built by make cuda; default cpu" },
     { "--threads", "N", INTEGER, AT(threads), 1, 1024, "default: all processors" },
     { "-h", NULL, FLAG, AT(help), 0, 0, "this list" },
 };
@@ -582,6 +584,16 @@ static const char *model_directory(const settings *o, char *room, size_t size) {
     return o->model ? o->model : n > 0 && !access(room, F_OK) ? room : small;
 }
 
+// The backend asked for; NULL is the CPU.
+static const dspark_backend *backend_of(const settings *o) {
+#ifdef DSPARK_CUDA
+    return o->backend ? dspark_cuda_backend() : NULL;
+#else
+    (void)o;
+    return NULL;
+#endif
+}
+
 static int run(const settings *o) {
     char room[4096];
     const char *dir = model_directory(o, room, sizeof room);
@@ -592,9 +604,12 @@ static int run(const settings *o) {
     dspark_status status;
     struct stat st;
     if (stat(dir, &st) || !S_ISDIR(st.st_mode)) return error(BAD_CALL, "%s: no such directory", dir);
+#ifndef DSPARK_CUDA
+    if (o->backend) return error(BAD_CALL, "--backend cuda: this program was built without it; make cuda builds it");
+#endif
     if (ask && (o->json || o->compare)) return error(BAD_CALL, "--json and --compare need a prompt (-p)");
     memset(&desc, 0, sizeof desc);
-    desc.n_threads = o->threads, desc.progress = loading;
+    desc.n_threads = o->threads, desc.progress = loading, desc.backend = backend_of(o);
     status = dspark_model_open(&m, dir, &desc);
     // measured here, not in the first answer's time
     if (!status && !o->check && !o->plain && dspark_model_config(m)->n_stages) status = dspark_model_profile(m, &profile);

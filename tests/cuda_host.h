@@ -5,7 +5,6 @@
 #ifndef CUDA_HOST_H
 #define CUDA_HOST_H
 #include <functional>
-#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,19 +32,39 @@ static inline float4 make_float4(float x, float y, float z, float w) { return { 
 // ---- fibers
 
 enum { HOST_THREADS = 1024, HOST_STACK = 64 << 10, HOST_SHARED = 228 << 10 };
+#ifdef __x86_64__
+typedef void *host_place;           // a stack pointer, over what a call leaves alone
+extern "C" void cuda_host_switch(host_place *from, host_place *to);
+__asm__(".text\n.globl cuda_host_switch\ncuda_host_switch:\n"
+        "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\nmov %rsp, (%rdi)\n"
+        "mov (%rsi), %rsp\npop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n");
+static void host_place_new(host_place *p, char *stack, void (*f)(void)) {
+    void **top = (void **)(void *)(stack + HOST_STACK - 64);
+    memset((void *)(top - 8), 0, 8 * sizeof *top);
+    top[-1] = NULL, top[-2] = (void *)f;       // what `ret` takes
+    *p = top - 8;
+}
+#else
+typedef ucontext_t host_place;
+static void cuda_host_switch(host_place *from, host_place *to) { swapcontext(from, to); }
+static void host_place_new(host_place *p, char *stack, void (*f)(void)) {
+    getcontext(p);
+    p->uc_stack.ss_sp = stack, p->uc_stack.ss_size = HOST_STACK, p->uc_link = NULL;
+    makecontext(p, f, 0);
+}
+#endif
+
 struct host_fiber {
-    jmp_buf at;
-    ucontext_t start;
-    bool started, done;
+    host_place at;
+    bool done;
     const unsigned *waits_for;      // until it is no longer `seen`
     unsigned seen;
 };
-struct host_warp { unsigned generation; int arrived, live; uint32_t slot[2][32]; const void *in[32]; float *out[32]; };
+struct host_warp { unsigned generation; int arrived, live; uint32_t slot[2][32]; const uint32_t *in[32]; float *out[32]; };
 static struct {
     host_fiber fiber[HOST_THREADS];
     host_warp warp[HOST_THREADS / 32];
-    jmp_buf back;
-    ucontext_t home;
+    host_place home;
     int n, self, live, arrived;     // threads of the block, the one that runs, those not done, those at the barrier
     unsigned generation;
     int backwards;                  // 1: threads in the opposite order, which no result may depend on
@@ -66,18 +85,10 @@ static void host_stop(const char *why) {
 }
 static bool host_ready(const host_fiber *f) { return !f->done && (!f->waits_for || *f->waits_for != f->seen); }
 
-static void host_fiber_main(void);
-__attribute__((noinline)) static void host_enter(int i) {
-    host_fiber *f = &host.fiber[i];
-    host.self = i, host.thread = dim3((unsigned)i);
-    f->waits_for = NULL;
-    if (f->started) _longjmp(f->at, 1);
-    f->started = true;
-    getcontext(&f->start);
-    f->start.uc_stack.ss_sp = host.stacks + (size_t)i * HOST_STACK, f->start.uc_stack.ss_size = HOST_STACK;
-    f->start.uc_link = NULL;
-    makecontext(&f->start, host_fiber_main, 0);
-    setcontext(&f->start);
+// Thread i goes on, and this one, whose place is kept, when it is its turn again.
+static void host_enter(host_place *mine, int i) {
+    host.self = i, host.thread.x = (unsigned)i, host.fiber[i].waits_for = NULL;
+    cuda_host_switch(mine, &host.fiber[i].at);
 }
 static int host_next(void) {
     int step = host.backwards ? host.n - 1 : 1, i = host.self;
@@ -89,33 +100,35 @@ static int host_next(void) {
     host_stop("all threads wait");
     return 0;
 }
-__attribute__((noinline)) static void host_leave(void) {
-    if (!_setjmp(host.fiber[host.self].at)) host_enter(host_next());
-}
 static void host_wait(const unsigned *generation) {
     host_fiber *f = &host.fiber[host.self];
+    int next;
     f->waits_for = generation, f->seen = *generation;
-    host_leave();
+    next = host_next();
+    if (next != host.self) host_enter(&f->at, next);
 }
 static void host_fiber_main(void) {
     for (;;) {
+        int self = host.self;
         host.kernel();
-        host_warp *w = &host.warp[host.self / 32];
-        host.fiber[host.self].done = true;
+        host_warp *w = &host.warp[self / 32];
+        host.fiber[self].done = true;
         host.live--, w->live--;
         if (w->arrived) host_stop("a thread ended while its warp waits for it");
         if (host.live && host.arrived == host.live) host.arrived = 0, host.generation++;
-        if (_setjmp(host.fiber[host.self].at)) continue;
-        if (!host.live) _longjmp(host.back, 1);
-        host_enter(host_next());
+        if (host.live) host_enter(&host.fiber[self].at, host_next());
+        else cuda_host_switch(&host.fiber[self].at, &host.home);
     }
 }
-__attribute__((noinline)) static void host_block(int n) {
-    if (!host.stacks) host.stacks = (char *)malloc((size_t)HOST_THREADS * HOST_STACK);
+static void host_block(int n) {
+    if (!host.stacks) {
+        host.stacks = (char *)malloc((size_t)HOST_THREADS * HOST_STACK);
+        for (int i = 0; i < HOST_THREADS; i++) host_place_new(&host.fiber[i].at, host.stacks + (size_t)i * HOST_STACK, host_fiber_main);
+    }
     host.n = host.live = n, host.arrived = 0;
     for (int i = 0; i < n; i++) host.fiber[i].done = false, host.fiber[i].waits_for = NULL;
     for (int i = 0; i < n; i += 32) host.warp[i / 32].arrived = 0, host.warp[i / 32].live = n - i < 32 ? n - i : 32;
-    if (!_setjmp(host.back)) host_enter(host.backwards ? n - 1 : 0);
+    host_enter(&host.home, host.backwards ? n - 1 : 0);
 }
 
 // ---- what threads do together
@@ -145,7 +158,6 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
 }
 static int __shfl_xor_sync(unsigned, int x, int mask) { return (int)host_exchange((uint32_t)x)[(host.self % 32) ^ mask]; }
 static float __shfl_sync(unsigned, float x, int lane) { return host_as_float(host_exchange(host_as_bits(x))[lane & 31]); }
-static int __shfl_sync(unsigned, int x, int lane) { return (int)host_exchange((uint32_t)x)[lane & 31]; }
 static unsigned __ballot_sync(unsigned, int x) {
     uint32_t *slot = host_exchange(x != 0);
     unsigned bits = 0;
@@ -154,30 +166,37 @@ static unsigned __ballot_sync(unsigned, int x) {
 }
 
 // c [16][8] += a [16][16] b [16][8], fragments as mma.sync.m16n8k16 has them: sums in double, rounded once.
+typedef double host_columns __attribute__((vector_size(64)));
+#ifdef __x86_64__
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static void host_mma_all(host_warp *w) {
+    alignas(64) double A[16][16], B[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const uint32_t *f = w->in[lane];
+        int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 6; i++) {
+            uint32_t low = f[i] << 16, high = f[i] & 0xffff0000u;
+            float x, y;
+            memcpy(&x, &low, 4), memcpy(&y, &high, 4);
+            if (i < 4) A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = (double)x, A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + 1] = (double)y;
+            else B[2 * t + 8 * (i - 4)][g] = (double)x, B[2 * t + 8 * (i - 4) + 1][g] = (double)y;
+        }
+    }
+    for (int i = 0; i < 16; i++) {
+        float *c[4];
+        host_columns sum;
+        for (int j = 0; j < 4; j++) c[j] = w->out[(i & 7) * 4 + j] + (i >> 3) * 2;
+        for (int j = 0; j < 8; j++) sum[j] = (double)c[j / 2][j & 1];
+        for (int k = 0; k < 16; k++) sum += A[i][k] * *(const host_columns *)(const void *)B[k];
+        for (int j = 0; j < 8; j++) c[j / 2][j & 1] = (float)sum[j];
+    }
+}
 static void host_mma(float *c, const uint32_t *a, const uint32_t *b) {
     host_warp *w = &host.warp[host.self / 32];
     const uint32_t ab[6] = { a[0], a[1], a[2], a[3], b[0], b[1] };
     w->in[host.self % 32] = ab, w->out[host.self % 32] = c;
-    host_together([](host_warp *all) {
-        float A[16][16], B[16][8];
-        for (int lane = 0; lane < 32; lane++) {
-            const uint32_t *f = (const uint32_t *)all->in[lane];
-            int g = lane / 4, t = lane % 4;
-            for (int i = 0; i < 4; i++)
-                for (int h = 0; h < 2; h++)
-                    A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + h] = host_as_float(h ? f[i] & 0xffff0000u : f[i] << 16);
-            for (int i = 0; i < 2; i++)
-                for (int h = 0; h < 2; h++)
-                    B[2 * t + 8 * i + h][g] = host_as_float(h ? f[4 + i] & 0xffff0000u : f[4 + i] << 16);
-        }
-        for (int i = 0; i < 16; i++) {
-            double sum[8];
-            for (int j = 0; j < 8; j++) sum[j] = (double)all->out[(i & 7) * 4 + j / 2][(i >> 3) * 2 + (j & 1)];
-            for (int k = 0; k < 16; k++)
-                for (int j = 0; j < 8; j++) sum[j] += (double)(A[i][k] * B[k][j]);
-            for (int j = 0; j < 8; j++) all->out[(i & 7) * 4 + j / 2][(i >> 3) * 2 + (j & 1)] = (float)sum[j];
-        }
-    });
+    host_together(host_mma_all);
 }
 
 // ---- arithmetic
@@ -212,22 +231,13 @@ typedef enum { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cu
 typedef enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice } cudaMemcpyKind;
 typedef enum { cudaStreamCaptureModeThreadLocal = 1 } cudaStreamCaptureMode;
 typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
-typedef enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 } cudaLaunchAttributeID;
 typedef enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75,
                cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 } cudaDeviceAttr;
-typedef struct { cudaLaunchAttributeID id; struct { int programmaticStreamSerializationAllowed; } val; } cudaLaunchAttribute;
 typedef std::vector<std::function<void()>> host_calls;
 typedef struct host_stream { host_calls *capture; } *cudaStream_t;
 typedef host_calls *cudaGraph_t;
 typedef host_calls *cudaGraphExec_t;
 typedef struct host_event { int unused; } *cudaEvent_t;
-typedef struct {
-    dim3 gridDim_, blockDim_;
-    size_t dynamicSmemBytes;
-    cudaStream_t stream;
-    cudaLaunchAttribute *attrs;
-    unsigned numAttrs;
-} host_config;
 #define cudaEventDisableTiming 2u
 #define cudaStreamNonBlocking 1u
 
