@@ -2167,7 +2167,8 @@ static void up_run(cuda *d, const dspark_model_desc *desc) {
     }
     if (!d->status) up_all(&u);
     if (!d->status) up_flush(&u);
-    if (d->stream) cudaStreamSynchronize(d->stream);
+    TRY(cudaStreamSynchronize(d->stream));
+    if (d->stream && d->status) cudaStreamSynchronize(d->stream);      // before the buffers go
     for (int i = 0; i < 2; i++) {
         cudaFreeHost(u.stage[i]);
         if (u.event[i]) cudaEventDestroy(u.event[i]);

@@ -31,7 +31,8 @@ static inline float4 make_float4(float x, float y, float z, float w) { return { 
 
 // ---- fibers
 
-enum { HOST_THREADS = 1024, HOST_STACK = 64 << 10, HOST_SHARED = 228 << 10 };
+// Not a power of two: what threads have at the same depth must not fall on the same lines of a cache.
+enum { HOST_THREADS = 1024, HOST_STACK = (64 << 10) + 17 * 64, HOST_SHARED = 228 << 10 };
 #ifdef __x86_64__
 typedef void *host_place;           // a stack pointer, over what a call leaves alone
 extern "C" void cuda_host_switch(host_place *from, host_place *to);
