@@ -42,7 +42,7 @@ enum { WARP = 32, WARPS = 8, THREADS = WARP * WARPS };
 enum { COPIES = 4, MIX = (2 + COPIES) * COPIES };       // hc_mult, and the numbers that a mix computes for a row
 enum { SLICE = 32 };                                    // dims of the hidden state that a block of the stream owns
 enum { UNIT = 128, TILE = 16 };                         // bytes of a weight row that a warp takes at once; rows of a tile
-enum { SPLITS = 16, KEYS = 32, ATTEND_ROWS = 64 };      // parts of a long attention; keys at once; rows in the buffers
+enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32 };      // parts of a long attention; keys at once; rows in the buffers
 enum { WEIGHT_SHIFT = 16 };                             // decoded FP8 and FP4 weights are 2^-16 of their value: room for scales
 enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
 
@@ -60,6 +60,7 @@ static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
     host_mma(c, a, b);
 }
+static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
 static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, high); }
 static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16x2(a, b); }
 #else
@@ -90,6 +91,12 @@ __device__ __forceinline__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8 x 8 tiles of shared memory, lane i giving row i % 8 of tile i / 8: r[j] has of tile j rows 2t and 2t + 1 at column g, as
+// mma takes b.
+__device__ __forceinline__ void load_transposed(uint32_t *r, const uint16_t *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)));
 }
 __device__ __forceinline__ uint32_t bf16x2(float low, float high) {
     uint32_t r;
@@ -389,7 +396,7 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
 // but weights may be read before grid_wait.
 template <int DTYPE, int NT>
 static __device__ void tile_sums(const matrix &w, int m0, int tiles, const operand &x, const int *at, int wait) {
-    enum { DEPTH = NT <= 2 ? 4 : 2 };
+    enum { DEPTH = weights_of<DTYPE>::PLANES > 1 ? 1 : NT <= 2 ? 4 : 2 };
     int warp = (int)threadIdx.x / WARP, units = w.pitch / UNIT, mine = (units - warp + WARPS - 1) / WARPS;
     int steps = tiles * mine, load_tile = 0, load_unit = warp, tile = 0, unit = warp;
     piece q[DEPTH];
@@ -635,15 +642,15 @@ static __device__ void post_comb(const shape &c, const post_comb_args &p, int r)
 // ---- after the first products of an attention -------------------------------------------------
 
 // x [d] in shared memory: its last R dims turned to a position, adjacent pairs as complex numbers; direction -1: back.
-static __device__ __forceinline__ void turn_pair(float *x, float c, float s) {
-    float a = x[0] * c - x[1] * s, b = x[0] * s + x[1] * c;
-    x[0] = a, x[1] = b;
+static __device__ __forceinline__ void turn_pair(float &x, float &y, float c, float s) {
+    float a = x * c - y * s, b = x * s + y * c;
+    x = a, y = b;
 }
 static __device__ void turn_row(float *x, int d, int R, const double *freqs, int position) {
     for (int i = (int)threadIdx.x; i < R / 2; i += THREADS) {
         double s, c;
         sincos(position * freqs[i], &s, &c);
-        turn_pair(x + d - R + 2 * i, (float)c, (float)s);
+        turn_pair(x[d - R + 2 * i], x[d - R + 2 * i + 1], (float)c, (float)s);
     }
     __syncthreads();
 }
@@ -955,15 +962,45 @@ static __device__ view view_of(const attend_args &p, const row &s, int drafts) {
     v.n_compressed = p.ratio ? (s.position + 1) / p.ratio : 0;
     v.selected = p.ratio == 4 && v.n_compressed > p.c.index_topk;
     if (v.selected) v.n_compressed = p.c.index_topk;
-    // by the number of keys alone: 64 a split, or what SPLITS splits need
+    // by the number of keys alone: 32 a split, or what SPLITS splits need
     int n = v.n_window + v.n_compressed;
-    v.length = 64 * ((n + 64 * SPLITS - 1) / (64 * SPLITS));
+    v.length = KEYS * ((n + KEYS * SPLITS - 1) / (KEYS * SPLITS));
     v.splits = (n + v.length - 1) / v.length;
     return v;
 }
 
-// Key j of a row to floats; a warp.
-static __device__ void load_key(const attend_args &p, const row &s, int i, const view &v, int j, float *to) {
+// The shared memory of a block: 32 keys as bf16, exact but for the rotary dims, of which the two further planes stand apart; the
+// warps' parts of the scores, then the weights in three planes. Strides keep lanes on different banks.
+enum { PAD = 16, SCORE_STRIDE = KEYS + 1, WEIGHT_STRIDE = KEYS + 8 };
+typedef struct {
+    uint16_t *keys, *turned, *weights;      // [KEYS][D + PAD]; [2][KEYS][R + PAD]; [3][TILE][WEIGHT_STRIDE]
+    float *scores;                          // [WARPS][TILE][SCORE_STRIDE]
+    float *factor;                          // [TILE]: what the sums so far are multiplied by
+} attend_room;
+static __host__ __device__ size_t attend_shared(const shape *c, char *base, attend_room *room) {
+    size_t n[5] = { (size_t)(KEYS * (c->D + PAD)) * 2, (size_t)(2 * KEYS * (c->R + PAD)) * 2, 3 * TILE * WEIGHT_STRIDE * 2,
+                    WARPS * TILE * SCORE_STRIDE * 4, TILE * 4 };
+    if (!room) return n[0] + n[1] + n[2] + n[3] + n[4];
+    room->keys = (uint16_t *)(void *)base, room->turned = (uint16_t *)(void *)(base + n[0]);
+    room->weights = (uint16_t *)(void *)(base + n[0] + n[1]), room->scores = (float *)(void *)(base + n[0] + n[1] + n[2]);
+    room->factor = (float *)(void *)(base + n[0] + n[1] + n[2] + n[3]);
+    return 0;
+}
+
+// Dims [d, d + 4) of a key.
+static __device__ __forceinline__ void put_key(const attend_args &p, const attend_room &room, int j, int d, float4 v) {
+    int at = d - (p.c.D - p.c.R), stride = p.c.R + PAD;
+    uint2 w = { bf16x2(v.x, v.y), bf16x2(v.z, v.w) };
+    *(uint2 *)(void *)(room.keys + j * (p.c.D + PAD) + d) = w;
+    for (int plane = 0; at >= 0 && plane < 2; plane++) {
+        v.x -= __uint_as_float(w.x << 16), v.y -= __uint_as_float(w.x & 0xffff0000u);
+        v.z -= __uint_as_float(w.y << 16), v.w -= __uint_as_float(w.y & 0xffff0000u);
+        w.x = bf16x2(v.x, v.y), w.y = bf16x2(v.z, v.w);
+        *(uint2 *)(void *)(room.turned + (plane * KEYS + j) * stride + at) = w;
+    }
+}
+// Key j of what a row sees, as number `slot` of the block's; a warp.
+static __device__ void load_key(const attend_args &p, const row &s, int i, const view &v, int j, const attend_room &room, int slot) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP;
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
     if (j < v.n_window) {
@@ -971,93 +1008,181 @@ static __device__ void load_key(const attend_args &p, const row &s, int i, const
         const float *from = position < s.first_position
                                 ? (const float *)(const void *)state[WINDOW] + (size_t)(position % p.c.ring) * (size_t)D
                                 : p.kv + (size_t)(s.first + position - s.first_position) * (size_t)D;
-        for (int d = lane; d < D; d += WARP) to[d] = from[d];
+        for (int d = 4 * lane; d < D; d += 4 * WARP) put_key(p, room, slot, d, *(const float4 *)(const void *)(from + d));
         return;
     }
     size_t at = (size_t)(j - v.n_window);
     if (v.selected) at = (size_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + at];
     const uint8_t *codes = state[CODES] + at * (size_t)(D - R), *scales = state[SCALES] + at * (size_t)((D - R + 63) / 64);
-    for (int d = lane; d < D - R; d += WARP) to[d] = e4m3_value(codes[d]) * e8m0(scales[d / 64]);
-    for (int d = lane; d < R; d += WARP) to[D - R + d] = ((const float *)(const void *)state[ROPE])[at * (size_t)R + (size_t)d];
-}
-
-// A head's query: divided by its RMS, turned; a warp.
-static __device__ void load_query(const attend_args &p, const row &s, const float *from, float *to) {
-    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP;
-    float sum = 0, scale;
-    for (int d = lane; d < D; d += WARP) sum = fmaf(from[d], from[d], sum);
-    scale = 1 / sqrtf(warp_sum(sum) / (float)D + p.c.eps);
-    for (int d = lane; d < D; d += WARP) to[d] = from[d] * scale;
-    __syncwarp();
-    for (int i = lane; i < R / 2; i += WARP) {
-        double sine, cosine;
-        sincos(s.position * p.freqs[i], &sine, &cosine);
-        turn_pair(to + D - R + 2 * i, (float)cosine, (float)sine);
-    }
-    __syncwarp();
-}
-
-// Eight chains: short ones lose less.
-static __device__ __forceinline__ float dot(const float *a, const float *b, int n) {
-    float sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-    for (int i = 0; i < n; i += 8)
-        UNROLL
-        for (int k = 0; k < 8; k += 4) {
-            const float4 x = *(const float4 *)(const void *)(a + i + k), y = *(const float4 *)(const void *)(b + i + k);
-            sum[k] = fmaf(x.x, y.x, sum[k]), sum[k + 1] = fmaf(x.y, y.y, sum[k + 1]);
-            sum[k + 2] = fmaf(x.z, y.z, sum[k + 2]), sum[k + 3] = fmaf(x.w, y.w, sum[k + 3]);
+    const float *turned = (const float *)(const void *)state[ROPE] + at * (size_t)R;
+    for (int d = 4 * lane; d < D; d += 4 * WARP) {
+        if (d >= D - R) {
+            put_key(p, room, slot, d, *(const float4 *)(const void *)(turned + d - (D - R)));
+            continue;
         }
-    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+        uint32_t four = *(const uint32_t *)(const void *)(codes + d);
+        float scale = e8m0(scales[d / 64]);
+        put_key(p, room, slot, d, make_float4(e4m3_value(four & 255) * scale, e4m3_value(four >> 8 & 255) * scale,
+                                              e4m3_value(four >> 16 & 255) * scale, e4m3_value(four >> 24) * scale));
+    }
 }
 
-// A split of a row's keys for eight heads, a warp a head: 32 keys at a time, a lane a key for the scores, four dims of every 128 a
-// lane for the weighted sum.
+// Scores of 16 heads with the block's keys, a warp every eighth 16 dims: q as it is (its RMS goes into the result), turned, in three
+// planes. squares[2]: of heads g and g + 8, the lane's part.
+static __device__ void score(const attend_args &p, const row &s, const float *const *q, const attend_room &room, int n, float *squares) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / WARP;
+    float acc[KEYS / 8][4];
+    UNROLL
+    for (int nt = 0; nt < KEYS / 8; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
+    squares[0] = squares[1] = 0;
+    for (int k = warp * 16; k < D; k += WARPS * 16) {
+        uint32_t a[3][4];       // plane; rows g, g + 8 of k 4t, 4t + 1, then of 4t + 2, 4t + 3
+        int at = k + 4 * t - (D - R), planes = k >= D - R ? 3 : 1;
+        double sine[2], cosine[2];
+        for (int i = 0; at >= 0 && i < 2; i++) sincos(s.position * p.freqs[at / 2 + i], &sine[i], &cosine[i]);
+        for (int half = 0; half < 2; half++) {
+            float4 x = make_float4(0, 0, 0, 0);
+            if (q[half]) x = *(const float4 *)(const void *)(q[half] + k + 4 * t);
+            squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
+            if (at >= 0) turn_pair(x.x, x.y, (float)cosine[0], (float)sine[0]), turn_pair(x.z, x.w, (float)cosine[1], (float)sine[1]);
+            UNROLL
+            for (int plane = 0; plane < 3; plane++) {
+                uint32_t w0 = bf16x2(x.x, x.y), w1 = bf16x2(x.z, x.w);
+                a[plane][half] = w0, a[plane][2 + half] = w1;
+                x.x -= __uint_as_float(w0 << 16), x.y -= __uint_as_float(w0 & 0xffff0000u);
+                x.z -= __uint_as_float(w1 << 16), x.w -= __uint_as_float(w1 & 0xffff0000u);
+            }
+        }
+        UNROLL
+        for (int nt = 0; nt < KEYS / 8; nt++) {
+            if (nt * 8 >= n) break;
+            for (int b = 0; b < planes; b++) {
+                const uint16_t *key = b ? room.turned + ((b - 1) * KEYS + nt * 8 + g) * (R + PAD) + at : room.keys + (nt * 8 + g) * (D + PAD) + k + 4 * t;
+                const uint2 w = *(const uint2 *)(const void *)key;
+                UNROLL
+                for (int plane = 0; plane < 3; plane++)
+                    if (plane + b < 3) mma(acc[nt], a[plane][0], a[plane][1], a[plane][2], a[plane][3], w.x, w.y);
+            }
+        }
+    }
+    UNROLL
+    for (int nt = 0; nt < KEYS / 8; nt++)
+        for (int i = 0; i < 4; i++) room.scores[(warp * TILE + g + 8 * (i >> 1)) * SCORE_STRIDE + nt * 8 + 2 * t + (i & 1)] = acc[nt][i];
+}
+
+// 1 / RMS of each head times D^-1/2, from the lanes' squares: over the lanes of a head, then over the warps in order.
+static __device__ void query_scales(const attend_args &p, float *squares, float *part /* [WARPS][TILE] */, float *scale /* [TILE] */) {
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    for (int half = 0; half < 2; half++) {
+        squares[half] += __shfl_xor_sync(ALL, squares[half], 1);
+        squares[half] += __shfl_xor_sync(ALL, squares[half], 2);
+        if (lane % 4 == 0) part[warp * TILE + lane / 4 + 8 * half] = squares[half];
+    }
+    __syncthreads();
+    if (threadIdx.x < TILE) {
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += part[w * TILE + (int)threadIdx.x];
+        scale[threadIdx.x] = 1 / sqrtf(sum / (float)p.c.D + p.c.eps) * (1 / sqrtf((float)p.c.D));
+    }
+}
+
+// The softmax's running largest and sum for head threadIdx / 16, over keys threadIdx % 16 and 16 further; weights in three planes.
+static __device__ void weigh(const attend_room &room, int n, const float *scale, float *largest, float *sum) {
+    int h = (int)threadIdx.x / 16, j = (int)threadIdx.x % 16;
+    float s[2], m = *largest, e[2];
+    for (int k = 0; k < 2; k++) {
+        s[k] = 0;
+        for (int w = 0; w < WARPS; w++) s[k] += room.scores[(w * TILE + h) * SCORE_STRIDE + j + 16 * k];
+        s[k] = j + 16 * k < n ? s[k] * scale[h] : -HUGE_VALF;
+        m = fmaxf(m, s[k]);
+    }
+    m = group_max(m, 16);
+    for (int k = 0; k < 2; k++) e[k] = expf(s[k] - m);
+    float more = e[0] + e[1], factor = expf(*largest - m);
+    for (int i = 8; i; i /= 2) more += __shfl_xor_sync(ALL, more, i);
+    *sum = fmaf(*sum, factor, more), *largest = m;
+    if (j == 0) room.factor[h] = factor;
+    for (int plane = 0; plane < 3; plane++)
+        for (int k = 0; k < 2; k++) {
+            uint32_t w = bf16x2(e[k], 0);
+            room.weights[(plane * TILE + h) * WEIGHT_STRIDE + j + 16 * k] = (uint16_t)w;
+            e[k] -= __uint_as_float(w << 16);
+        }
+}
+
+// o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...
+static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, int n, float (*o)[4]) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / WARP;
+    uint32_t a[3][KEYS / 16][4];
+    for (int plane = 0; plane < 3; plane++)
+        for (int k = 0; k < KEYS / 16; k++)
+            for (int i = 0; i < 4; i++)
+                a[plane][k][i] = *(const uint32_t *)(const void *)(room.weights + (plane * TILE + g + 8 * (i & 1)) * WEIGHT_STRIDE +
+                                                                  k * 16 + 2 * t + 8 * (i >> 1));
+    UNROLL
+    for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i++) {
+        int d = (i * WARPS + warp) * 8, planes = d >= D - R ? 3 : 1;
+        if (d >= D) break;
+        for (int k = 0; k < 4; k++) o[i][k] *= room.factor[g + 8 * (k >> 1)];
+        for (int b = 0; b < planes; b++) {
+            uint32_t w[4];
+            load_transposed(w, b ? room.turned + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R) : room.keys + lane * (D + PAD) + d);
+            UNROLL
+            for (int k = 0; k < KEYS / 16; k++) {
+                if (k * 16 >= n) break;
+                UNROLL
+                for (int plane = 0; plane < 3; plane++)
+                    if (plane + b < 3) mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[2 * k], w[2 * k + 1]);
+            }
+        }
+    }
+}
+
+// A split of a row's keys for 16 heads, 32 keys at a time. Bound at few rows: latency, about 900 products of 16 x 8 x 16 a time in
+// eight warps and 36 KB of keys; 6 rows of 640 keys are 480 blocks, two waves.
 static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
+    __shared__ float scale[TILE], part[WARPS * TILE];
     SHARED_BYTES(bytes);
-    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, h = (int)blockIdx.y * WARPS + warp;
-    int i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS), r = p.row0 + i, stride = D + 4;
-    float *keys = (float *)(void *)bytes, *q = keys + KEYS * stride + warp * D, *weights = keys + KEYS * stride + WARPS * D + warp * KEYS;
-    float o[MAX_HEAD_DIM / WARP], largest = -HUGE_VALF, sum = 0;
+    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    int h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS), r = p.row0 + i, first = 1;
+    float o[MAX_HEAD_DIM / 8 / WARPS][4], largest = -HUGE_VALF, sum = 0, squares[2];
+    const float *q[2];
+    attend_room room;
     grid_wait();
     grid_go();
     if (r >= p.n->n_rows) return;
     const row &s = p.rows[r];
     view v = view_of(p, s, p.n->drafts);
-    int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
     if (split >= v.splits) return;
-    if (h < p.c.H) load_query(p, s, p.q + ((size_t)r * (size_t)p.c.H + (size_t)h) * (size_t)D, q);
-    for (int d = 0; d < MAX_HEAD_DIM / WARP; d++) o[d] = 0;
-    for (int j0 = split * v.length; j0 < end; j0 += KEYS) {
+    attend_shared(&p.c, bytes, &room);
+    for (int half = 0; half < 2; half++)
+        q[half] = h0 + g + 8 * half < p.c.H ? p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + g + 8 * half)) * (size_t)D : NULL;
+    UNROLL
+    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++) for (int m = 0; m < 4; m++) o[k][m] = 0;
+    int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
+    for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
         int n = least(KEYS, end - j0);
         __syncthreads();
-        for (int j = warp; j < n; j += WARPS) load_key(p, s, i, v, j0 + j, keys + j * stride);
+        for (int j = warp; j < KEYS; j += WARPS)
+            if (j < n) load_key(p, s, i, v, j0 + j, room, j);
+            else for (int d = 4 * lane; d < D; d += 4 * WARP) put_key(p, room, j, d, make_float4(0, 0, 0, 0));
         __syncthreads();
-        if (h >= p.c.H) continue;
-        float score = lane < n ? dot(q, keys + lane * stride, D) * (1 / sqrtf((float)D)) : -HUGE_VALF;
-        float m = fmaxf(largest, warp_max(score)), scale = expf(largest - m), e = expf(score - m);
-        largest = m, sum = fmaf(sum, scale, warp_sum(e));
-        weights[lane] = e;
-        __syncwarp();
-        UNROLL
-        for (int d = 0; d < MAX_HEAD_DIM / WARP; d++) o[d] *= scale;
-        for (int j = 0; j < n; j++) {
-            float w = weights[j];
-            UNROLL
-            for (int d = 0; d < MAX_HEAD_DIM / 128; d++)
-                if (d * 128 + lane * 4 < D) {
-                    const float4 k = *(const float4 *)(const void *)(keys + j * stride + d * 128 + lane * 4);
-                    o[4 * d] = fmaf(w, k.x, o[4 * d]), o[4 * d + 1] = fmaf(w, k.y, o[4 * d + 1]);
-                    o[4 * d + 2] = fmaf(w, k.z, o[4 * d + 2]), o[4 * d + 3] = fmaf(w, k.w, o[4 * d + 3]);
-                }
-        }
-        __syncwarp();
+        score(p, s, q, room, n, squares);
+        if (first) query_scales(p, squares, part, scale);
+        __syncthreads();
+        weigh(room, n, scale, &largest, &sum);
+        __syncthreads();
+        add_values(p, room, n, o);
     }
-    if (h >= p.c.H) return;
-    float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
+    float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
     UNROLL
-    for (int d = 0; d < MAX_HEAD_DIM / 128; d++)
-        if (d * 128 + lane * 4 < D) *(float4 *)(void *)(to + d * 128 + lane * 4) = make_float4(o[4 * d], o[4 * d + 1], o[4 * d + 2], o[4 * d + 3]);
-    if (lane == 0) to[D] = largest, to[D + 1] = sum;
+    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
+        for (int m = 0; m < 4; m++) {
+            int d = (k * WARPS + warp) * 8 + 2 * t + (m & 1), h = h0 + g + 8 * (m >> 1);
+            if (d < D && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)d] = o[k][m];
+        }
+    int h = h0 + (int)threadIdx.x / 16;
+    if (threadIdx.x % 16 == 0 && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
 }
 
 // Splits in order, the sink, the turn back; eight dims a thread.
@@ -1081,7 +1206,7 @@ static __device__ void merge_heads(const attend_args &p, const row &s, const vie
             if (at + d >= D - R) {
                 double sine, cosine;
                 sincos(s.position * p.freqs[(at + d - (D - R)) / 2], &sine, &cosine);
-                turn_pair(o + d, (float)cosine, (float)-sine);
+                turn_pair(o[d], o[d + 1], (float)cosine, (float)-sine);
             }
         put_input(p.o, r, group * 8, o, live);
     }
@@ -1638,8 +1763,6 @@ static void attention_index(cuda *d, int l, int row0, int rows) {
     LAUNCH(index_top, grid_of(rows, 1), THREADS, 0, p);
 }
 
-static size_t attend_shared(const shape *c) { return (size_t)(KEYS * (c->D + 4) + WARPS * (c->D + KEYS)) * sizeof(float); }
-
 static void op_attention(cuda *d, int l) {
     const layer_weights *w = &d->layer[l];
     linears_args p;
@@ -1653,7 +1776,7 @@ static void op_attention(cuda *d, int l) {
     for (a.row0 = 0; a.row0 < d->grid_rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid_rows - a.row0);
         if (a.ratio == 4) attention_index(d, l, a.row0, rows);
-        LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, WARPS)), THREADS, attend_shared(&d->s), a);
+        LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
         LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
     }
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
@@ -2273,7 +2396,7 @@ static void check_shape(cuda *d) {
     const dspark_config *c = d->c;
     const struct { const char *name; int value, multiple, most; } limits[] = {
         { "hc_mult", c->hc_mult, COPIES, COPIES }, { "hidden_size", c->hidden_size, SLICE, 8192 },
-        { "head_dim", c->head_dim, 32, MAX_HEAD_DIM }, { "qk_rope_head_dim", c->qk_rope_head_dim, 8, 256 },
+        { "head_dim", c->head_dim, 32, MAX_HEAD_DIM }, { "qk_rope_head_dim", c->qk_rope_head_dim, 16, 256 },
         { "q_lora_rank", c->q_lora_rank, 8, 8192 }, { "o_lora_rank", c->o_lora_rank, TILE, 8192 },
         { "o_groups * o_lora_rank", c->o_groups * c->o_lora_rank, 8, 32768 },
         { "moe_intermediate_size", c->moe_intermediate_size, 8, 32768 }, { "dspark_markov_rank", c->dspark_markov_rank, 8, 8192 },
@@ -2306,7 +2429,7 @@ static void set_shape(cuda *d) {
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
     size_t wide = (size_t)larger(larger(c->h + 2 * c->rank, c->q_lora), larger(c->D, d->c->o_groups * d->c->o_lora_rank)) * sizeof(float);
-    size_t attend_bytes = attend_shared(c), largest = wide > attend_bytes ? wide : attend_bytes;
+    size_t attend_bytes = attend_shared(c, NULL, NULL), largest = wide > attend_bytes ? wide : attend_bytes;
     if (largest > (size_t)d->shared_most) {
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: a kernel needs %zu bytes of shared memory, the device gives %d", largest, d->shared_most);
         return;

@@ -61,7 +61,14 @@ struct host_fiber {
     const unsigned *waits_for;      // until it is no longer `seen`
     unsigned seen;
 };
-struct host_warp { unsigned generation; int arrived, live; uint32_t slot[2][32]; const uint32_t *in[32]; float *out[32]; };
+struct host_warp {
+    unsigned generation;
+    int arrived, live;
+    uint32_t slot[2][32], *to[32];
+    const uint32_t *in[32];
+    const uint16_t *from[32];
+    float *out[32];
+};
 static struct {
     host_fiber fiber[HOST_THREADS];
     host_warp warp[HOST_THREADS / 32];
@@ -151,7 +158,6 @@ static uint32_t *host_exchange(uint32_t mine) {
     host_together([](host_warp *) {});
     return slot;
 }
-static void __syncwarp(unsigned = ~0u) { host_exchange(0); }
 static float host_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static uint32_t host_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static float __shfl_xor_sync(unsigned, float x, int mask) {
@@ -198,6 +204,17 @@ static void host_mma(float *c, const uint32_t *a, const uint32_t *b) {
     const uint32_t ab[6] = { a[0], a[1], a[2], a[3], b[0], b[1] };
     w->in[host.self % 32] = ab, w->out[host.self % 32] = c;
     host_together(host_mma_all);
+}
+
+// ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane / 4.
+static void host_load_transposed(uint32_t *r, const uint16_t *row) {
+    host_warp *w = &host.warp[host.self / 32];
+    w->from[host.self % 32] = row, w->to[host.self % 32] = r;
+    host_together([](host_warp *all) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int j = 0; j < 4; j++)
+                all->to[lane][j] = all->from[8 * j + 2 * (lane % 4)][lane / 4] | (uint32_t)all->from[8 * j + 2 * (lane % 4) + 1][lane / 4] << 16;
+    });
 }
 
 // ---- arithmetic
