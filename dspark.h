@@ -604,18 +604,25 @@ typedef struct {
     int inject_from;            // drafting: taps of positions [inject_from, position) enter the stages' windows first
 } dspark_segment;
 
+// A token drawn where the logits are: argmax of logit / temperature + the Gumbel noise of (seed, position), at
+// temperature 0 of the logit; -1 from a row that is no distribution. Temperature -1: no token, the logits.
+typedef struct { float temperature; uint64_t seed, position; } dspark_device_draw;
+
 enum { DSPARK_PASS_TARGET, DSPARK_PASS_DRAFT };
 typedef struct {
     int kind;                   // DSPARK_PASS_*
     int n_rows, n_segments;
     const int32_t *ids;         // [n_rows]
     const dspark_segment *segments;
+    const dspark_device_draw *draws;    // NULL: logits are wanted; else, where the backend draws, one for each row of
+                                        // logits, or drafting for each segment, for its first draft's position
 } dspark_pass;
 
 typedef struct {
     float *logits;              // [n_logits][vocab], in row order; the device's, until its next pass
     int n_logits;
     const float *confidence_logits;     // draft: [n_rows]
+    const int32_t *tokens;      // [n_logits], where the pass asked for draws; their logits then mean nothing
 } dspark_pass_result;
 
 // A state as pieces of bytes, in a fixed order, for save and restore; called with each piece of n_tokens. data is valid
@@ -648,6 +655,10 @@ struct dspark_backend {
                                                                     // draft k = 0.. -> logits, confidence of rows k
     float *(*draft_logits)(void *device);                           // [rows][vocab] of the last draft pass
     dspark_status (*pass_end)(void *device, dspark_pass_result *);  // drafting: before the steps, which fill it in
+    // Both NULL: the backend does not draw. After a draft pass that asked for draws, in place of n_steps draft_step's:
+    // tokens [n_rows], -1: none; and the confidence of each row. And a token from logits [vocab] of the caller's.
+    dspark_status (*draft_steps)(void *device, int n_steps, const int32_t *previous, int32_t *tokens);
+    dspark_status (*draw)(void *device, const float *logits, const dspark_device_draw *, int32_t *token);
 };
 DSPARK_API const dspark_backend *dspark_cpu_backend(void);
 #ifdef __cplusplus
@@ -4022,8 +4033,9 @@ typedef struct {
 
 // What a step gathers about its sessions; arrays of max_rows entries, [max_rows][gamma] for confidence.
 typedef struct {
-    int32_t *ids, *previous;
+    int32_t *ids, *previous, *drawn;
     dspark_segment *segments;
+    dspark_device_draw *draws;
     dspark__lane *lanes;
     float *confidence, *threshold;
     int *limit, *lengths, *lane_of;
@@ -4069,6 +4081,7 @@ DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
 
 static void dspark__batch_close(dspark__batch *b) {
     dspark__free(b->ids), dspark__free(b->previous), dspark__free(b->segments), dspark__free(b->lanes);
+    dspark__free(b->drawn), dspark__free(b->draws);
     dspark__free(b->confidence), dspark__free(b->threshold), dspark__free(b->limit), dspark__free(b->lengths);
     dspark__free(b->lane_of), dspark__free(b->scratch);
 }
@@ -4077,6 +4090,8 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     size_t n = (size_t)max_rows, scratch = dspark_schedule_scratch_bytes(max_rows, dspark__max(gamma, 1));
     b->ids = (int32_t *)dspark__alloc(n, sizeof *b->ids);
     b->previous = (int32_t *)dspark__alloc(n, sizeof *b->previous);
+    b->drawn = (int32_t *)dspark__alloc(n, sizeof *b->drawn);
+    b->draws = (dspark_device_draw *)dspark__alloc(n, sizeof *b->draws);
     b->segments = (dspark_segment *)dspark__alloc(n, sizeof *b->segments);
     b->lanes = (dspark__lane *)dspark__alloc(n, sizeof *b->lanes);
     b->confidence = (float *)dspark__alloc(n * (size_t)dspark__max(gamma, 1), sizeof *b->confidence);
@@ -4085,9 +4100,9 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->lengths = (int *)dspark__alloc(n, sizeof *b->lengths);
     b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
     b->scratch = dspark__alloc(scratch, 1);
-    *bytes += scratch + n * (3 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             (size_t)(gamma + 1) * sizeof(float));
-    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->limit &&
+    *bytes += scratch + n * (3 * sizeof(int) + 3 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
+                             sizeof *b->draws + (size_t)(gamma + 1) * sizeof(float));
+    return b->ids && b->previous && b->drawn && b->draws && b->segments && b->lanes && b->confidence && b->threshold && b->limit &&
                    b->lengths && b->lane_of && b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
@@ -4393,6 +4408,7 @@ static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, in
                                        int keep_rows, int logits_from, dspark_pass_result *result) {
     dspark_segment g = dspark__segment(s, 0, n, position);
     dspark_pass pass;
+    memset(&pass, 0, sizeof pass);
     g.keep_rows = keep_rows, g.logits_from = logits_from;
     pass.kind = DSPARK_PASS_TARGET, pass.n_rows = n, pass.n_segments = 1, pass.ids = ids, pass.segments = &g;
     return dspark__forward(s->model, &pass, result);
@@ -4459,6 +4475,7 @@ static dspark_status dspark__inject_prompt(dspark_session *s) {
     dspark_status status;
     if (!dspark__config(s)->n_stages || s->desc.policy.plain || s->n_run < 1) return DSPARK_OK;
     g = dspark__draft_segment(s, 0, 1);
+    memset(&pass, 0, sizeof pass);
     pass.kind = DSPARK_PASS_DRAFT, pass.n_rows = 1, pass.n_segments = 1, pass.ids = s->tokens, pass.segments = &g;
     if ((status = m->backend->pass_begin(m->device, &pass)) != DSPARK_OK) return status;
     m->backend->inject(m->device);
@@ -4702,6 +4719,21 @@ static int dspark__mode(const dspark_session *s) {
     return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify;
 }
 
+// Are all tokens of a session drawn where the logits are? That is up to the session alone, never to its company.
+static int dspark__drawn_there(const dspark_session *s) {
+    const dspark_session_desc *d = &s->desc;
+    int filtered = d->top_k || (d->top_p > 0 && d->top_p < 1) || d->min_p > 0;
+    return s->model->backend->draft_steps && !d->adjust && !d->logprobs &&
+           (dspark__greedy(s) || (dspark__mode(s) == DSPARK_VERIFY_COUPLED && !filtered));
+}
+// The draw of the token behind the k-th that is not committed.
+static dspark_device_draw dspark__draw_there(const dspark_session *s, int k) {
+    dspark_device_draw draw;
+    draw.temperature = dspark__greedy(s) ? 0 : s->desc.temperature, draw.seed = s->desc.seed;
+    draw.position = (uint64_t)(s->n_tokens + k);
+    return draw;
+}
+
 // Logits of the token after n of the session's tokens, in place: adjusted, then p. The log of the adjusted
 // softmax's denominator goes to *log_sum, if wanted.
 static dspark_status dspark__to_p(const dspark_session *s, float *logits, int n, double *log_sum) {
@@ -4902,7 +4934,7 @@ DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_
 
 // What a session adds to the time of each of its rows: a draw, unless it is greedy.
 static double dspark__sample_us(const dspark_session *s) {
-    return dspark__greedy(s) ? 0 : (double)s->model->profile.sample_us;
+    return dspark__greedy(s) || dspark__drawn_there(s) ? 0 : (double)s->model->profile.sample_us;
 }
 
 static double dspark__pass_time(const dspark_model *m, int64_t rows, double sample_us) {
@@ -4980,7 +5012,7 @@ static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, f
 }
 
 // The block [anchor, noise, ...] of every drafting lane goes through the drafter; then draft by draft.
-static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspark_pass *pass) {
+static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int there, dspark_pass *pass) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
     memset(pass, 0, sizeof *pass);
@@ -4988,7 +5020,8 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
     for (int i = 0; i < n; i++) {
         dspark_session *s = lanes[i].s;
         dspark_segment *g = &b->segments[pass->n_segments];
-        if (!lanes[i].n_drafted) continue;
+        if (!lanes[i].n_drafted || dspark__drawn_there(s) != there) continue;
+        b->draws[pass->n_segments] = dspark__draw_there(s, 0);
         b->lane_of[pass->n_segments++] = i;
         *g = dspark__draft_segment(s, pass->n_rows, c->dspark_block_size);
         lanes[i].draft_row = pass->n_rows, lanes[i].drafted = 1;
@@ -4997,17 +5030,42 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
     }
 }
 
-static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) {
+// All steps on the device: tokens and confidences come back.
+static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass, const float *confidence) {
+    dspark__batch *b = &m->batch;
+    int gamma = m->checkpoint.config.dspark_block_size;
+    dspark_status status;
+    for (int i = 0; i < pass->n_segments; i++) {
+        const dspark_session *s = lanes[b->lane_of[i]].s;
+        b->previous[i] = s->tokens[s->n_tokens - 1];
+    }
+    status = m->backend->draft_steps(m->device, gamma, b->previous, b->drawn);
+    for (int i = 0; i < pass->n_segments && !status; i++) {
+        dspark__lane *a = &lanes[b->lane_of[i]];
+        for (int k = 0; k < gamma; k++) {
+            int32_t token = b->drawn[a->draft_row + k];
+            if (token < 0 && k < a->n_drafted) a->n_drafted = k;
+            a->s->tokens[a->s->n_tokens + k] = a->r->draft[k] = k < a->n_drafted ? token : 0;
+            a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], m->calibration[k]);
+        }
+    }
+    return status;
+}
+
+// The lanes whose tokens the device draws, or the others.
+static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n, int there) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
     dspark_pass pass;
     dspark_pass_result out;
     dspark_status status;
     double start = dspark__now_us();
-    dspark__draft_rows(m, lanes, n, &pass);
+    dspark__draft_rows(m, lanes, n, there, &pass);
     if (!pass.n_segments) return DSPARK_OK;
+    if (there) pass.draws = b->draws;
     if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return status;
-    for (int k = 0; k < c->dspark_block_size; k++) {
+    if (there && (status = dspark__draft_there(m, lanes, &pass, out.confidence_logits)) != DSPARK_OK) return status;
+    for (int k = 0; k < c->dspark_block_size && !there; k++) {
         for (int i = 0; i < pass.n_segments; i++) {
             const dspark_session *s = lanes[b->lane_of[i]].s;
             b->previous[i] = s->tokens[s->n_tokens - 1 + k];
@@ -5099,6 +5157,11 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
         g->logits_from = !lanes[i].n_prompt ? 0 : s->n_run + rows == s->n_tokens ? rows - 1 : rows;
         memcpy(b->ids + pass.n_rows, s->tokens + s->n_run, (size_t)rows * sizeof *b->ids);
         lanes[i].logits_row = logits;
+        for (int k = 0; k < rows - g->logits_from; k++) {
+            b->draws[logits + k] = dspark__draw_there(s, k);
+            if (lanes[i].n_prompt || !dspark__drawn_there(s)) b->draws[logits + k].temperature = -1;
+            else pass.draws = b->draws;
+        }
         pass.n_rows += rows, logits += rows - g->logits_from;
         dspark__mark_run(s, s->n_run + rows);
     }
@@ -5120,8 +5183,14 @@ static void dspark__commit_prompt(dspark__lane *a, const dspark_pass_result *out
     s->has_logits = 1;
 }
 
-// Row by row, none before it is reached: plain decoding would have met no other.
-static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const float *p_draft) {
+// A row whose token the device has drawn: what plain sampling gives there.
+static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t drawn, int *accepted, int32_t *token) {
+    *token = drawn, *accepted = i < a->length && drawn == a->s->tokens[a->s->n_tokens];
+    return drawn >= 0 ? DSPARK_OK : dspark__fail(DSPARK_ERROR_NUMERIC, "row %d of a pass: its logits are no distribution", i);
+}
+
+// Row by row, none before it is reached: plain decoding would have met no other. drawn: the rows' tokens, or NULL.
+static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const float *p_draft, const int32_t *drawn) {
     dspark_session *s = a->s;
     dspark_step_result *r = a->r;
     int first = s->n_tokens, V = dspark__config(s)->vocab_size, finished = 0;
@@ -5135,8 +5204,10 @@ static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const
         double log_sum = 0;
         int32_t token = 0;
         int by;
-        dspark_status status = dspark__to_p(s, row, first + i, s->desc.logprobs ? &log_sum : NULL);
-        if (!status) status = dspark__verify_row(&v, i, &accepted, &token);
+        dspark_status status;
+        if (drawn) status = dspark__verify_there(a, i, drawn[i], &accepted, &token);
+        else status = dspark__to_p(s, row, first + i, s->desc.logprobs ? &log_sum : NULL);
+        if (!drawn && !status) status = dspark__verify_row(&v, i, &accepted, &token);
         if (status) return status;
         if (accepted) token = s->tokens[first + i];
         by = accepted         ? DSPARK_BY_DRAFT
@@ -5183,7 +5254,8 @@ static void dspark__commit(dspark__lane *lanes, int i, int n, const dspark_pass_
     int before = s->n_tokens;
     a->r->n_scheduled = a->length;
     a->r->status = dspark__verify_lane(a, out->logits + (size_t)a->logits_row * V,
-                                       p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
+                                       p_draft ? p_draft + (size_t)a->draft_row * V : NULL,
+                                       dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(lanes, i, n, s->n_tokens - before);
     dspark__count(a);
@@ -5202,8 +5274,14 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     v.p_target = p, v.vocab = V, v.position = s->n_tokens, v.mode = dspark__mode(s), v.seed = s->desc.seed,
     v.cycle = s->cycle++;
     s->has_logits = 0;
-    r->status = dspark__to_p(s, p, s->n_tokens, s->desc.logprobs ? &log_sum : NULL);
-    if (!r->status) r->status = dspark__verify_row(&v, 0, &accepted, &token);
+    if (dspark__drawn_there(s)) {
+        dspark_device_draw draw = dspark__draw_there(s, 0);
+        r->status = s->model->backend->draw(s->model->device, p, &draw, &token);
+        if (!r->status && token < 0) r->status = dspark__fail(DSPARK_ERROR_NUMERIC, "the logits are no distribution");
+    } else {
+        r->status = dspark__to_p(s, p, s->n_tokens, s->desc.logprobs ? &log_sum : NULL);
+        if (!r->status) r->status = dspark__verify_row(&v, 0, &accepted, &token);
+    }
     if (r->status) return s->n_run = s->n_tokens - 1, s->n_injected = dspark__min(s->n_injected, s->n_run), 0;
     finished = dspark__emit(s, r, token, DSPARK_BY_PLAIN,
                             s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
@@ -5240,7 +5318,8 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     int R = 0;
     for (int i = 0; i < n; i++) R += !lanes[i].n_prompt;
     for (int i = 0; i < n; i++) if (!lanes[i].n_prompt) dspark__decide_draft(&lanes[i], R);
-    status = dspark__draft(m, lanes, n);
+    status = dspark__draft(m, lanes, n, 1);
+    if (!status) status = dspark__draft(m, lanes, n, 0);
     if (!status) status = dspark__schedule(m, lanes, n);
     if (!status) status = dspark__target(m, lanes, n, &out);
     if (status) return status;
@@ -5308,7 +5387,7 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
     memset(&lane, 0, sizeof lane);
     lane.s = s, lane.n_drafted = c->dspark_block_size;
     s->tokens[s->n_tokens] = anchor;
-    dspark__draft_rows(m, &lane, 1, &pass);
+    dspark__draft_rows(m, &lane, 1, dspark__drawn_there(s), &pass);
     if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return status;
     for (int k = 0; k < c->dspark_block_size; k++) {
         m->backend->draft_step(m->device, k, &anchor);
@@ -6512,7 +6591,7 @@ static dspark_status dspark__cpu_pass_end(void *device, dspark_pass_result *out)
     dspark__cpu *d = (dspark__cpu *)device;
     int drafts = d->pass->kind == DSPARK_PASS_DRAFT;
     out->logits = drafts ? d->draft_logits : d->logits, out->n_logits = d->n_logits;
-    out->confidence_logits = drafts ? d->confidence : NULL;
+    out->confidence_logits = drafts ? d->confidence : NULL, out->tokens = NULL;
     return DSPARK_OK;
 }
 
@@ -6805,7 +6884,9 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
                                         dspark__cpu_draft_head,
                                         dspark__cpu_draft_step,
                                         dspark__cpu_draft_logits,
-                                        dspark__cpu_pass_end };
+                                        dspark__cpu_pass_end,
+                                        NULL,
+                                        NULL };
     return &cpu;
 }
 

@@ -395,8 +395,8 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
 // Tiles from output m0 on, for the rows of x that `at` says; the sums stand in parts() behind the next barrier. wait: nothing
 // but weights may be read before grid_wait.
 template <int DTYPE, int NT>
-static __device__ void tile_sums(const matrix &w, int m0, int tiles, const operand &x, const int *at, int wait) {
-    enum { DEPTH = weights_of<DTYPE>::PLANES > 1 ? 1 : NT <= 2 ? 4 : 2 };
+static __device__ __forceinline__ void tile_sums(const matrix &w, int m0, int tiles, const operand &x, const int *at, int wait) {
+    enum { DEPTH = weights_of<DTYPE>::PLANES > 1 ? 1 : NT == 1 ? 4 : NT == 2 ? 3 : 2 };
     int warp = (int)threadIdx.x / WARP, units = w.pitch / UNIT, mine = (units - warp + WARPS - 1) / WARPS;
     int steps = tiles * mine, load_tile = 0, load_unit = warp, tile = 0, unit = warp;
     piece q[DEPTH];
@@ -1345,7 +1345,7 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
 }
 
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for all rows.
-// Rows go by eights, 32 at once where there are more than eight: an expert's weights are read once for as many.
+// An expert's weights are read once for NT * 8 rows.
 typedef struct {
     shape c;
     const counts *n;
@@ -1361,7 +1361,7 @@ typedef struct {
 
 typedef struct { const int *list; int n, first_slot; } members;        // list NULL: all rows, slot K
 
-template <int NT> static __device__ void expert_rows(const experts_args &p, const matrix &w, const members &m, int i0, int m0, int tiles, float *y) {
+template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const matrix &w, const members &m, int i0, int m0, int tiles, float *y) {
     int at[NT], K = p.c.K;
     operand x = { w.dtype >= DSPARK_FP8 ? p.x.rounded : p.x.plain, p.x.plane, w.dtype >= DSPARK_FP8 ? 1 : 3 };
     for (int nt = 0; nt < NT; nt++) {
@@ -1380,7 +1380,7 @@ template <int NT> static __device__ void expert_rows(const experts_args &p, cons
     __syncthreads();
 }
 
-static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
+template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
     grid_wait();
     int n_active = p.active[0], n = p.n->n_rows, span = p.tiles * TILE;
     int of_routed = (p.experts[0].w[p.which].rows + span - 1) / span * p.n_which;
@@ -1395,10 +1395,7 @@ static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args 
         } else each = of_shared / p.n_which, part = item - n_active * of_routed;
         const matrix w = e->w[p.which + part / each];
         int m0 = part % each * span, tiles = least(p.tiles, (w.rows - m0 + TILE - 1) / TILE);
-        for (int i = 0; i < m.n;) {
-            if (m.n - i <= 8) expert_rows<1>(p, w, m, i, m0, tiles, p.y[part / each]), i += 8;
-            else expert_rows<4>(p, w, m, i, m0, tiles, p.y[part / each]), i += 32;
-        }
+        for (int i = 0; i < m.n; i += NT * 8) expert_rows<NT>(p, w, m, i, m0, tiles, p.y[part / each]);
     }
     grid_go();
 }
@@ -1429,6 +1426,79 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
         }
         put_input(p.x, r * (K + 1) + slot, mine, v, live);
     }
+}
+
+// ---- draws ------------------------------------------------------------------------------------
+// argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; the lower token of equals. Blocks
+// keep score and token in one number, and the largest wins: in any order. A row with NaN, +inf or nothing finite gives none.
+
+typedef struct { float temperature; unsigned seed[2], position[2]; } draw_row;
+typedef struct {
+    shape c;
+    const int *n;                           // rows
+    const float *logits;                    // [row][V]
+    const int *rows;                        // row i's logits and result are of rows[i] + k; NULL: i
+    int k, chunk;
+    const draw_row *draws;                  // [i]; position + k counts
+    unsigned long long *best;
+} draw_args;
+#define NO_TOKEN 0xffffffffffffffffull
+static __device__ __forceinline__ int token_of(unsigned long long best) {
+    return best == NO_TOKEN || best == 0 ? -1 : (int)(0xffffffffu - (uint32_t)best);
+}
+
+// Words index & ~3 .. of Philox4x32-10 as dspark.h counts them, purpose 0 and k 0: the noise of plain sampling.
+static __device__ void noise_words(const draw_row &d, int k, uint32_t block, uint32_t *c) {
+    unsigned long long at = ((unsigned long long)d.position[1] << 32 | d.position[0]) + (unsigned long long)k;
+    uint32_t k0 = d.seed[0], k1 = d.seed[1];
+    c[0] = block, c[1] = (uint32_t)at, c[2] = (uint32_t)(at >> 32), c[3] = (uint32_t)DSPARK_DRAW_PLAIN << 16;
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        unsigned long long a = (unsigned long long)c[0] * 0xD2511F53u, b = (unsigned long long)c[2] * 0xCD9E8D57u;
+        c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0, c[1] = (uint32_t)b;
+        c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1, c[3] = (uint32_t)a;
+    }
+}
+// -log(-log u), u = (word + 1/2) 2^-32: near 1 by what is missing from it, of which a float holds all that counts.
+static __device__ float gumbel(uint32_t w) {
+    float u = ((float)w + 0.5f) * 2.3283064365386963e-10f, missing = ((float)(0xffffffffu - w) + 0.5f) * 2.3283064365386963e-10f;
+    return -logf(w >> 31 ? -log1pf(-missing) : -logf(u));
+}
+
+static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
+    int i = (int)blockIdx.y, V = p.c.V, r, from = (int)blockIdx.x * p.chunk, to = least(V, from + p.chunk);
+    unsigned long long best = 0;
+    grid_wait();
+    grid_go();
+    if (i >= *p.n || p.draws[i].temperature < 0) return;
+    r = (p.rows ? p.rows[i] : i) + p.k;
+    const draw_row d = p.draws[i];
+    const float *logits = p.logits + (size_t)r * (size_t)V;
+    for (int v = from + 4 * (int)threadIdx.x; v < to; v += 4 * THREADS) {
+        uint32_t w[4] = { 0, 0, 0, 0 };
+        if (d.temperature > 0) noise_words(d, p.k, (uint32_t)v / 4, w);
+        for (int j = 0; j < 4 && v + j < to; j++) {
+            float z = logits[v + j];
+            unsigned long long key;
+            if (!(z <= FLT_MAX)) best = NO_TOKEN;
+            if (!(z >= -FLT_MAX)) continue;
+            if (d.temperature > 0) z = z / d.temperature + gumbel(w[j]);
+            key = (unsigned long long)ordered(z) << 32 | (0xffffffffu - (uint32_t)(v + j));
+            if (key > best) best = key;
+        }
+    }
+    for (int k = 16; k; k /= 2) {
+        uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)best, k), high = (uint32_t)__shfl_xor_sync(ALL, (int)(best >> 32), k);
+        unsigned long long other = (unsigned long long)high << 32 | low;
+        if (other > best) best = other;
+    }
+    if (threadIdx.x % WARP == 0) atomicMax(&p.best[r], best);
+}
+typedef struct { const int *n; const unsigned long long *best; int *tokens; } drawn_args;
+static __global__ void __launch_bounds__(THREADS) drawn(const drawn_args p) {
+    int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    grid_wait();
+    grid_go();
+    if (i < *p.n) p.tokens[i] = token_of(p.best[i]);
 }
 
 // ---- the drafter's own ------------------------------------------------------------------------
@@ -1477,6 +1547,7 @@ typedef struct {
     shape c;
     const counts *n;
     const int *segment_row, *previous;      // [segments]
+    const unsigned long long *best;         // [rows]: where step k - 1 was drawn here; NULL: `previous` has it
     int k, kind;
     matrix w1;
     const float *hidden, *confidence_w;     // [rows][h]; [h + rank], NULL: none
@@ -1497,10 +1568,12 @@ static __global__ void __launch_bounds__(THREADS) markov_begin(const markov_args
     grid_go();
     if (i >= p.n->n_segments) return;
     r = p.segment_row[i] + p.k;
+    int previous = p.best ? token_of(p.best[r - 1]) : p.previous[i];
+    if (previous < 0) previous = 0;         // no draft, and no draft follows one
     in = x, e = x + (rnn ? rank : h);       // [x ; e], or [s ; e ; x]
     for (int d = (int)threadIdx.x; d < h; d += THREADS) x[rnn ? 2 * rank + d : d] = p.hidden[(size_t)r * (size_t)h + (size_t)d];
     for (int d = (int)threadIdx.x; d < rank; d += THREADS) {
-        e[d] = plain_number(p.w1, p.previous[i], d);
+        e[d] = plain_number(p.w1, previous, d);
         p.e[(size_t)i * (size_t)rank + (size_t)d] = e[d];
         if (rnn) in[d] = p.k ? p.rnn[(size_t)i * (size_t)rank + (size_t)d] : 0;
     }
@@ -1548,7 +1621,7 @@ typedef struct {
     const expert *experts;                  // on the device: E, then the shared one
 } layer_weights;
 
-enum { OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD };
+enum { OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD, OP_DRAW };
 typedef struct { unsigned char op, sub; short layer; } operation;
 
 // A pass that was recorded: what was called, in grids for so many rows.
@@ -1560,7 +1633,7 @@ typedef struct {
 enum { MAX_RECORDINGS = 64, RECORDED_ROWS = 64, STAGE_BYTES = 8 << 20 };
 
 // What changes from pass to pass: filled in on the host, copied at its begin.
-typedef struct { counts *n; row *rows; int *logit_rows, *segment_row, *previous; injection *injected; } pass_block;
+typedef struct { counts *n; row *rows; int *logit_rows, *segment_row, *previous, *tokens; injection *injected; draw_row *draws; } pass_block;
 
 typedef struct {
     const dspark_config *c;
@@ -1588,10 +1661,11 @@ typedef struct {
     uint16_t *query;
     float *query_w, *scores, *part;
     int *chosen, *route, *first, *list, *active;
+    unsigned long long *best;
 
     // a pass in the making
     int drafts, n_rows, n_logits, n_segments, n_injected, grid_rows, grid_logits, grid_injected;
-    const dspark_pass *pass;
+    int draws;                              // the pass gives tokens, not logits
     operation *ops;
     int n_ops, max_ops;
     int from, tap, slots;                   // of the stream, what is put off until the next mix
@@ -1797,6 +1871,14 @@ static void op_attention(cuda *d, int l) {
     jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
 }
 
+// Rows spread over experts: few of them have more than a quarter of them.
+static void experts_run(cuda *d, const experts_args &e) {
+    dim3 grid = grid_of(2 * d->sms, 1);
+    if (d->grid_rows <= 8) LAUNCH(experts<1>, grid, THREADS, 0, e);
+    else if (d->grid_rows <= 32) LAUNCH(experts<2>, grid, THREADS, 0, e);
+    else LAUNCH(experts<4>, grid, THREADS, 0, e);
+}
+
 static void op_moe(cuda *d, int l) {
     const layer_weights *w = &d->layer[l];
     int K = d->s.K, width = d->act.stride, up_stride = (K + 1) * width;
@@ -1814,12 +1896,12 @@ static void op_moe(cuda *d, int l) {
     LAUNCH(route, grid_of(1 + d->grid_rows, 1), smaller(1024, WARP * larger(8, d->grid_rows)), 0, r);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width, e.tiles = 2;
-    LAUNCH(experts, grid_of(2 * d->sms, 1), THREADS, 0, e);
+    experts_run(d, e);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
     LAUNCH(swiglu, grid_of(d->grid_rows, K + 1), THREADS, 0, a);
     e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
-    LAUNCH(experts, grid_of(2 * d->sms, 1), THREADS, 0, e);
+    experts_run(d, e);
 }
 
 static void op_head(cuda *d, int drafts) {
@@ -1861,6 +1943,22 @@ static void op_inject(cuda *d) {
     LAUNCH(inject_rows, grid_of(n, stages), THREADS, (size_t)d->s.D * sizeof(float), a);
 }
 
+// Best tokens of n rows, row i those of rows[i] + k.
+static void run_draw(cuda *d, const float *logits, int n, const int *n_rows, const int *rows, int k) {
+    draw_args p;
+    int blocks = larger(1, smaller(blocks_of(d->s.V, 4 * THREADS), blocks_of(4 * d->sms, n)));
+    memset(&p, 0, sizeof p);
+    p.c = d->s, p.n = n_rows, p.logits = logits, p.rows = rows, p.k = k, p.draws = d->dev.draws, p.best = d->best;
+    p.chunk = blocks_of(blocks_of(d->s.V, blocks), 4) * 4;
+    LAUNCH(draw, grid_of(blocks, n), THREADS, 0, p);
+}
+static void op_draw(cuda *d) {
+    drawn_args p = { &d->dev.n->n_logits, d->best, d->dev.tokens };
+    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
+    run_draw(d, d->logits, d->grid_logits, p.n, NULL, 0);
+    LAUNCH(drawn, grid_of(blocks_of(d->grid_logits, THREADS), 1), THREADS, 0, p);
+}
+
 static void run_op(cuda *d, const operation *o) {
     switch (o->op) {
     case OP_MIX_IN: op_mix_in(d, o->layer, o->sub); break;
@@ -1870,6 +1968,7 @@ static void run_op(cuda *d, const operation *o) {
     case OP_TAP: op_tap(d, o->layer); break;
     case OP_HEAD: op_head(d, 0); break;
     case OP_INJECT: op_inject(d); break;
+    case OP_DRAW: op_draw(d); break;
     default: op_head(d, 1);
     }
 }
@@ -1938,6 +2037,15 @@ static int inject_all(cuda *d, const dspark_pass *pass) {
     return n;
 }
 
+static void draws_copy(cuda *d, const dspark_device_draw *from, int n) {
+    for (int i = 0; i < n; i++) {
+        draw_row r = { from[i].temperature, { (unsigned)from[i].seed, (unsigned)(from[i].seed >> 32) },
+                       { (unsigned)from[i].position, (unsigned)(from[i].position >> 32) } };
+        d->host.draws[i] = r;
+    }
+    block_copy(d, d->dev.draws, d->host.draws, (size_t)n, sizeof(draw_row));
+}
+
 static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     cuda *d = (cuda *)device;
     counts *n = d->host.n;
@@ -1947,6 +2055,7 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
         return result(d);
     }
     d->n_ops = 0, d->from = STREAM_EMBED, d->tap = -1;
+    d->draws = pass->draws != NULL;
     d->drafts = pass->kind == DSPARK_PASS_DRAFT, d->n_rows = pass->n_rows, d->n_segments = pass->n_segments, d->n_logits = 0;
     memset(n, 0, sizeof *n);
     for (int i = 0; i < pass->n_segments; i++) segment_rows(d, pass, i, &d->n_logits);
@@ -1959,6 +2068,7 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     block_copy(d, d->dev.logit_rows, d->host.logit_rows, (size_t)d->n_logits, sizeof(int));
     block_copy(d, d->dev.segment_row, d->host.segment_row, (size_t)d->n_segments, sizeof(int));
     block_copy(d, d->dev.injected, d->host.injected, (size_t)d->n_injected, sizeof(injection));
+    if (d->draws) draws_copy(d, pass->draws, d->drafts ? d->n_segments : d->n_logits);
     return result(d);
 }
 
@@ -2009,23 +2119,31 @@ static void play(cuda *d) {
 static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
     cuda *d = (cuda *)device;
     size_t V = (size_t)d->s.V;
+    int drawn_here = d->draws && !d->drafts && d->n_logits;
+    if (drawn_here) note(d, OP_DRAW, 0, 0);
     play(d);
-    if (!d->drafts && d->n_logits)
-        TRY(cudaMemcpyAsync(d->host_logits, d->logits, (size_t)d->n_logits * V * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+    if (drawn_here) TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_logits * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
+    for (int i = 0, n; i < d->n_logits && !d->drafts; i += n) {     // logits: runs of rows that are not drawn here
+        for (n = 0; i + n < d->n_logits && (!d->draws || d->host.draws[i + n].temperature < 0);) n++;
+        if (n) TRY(cudaMemcpyAsync(d->host_logits + (size_t)i * V, d->logits + (size_t)i * V, (size_t)n * V * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+        else n = 1;
+    }
     TRY(cudaStreamSynchronize(d->stream));
     out->logits = d->drafts ? d->host_drafts : d->host_logits, out->n_logits = d->n_logits;
+    out->tokens = drawn_here ? d->host.tokens : NULL;
     out->confidence_logits = d->drafts ? d->host_confidence : NULL;
     return result(d);
 }
 
 // ---- the sequential head ----------------------------------------------------------------------
 
-static void draft_step(cuda *d, int k) {
+static void draft_step(cuda *d, int k, int drawn_here) {
     int n = d->n_segments, rank = d->s.rank, kind = d->w->head_kind;
     linears_args p;
     markov_args m;
     memset(&p, 0, sizeof p), memset(&m, 0, sizeof m);
     m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k, m.kind = kind;
+    m.best = drawn_here && k ? d->best : NULL;
     m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
     m.confidence = d->confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in, m.out = d->markov_out;
     LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
@@ -2047,7 +2165,7 @@ static void cuda_draft_step(void *device, int k, const int32_t *previous) {
     size_t V = (size_t)d->s.V;
     for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = previous[i];
     block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
-    draft_step(d, k);
+    draft_step(d, k, 0);
     for (int i = 0; i < d->n_segments; i++) {
         size_t r = (size_t)(d->host.segment_row[i] + k);
         TRY(cudaMemcpyAsync(d->host_drafts + r * V, d->draft_logits + r * V, V * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
@@ -2055,6 +2173,40 @@ static void cuda_draft_step(void *device, int k, const int32_t *previous) {
     TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
     TRY(cudaStreamSynchronize(d->stream));
     for (int i = 0; d->status && i < d->n_segments; i++) d->host_drafts[(size_t)(d->host.segment_row[i] + k) * V] = NAN;
+}
+// All steps, each token drawn here from the logits before the next step needs it.
+static dspark_status cuda_draft_steps(void *device, int n_steps, const int32_t *previous, int32_t *tokens) {
+    cuda *d = (cuda *)device;
+    drawn_args p = { &d->dev.n->n_rows, d->best, d->dev.tokens };
+    for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = previous[i];
+    block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
+    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
+    for (int k = 0; k < n_steps; k++) {
+        draft_step(d, k, 1);
+        run_draw(d, d->draft_logits, d->n_segments, &d->dev.n->n_segments, d->dev.segment_row, k);
+    }
+    LAUNCH(drawn, grid_of(blocks_of(d->n_rows, THREADS), 1), THREADS, 0, p);
+    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_rows * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
+    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+    TRY(cudaStreamSynchronize(d->stream));
+    for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.tokens[r];
+    return result(d);
+}
+// From logits of the caller's: through the same kernel as all others, and so the same token.
+static dspark_status cuda_draw(void *device, const float *logits, const dspark_device_draw *draw_it, int32_t *token) {
+    cuda *d = (cuda *)device;
+    if (d->status) return result(d);
+    memset(d->host.n, 0, sizeof *d->host.n);
+    d->host.n->n_logits = d->grid_logits = 1;
+    memcpy(d->host_logits, logits, (size_t)d->s.V * sizeof *logits);
+    block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->host.n);
+    block_copy(d, d->logits, d->host_logits, (size_t)d->s.V, sizeof *logits);
+    draws_copy(d, draw_it, 1);
+    op_draw(d);
+    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, sizeof(int), cudaMemcpyDeviceToHost, d->stream));
+    TRY(cudaStreamSynchronize(d->stream));
+    *token = d->status ? -1 : d->host.tokens[0];
+    return result(d);
 }
 static float *cuda_draft_logits(void *device) { return ((cuda *)device)->host_drafts; }
 
@@ -2319,6 +2471,7 @@ static void carve_block(cuda *d, pass_block *b, carver *v) {
     size_t n = (size_t)d->max_rows;
     b->n = (counts *)carve(v, 1, sizeof(counts)), b->rows = (row *)carve(v, n, sizeof(row));
     b->logit_rows = (int *)carve(v, n, sizeof(int)), b->segment_row = (int *)carve(v, n, sizeof(int));
+    b->tokens = (int *)carve(v, n, sizeof(int)), b->draws = (draw_row *)carve(v, n, sizeof(draw_row));
     b->previous = (int *)carve(v, n, sizeof(int)), b->injected = (injection *)carve(v, n, sizeof(injection));
 }
 
@@ -2358,6 +2511,7 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     int n = blocks_of(d->max_rows, 64) * 64, h = c->h;
     carve_block(d, &d->dev, &v);
     d->residual = carve_rows(&v, n, COPIES * h), d->mixes = carve_rows(&v, n, MIX), d->post_comb = carve_rows(&v, n, COPIES + COPIES * COPIES);
+    d->best = (unsigned long long *)carve(&v, (size_t)n, sizeof *d->best);
     d->partial = carve_rows(&v, n, h / SLICE * WARP), d->x = carve_input(&v, n, h), d->y = carve_rows(&v, n, h);
     d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
     carve_attention(d, &v, n);
@@ -2643,6 +2797,6 @@ extern "C" const dspark_backend *dspark_cuda_backend(void) {
     static const dspark_backend table = { "cuda", cuda_open, cuda_close, cuda_bytes, cuda_path_name, cuda_threads, cuda_max_rows,
                                           cuda_state_bytes, cuda_state_open, cuda_state_close, cuda_state_copy, cuda_state_pieces,
                                           cuda_pass_begin, cuda_mix_in, cuda_attention, cuda_moe, cuda_mix_out, cuda_tap, cuda_head,
-                                          cuda_inject, cuda_draft_head, cuda_draft_step, cuda_draft_logits, cuda_pass_end };
+                                          cuda_inject, cuda_draft_head, cuda_draft_step, cuda_draft_logits, cuda_pass_end, cuda_draft_steps, cuda_draw };
     return &table;
 }
