@@ -123,6 +123,7 @@ static dspark_session *open_for_text(dspark_model *m, const int32_t *tokens, int
     dspark_session_desc d = session_desc(96);
     dspark_session *s;
     d.temperature = i ? .9f : 0, d.seed = (uint64_t)i, d.ignore_eos = 1, d.policy.plain = plain;
+    d.top_k = i == 1 ? 20 : 0;              /* drawn by the host; the others on the device */
     d.policy.schedule = i == 2 ? DSPARK_SCHEDULE_THRESHOLD : DSPARK_SCHEDULE_BLOCK, d.policy.threshold = .5f;
     s = open_session_as(m, &d);
     must(dspark_session_append(s, tokens + i, PROMPT + i));
@@ -153,6 +154,33 @@ static void check_texts(const char *dir) {
     ok(same_text == 3, "%s: three sessions in one pass with DSpark have the texts of plain decoding alone", dir);
     for (int i = 0; i < 3; i++) dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
     dspark_model_close(m), free(tokens);
+}
+
+static void check_draws(const char *dir) {
+    enum { N = 300 };
+    dspark_model *m = open_on_device(dir, 8);
+    int V = dspark_model_config(m)->vocab_size, equal = 0, none = 0;
+    float *logits = (float *)must_have(malloc((size_t)V * sizeof *logits)), *p = (float *)must_have(malloc((size_t)V * sizeof *p));
+    int32_t there = 0, here = 0;
+    for (int i = 0; i < N; i++) {
+        dspark_device_draw draw = { i % 3 ? .4f * (float)(i % 3) : 0, (uint64_t)i << 30, (uint64_t)i };
+        for (int v = 0; v < V; v++) logits[v] = i % 5 ? (float)dice(4000) / 500 : (float)dice(3);      /* with ties */
+        must(m->backend->draw(m->device, logits, &draw, &there));
+        must(dspark_distribution(logits, V, draw.temperature, 0, 0, 0, p));
+        if (draw.temperature > 0) must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.position, 0, &here));
+        else for (here = 0; p[here] == 0; here++) {}
+        equal += here == there;
+    }
+    ok(equal == N, "%s: tokens drawn on the device are those that dspark_draw gives, ties at temperature 0 included", dir);
+    for (int i = 0; i < 3; i++) {
+        dspark_device_draw draw = { i ? 1 : 0, 1, 1 };
+        for (int v = 0; v < V; v++) logits[v] = i == 2 ? -HUGE_VALF : 1;
+        if (i < 2) logits[V - 3] = i ? NAN : HUGE_VALF;
+        must(m->backend->draw(m->device, logits, &draw, &there));
+        none += there == -1;
+    }
+    ok(none == 3, "%s: a row with NaN, with infinity or without mass gives no token", dir);
+    dspark_model_close(m), free(logits), free(p);
 }
 
 /* ---- sessions that go and come */
@@ -227,6 +255,7 @@ int main(void) {
     check_chunks(golden_a, 33, chunks_a, COUNT(chunks_a));
     check_chunks(golden_b, 41, chunks_b, COUNT(chunks_b));
     check_texts(golden_b);
+    check_draws(golden_b);
     check_copies(golden_b);
 #ifdef DSPARK_CUDA_HOST
     check_failures();
