@@ -13,7 +13,7 @@ CHECKS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-
 TESTS := $(patsubst tests/%.c,%,$(shell grep -l '"tap.h"' tests/*.c))
 SHELL_TESTS := $(wildcard tests/*.sh)
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
-BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/*.c))
+BENCHES := $(filter-out cuda,$(patsubst bench/%.c,%,$(wildcard bench/*.c)))     # cuda needs nvcc: make bench-cuda
 HEADERS := dspark.h $(wildcard tests/*.h)
 export CC
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)    # programs are built side by side, tests run in turn
@@ -89,7 +89,7 @@ build/fuzz/%.exe: tests/fuzz/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	clang $(STD) -O1 -fsanitize=fuzzer $(CHECKS) -I. -Itests $< -o $@ -lm
 
-bench: $(BENCHES:%=build/bench/%)     ## speed, memory, quality against what is promised: a table, and a CSV
+bench: $(BENCHES:%=build/bench/%) build/tools/synth     ## speed, memory, quality against what is promised: a table, and a CSV
 	@bench/run.sh
 
 bench-%: build/bench/%
@@ -98,6 +98,18 @@ bench-%: build/bench/%
 build/bench/%: bench/%.c $(HEADERS) $(wildcard bench/*.h)
 	@mkdir -p $(@D)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -I. $< -o $@ -lm
+
+build/tools/synth: tools/synth.c tools/synth.h
+	@mkdir -p $(@D)
+	$(CC) $(STD) $(CFLAGS) $(WARN) $< -o $@ -lm
+
+build/bench/dspark_cuda.o: dspark_cuda.cu dspark.h
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) -DDSPARK_CUDA_TIMED -c dspark_cuda.cu -o $@
+
+build/bench/cuda: bench/cuda.c bench/bench.h tools/synth.h build/bench/dspark_cuda.o $(HEADERS)
+	$(CC) $(STD) $(CFLAGS) $(WARN) -I. -c bench/cuda.c -o $@.o
+	$(NVCC) $@.o build/bench/dspark_cuda.o -o $@ -lm
 
 clean:      ## remove what was built
 	rm -rf build dspark

@@ -1698,9 +1698,36 @@ static dspark_status result(cuda *d) {
     return status;
 }
 
+#ifdef DSPARK_CUDA_TIMED
+// For bench/cuda.c: while `on`, passes run call by call, each with its time. One device at a time.
+enum { MAX_TIMED = 64 };
+static struct { int on, n; cudaEvent_t begin, end; struct { const char *name; double us; long calls; } kernels[MAX_TIMED]; } timed;
+static void time_begin(cuda *d) {
+    if (timed.on) TRY(cudaEventRecord(timed.begin, d->stream));
+}
+static void time_end(cuda *d, const char *name) {
+    float ms = 0;
+    int i = 0;
+    if (!timed.on) return;
+    TRY(cudaEventRecord(timed.end, d->stream));
+    TRY(cudaEventSynchronize(timed.end));
+    TRY(cudaEventElapsedTime(&ms, timed.begin, timed.end));
+    while (i < timed.n && strcmp(timed.kernels[i].name, name)) i++;
+    if (i == MAX_TIMED) return;
+    if (i == timed.n) timed.n++, timed.kernels[i].name = name, timed.kernels[i].us = 0, timed.kernels[i].calls = 0;
+    timed.kernels[i].us += 1e3 * (double)ms, timed.kernels[i].calls++;
+}
+#define TIMED timed.on
+#else
+#define time_begin(d) ((void)0)
+#define time_end(d, name) ((void)0)
+#define TIMED 0
+#endif
+
 template <class P>
 static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int threads, size_t shared, const P &p) {
     if (d->status || !grid.x || !grid.y) return;
+    time_begin(d);
 #ifdef DSPARK_CUDA_HOST
     good(d, host_launch(grid, dim3((unsigned)threads), shared, d->stream, kernel, p), name);
 #else
@@ -1712,6 +1739,7 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
     config.attrs = &early, config.numAttrs = 1;
     good(d, cudaLaunchKernelEx(&config, kernel, p), name);
 #endif
+    time_end(d, name);
 }
 #define LAUNCH(kernel, ...) launch(d, #kernel, kernel, __VA_ARGS__)
 static dim3 grid_of(int x, int y) { return dim3((unsigned)x, (unsigned)y); }
@@ -2108,6 +2136,7 @@ static void play(cuda *d) {
         const operation *o = &d->ops[i];
         calls = (calls ^ (uint64_t)(o->op | o->sub << 8 | (int)o->layer << 16)) * 1099511628211u;
     }
+    if (TIMED) return run_ops(d);
     if (!(r = recording_find(d, calls)) && d->grid_rows <= RECORDED_ROWS && d->n_recordings < MAX_RECORDINGS) {
         record(d, calls);
         r = recording_find(d, calls);
@@ -2792,6 +2821,31 @@ static dspark_status cuda_state_pieces(void *p, int n_tokens, int restore, dspar
     }
     return status;
 }
+
+#ifdef DSPARK_CUDA_TIMED
+extern "C" int dspark_cuda_timing(int on) {     // begins anew; 0: the device failed
+    timed.n = 0, timed.on = on;
+    return timed.begin || (cudaEventCreateWithFlags(&timed.begin, 0) == cudaSuccess && cudaEventCreateWithFlags(&timed.end, 0) == cudaSuccess);
+}
+extern "C" const char *dspark_cuda_time(int i, double *us, long *calls) {      // NULL: there are no more
+    if (i >= timed.n) return NULL;
+    *us = timed.kernels[i].us, *calls = timed.kernels[i].calls;
+    return timed.kernels[i].name;
+}
+// GB/s, read and written, of a copy on the device; 0: it failed.
+extern "C" double dspark_cuda_copy_rate(size_t n) {
+    uint8_t *p = NULL;
+    float ms = 0, best = 0;
+    if (!dspark_cuda_timing(0) || cudaMalloc(&p, 2 * n) != cudaSuccess) return 0;
+    for (int i = 0; i < 6; i++) {
+        cudaEventRecord(timed.begin, 0), cudaMemcpyAsync(p + n, p, n, cudaMemcpyDeviceToDevice, 0), cudaEventRecord(timed.end, 0);
+        if (cudaEventSynchronize(timed.end) || cudaEventElapsedTime(&ms, timed.begin, timed.end)) break;
+        if (i && ms > 0 && (best == 0 || ms < best)) best = ms;
+    }
+    cudaFree(p);
+    return best > 0 ? 2e-6 * (double)n / (double)best : 0;
+}
+#endif
 
 extern "C" const dspark_backend *dspark_cuda_backend(void) {
     static const dspark_backend table = { "cuda", cuda_open, cuda_close, cuda_bytes, cuda_path_name, cuda_threads, cuda_max_rows,
