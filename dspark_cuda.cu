@@ -29,6 +29,7 @@
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
 #else
 #include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
 #endif
 #include "dspark.h"
 #include <float.h>
@@ -1219,24 +1220,20 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
     merge_heads(p, p.rows[r], view_of(p, p.rows[r], p.n->drafts), i, r);
 }
 
-// This pass's rows into the rings, when nobody looks at what they replace; a row that a later one replaces is left out.
-typedef struct { shape c; const counts *n; const row *rows; int layer, ratio; const float *from[N_ARRAYS]; int width[N_ARRAYS]; } commit_args;
-static __global__ void __launch_bounds__(THREADS) commit(const commit_args p) {
-    int r = (int)blockIdx.x;
-    grid_wait();
-    grid_go();
-    if (r >= p.n->n_rows) return;
+// A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
+typedef struct { const row *rows; int layer, ratio; const float *from[N_ARRAYS]; int width[N_ARRAYS]; } commit_args;
+static __device__ void commit(const shape &c, const commit_args &p, int r) {
     const row &s = p.rows[r];
     for (int a = 0; a < N_ARRAYS; a++) {
-        int ring = a == WINDOW ? p.c.ring : raw_ring(p.ratio, p.c.block), w = p.width[a];
+        int ring = a == WINDOW ? c.ring : raw_ring(p.ratio, c.block), w = p.width[a];
         if (!p.from[a] || s.position < s.first_position + s.n - ring) continue;
         float *to = (float *)(void *)s.state[p.layer * N_ARRAYS + a] + (size_t)(s.position % ring) * (size_t)w;
         for (int i = (int)threadIdx.x; i < w; i += THREADS) to[i] = p.from[a][(size_t)r * (size_t)w + (size_t)i];
     }
 }
 
-// Rows of floats as inputs: [rows][n], normed first where there is a norm.
-typedef struct { shape c; const int *n_rows; const float *x, *norm; int n; input out; } round_args;
+// Rows of floats as inputs: [rows][n], normed first where there is a norm. Blocks of y 1 commit a row beside that.
+typedef struct { shape c; const int *n_rows; const float *x, *norm; int n; input out; commit_args commit; } round_args;
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
     __shared__ float scratch[WARPS];
     SHARED_BYTES(bytes);
@@ -1245,6 +1242,10 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     grid_wait();
     grid_go();
     if (r >= *p.n_rows) return;
+    if (blockIdx.y) {
+        commit(p.c, p.commit, r);
+        return;
+    }
     for (int i = (int)threadIdx.x; i < p.n; i += THREADS) x[i] = p.x[(size_t)r * (size_t)p.n + (size_t)i];
     __syncthreads();
     if (p.norm) norm_row(x, p.norm, p.n, p.c.eps, scratch);
@@ -1639,7 +1640,7 @@ typedef struct {
     const dspark_config *c;
     const dspark_weights *w;
     shape s;
-    int max_rows, sms, shared_most, layers;
+    int max_rows, sms, major, shared_most, layers;
     dspark_status status;                   // the first failure, until pass_end gives it
     char message[256];
     cudaStream_t stream;
@@ -1736,7 +1737,7 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared, config.stream = d->stream;
-    config.attrs = &early, config.numAttrs = 1;
+    config.attrs = &early, config.numAttrs = d->major >= 9;
     good(d, cudaLaunchKernelEx(&config, kernel, p), name);
 #endif
     time_end(d, name);
@@ -1869,10 +1870,10 @@ static void op_attention(cuda *d, int l) {
     const layer_weights *w = &d->layer[l];
     linears_args p;
     attend_args a;
-    commit_args o;
     round_args r;
+    commit_args *o = &r.commit;
     attention_project(d, w, l);
-    memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&o, 0, sizeof o), memset(&r, 0, sizeof r);
+    memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->drafts ? 0 : w->ratio, a.freqs = d->freqs[w->ratio > 0];
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     for (a.row0 = 0; a.row0 < d->grid_rows; a.row0 += ATTEND_ROWS) {
@@ -1885,16 +1886,15 @@ static void op_attention(cuda *d, int l) {
     p.jobs[0].x.x = d->o.plain, p.jobs[0].x.planes = 3;        // wo_a takes its input as it is
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = w->wo_a.cols;
     jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
-    o.c = d->s, o.n = d->dev.n, o.rows = d->dev.rows, o.layer = l, o.ratio = w->ratio;
-    o.from[WINDOW] = d->kv, o.width[WINDOW] = d->s.D;
+    o->rows = d->dev.rows, o->layer = l, o->ratio = w->ratio;
+    o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
     for (int i = 0; i < 2 && w->ratio; i++) {
         if (i && w->ratio != 4) continue;
-        o.from[i ? INDEX_KV : KV] = i ? d->index_kv : d->pool_kv, o.from[i ? INDEX_GATE : GATE] = i ? d->index_gate : d->pool_gate;
-        o.width[i ? INDEX_KV : KV] = o.width[i ? INDEX_GATE : GATE] = w->pool[i].w;
+        o->from[i ? INDEX_KV : KV] = i ? d->index_kv : d->pool_kv, o->from[i ? INDEX_GATE : GATE] = i ? d->index_gate : d->pool_gate;
+        o->width[i ? INDEX_KV : KV] = o->width[i ? INDEX_GATE : GATE] = w->pool[i].w;
     }
-    if (!d->drafts) LAUNCH(commit, grid_of(d->grid_rows, 1), THREADS, 0, o);
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
-    LAUNCH(round_rows, grid_of(d->grid_rows, 1), THREADS, (size_t)r.n * sizeof(float), r);
+    LAUNCH(round_rows, grid_of(d->grid_rows, d->drafts ? 1 : 2), THREADS, (size_t)r.n * sizeof(float), r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
     jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
 }
@@ -2100,8 +2100,20 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     return result(d);
 }
 
+// Each in a range of its name, for a profiler.
 static void run_ops(cuda *d) {
-    for (int i = 0; i < d->n_ops && !d->status; i++) run_op(d, &d->ops[i]);
+#ifndef DSPARK_CUDA_HOST
+    static const char *const names[] = { "mix_in", "attention", "moe", "mix_out", "tap", "head", "inject", "draft_head", "draw" };
+#endif
+    for (int i = 0; i < d->n_ops && !d->status; i++) {
+#ifndef DSPARK_CUDA_HOST
+        nvtxRangePushA(names[d->ops[i].op]);
+#endif
+        run_op(d, &d->ops[i]);
+#ifndef DSPARK_CUDA_HOST
+        nvtxRangePop();
+#endif
+    }
 }
 
 static recording *recording_find(cuda *d, uint64_t calls) {
@@ -2627,13 +2639,12 @@ static void allow_shared(cuda *d) {
 }
 
 static void open_device(cuda *d) {
-    int major = 0;
     TRY(cudaSetDevice(0));
-    TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    TRY(cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, 0));
     TRY(cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, 0));
     TRY(cudaDeviceGetAttribute(&d->shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     TRY(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
-    if (!d->status && major < 8) fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: compute capability %d, expected 8.0 or newer", major);
+    if (!d->status && d->major < 8) fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: compute capability %d, expected 8.0 or newer", d->major);
 }
 
 // Room for weights and workspace, or a failure that says how much of each there would have to be.
