@@ -102,8 +102,14 @@
    threads, at any optimization level, in any batch. Two FP8 codes that released weights do not use, 127 and 255
    (NaN), are read as +-480.
 
+   ON A GPU
+   dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one seed,
+   one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device, in float,
+   but for sessions with an adjust hook, log-probabilities, a filter or rejection: asking for log-probabilities may change
+   a text where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread on the host.
+
    WHAT IT DOES NOT DO
-   No GPU yet: >>api-backend is where it goes. Windows and big-endian machines. Tool calls in the chat form.
+   Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
    Models other than DeepSeek-V4. Conversion: checkpoints are the official safetensors or nothing.
 
    VERSIONS
