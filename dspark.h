@@ -103,10 +103,11 @@
    (NaN), are read as +-480.
 
    ON A GPU
-   dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one seed,
-   one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device, in float,
-   but for sessions with an adjust hook, log-probabilities, a filter or rejection: asking for log-probabilities may change
-   a text where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread on the host.
+   dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one
+   seed, one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device,
+   in float, but for sessions with an adjust hook, log-probabilities, a filter or rejection: asking for
+   log-probabilities may change a text where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread
+   on the host.
 
    WHAT IT DOES NOT DO
    Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
@@ -4108,8 +4109,8 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->scratch = dspark__alloc(scratch, 1);
     *bytes += scratch + n * (3 * sizeof(int) + 3 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
                              sizeof *b->draws + (size_t)(gamma + 1) * sizeof(float));
-    return b->ids && b->previous && b->drawn && b->draws && b->segments && b->lanes && b->confidence && b->threshold && b->limit &&
-                   b->lengths && b->lane_of && b->scratch
+    return b->ids && b->previous && b->drawn && b->draws && b->segments && b->lanes && b->confidence &&
+                   b->threshold && b->limit && b->lengths && b->lane_of && b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
 }
@@ -5037,7 +5038,8 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int 
 }
 
 // All steps on the device: tokens and confidences come back.
-static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass, const float *confidence) {
+static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass,
+                                         const float *confidence) {
     dspark__batch *b = &m->batch;
     int gamma = m->checkpoint.config.dspark_block_size;
     dspark_status status;
@@ -5192,7 +5194,8 @@ static void dspark__commit_prompt(dspark__lane *a, const dspark_pass_result *out
 // A row whose token the device has drawn: what plain sampling gives there.
 static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t drawn, int *accepted, int32_t *token) {
     *token = drawn, *accepted = i < a->length && drawn == a->s->tokens[a->s->n_tokens];
-    return drawn >= 0 ? DSPARK_OK : dspark__fail(DSPARK_ERROR_NUMERIC, "row %d of a pass: its logits are no distribution", i);
+    if (drawn >= 0) return DSPARK_OK;
+    return dspark__fail(DSPARK_ERROR_NUMERIC, "row %d of a session: its logits are no distribution", i);
 }
 
 // Row by row, none before it is reached: plain decoding would have met no other. drawn: the rows' tokens, or NULL.
@@ -6845,7 +6848,8 @@ static dspark_status dspark__cpu_state_open(void **state, void *device, int max_
 static dspark_status dspark__cpu_state_copy(void *to, const void *from, int n_tokens) {
     const dspark__state *a = (const dspark__state *)from, *b = (const dspark__state *)to;
     for (int i = 0; i < a->n_arrays; i++)
-        memcpy(b->arrays[i].data, a->arrays[i].data, a->arrays[i].row_bytes * dspark__array_rows(&a->arrays[i], n_tokens));
+        memcpy(b->arrays[i].data, a->arrays[i].data,
+               a->arrays[i].row_bytes * dspark__array_rows(&a->arrays[i], n_tokens));
     return DSPARK_OK;
 }
 

@@ -1,20 +1,23 @@
 // dspark_cuda.cu - the CUDA backend of dspark.h, in one file. MIT license, as dspark.h.
 //
-//     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c dspark_cuda.cu     (sm_80 and newer; `make cuda` builds all)
+//     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c dspark_cuda.cu     (or sm_80 and newer; make cuda)
 //     desc.backend = dspark_cuda_backend();
 //
-// WHAT IT KEEPS OF THE CPU'S DEFINITION: every rounding to FP8 and FP4 at its place, fp32 between them, ties and orders of
-// selection; so the golden cases hold at their tolerances. WHAT IT DOES NOT: the order of a sum, so bits differ from the CPU's.
-// BATCH INVARIANCE: a row's bits depend on no other row. A linear's sum over k is cut into units of 128 bytes of weights; warp w
-// of eight takes units w, w + 8, ... in order, and the eight sums are added in order, at every number of rows. An attention's keys
-// are cut by their number alone. Compile without contraction (-fmad=false): fused products are written fmaf.
+// WHAT IT KEEPS OF THE CPU'S DEFINITION: every rounding to FP8 and FP4 at its place, fp32 between them, ties and orders
+// of selection; so the golden cases hold at their tolerances. WHAT IT DOES NOT: the order of a sum, so bits differ from
+// the CPU's.
+// BATCH INVARIANCE: a row's bits depend on no other row. A linear's sum over k is cut into units of 128 bytes of
+// weights; warp w of eight takes units w, w + 8, ... in order, and the eight sums are added in order, at every number
+// of rows. An attention's keys are cut by their number alone. Compile without contraction (-fmad=false): fused products
+// are written fmaf.
 //
-// EXACT PRODUCTS. FP8 and FP4 weights with their scales, and rounded inputs with theirs, are bf16 numbers as they are: one
-// mma.m16n8k16 sums exact products in fp32. Inputs that are not rounded (of wo_a and of bf16 matrices) go in as three bf16 planes
-// whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16, 32 or 64 rows.
+// EXACT PRODUCTS. FP8 and FP4 weights with their scales, and rounded inputs with theirs, are bf16 numbers as they are:
+// one mma.m16n8k16 sums exact products in fp32. Inputs that are not rounded (of wo_a and of bf16 matrices) go in as
+// three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
+// 16, 32 or 64 rows.
 //
 // operation     kernel                what bounds it at few rows; V4-Flash, one row: MB (us at 3.0 TB/s) a layer
-// mix_out, tap  stream                bytes of hc_fn, 1.6 twice (1), in slices of 32 dims; the next mix's products come with it
+// mix_out, tap  stream                bytes of hc_fn, 1.6 twice (1), 32 dims a block; the next mix's products with it
 // mix_in        mix                   latency: one block a row
 // attention     linears, project      wq_a, wkv, compressors 27.8 (9)
 //               linears               wq_b, index wq_b 41.9 (14)
@@ -42,9 +45,9 @@
 enum { WARP = 32, WARPS = 8, THREADS = WARP * WARPS };
 enum { COPIES = 4, MIX = (2 + COPIES) * COPIES };       // hc_mult, and the numbers that a mix computes for a row
 enum { SLICE = 32 };                                    // dims of the hidden state that a block of the stream owns
-enum { UNIT = 128, TILE = 16 };                         // bytes of a weight row that a warp takes at once; rows of a tile
+enum { UNIT = 128, TILE = 16 };    // bytes of a weight row that a warp takes at once; rows of a tile
 enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32 };      // parts of a long attention; keys at once; rows in the buffers
-enum { WEIGHT_SHIFT = 16 };                             // decoded FP8 and FP4 weights are 2^-16 of their value: room for scales
+enum { WEIGHT_SHIFT = 16 };    // decoded FP8 and FP4 weights are 2^-16 of their value: room for scales
 enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
 
 #define ALL 0xffffffffu
@@ -86,15 +89,17 @@ __device__ __forceinline__ uint4 load_weights(const uint8_t *p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
-// c [16][8] += a [16][16] b [16][8]; lane (g, t) = (lane / 4, lane % 4) has a: rows g, g + 8, k 2t and 2t + 1 (a0, a1), 2t + 8
-// and 2t + 9 (a2, a3); b: column g, the same k; c: row g columns 2t, 2t + 1, then row g + 8.
-__device__ __forceinline__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+// c [16][8] += a [16][16] b [16][8]; lane (g, t) = (lane / 4, lane % 4) has a: rows g, g + 8, k 2t and 2t + 1 (a0, a1),
+// 2t + 8 and 2t + 9 (a2, a3); b: column g, the same k; c: row g columns 2t, 2t + 1, then row g + 8.
+__device__ __forceinline__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// Four 8 x 8 tiles of shared memory, lane i giving row i % 8 of tile i / 8: r[j] has of tile j rows 2t and 2t + 1 at column g, as
-// mma takes b.
+// Four 8 x 8 tiles of shared memory, lane i giving row i % 8 of tile i / 8: r[j] has of tile j rows 2t and 2t + 1 at
+// column g, as mma takes b.
 __device__ __forceinline__ void load_transposed(uint32_t *r, const uint16_t *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)));
@@ -114,7 +119,8 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 
 static __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 static __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
-static __device__ __forceinline__ float exp2i(int e) { return __uint_as_float((uint32_t)(e + 127) << 23); }  // -126 <= e <= 127
+// 2^e, -126 <= e <= 127
+static __device__ __forceinline__ float exp2i(int e) { return __uint_as_float((uint32_t)(e + 127) << 23); }
 // 2^(byte - 127), as E8M0 stores a scale
 static __device__ __forceinline__ float e8m0(uint32_t byte) { return __uint_as_float(byte ? byte << 23 : 0x400000u); }
 
@@ -150,7 +156,8 @@ static __device__ __forceinline__ int fp4_exponent(float amax) {
     if (u < 0x01c00000) u = 0x01c00000;     // 6 * 2^-126
     return (int)(u >> 23) - 127 - 2 + ((u & 0x7fffff) > 0x400000);
 }
-// |x|, at most `limit`, to the nearest with `bits` mantissa bits, below `first` to multiples of first 2^-bits; ties to even.
+// |x|, at most `limit`, to the nearest with `bits` mantissa bits, below `first` to multiples of first 2^-bits; ties to
+// even.
 static __device__ __forceinline__ float nearest(float x, float limit, float first, int bits) {
     float a = fabsf(x), power;
     if (limit < a) a = limit;               // NaN stays
@@ -175,8 +182,9 @@ static __device__ __forceinline__ float e4m3_value(uint32_t code) {
 
 // ---- rows of inputs ---------------------------------------------------------------------------
 
-// A row as products take it: bf16, in each eight the order 0 4 1 5 2 6 3 7, in which weights decode. rounded [rows][stride]: to
-// FP8 per 128 and back, exact. plain [3][rows][stride]: three numbers whose sum is the input. Zeros up to the stride.
+// A row as products take it: bf16, in each eight the order 0 4 1 5 2 6 3 7, in which weights decode. rounded
+// [rows][stride]: to FP8 per 128 and back, exact. plain [3][rows][stride]: three numbers whose sum is the input. Zeros
+// up to the stride.
 typedef struct { uint16_t *rounded, *plain; int stride; size_t plane; } input;
 
 // The largest of the threads that share a block of values, `threads` in a row, a power of two.
@@ -192,9 +200,11 @@ static __device__ __forceinline__ float largest_of(const float *v) {
 static __device__ __forceinline__ uint4 pack8(const float *v) {
     return make_uint4(bf16x2(v[0], v[4]), bf16x2(v[1], v[5]), bf16x2(v[2], v[6]), bf16x2(v[3], v[7]));
 }
-// Eight values of a row, at `at`, both ways; all threads of a warp call it, 16 of them share a block of 128. `live` 0: none.
+// Eight values of a row, at `at`, both ways; all threads of a warp call it, 16 of them share a block of 128. `live` 0:
+// none.
 static __device__ void put_input(const input &x, int row, int at, float *v, int live) {
-    float a = group_max(live ? largest_of(v) : 0, 16), up = exp2i(fp8_exponent(a)), down = exp2i(-fp8_exponent(a)), w[8];
+    float a = group_max(live ? largest_of(v) : 0, 16), up = exp2i(fp8_exponent(a)), down = exp2i(-fp8_exponent(a)),
+          w[8];
     size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
     if (!live) return;
     for (int i = 0; i < 8; i++) w[i] = nearest_e4m3(v[i] * down) * up;
@@ -250,14 +260,15 @@ enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, K
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
 
 // ---- linears ----------------------------------------------------------------------------------
-// Weights as the M side: a block takes 1 to 4 tiles of 16 outputs, a warp of it every eighth unit of each. A lane reads 16 bytes
-// of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both sides agree. No shared
-// memory on the way in: 4 pieces a lane are in flight, 2 KB each a warp, 128 KB an SM with two blocks. Bound: bytes of weights;
-// at 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes, three planes take 39.
+// Weights as the M side: a block takes 1 to 4 tiles of 16 outputs, a warp of it every eighth unit of each. A lane reads
+// 16 bytes of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both
+// sides agree. No shared memory on the way in: 4 pieces a lane are in flight, 2 KB each a warp, 128 KB an SM with two
+// blocks. Bound: bytes of weights; at 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes, three planes
+// take 39.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
-    const uint8_t *scale;           // FP8: [rows / 128][units]; FP4: [tiles][units][lane][4], a lane's four blocks of a unit
+    const uint8_t *scale;    // FP8: [rows / 128][units]; FP4: [tiles][units][lane][4], a lane's four blocks of a unit
     int rows, cols, pitch, dtype;
 } matrix;
 
@@ -272,8 +283,8 @@ static __device__ __forceinline__ void load_piece(piece &q, const matrix &w, int
     q.scale = 0;
     if (w.dtype == DSPARK_FP8) q.scale = w.scale[(size_t)(m0 / 128) * (size_t)units + (size_t)unit];
     if (w.dtype == DSPARK_FP4)
-        q.scale = ((const uint32_t *)(const void *)w.scale)[((size_t)(m0 / TILE) * (size_t)units + (size_t)unit) * WARP +
-                                                            (size_t)lane];
+        q.scale = ((const uint32_t *)(const void *)
+                       w.scale)[((size_t)(m0 / TILE) * (size_t)units + (size_t)unit) * WARP + (size_t)lane];
 }
 
 // Of a dtype: elements in 16 bytes, and bf16 planes that a weight falls into.
@@ -283,23 +294,28 @@ template <> struct weights_of<DSPARK_FP4> { enum { IN_16 = 32, PLANES = 1 }; };
 template <> struct weights_of<DSPARK_F16> { enum { IN_16 = 8, PLANES = 2 }; };
 template <> struct weights_of<DSPARK_F32> { enum { IN_16 = 8, PLANES = 3 }; };
 
-static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
 // 2^e in both halves, as bf16
 static __device__ __forceinline__ uint32_t power_bf16x2(uint32_t e) { return (e + 127) << 7 | (e + 127) << 23; }
 
-// Eight FP4 codes, low nibble first, to pairs (0, 4), (1, 5), (2, 6), (3, 7) times factor: e e m becomes a bf16's low exponent
-// bits and first mantissa bit, 2^-126 of the value.
+// Eight FP4 codes, low nibble first, to pairs (0, 4), (1, 5), (2, 6), (3, 7) times factor: e e m becomes a bf16's low
+// exponent bits and first mantissa bit, 2^-126 of the value.
 static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t factor, uint32_t *a) {
     for (int i = 0; i < 4; i++) {
         uint32_t w = codes >> 4 * i;
         a[i] = mul_bf16x2((w & 0x00070007u) << 6 | (w & 0x00080008u) << 12, factor);
     }
 }
-static __device__ __forceinline__ uint32_t fp4_factor(uint32_t scale) { return power_bf16x2(scale - 127 + 126 - WEIGHT_SHIFT); }
+static __device__ __forceinline__ uint32_t fp4_factor(uint32_t scale) {
+    return power_bf16x2(scale - 127 + 126 - WEIGHT_SHIFT);
+}
 
 // Numbers (low, high) in pairs, as floats, to planes.
-template <int PLANES> static __device__ __forceinline__ void planes_of(float low, float high, uint32_t (*a)[4], int pair) {
+template <int PLANES>
+static __device__ __forceinline__ void planes_of(float low, float high, uint32_t (*a)[4], int pair) {
     for (int p = 0; p < PLANES; p++) {
         uint32_t w = a[p][pair] = bf16x2(low, high);
         low -= __uint_as_float(w << 16), high -= __uint_as_float(w & 0xffff0000u);
@@ -311,11 +327,14 @@ static __device__ __forceinline__ float f16_value(uint32_t u) {
     return __uint_as_float(__float_as_uint(a) | (u << 16 & 0x80000000u));
 }
 
-// Eight weights of row half `half` (g or g + 8), the e-th of chunk c: a[plane][pair], pairs (0, 4), (1, 5), (2, 6), (3, 7).
-template <int DTYPE> static __device__ __forceinline__ void decode(const piece &q, int c, int half, int e, uint32_t (*a)[4]) {
+// Eight weights of row half `half` (g or g + 8), the e-th of chunk c: a[plane][pair], pairs (0, 4), (1, 5), (2, 6), (3,
+// 7).
+template <int DTYPE>
+static __device__ __forceinline__ void decode(const piece &q, int c, int half, int e, uint32_t (*a)[4]) {
     const uint4 &v = q.v[2 * c + half];
     if (DTYPE == DSPARK_FP8) {
-        uint32_t factor = power_bf16x2(q.scale - 127 + 120 - WEIGHT_SHIFT), w0 = word(v, 2 * e), w1 = word(v, 2 * e + 1);
+        uint32_t factor = power_bf16x2(q.scale - 127 + 120 - WEIGHT_SHIFT), w0 = word(v, 2 * e),
+                 w1 = word(v, 2 * e + 1);
         for (int i = 0; i < 2; i++) {
             uint32_t w = __byte_perm(w0, w1, i ? 0x7632 : 0x5410);
             a[0][2 * i] = mul_bf16x2((w & 0x007f007fu) << 4 | (w & 0x00800080u) << 8, factor);
@@ -345,8 +364,8 @@ template <int DTYPE> static __device__ __forceinline__ void decode(const piece &
 typedef struct { const uint16_t *x; size_t plane; int planes; } operand;
 
 // acc[nt] += a unit of 16 weight rows times NT * 8 rows of x; at [nt]: where the lane's row of x begins.
-template <int DTYPE, int NT>
-static __device__ __forceinline__ void multiply(const piece &q, int unit, const operand &x, const int *at, float (*acc)[4]) {
+template <int DTYPE, int NT> static __device__ __forceinline__ void multiply(const piece &q, int unit, const operand &x,
+                                                                             const int *at, float (*acc)[4]) {
     enum { IN_16 = weights_of<DTYPE>::IN_16, PLANES = weights_of<DTYPE>::PLANES, CHUNKS = DTYPE == DSPARK_F32 ? 1 : 2 };
     int t = (int)threadIdx.x % 4;
     UNROLL
@@ -393,10 +412,11 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
     return sum;
 }
 
-// Tiles from output m0 on, for the rows of x that `at` says; the sums stand in parts() behind the next barrier. wait: nothing
-// but weights may be read before grid_wait.
-template <int DTYPE, int NT>
-static __device__ __forceinline__ void tile_sums(const matrix &w, int m0, int tiles, const operand &x, const int *at, int wait) {
+// Tiles from output m0 on, for the rows of x that `at` says; the sums stand in parts() behind the next barrier. wait:
+// nothing but weights may be read before grid_wait.
+template <int DTYPE, int NT> static __device__ __forceinline__ void tile_sums(const matrix &w, int m0, int tiles,
+                                                                              const operand &x, const int *at,
+                                                                              int wait) {
     enum { DEPTH = weights_of<DTYPE>::PLANES > 1 ? 1 : NT == 1 ? 4 : NT == 2 ? 3 : 2 };
     int warp = (int)threadIdx.x / WARP, units = w.pitch / UNIT, mine = (units - warp + WARPS - 1) / WARPS;
     int steps = tiles * mine, load_tile = 0, load_unit = warp, tile = 0, unit = warp;
@@ -423,8 +443,8 @@ static __device__ __forceinline__ void tile_sums(const matrix &w, int m0, int ti
                 if ((unit += WARPS) >= units) put_part<NT>(parts(), tile, acc), unit = warp, tile++;
             }
 }
-template <int NT>
-static __device__ __forceinline__ void tile_sums_of(const matrix &w, int m0, int tiles, const operand &x, const int *at, int wait) {
+template <int NT> static __device__ __forceinline__ void tile_sums_of(const matrix &w, int m0, int tiles,
+                                                                      const operand &x, const int *at, int wait) {
     switch (w.dtype) {
     case DSPARK_FP8: tile_sums<DSPARK_FP8, NT>(w, m0, tiles, x, at, wait); break;
     case DSPARK_FP4: tile_sums<DSPARK_FP4, NT>(w, m0, tiles, x, at, wait); break;
@@ -433,14 +453,16 @@ static __device__ __forceinline__ void tile_sums_of(const matrix &w, int m0, int
     default: tile_sums<DSPARK_BF16, NT>(w, m0, tiles, x, at, wait);
     }
 }
-static __device__ __forceinline__ float shift_of(const matrix &w) { return w.dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1; }
+static __device__ __forceinline__ float shift_of(const matrix &w) {
+    return w.dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1;
+}
 
 // y = w x of several matrices in one launch.
 typedef struct {
     matrix w;
     operand x;                  // [rows][x_stride]
     int x_stride;
-    int group, x_group;         // outputs in groups of `group` take x from x_group numbers further each; 0: all the same
+    int group, x_group;    // outputs in groups of `group` take x from x_group numbers further each; 0: all the same
     float *y;                   // [row][y_stride]
     int y_stride, add;          // 1: y += w x
     const int *y_rows;          // NULL: row r goes to row r
@@ -478,8 +500,9 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
 }
 
 // ---- the residual stream: mHC -----------------------------------------------------------------
-// A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies its part of the next mix's
-// matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes of fn, 24 * 16 KB * 4 at 4096 dims.
+// A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies its part of the
+// next mix's matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes of fn, 24 * 16
+// KB * 4 at 4096 dims.
 
 enum { STREAM_AS_IS, STREAM_EMBED, STREAM_ADD };
 typedef struct {
@@ -567,7 +590,8 @@ static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
     }
 }
 
-// The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow elsewhere.
+// The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow
+// elsewhere.
 typedef struct {
     shape c;
     const int *n;
@@ -593,7 +617,8 @@ static __global__ void __launch_bounds__(THREADS) mix(const mix_args p) {
     if (i >= *p.n) return;
     r = p.list ? p.list[i] : i;
     z = p.stream + (size_t)r * (size_t)(COPIES * h);
-    for (int s = warp; s < h / SLICE; s += WARPS) sum += p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)s) * WARP + (size_t)lane];
+    for (int s = warp; s < h / SLICE; s += WARPS)
+        sum += p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)s) * WARP + (size_t)lane];
     part[warp][lane] = sum;
     __syncthreads();
     if (warp == 0) {
@@ -616,7 +641,8 @@ static __global__ void __launch_bounds__(THREADS) mix(const mix_args p) {
 }
 
 // post = 2 sigmoid, comb by Sinkhorn: a warp's first 16 lanes, lane 4 j + k has comb_jk.
-static __device__ void post_comb_row(const shape &c, const float *m, const float *scale, const float *base, float *out) {
+static __device__ void post_comb_row(const shape &c, const float *m, const float *scale, const float *base,
+                                     float *out) {
     int lane = (int)threadIdx.x % WARP, jk = lane % (COPIES * COPIES);
     float e, a, s;
     if (lane < COPIES) out[lane] = 2 * sigmoid(m[COPIES + lane] * scale[1] + base[COPIES + lane]);
@@ -670,13 +696,15 @@ static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scale
     __syncthreads();
 }
 // kv_norm, RoPE, FP8 in blocks of 64: a row as the window holds it.
-static __device__ void finish_kv(const shape &c, float *kv, const float *norm, const double *freqs, int position, float *scratch) {
+static __device__ void finish_kv(const shape &c, float *kv, const float *norm, const double *freqs, int position,
+                                 float *scratch) {
     norm_row(kv, norm, c.D, c.eps, scratch);
     turn_row(kv, c.D, c.R, freqs, position);
     round_row(kv, c.D - c.R, NULL, NULL);
 }
 
-// Hadamard over I dims, lane has dims lane, lane + 32, ...; then E2M1 in blocks of 32: values, codes (4 bits), exponents.
+// Hadamard over I dims, lane has dims lane, lane + 32, ...; then E2M1 in blocks of 32: values, codes (4 bits),
+// exponents.
 static __device__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *exponents) {
     int lane = (int)threadIdx.x % WARP, n = I / WARP;
     float scale = 1 / sqrtf((float)I);
@@ -721,9 +749,10 @@ typedef struct {
     post_comb_args mix;
 } project_args;
 
-// Row i of a compressor into x [d] in shared memory: pooled by the gates' softmax over its tokens, normed, turned. Where the ratio
-// is 4 the group before gives its first halves, this one its second.
-static __device__ void pool_row(const project_args &p, const pooling &o, const row &s, int i, float *x, float *scratch) {
+// Row i of a compressor into x [d] in shared memory: pooled by the gates' softmax over its tokens, normed, turned.
+// Where the ratio is 4 the group before gives its first halves, this one its second.
+static __device__ void pool_row(const project_args &p, const pooling &o, const row &s, int i, float *x,
+                                float *scratch) {
     int r = p.ratio, overlap = r == 4, ring = raw_ring(r, p.c.block), first = most(0, (overlap ? i - 1 : i) * r);
     const float *ring_kv = (const float *)(const void *)s.state[p.layer * N_ARRAYS + o.state_kv];
     const float *ring_gate = (const float *)(const void *)s.state[p.layer * N_ARRAYS + o.state_gate];
@@ -732,8 +761,10 @@ static __device__ void pool_row(const project_args &p, const pooling &o, const r
         for (int pass = 0; pass < 2; pass++)
             for (int t = first; t < (i + 1) * r; t++) {
                 int at = d + (overlap && t >= i * r ? o.d : 0), old = t < s.first_position;
-                size_t from = old ? (size_t)(t % ring) * (size_t)o.w : (size_t)(s.first + t - s.first_position) * (size_t)o.w;
-                float g = (old ? ring_gate : o.gate)[from + (size_t)at] + o.ape[(size_t)(t % r) * (size_t)o.w + (size_t)at];
+                size_t from =
+                    old ? (size_t)(t % ring) * (size_t)o.w : (size_t)(s.first + t - s.first_position) * (size_t)o.w;
+                float g =
+                    (old ? ring_gate : o.gate)[from + (size_t)at] + o.ape[(size_t)(t % r) * (size_t)o.w + (size_t)at];
                 if (!pass) most_gate = fmaxf(most_gate, g);
                 else {
                     float e = expf(g - most_gate);
@@ -756,7 +787,8 @@ static __device__ void compress(const project_args &p, const row &s, int which, 
     pool_row(p, o, s, (int)i, x, scratch);
     if (!which) {
         round_row(x, D - R, state[CODES] + i * (size_t)(D - R), state[SCALES] + i * (size_t)((D - R + 63) / 64));
-        for (int k = (int)threadIdx.x; k < R; k += THREADS) ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
+        for (int k = (int)threadIdx.x; k < R; k += THREADS)
+            ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
     } else if (threadIdx.x < WARP) {
         float v[MAX_INDEX_DIM / WARP];
         uint32_t codes[MAX_INDEX_DIM / WARP];
@@ -766,13 +798,15 @@ static __device__ void compress(const project_args &p, const row &s, int which, 
         for (int k = 0; k < I / WARP; k++) {
             uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)codes[k], 1);
             if (threadIdx.x % 2 == 0)
-                state[KEY_CODES][i * (size_t)(I / 2) + (size_t)(k * WARP / 2) + threadIdx.x / 2] = (uint8_t)(codes[k] | other << 4);
+                state[KEY_CODES][i * (size_t)(I / 2) + (size_t)(k * WARP / 2) + threadIdx.x / 2] =
+                    (uint8_t)(codes[k] | other << 4);
             if (threadIdx.x == 0) state[KEY_SCALES][i * (size_t)(I / WARP) + (size_t)k] = (uint8_t)(e[k] + 127);
         }
     }
 }
 
-// A block a row and task: 0 queries' input, 1 the window's row, 2 post and comb of the sub-layer, 3 and 4 the compressors.
+// A block a row and task: 0 queries' input, 1 the window's row, 2 post and comb of the sub-layer, 3 and 4 the
+// compressors.
 static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
     __shared__ float scratch[WARPS];
     SHARED_BYTES(bytes);
@@ -782,7 +816,8 @@ static __global__ void __launch_bounds__(THREADS) project(const project_args p) 
     grid_go();
     if (r >= p.n->n_rows) return;
     if (task == 0) {
-        for (int i = (int)threadIdx.x; i < p.c.q_lora; i += THREADS) x[i] = p.qr[(size_t)r * (size_t)p.c.q_lora + (size_t)i];
+        for (int i = (int)threadIdx.x; i < p.c.q_lora; i += THREADS)
+            x[i] = p.qr[(size_t)r * (size_t)p.c.q_lora + (size_t)i];
         norm_row(x, p.q_norm, p.c.q_lora, p.c.eps, scratch);
         put_input_row(p.low, r, x, p.c.q_lora);
     } else if (task == 1) {
@@ -816,7 +851,8 @@ static __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
 // RoPE, Hadamard, FP4: a warp a head.
 static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
-    int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP, h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP);
+    int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP,
+        h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP);
     int i = (int)blockIdx.y, r = p.row0 + i;
     float v[MAX_INDEX_DIM / WARP];
     uint32_t codes[MAX_INDEX_DIM / WARP];
@@ -845,10 +881,11 @@ static __global__ void __launch_bounds__(THREADS) index_query(const index_args p
             h < H ? p.index_w[(size_t)r * (size_t)H + (size_t)h] * (1 / sqrtf((float)I) * (1 / sqrtf((float)H))) : 0;
 }
 
-// sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights. Bound: bytes of keys, I / 2 + I / 32 each, to
-// 100,000 keys of 64 heads; beyond, products.
+// sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights. Bound: bytes of keys, I / 2 + I / 32
+// each, to 100,000 keys of 64 heads; beyond, products.
 static __global__ void __launch_bounds__(THREADS) index_scores(const index_args p) {
-    int I = p.c.I, H = eights(p.c.index_heads), lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, each = I / 32;
+    int I = p.c.I, H = eights(p.c.index_heads), lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        each = I / 32;
     int i = (int)blockIdx.y, r = p.row0 + i, n;
     grid_wait();
     grid_go();
@@ -865,7 +902,9 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
             const uint32_t *from = (const uint32_t *)(const void *)(codes + key * (size_t)(I / 2)) + t * each;
             UNROLL
             for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
-                if (e < each) decode_fp4(from[e], fp4_factor(scales[key * (size_t)each + (size_t)((t * each + e) / 4)]), a[half][e]);
+                if (e < each)
+                    decode_fp4(from[e], fp4_factor(scales[key * (size_t)each + (size_t)((t * each + e) / 4)]),
+                               a[half][e]);
         }
         for (int h = 0; h < H; h += 8) {
             float acc[4] = { 0, 0, 0, 0 };
@@ -895,11 +934,12 @@ static __device__ __forceinline__ uint32_t ordered(float x) {
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by counting,
-// then those above it, and the first of those equal to it, are written in order.
+// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
+// counting, then those above it, and the first of those equal to it, are written in order.
 static __global__ void __launch_bounds__(THREADS) index_top(const index_args p) {
     __shared__ int counts_of[256], before[2][WARPS], found[2];
-    int i = (int)blockIdx.x, r = p.row0 + i, k = p.c.index_topk, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    int i = (int)blockIdx.x, r = p.row0 + i, k = p.c.index_topk, lane = (int)threadIdx.x % WARP,
+        warp = (int)threadIdx.x / WARP;
     int n, equal = k, n_above = 0, n_equal = 0;
     uint32_t kth = 0;
     grid_wait();
@@ -949,7 +989,7 @@ typedef struct {
     const double *freqs;
     const float *q, *kv, *sink;     // [rows][H * D], [rows][D] of this pass, [H]
     const int *chosen;              // [ATTEND_ROWS][index_topk]
-    float *part;                    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
+    float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
     input o;                        // [rows][H * D]
 } attend_args;
 
@@ -970,8 +1010,8 @@ static __device__ view view_of(const attend_args &p, const row &s, int drafts) {
     return v;
 }
 
-// The shared memory of a block: 32 keys as bf16, exact but for the rotary dims, of which the two further planes stand apart; the
-// warps' parts of the scores, then the weights in three planes. Strides keep lanes on different banks.
+// The shared memory of a block: 32 keys as bf16, exact but for the rotary dims, of which the two further planes stand
+// apart; the warps' parts of the scores, then the weights in three planes. Strides keep lanes on different banks.
 enum { PAD = 16, SCORE_STRIDE = KEYS + 1, WEIGHT_STRIDE = KEYS + 8 };
 typedef struct {
     uint16_t *keys, *turned, *weights;      // [KEYS][D + PAD]; [2][KEYS][R + PAD]; [3][TILE][WEIGHT_STRIDE]
@@ -979,11 +1019,12 @@ typedef struct {
     float *factor;                          // [TILE]: what the sums so far are multiplied by
 } attend_room;
 static __host__ __device__ size_t attend_shared(const shape *c, char *base, attend_room *room) {
-    size_t n[5] = { (size_t)(KEYS * (c->D + PAD)) * 2, (size_t)(2 * KEYS * (c->R + PAD)) * 2, 3 * TILE * WEIGHT_STRIDE * 2,
-                    WARPS * TILE * SCORE_STRIDE * 4, TILE * 4 };
+    size_t n[5] = { (size_t)(KEYS * (c->D + PAD)) * 2, (size_t)(2 * KEYS * (c->R + PAD)) * 2,
+                    3 * TILE * WEIGHT_STRIDE * 2, WARPS * TILE * SCORE_STRIDE * 4, TILE * 4 };
     if (!room) return n[0] + n[1] + n[2] + n[3] + n[4];
     room->keys = (uint16_t *)(void *)base, room->turned = (uint16_t *)(void *)(base + n[0]);
-    room->weights = (uint16_t *)(void *)(base + n[0] + n[1]), room->scores = (float *)(void *)(base + n[0] + n[1] + n[2]);
+    room->weights = (uint16_t *)(void *)(base + n[0] + n[1]),
+    room->scores = (float *)(void *)(base + n[0] + n[1] + n[2]);
     room->factor = (float *)(void *)(base + n[0] + n[1] + n[2] + n[3]);
     return 0;
 }
@@ -1001,7 +1042,8 @@ static __device__ __forceinline__ void put_key(const attend_args &p, const atten
     }
 }
 // Key j of what a row sees, as number `slot` of the block's; a warp.
-static __device__ void load_key(const attend_args &p, const row &s, int i, const view &v, int j, const attend_room &room, int slot) {
+static __device__ void load_key(const attend_args &p, const row &s, int i, const view &v, int j,
+                                const attend_room &room, int slot) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP;
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
     if (j < v.n_window) {
@@ -1009,12 +1051,14 @@ static __device__ void load_key(const attend_args &p, const row &s, int i, const
         const float *from = position < s.first_position
                                 ? (const float *)(const void *)state[WINDOW] + (size_t)(position % p.c.ring) * (size_t)D
                                 : p.kv + (size_t)(s.first + position - s.first_position) * (size_t)D;
-        for (int d = 4 * lane; d < D; d += 4 * WARP) put_key(p, room, slot, d, *(const float4 *)(const void *)(from + d));
+        for (int d = 4 * lane; d < D; d += 4 * WARP)
+            put_key(p, room, slot, d, *(const float4 *)(const void *)(from + d));
         return;
     }
     size_t at = (size_t)(j - v.n_window);
     if (v.selected) at = (size_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + at];
-    const uint8_t *codes = state[CODES] + at * (size_t)(D - R), *scales = state[SCALES] + at * (size_t)((D - R + 63) / 64);
+    const uint8_t *codes = state[CODES] + at * (size_t)(D - R),
+                  *scales = state[SCALES] + at * (size_t)((D - R + 63) / 64);
     const float *turned = (const float *)(const void *)state[ROPE] + at * (size_t)R;
     for (int d = 4 * lane; d < D; d += 4 * WARP) {
         if (d >= D - R) {
@@ -1028,10 +1072,12 @@ static __device__ void load_key(const attend_args &p, const row &s, int i, const
     }
 }
 
-// Scores of 16 heads with the block's keys, a warp every eighth 16 dims: q as it is (its RMS goes into the result), turned, in three
-// planes. squares[2]: of heads g and g + 8, the lane's part.
-static __device__ void score(const attend_args &p, const row &s, const float *const *q, const attend_room &room, int n, float *squares) {
-    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / WARP;
+// Scores of 16 heads with the block's keys, a warp every eighth 16 dims: q as it is (its RMS goes into the result),
+// turned, in three planes. squares[2]: of heads g and g + 8, the lane's part.
+static __device__ void score(const attend_args &p, const row &s, const float *const *q, const attend_room &room, int n,
+                             float *squares) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        warp = (int)threadIdx.x / WARP;
     float acc[KEYS / 8][4];
     UNROLL
     for (int nt = 0; nt < KEYS / 8; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
@@ -1045,7 +1091,9 @@ static __device__ void score(const attend_args &p, const row &s, const float *co
             float4 x = make_float4(0, 0, 0, 0);
             if (q[half]) x = *(const float4 *)(const void *)(q[half] + k + 4 * t);
             squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
-            if (at >= 0) turn_pair(x.x, x.y, (float)cosine[0], (float)sine[0]), turn_pair(x.z, x.w, (float)cosine[1], (float)sine[1]);
+            if (at >= 0)
+                turn_pair(x.x, x.y, (float)cosine[0], (float)sine[0]),
+                    turn_pair(x.z, x.w, (float)cosine[1], (float)sine[1]);
             UNROLL
             for (int plane = 0; plane < 3; plane++) {
                 uint32_t w0 = bf16x2(x.x, x.y), w1 = bf16x2(x.z, x.w);
@@ -1058,7 +1106,8 @@ static __device__ void score(const attend_args &p, const row &s, const float *co
         for (int nt = 0; nt < KEYS / 8; nt++) {
             if (nt * 8 >= n) break;
             for (int b = 0; b < planes; b++) {
-                const uint16_t *key = b ? room.turned + ((b - 1) * KEYS + nt * 8 + g) * (R + PAD) + at : room.keys + (nt * 8 + g) * (D + PAD) + k + 4 * t;
+                const uint16_t *key = b ? room.turned + ((b - 1) * KEYS + nt * 8 + g) * (R + PAD) + at
+                                        : room.keys + (nt * 8 + g) * (D + PAD) + k + 4 * t;
                 const uint2 w = *(const uint2 *)(const void *)key;
                 UNROLL
                 for (int plane = 0; plane < 3; plane++)
@@ -1068,11 +1117,13 @@ static __device__ void score(const attend_args &p, const row &s, const float *co
     }
     UNROLL
     for (int nt = 0; nt < KEYS / 8; nt++)
-        for (int i = 0; i < 4; i++) room.scores[(warp * TILE + g + 8 * (i >> 1)) * SCORE_STRIDE + nt * 8 + 2 * t + (i & 1)] = acc[nt][i];
+        for (int i = 0; i < 4; i++)
+            room.scores[(warp * TILE + g + 8 * (i >> 1)) * SCORE_STRIDE + nt * 8 + 2 * t + (i & 1)] = acc[nt][i];
 }
 
 // 1 / RMS of each head times D^-1/2, from the lanes' squares: over the lanes of a head, then over the warps in order.
-static __device__ void query_scales(const attend_args &p, float *squares, float *part /* [WARPS][TILE] */, float *scale /* [TILE] */) {
+static __device__ void query_scales(const attend_args &p, float *squares, float *part /* [WARPS][TILE] */,
+                                    float *scale /* [TILE] */) {
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     for (int half = 0; half < 2; half++) {
         squares[half] += __shfl_xor_sync(ALL, squares[half], 1);
@@ -1087,7 +1138,8 @@ static __device__ void query_scales(const attend_args &p, float *squares, float 
     }
 }
 
-// The softmax's running largest and sum for head threadIdx / 16, over keys threadIdx % 16 and 16 further; weights in three planes.
+// The softmax's running largest and sum for head threadIdx / 16, over keys threadIdx % 16 and 16 further; weights in
+// three planes.
 static __device__ void weigh(const attend_room &room, int n, const float *scale, float *largest, float *sum) {
     int h = (int)threadIdx.x / 16, j = (int)threadIdx.x % 16;
     float s[2], m = *largest, e[2];
@@ -1113,13 +1165,15 @@ static __device__ void weigh(const attend_room &room, int n, const float *scale,
 
 // o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...
 static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, int n, float (*o)[4]) {
-    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / WARP;
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        warp = (int)threadIdx.x / WARP;
     uint32_t a[3][KEYS / 16][4];
     for (int plane = 0; plane < 3; plane++)
         for (int k = 0; k < KEYS / 16; k++)
             for (int i = 0; i < 4; i++)
-                a[plane][k][i] = *(const uint32_t *)(const void *)(room.weights + (plane * TILE + g + 8 * (i & 1)) * WEIGHT_STRIDE +
-                                                                  k * 16 + 2 * t + 8 * (i >> 1));
+                a[plane][k][i] =
+                    *(const uint32_t *)(const void *)(room.weights + (plane * TILE + g + 8 * (i & 1)) * WEIGHT_STRIDE +
+                                                      k * 16 + 2 * t + 8 * (i >> 1));
     UNROLL
     for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i++) {
         int d = (i * WARPS + warp) * 8, planes = d >= D - R ? 3 : 1;
@@ -1127,25 +1181,29 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
         for (int k = 0; k < 4; k++) o[i][k] *= room.factor[g + 8 * (k >> 1)];
         for (int b = 0; b < planes; b++) {
             uint32_t w[4];
-            load_transposed(w, b ? room.turned + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R) : room.keys + lane * (D + PAD) + d);
+            load_transposed(w, b ? room.turned + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
+                                 : room.keys + lane * (D + PAD) + d);
             UNROLL
             for (int k = 0; k < KEYS / 16; k++) {
                 if (k * 16 >= n) break;
                 UNROLL
                 for (int plane = 0; plane < 3; plane++)
-                    if (plane + b < 3) mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[2 * k], w[2 * k + 1]);
+                    if (plane + b < 3)
+                        mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[2 * k],
+                            w[2 * k + 1]);
             }
         }
     }
 }
 
-// A split of a row's keys for 16 heads, 32 keys at a time. Bound at few rows: latency, about 900 products of 16 x 8 x 16 a time in
-// eight warps and 36 KB of keys; 6 rows of 640 keys are 480 blocks, two waves.
+// A split of a row's keys for 16 heads, 32 keys at a time. Bound at few rows: latency, about 900 products of 16 x 8 x
+// 16 a time in eight warps and 36 KB of keys; 6 rows of 640 keys are 480 blocks, two waves.
 static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     __shared__ float scale[TILE], part[WARPS * TILE];
     SHARED_BYTES(bytes);
     int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS), r = p.row0 + i, first = 1;
+    int h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS), r = p.row0 + i,
+        first = 1;
     float o[MAX_HEAD_DIM / 8 / WARPS][4], largest = -HUGE_VALF, sum = 0, squares[2];
     const float *q[2];
     attend_room room;
@@ -1157,7 +1215,9 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     if (split >= v.splits) return;
     attend_shared(&p.c, bytes, &room);
     for (int half = 0; half < 2; half++)
-        q[half] = h0 + g + 8 * half < p.c.H ? p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + g + 8 * half)) * (size_t)D : NULL;
+        q[half] = h0 + g + 8 * half < p.c.H
+                      ? p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + g + 8 * half)) * (size_t)D
+                      : NULL;
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++) for (int m = 0; m < 4; m++) o[k][m] = 0;
     int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
@@ -1183,14 +1243,16 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
             if (d < D && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)d] = o[k][m];
         }
     int h = h0 + (int)threadIdx.x / 16;
-    if (threadIdx.x % 16 == 0 && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
+    if (threadIdx.x % 16 == 0 && h < p.c.H)
+        to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
 }
 
 // Splits in order, the sink, the turn back; eight dims a thread.
 static __device__ void merge_heads(const attend_args &p, const row &s, const view &v, int i, int r) {
     int D = p.c.D, R = p.c.R, groups = p.c.H * D / 8;
     for (int first = (int)(blockIdx.y * THREADS); first < groups; first += (int)gridDim.y * THREADS) {
-        int group = first + (int)threadIdx.x, live = group < groups, h = live ? group * 8 / D : 0, at = live ? group * 8 % D : 0;
+        int group = first + (int)threadIdx.x, live = group < groups, h = live ? group * 8 / D : 0,
+            at = live ? group * 8 % D : 0;
         const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
         size_t next = (size_t)p.c.H * (size_t)(D + 4);
         float m = p.sink[h], sum, o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
@@ -1271,8 +1333,8 @@ typedef struct {
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
 
-// The K largest of scores + bias, the lower index of equals, or the token's own; ascending. Weights: the plain scores over their
-// sum. A warp.
+// The K largest of scores + bias, the lower index of equals, or the token's own; ascending. Weights: the plain scores
+// over their sum. A warp.
 static __device__ void route_row(const route_args &p, int r) {
     int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, chosen[MAX_CHOSEN];
     const float *gate = p.gate + (size_t)r * (size_t)E;
@@ -1345,8 +1407,8 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     group_by_expert(p, n * p.c.K);
 }
 
-// Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for all rows.
-// An expert's weights are read once for NT * 8 rows.
+// Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
+// all rows. An expert's weights are read once for NT * 8 rows.
 typedef struct {
     shape c;
     const counts *n;
@@ -1362,7 +1424,9 @@ typedef struct {
 
 typedef struct { const int *list; int n, first_slot; } members;        // list NULL: all rows, slot K
 
-template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const matrix &w, const members &m, int i0, int m0, int tiles, float *y) {
+template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const matrix &w,
+                                                                     const members &m, int i0, int m0, int tiles,
+                                                                     float *y) {
     int at[NT], K = p.c.K;
     operand x = { w.dtype >= DSPARK_FP8 ? p.x.rounded : p.x.plain, p.x.plane, w.dtype >= DSPARK_FP8 ? 1 : 3 };
     for (int nt = 0; nt < NT; nt++) {
@@ -1376,7 +1440,8 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
         int out = k % TILE, i = i0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), o = m0 + tile * TILE + out;
         if (i >= m.n || o >= w.rows) continue;
         int r = m.list ? m.list[i] / K : i, slot = m.list ? m.list[i] % K : K;
-        y[(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] = total<NT>(parts(), tile, i - i0, out) * shift_of(w);
+        y[(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] =
+            total<NT>(parts(), tile, i - i0, out) * shift_of(w);
     }
     __syncthreads();
 }
@@ -1430,8 +1495,9 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 }
 
 // ---- draws ------------------------------------------------------------------------------------
-// argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; the lower token of equals. Blocks
-// keep score and token in one number, and the largest wins: in any order. A row with NaN, +inf or nothing finite gives none.
+// argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; the lower token of
+// equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with NaN, +inf or
+// nothing finite gives none.
 
 typedef struct { float temperature; unsigned seed[2], position[2]; } draw_row;
 typedef struct {
@@ -1461,7 +1527,8 @@ static __device__ void noise_words(const draw_row &d, int k, uint32_t block, uin
 }
 // -log(-log u), u = (word + 1/2) 2^-32: near 1 by what is missing from it, of which a float holds all that counts.
 static __device__ float gumbel(uint32_t w) {
-    float u = ((float)w + 0.5f) * 2.3283064365386963e-10f, missing = ((float)(0xffffffffu - w) + 0.5f) * 2.3283064365386963e-10f;
+    float u = ((float)w + 0.5f) * 2.3283064365386963e-10f,
+          missing = ((float)(0xffffffffu - w) + 0.5f) * 2.3283064365386963e-10f;
     return -logf(w >> 31 ? -log1pf(-missing) : -logf(u));
 }
 
@@ -1488,7 +1555,8 @@ static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
         }
     }
     for (int k = 16; k; k /= 2) {
-        uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)best, k), high = (uint32_t)__shfl_xor_sync(ALL, (int)(best >> 32), k);
+        uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)best, k),
+                 high = (uint32_t)__shfl_xor_sync(ALL, (int)(best >> 32), k);
         unsigned long long other = (unsigned long long)high << 32 | low;
         if (other > best) best = other;
     }
@@ -1511,7 +1579,8 @@ static __global__ void __launch_bounds__(THREADS) take_taps(const taps_args p) {
     grid_wait();
     grid_go();
     if (r >= p.n->n_injected) return;
-    const float *taps = (const float *)(const void *)p.list[r].state[p.taps_at] + (size_t)(p.list[r].position % p.c.ring) * (size_t)n;
+    const float *taps =
+        (const float *)(const void *)p.list[r].state[p.taps_at] + (size_t)(p.list[r].position % p.c.ring) * (size_t)n;
     put_input_row(p.x, r, taps, n);
 }
 
@@ -1536,7 +1605,8 @@ static __global__ void __launch_bounds__(THREADS) inject_rows(const inject_args 
     for (int i = (int)threadIdx.x; i < D; i += THREADS) x[i] = kv[i];
     __syncthreads();
     finish_kv(p.c, x, p.norms[stage], p.freqs, p.list[r].position, scratch);
-    float *to = (float *)(void *)p.list[r].state[(p.first_layer + stage) * N_ARRAYS + WINDOW] + (size_t)(p.list[r].position % p.c.ring) * (size_t)D;
+    float *to = (float *)(void *)p.list[r].state[(p.first_layer + stage) * N_ARRAYS + WINDOW] +
+                (size_t)(p.list[r].position % p.c.ring) * (size_t)D;
     for (int i = (int)threadIdx.x; i < D; i += THREADS) to[i] = x[i];
 }
 
@@ -1572,7 +1642,8 @@ static __global__ void __launch_bounds__(THREADS) markov_begin(const markov_args
     int previous = p.best ? token_of(p.best[r - 1]) : p.previous[i];
     if (previous < 0) previous = 0;         // no draft, and no draft follows one
     in = x, e = x + (rnn ? rank : h);       // [x ; e], or [s ; e ; x]
-    for (int d = (int)threadIdx.x; d < h; d += THREADS) x[rnn ? 2 * rank + d : d] = p.hidden[(size_t)r * (size_t)h + (size_t)d];
+    for (int d = (int)threadIdx.x; d < h; d += THREADS)
+        x[rnn ? 2 * rank + d : d] = p.hidden[(size_t)r * (size_t)h + (size_t)d];
     for (int d = (int)threadIdx.x; d < rank; d += THREADS) {
         e[d] = plain_number(p.w1, previous, d);
         p.e[(size_t)i * (size_t)rank + (size_t)d] = e[d];
@@ -1634,7 +1705,13 @@ typedef struct {
 enum { MAX_RECORDINGS = 64, RECORDED_ROWS = 64, STAGE_BYTES = 8 << 20 };
 
 // What changes from pass to pass: filled in on the host, copied at its begin.
-typedef struct { counts *n; row *rows; int *logit_rows, *segment_row, *previous, *tokens; injection *injected; draw_row *draws; } pass_block;
+typedef struct {
+    counts *n;
+    row *rows;
+    int *logit_rows, *segment_row, *previous, *tokens;
+    injection *injected;
+    draw_row *draws;
+} pass_block;
 
 typedef struct {
     const dspark_config *c;
@@ -1656,8 +1733,9 @@ typedef struct {
     uint8_t *host_block;
     float *host_logits, *host_drafts, *host_confidence;
 
-    float *residual, *mixes, *post_comb, *partial, *y, *qr, *kv, *q, *low, *pool_kv, *pool_gate, *index_kv, *index_gate, *index_q,
-        *index_w, *gate, *route_weight, *up[2], *down, *hidden, *logits, *draft_logits, *stage_kv, *e, *rnn, *z, *confidence;
+    float *residual, *mixes, *post_comb, *partial, *y, *qr, *kv, *q, *low, *pool_kv, *pool_gate, *index_kv, *index_gate,
+        *index_q, *index_w, *gate, *route_weight, *up[2], *down, *hidden, *logits, *draft_logits, *stage_kv, *e, *rnn,
+        *z, *confidence;
     input x, qr_in, o, low_in, act, main, markov_in, markov_out;
     uint16_t *query;
     float *query_w, *scores, *part;
@@ -1702,7 +1780,15 @@ static dspark_status result(cuda *d) {
 #ifdef DSPARK_CUDA_TIMED
 // For bench/cuda.c: while `on`, passes run call by call, each with its time. One device at a time.
 enum { MAX_TIMED = 64 };
-static struct { int on, n; cudaEvent_t begin, end; struct { const char *name; double us; long calls; } kernels[MAX_TIMED]; } timed;
+static struct {
+    int on, n;
+    cudaEvent_t begin, end;
+    struct {
+        const char *name;
+        double us;
+        long calls;
+    } kernels[MAX_TIMED];
+} timed;
 static void time_begin(cuda *d) {
     if (timed.on) TRY(cudaEventRecord(timed.begin, d->stream));
 }
@@ -1736,7 +1822,8 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
     cudaLaunchConfig_t config = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared, config.stream = d->stream;
+    config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared,
+    config.stream = d->stream;
     config.attrs = &early, config.numAttrs = d->major >= 9;
     good(d, cudaLaunchKernelEx(&config, kernel, p), name);
 #endif
@@ -1761,7 +1848,8 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
     j->x.x = rounded ? x.rounded : x.plain, j->x.plane = x.plane, j->x.planes = rounded ? 1 : 3;
 }
 
-// Tiles that a block takes at once: enough that its warps have four pieces each in flight, as long as all SMs have work.
+// Tiles that a block takes at once: enough that its warps have four pieces each in flight, as long as all SMs have
+// work.
 static int tiles_of(const cuda *d, const job *j, int nt) {
     int units = j->w.pitch / UNIT, tiles = units > 16 ? 1 : units > 8 ? 2 : 4, n = blocks_of(j->w.rows, TILE);
     tiles = smaller(tiles, 8 / nt);
@@ -1792,7 +1880,8 @@ static void jobs_run(cuda *d, linears_args *p, int rows, const int *n_rows) {
 static void run_stream(cuda *d, const float *fn, int n_out) {
     stream_args p;
     memset(&p, 0, sizeof p);
-    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.from = d->from, p.embed = d->embed, p.y = d->from_y, p.slots = d->slots;
+    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.from = d->from, p.embed = d->embed, p.y = d->from_y,
+    p.slots = d->slots;
     p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
     LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid_rows, 2 * WARPS)), THREADS, 0, p);
@@ -1819,7 +1908,8 @@ static void op_mix_in(cuda *d, int l, int sub) {
 }
 static void op_mix_out(cuda *d, int sub) {
     if (d->from) run_stream(d, NULL, 0);
-    d->from = STREAM_ADD, d->from_y = sub == DSPARK_SUB_ATTN ? d->y : d->down, d->slots = sub == DSPARK_SUB_ATTN ? 1 : d->s.K + 1;
+    d->from = STREAM_ADD, d->from_y = sub == DSPARK_SUB_ATTN ? d->y : d->down,
+    d->slots = sub == DSPARK_SUB_ATTN ? 1 : d->s.K + 1;
 }
 static void op_tap(cuda *d, int index) {
     if (d->tap >= 0) run_stream(d, NULL, 0);
@@ -1831,8 +1921,10 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     project_args a;
     int target = !d->drafts, tasks = 3;
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a);
-    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.freqs = d->freqs[w->ratio > 0], a.freqs_compressed = d->freqs[1];
-    a.q_norm = w->q_norm, a.kv_norm = w->kv_norm, a.qr = d->qr, a.kv = d->kv, a.low = d->qr_in, a.ratio = w->ratio, a.layer = l;
+    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.freqs = d->freqs[w->ratio > 0],
+    a.freqs_compressed = d->freqs[1];
+    a.q_norm = w->q_norm, a.kv_norm = w->kv_norm, a.qr = d->qr, a.kv = d->kv, a.low = d->qr_in, a.ratio = w->ratio,
+    a.layer = l;
     a.mix = post_comb_of(d);
     for (int i = 0; i < 2; i++) {
         const compressor *o = &w->pool[i];
@@ -1874,7 +1966,8 @@ static void op_attention(cuda *d, int l) {
     commit_args *o = &r.commit;
     attention_project(d, w, l);
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
-    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->drafts ? 0 : w->ratio, a.freqs = d->freqs[w->ratio > 0];
+    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->drafts ? 0 : w->ratio,
+    a.freqs = d->freqs[w->ratio > 0];
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     for (a.row0 = 0; a.row0 < d->grid_rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid_rows - a.row0);
@@ -1890,7 +1983,8 @@ static void op_attention(cuda *d, int l) {
     o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
     for (int i = 0; i < 2 && w->ratio; i++) {
         if (i && w->ratio != 4) continue;
-        o->from[i ? INDEX_KV : KV] = i ? d->index_kv : d->pool_kv, o->from[i ? INDEX_GATE : GATE] = i ? d->index_gate : d->pool_gate;
+        o->from[i ? INDEX_KV : KV] = i ? d->index_kv : d->pool_kv,
+                               o->from[i ? INDEX_GATE : GATE] = i ? d->index_gate : d->pool_gate;
         o->width[i ? INDEX_KV : KV] = o->width[i ? INDEX_GATE : GATE] = w->pool[i].w;
     }
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
@@ -1928,7 +2022,8 @@ static void op_moe(cuda *d, int l) {
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
     LAUNCH(swiglu, grid_of(d->grid_rows, K + 1), THREADS, 0, a);
-    e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
+    e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down,
+    e.y_stride = d->s.h;
     experts_run(d, e);
 }
 
@@ -1963,10 +2058,12 @@ static void op_inject(cuda *d) {
     r.c = d->s, r.n_rows = n_rows, r.x = d->y, r.norm = d->main_norm, r.n = d->s.h, r.out = d->x;
     LAUNCH(round_rows, grid_of(n, 1), THREADS, (size_t)r.n * sizeof(float), r);
     for (int i = 0; i < stages; i++) {
-        job_add(&p, d->layer[d->c->num_hidden_layers + i].wkv, d->x, d->stage_kv + (size_t)i * (size_t)d->max_rows * (size_t)d->s.D, d->s.D);
+        job_add(&p, d->layer[d->c->num_hidden_layers + i].wkv, d->x,
+                d->stage_kv + (size_t)i * (size_t)d->max_rows * (size_t)d->s.D, d->s.D);
         if (p.n_jobs == MAX_JOBS || i + 1 == stages) jobs_run(d, &p, n, n_rows);
     }
-    a.c = d->s, a.n = d->dev.n, a.list = d->dev.injected, a.freqs = d->freqs[0], a.kv = d->stage_kv, a.norms = d->stage_norms;
+    a.c = d->s, a.n = d->dev.n, a.list = d->dev.injected, a.freqs = d->freqs[0], a.kv = d->stage_kv,
+    a.norms = d->stage_norms;
     a.max_rows = d->max_rows, a.first_layer = d->c->num_hidden_layers;
     LAUNCH(inject_rows, grid_of(n, stages), THREADS, (size_t)d->s.D * sizeof(float), a);
 }
@@ -2002,7 +2099,8 @@ static void run_op(cuda *d, const operation *o) {
 }
 
 // ---- a pass, from begin to end ----------------------------------------------------------------
-// Operations are noted, and run when the pass ends: the same calls in grids of the same size are one recording, played at once.
+// Operations are noted, and run when the pass ends: the same calls in grids of the same size are one recording, played
+// at once.
 
 static void note(void *device, int op, int l, int sub) {
     cuda *d = (cuda *)device;
@@ -2084,11 +2182,13 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     }
     d->n_ops = 0, d->from = STREAM_EMBED, d->tap = -1;
     d->draws = pass->draws != NULL;
-    d->drafts = pass->kind == DSPARK_PASS_DRAFT, d->n_rows = pass->n_rows, d->n_segments = pass->n_segments, d->n_logits = 0;
+    d->drafts = pass->kind == DSPARK_PASS_DRAFT, d->n_rows = pass->n_rows, d->n_segments = pass->n_segments,
+    d->n_logits = 0;
     memset(n, 0, sizeof *n);
     for (int i = 0; i < pass->n_segments; i++) segment_rows(d, pass, i, &d->n_logits);
     d->n_injected = inject_all(d, pass);
-    n->n_rows = d->n_rows, n->n_logits = d->n_logits, n->n_segments = d->n_segments, n->n_injected = d->n_injected, n->drafts = d->drafts;
+    n->n_rows = d->n_rows, n->n_logits = d->n_logits, n->n_segments = d->n_segments, n->n_injected = d->n_injected,
+    n->drafts = d->drafts;
     d->grid_rows = smaller(bucket(d->n_rows), d->max_rows), d->grid_logits = smaller(bucket(d->n_logits), d->grid_rows);
     d->grid_injected = smaller(bucket(d->n_injected), d->max_rows);
     block_copy(d, d->dev.n, n, 1, sizeof *n);
@@ -2103,7 +2203,8 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
 // Each in a range of its name, for a profiler.
 static void run_ops(cuda *d) {
 #ifndef DSPARK_CUDA_HOST
-    static const char *const names[] = { "mix_in", "attention", "moe", "mix_out", "tap", "head", "inject", "draft_head", "draw" };
+    static const char *const names[] = { "mix_in", "attention", "moe",        "mix_out", "tap",
+                                         "head",   "inject",    "draft_head", "draw" };
 #endif
     for (int i = 0; i < d->n_ops && !d->status; i++) {
 #ifndef DSPARK_CUDA_HOST
@@ -2119,8 +2220,8 @@ static void run_ops(cuda *d) {
 static recording *recording_find(cuda *d, uint64_t calls) {
     for (int i = 0; i < d->n_recordings; i++) {
         recording *r = &d->recordings[i];
-        if (r->calls == calls && r->rows == d->grid_rows && r->logits == d->grid_logits && r->injected == d->grid_injected &&
-            r->drafts == d->drafts)
+        if (r->calls == calls && r->rows == d->grid_rows && r->logits == d->grid_logits &&
+            r->injected == d->grid_injected && r->drafts == d->drafts)
             return r;
     }
     return NULL;
@@ -2130,7 +2231,8 @@ static void record(cuda *d, uint64_t calls) {
     recording *r = &d->recordings[d->n_recordings];
     cudaGraph_t graph = NULL;
     memset(r, 0, sizeof *r);
-    r->calls = calls, r->rows = d->grid_rows, r->logits = d->grid_logits, r->injected = d->grid_injected, r->drafts = d->drafts;
+    r->calls = calls, r->rows = d->grid_rows, r->logits = d->grid_logits, r->injected = d->grid_injected,
+    r->drafts = d->drafts;
     if (!TRY(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal))) return;
     run_ops(d);
     cudaError_t ended = cudaStreamEndCapture(d->stream, &graph);        // also after a failure
@@ -2163,10 +2265,14 @@ static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
     int drawn_here = d->draws && !d->drafts && d->n_logits;
     if (drawn_here) note(d, OP_DRAW, 0, 0);
     play(d);
-    if (drawn_here) TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_logits * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
+    if (drawn_here)
+        TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_logits * sizeof(int), cudaMemcpyDeviceToHost,
+                            d->stream));
     for (int i = 0, n; i < d->n_logits && !d->drafts; i += n) {     // logits: runs of rows that are not drawn here
         for (n = 0; i + n < d->n_logits && (!d->draws || d->host.draws[i + n].temperature < 0);) n++;
-        if (n) TRY(cudaMemcpyAsync(d->host_logits + (size_t)i * V, d->logits + (size_t)i * V, (size_t)n * V * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+        if (n)
+            TRY(cudaMemcpyAsync(d->host_logits + (size_t)i * V, d->logits + (size_t)i * V,
+                                (size_t)n * V * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
         else n = 1;
     }
     TRY(cudaStreamSynchronize(d->stream));
@@ -2183,10 +2289,12 @@ static void draft_step(cuda *d, int k, int drawn_here) {
     linears_args p;
     markov_args m;
     memset(&p, 0, sizeof p), memset(&m, 0, sizeof m);
-    m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k, m.kind = kind;
+    m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k,
+    m.kind = kind;
     m.best = drawn_here && k ? d->best : NULL;
     m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
-    m.confidence = d->confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in, m.out = d->markov_out;
+    m.confidence = d->confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in,
+    m.out = d->markov_out;
     LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
     if (kind == DSPARK_HEAD_NONE) return;
     if (kind != DSPARK_HEAD_VANILLA) {
@@ -2196,7 +2304,8 @@ static void draft_step(cuda *d, int k, int drawn_here) {
         LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
     }
     job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
-    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1, p.jobs[0].y_rows = d->dev.segment_row;
+    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
+    p.jobs[0].y_rows = d->dev.segment_row;
     jobs_run(d, &p, n, &d->dev.n->n_segments);
 }
 
@@ -2209,9 +2318,11 @@ static void cuda_draft_step(void *device, int k, const int32_t *previous) {
     draft_step(d, k, 0);
     for (int i = 0; i < d->n_segments; i++) {
         size_t r = (size_t)(d->host.segment_row[i] + k);
-        TRY(cudaMemcpyAsync(d->host_drafts + r * V, d->draft_logits + r * V, V * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+        TRY(cudaMemcpyAsync(d->host_drafts + r * V, d->draft_logits + r * V, V * sizeof(float), cudaMemcpyDeviceToHost,
+                            d->stream));
     }
-    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
+                        d->stream));
     TRY(cudaStreamSynchronize(d->stream));
     for (int i = 0; d->status && i < d->n_segments; i++) d->host_drafts[(size_t)(d->host.segment_row[i] + k) * V] = NAN;
 }
@@ -2227,8 +2338,10 @@ static dspark_status cuda_draft_steps(void *device, int n_steps, const int32_t *
         run_draw(d, d->draft_logits, d->n_segments, &d->dev.n->n_segments, d->dev.segment_row, k);
     }
     LAUNCH(drawn, grid_of(blocks_of(d->n_rows, THREADS), 1), THREADS, 0, p);
-    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_rows * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
-    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_rows * sizeof(int), cudaMemcpyDeviceToHost,
+                        d->stream));
+    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
+                        d->stream));
     TRY(cudaStreamSynchronize(d->stream));
     for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.tokens[r];
     return result(d);
@@ -2252,9 +2365,9 @@ static dspark_status cuda_draw(void *device, const float *logits, const dspark_d
 static float *cuda_draft_logits(void *device) { return ((cuda *)device)->host_drafts; }
 
 // ---- weights ----------------------------------------------------------------------------------
-// The checkpoint is walked twice: what it takes is counted, then all of it goes to the device in the order in which it is stored
-// there, through two pinned buffers. Matrices keep their bytes; rows are padded to whole units, tiles to 16 rows; FP4's scales are
-// put in the order in which lanes want them.
+// The checkpoint is walked twice: what it takes is counted, then all of it goes to the device in the order in which it
+// is stored there, through two pinned buffers. Matrices keep their bytes; rows are padded to whole units, tiles to 16
+// rows; FP4's scales are put in the order in which lanes want them.
 
 typedef struct {
     cuda *d;
@@ -2298,14 +2411,16 @@ static const void *up_array(uploader *u, const void *p, size_t n, size_t size) {
     up_put(u, p, n * size);
     return at;
 }
-static const float *up_floats(uploader *u, const float *p, size_t n) { return (const float *)up_array(u, p, n, sizeof *p); }
+static const float *up_floats(uploader *u, const float *p, size_t n) {
+    return (const float *)up_array(u, p, n, sizeof *p);
+}
 
 // A scale that decoding has no room for.
 static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
     int room = m->dtype == DSPARK_FP8 ? 150 : 144;
     if (byte > room)
-        fail(u->d, DSPARK_ERROR_UNSUPPORTED, "cuda: a matrix of %d x %d has a scale of 2^%d, expected at most 2^%d", m->rows, m->cols,
-             byte - 127, room - 127);
+        fail(u->d, DSPARK_ERROR_UNSUPPORTED, "cuda: a matrix of %d x %d has a scale of 2^%d, expected at most 2^%d",
+             m->rows, m->cols, byte - 127, room - 127);
 }
 
 // Lane (g, t) of a tile's unit: the scales of rows g and g + 8, chunks 0 and 1, at [lane][2 half + chunk].
@@ -2317,7 +2432,8 @@ static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
             for (int i = 0; u->slab && i < WARP * 4; i++) {
                 int r = m0 + i / 16 + 8 * (i >> 1 & 1), block = unit * 8 + (i & 1) * 4 + (i / 4 & 3);
                 some[i] = 127;
-                if (r < m->rows && block < blocks) check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
+                if (r < m->rows && block < blocks)
+                    check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
             }
             up_put(u, some, sizeof some);
         }
@@ -2356,7 +2472,8 @@ static float stored_number(const dspark_matrix *m, size_t i) {
     memcpy(&half, p, 2);
     if (m->dtype == DSPARK_F16) {
         int e = half >> 10 & 31;
-        x = e == 31 ? (half & 1023 ? NAN : HUGE_VALF) : ldexpf((float)((half & 1023) + (e ? 1024 : 0)), (e ? e : 1) - 25);
+        x = e == 31 ? (half & 1023 ? NAN : HUGE_VALF)
+                    : ldexpf((float)((half & 1023) + (e ? 1024 : 0)), (e ? e : 1) - 25);
         return half >> 15 ? -x : x;
     }
     bits = (uint32_t)half << 16;
@@ -2467,7 +2584,8 @@ static void up_all(uploader *u) {
         rope_freqs(d->c, i, freqs[i]);
         d->freqs[i] = (const double *)up_array(u, freqs[i], (size_t)d->s.R / 2, sizeof(double));
     }
-    d->embed = up_matrix(u, &w->embed), d->head = up_matrix(u, &w->head), d->norm = up_floats(u, w->norm, (size_t)d->s.h);
+    d->embed = up_matrix(u, &w->embed), d->head = up_matrix(u, &w->head),
+    d->norm = up_floats(u, w->norm, (size_t)d->s.h);
     d->hc_head = up_mix(u, &w->hc_head, COPIES);
     for (int l = 0; l < d->layers && !d->status; l++) up_layer(u, &d->layer[l], &w->layers[l]);
     up_drafter(u);
@@ -2499,12 +2617,15 @@ static void *carve(carver *v, size_t n, size_t size) {
     v->n += (n * size + 255) / 256 * 256;
     return p;
 }
-static float *carve_rows(carver *v, int rows, int n) { return (float *)carve(v, (size_t)rows * (size_t)n, sizeof(float)); }
+static float *carve_rows(carver *v, int rows, int n) {
+    return (float *)carve(v, (size_t)rows * (size_t)n, sizeof(float));
+}
 static int *carve_ints(carver *v, int rows, int n) { return (int *)carve(v, (size_t)rows * (size_t)n, sizeof(int)); }
 static input carve_input(carver *v, int rows, int n) {
     input x;
     x.stride = blocks_of(n, 256) * 256, x.plane = (size_t)rows * (size_t)x.stride;
-    x.rounded = (uint16_t *)carve(v, x.plane, sizeof *x.rounded), x.plain = (uint16_t *)carve(v, 3 * x.plane, sizeof *x.plain);
+    x.rounded = (uint16_t *)carve(v, x.plane, sizeof *x.rounded),
+    x.plain = (uint16_t *)carve(v, 3 * x.plane, sizeof *x.plain);
     return x;
 }
 
@@ -2525,7 +2646,8 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->pool_kv = carve_rows(v, n, 2 * c->D), d->pool_gate = carve_rows(v, n, 2 * c->D);
     d->index_kv = carve_rows(v, n, 2 * c->I), d->index_gate = carve_rows(v, n, 2 * c->I);
     d->index_q = carve_rows(v, n, c->index_heads * c->I), d->index_w = carve_rows(v, n, c->index_heads);
-    d->query = (uint16_t *)carve(v, (size_t)ATTEND_ROWS * (size_t)(c->index_heads + 7) * (size_t)c->I, sizeof *d->query);
+    d->query =
+        (uint16_t *)carve(v, (size_t)ATTEND_ROWS * (size_t)(c->index_heads + 7) * (size_t)c->I, sizeof *d->query);
     d->query_w = carve_rows(v, ATTEND_ROWS, c->index_heads + 7), d->chosen = carve_ints(v, ATTEND_ROWS, c->index_topk);
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
@@ -2551,7 +2673,8 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     const shape *c = &d->s;
     int n = blocks_of(d->max_rows, 64) * 64, h = c->h;
     carve_block(d, &d->dev, &v);
-    d->residual = carve_rows(&v, n, COPIES * h), d->mixes = carve_rows(&v, n, MIX), d->post_comb = carve_rows(&v, n, COPIES + COPIES * COPIES);
+    d->residual = carve_rows(&v, n, COPIES * h), d->mixes = carve_rows(&v, n, MIX),
+    d->post_comb = carve_rows(&v, n, COPIES + COPIES * COPIES);
     d->best = (unsigned long long *)carve(&v, (size_t)n, sizeof *d->best);
     d->partial = carve_rows(&v, n, h / SLICE * WARP), d->x = carve_input(&v, n, h), d->y = carve_rows(&v, n, h);
     d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
@@ -2564,7 +2687,8 @@ static size_t carve_host(cuda *d, uint8_t *base) {
     carver v = { base, 0 };
     carve_block(d, &d->host, &v);
     d->host_logits = carve_rows(&v, d->max_rows, d->s.V);
-    if (d->c->n_stages) d->host_drafts = carve_rows(&v, d->max_rows, d->s.V), d->host_confidence = carve_rows(&v, d->max_rows, 1);
+    if (d->c->n_stages)
+        d->host_drafts = carve_rows(&v, d->max_rows, d->s.V), d->host_confidence = carve_rows(&v, d->max_rows, 1);
     return v.n;
 }
 
@@ -2589,33 +2713,42 @@ static void cuda_close(void *device) {
 // What the kernels have no room for.
 static void check_shape(cuda *d) {
     const dspark_config *c = d->c;
-    const struct { const char *name; int value, multiple, most; } limits[] = {
-        { "hc_mult", c->hc_mult, COPIES, COPIES }, { "hidden_size", c->hidden_size, SLICE, 8192 },
-        { "head_dim", c->head_dim, 32, MAX_HEAD_DIM }, { "qk_rope_head_dim", c->qk_rope_head_dim, 16, 256 },
-        { "q_lora_rank", c->q_lora_rank, 8, 8192 }, { "o_lora_rank", c->o_lora_rank, TILE, 8192 },
-        { "o_groups * o_lora_rank", c->o_groups * c->o_lora_rank, 8, 32768 },
-        { "moe_intermediate_size", c->moe_intermediate_size, 8, 32768 }, { "dspark_markov_rank", c->dspark_markov_rank, 8, 8192 },
-        { "num_experts_per_tok", c->num_experts_per_tok, 1, MAX_CHOSEN }, { "n_routed_experts", c->n_routed_experts, 1, MAX_EXPERTS },
-        { "index_head_dim", c->index_head_dim, WARP, MAX_INDEX_DIM }, { "vocab_size", c->vocab_size, 1, 1 << 24 } };
+    const struct { const char *name; int value, multiple, most;
+    } limits[] = { { "hc_mult", c->hc_mult, COPIES, COPIES },
+                   { "hidden_size", c->hidden_size, SLICE, 8192 },
+                   { "head_dim", c->head_dim, 32, MAX_HEAD_DIM },
+                   { "qk_rope_head_dim", c->qk_rope_head_dim, 16, 256 },
+                   { "q_lora_rank", c->q_lora_rank, 8, 8192 },
+                   { "o_lora_rank", c->o_lora_rank, TILE, 8192 },
+                   { "o_groups * o_lora_rank", c->o_groups * c->o_lora_rank, 8, 32768 },
+                   { "moe_intermediate_size", c->moe_intermediate_size, 8, 32768 },
+                   { "dspark_markov_rank", c->dspark_markov_rank, 8, 8192 },
+                   { "num_experts_per_tok", c->num_experts_per_tok, 1, MAX_CHOSEN },
+                   { "n_routed_experts", c->n_routed_experts, 1, MAX_EXPERTS },
+                   { "index_head_dim", c->index_head_dim, WARP, MAX_INDEX_DIM },
+                   { "vocab_size", c->vocab_size, 1, 1 << 24 } };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
-            fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %s is %d, expected a multiple of %d up to %d", limits[i].name, limits[i].value,
-                 limits[i].multiple, limits[i].most);
+            fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %s is %d, expected a multiple of %d up to %d", limits[i].name,
+                 limits[i].value, limits[i].multiple, limits[i].most);
     if (c->head_dim - c->qk_rope_head_dim < 8 || (c->index_head_dim && c->index_head_dim < c->qk_rope_head_dim))
-        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d rotary dims of a head of %d and an index head of %d", c->qk_rope_head_dim,
-             c->head_dim, c->index_head_dim);
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d rotary dims of a head of %d and an index head of %d",
+             c->qk_rope_head_dim, c->head_dim, c->index_head_dim);
     if (c->num_attention_heads * c->head_dim / c->o_groups % 8)
-        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole eights", c->num_attention_heads,
-             c->head_dim, c->o_groups);
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole eights",
+             c->num_attention_heads, c->head_dim, c->o_groups);
 }
 static void set_shape(cuda *d) {
     const dspark_config *c = d->c;
     shape *s = &d->s;
-    s->h = c->hidden_size, s->H = c->num_attention_heads, s->D = c->head_dim, s->R = c->qk_rope_head_dim, s->q_lora = c->q_lora_rank;
+    s->h = c->hidden_size, s->H = c->num_attention_heads, s->D = c->head_dim, s->R = c->qk_rope_head_dim,
+    s->q_lora = c->q_lora_rank;
     s->window = c->sliding_window, s->ring = c->sliding_window + c->dspark_block_size + 1, s->I = c->index_head_dim;
-    s->index_heads = c->index_n_heads, s->index_topk = c->index_topk, s->block = c->dspark_block_size, s->n_taps = c->n_taps;
+    s->index_heads = c->index_n_heads, s->index_topk = c->index_topk, s->block = c->dspark_block_size,
+    s->n_taps = c->n_taps;
     s->rank = c->dspark_markov_rank, s->V = c->vocab_size, s->K = c->num_experts_per_tok, s->E = c->n_routed_experts;
-    s->eps = c->rms_norm_eps, s->hc_eps = c->hc_eps, s->limit = c->swiglu_limit, s->routed_scale = c->routed_scaling_factor;
+    s->eps = c->rms_norm_eps, s->hc_eps = c->hc_eps, s->limit = c->swiglu_limit,
+    s->routed_scale = c->routed_scaling_factor;
     s->sinkhorn_iters = c->hc_sinkhorn_iters;
     d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 8;
 }
@@ -2623,10 +2756,13 @@ static void set_shape(cuda *d) {
 // The largest block of shared memory that each kernel may ask for.
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
-    size_t wide = (size_t)larger(larger(c->h + 2 * c->rank, c->q_lora), larger(c->D, d->c->o_groups * d->c->o_lora_rank)) * sizeof(float);
+    size_t wide =
+        (size_t)larger(larger(c->h + 2 * c->rank, c->q_lora), larger(c->D, d->c->o_groups * d->c->o_lora_rank)) *
+        sizeof(float);
     size_t attend_bytes = attend_shared(c, NULL, NULL), largest = wide > attend_bytes ? wide : attend_bytes;
     if (largest > (size_t)d->shared_most) {
-        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: a kernel needs %zu bytes of shared memory, the device gives %d", largest, d->shared_most);
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: a kernel needs %zu bytes of shared memory, the device gives %d",
+             largest, d->shared_most);
         return;
     }
     TRY(cudaFuncSetAttribute(attend, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)attend_bytes));
@@ -2644,7 +2780,8 @@ static void open_device(cuda *d) {
     TRY(cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, 0));
     TRY(cudaDeviceGetAttribute(&d->shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     TRY(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
-    if (!d->status && d->major < 8) fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: compute capability %d, expected 8.0 or newer", d->major);
+    if (!d->status && d->major < 8)
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: compute capability %d, expected 8.0 or newer", d->major);
 }
 
 // Room for weights and workspace, or a failure that says how much of each there would have to be.
@@ -2657,7 +2794,8 @@ static void open_memory(cuda *d) {
     d->slab_bytes = u.n, d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
     TRY(cudaMemGetInfo(&free_bytes, &total));
     if (!d->status && d->slab_bytes + d->work_bytes > free_bytes)
-        fail(d, DSPARK_ERROR_MEMORY, "cuda: weights take %zu bytes, passes of %d rows %zu: the device has %zu free of %zu", d->slab_bytes,
+        fail(d, DSPARK_ERROR_MEMORY,
+             "cuda: weights take %zu bytes, passes of %d rows %zu: the device has %zu free of %zu", d->slab_bytes,
              d->max_rows, d->work_bytes, free_bytes, total);
     TRY(cudaMalloc(&d->slab, d->slab_bytes));
     TRY(cudaMalloc(&d->work, d->work_bytes));
@@ -2696,7 +2834,8 @@ static int cuda_threads(const void *device) { (void)device; return 1; }
 static int cuda_max_rows(const void *device) { return ((const cuda *)device)->max_rows; }
 
 // ---- states -----------------------------------------------------------------------------------
-// As the CPU's, indexed by position: a ring of n rows has position p in row p % n, compressed row i is that of tokens i r and on.
+// As the CPU's, indexed by position: a ring of n rows has position p in row p % n, compressed row i is that of tokens i
+// r and on.
 
 static void state_take(state *s, int l, int which, size_t row_bytes, int ring, int ratio) {
     state_array *a = &s->arrays[l * N_ARRAYS + which];
@@ -2713,7 +2852,8 @@ static void state_take_layer(state *s, const cuda *d, int l) {
     state_take(s, l, CODES, D - R, 0, ratio), state_take(s, l, SCALES, (D - R + 63) / 64, 0, ratio);
     state_take(s, l, ROPE, R * sizeof(float), 0, ratio);
     if (ratio != 4) return;
-    state_take(s, l, INDEX_KV, 2 * I * sizeof(float), raw, 0), state_take(s, l, INDEX_GATE, 2 * I * sizeof(float), raw, 0);
+    state_take(s, l, INDEX_KV, 2 * I * sizeof(float), raw, 0),
+        state_take(s, l, INDEX_GATE, 2 * I * sizeof(float), raw, 0);
     state_take(s, l, KEY_CODES, I / 2, 0, ratio), state_take(s, l, KEY_SCALES, I / WARP, 0, ratio);
 }
 static int state_layout(state *s, const cuda *d, int max_context) {
@@ -2757,7 +2897,8 @@ static uint8_t *device_bytes(cuda *d, size_t n, const char *what) {
     if (e != cudaErrorMemoryAllocation) return good(d, e, "cudaMalloc") ? p : NULL;
     cudaGetLastError();
     cudaMemGetInfo(&free_bytes, &total);
-    fail(d, DSPARK_ERROR_MEMORY, "cuda: %s takes %zu bytes, the device has %zu free of %zu", what, n, free_bytes, total);
+    fail(d, DSPARK_ERROR_MEMORY, "cuda: %s takes %zu bytes, the device has %zu free of %zu", what, n, free_bytes,
+         total);
     return NULL;
 }
 static void scores_grow(cuda *d, int max_context) {
@@ -2836,7 +2977,8 @@ static dspark_status cuda_state_pieces(void *p, int n_tokens, int restore, dspar
 #ifdef DSPARK_CUDA_TIMED
 extern "C" int dspark_cuda_timing(int on) {     // begins anew; 0: the device failed
     timed.n = 0, timed.on = on;
-    return timed.begin || (cudaEventCreateWithFlags(&timed.begin, 0) == cudaSuccess && cudaEventCreateWithFlags(&timed.end, 0) == cudaSuccess);
+    return timed.begin || (cudaEventCreateWithFlags(&timed.begin, 0) == cudaSuccess &&
+                           cudaEventCreateWithFlags(&timed.end, 0) == cudaSuccess);
 }
 extern "C" const char *dspark_cuda_time(int i, double *us, long *calls) {      // NULL: there are no more
     if (i >= timed.n) return NULL;
@@ -2849,7 +2991,8 @@ extern "C" double dspark_cuda_copy_rate(size_t n) {
     float ms = 0, best = 0;
     if (!dspark_cuda_timing(0) || cudaMalloc(&p, 2 * n) != cudaSuccess) return 0;
     for (int i = 0; i < 6; i++) {
-        cudaEventRecord(timed.begin, 0), cudaMemcpyAsync(p + n, p, n, cudaMemcpyDeviceToDevice, 0), cudaEventRecord(timed.end, 0);
+        cudaEventRecord(timed.begin, 0), cudaMemcpyAsync(p + n, p, n, cudaMemcpyDeviceToDevice, 0),
+            cudaEventRecord(timed.end, 0);
         if (cudaEventSynchronize(timed.end) || cudaEventElapsedTime(&ms, timed.begin, timed.end)) break;
         if (i && ms > 0 && (best == 0 || ms < best)) best = ms;
     }
@@ -2859,9 +3002,12 @@ extern "C" double dspark_cuda_copy_rate(size_t n) {
 #endif
 
 extern "C" const dspark_backend *dspark_cuda_backend(void) {
-    static const dspark_backend table = { "cuda", cuda_open, cuda_close, cuda_bytes, cuda_path_name, cuda_threads, cuda_max_rows,
-                                          cuda_state_bytes, cuda_state_open, cuda_state_close, cuda_state_copy, cuda_state_pieces,
-                                          cuda_pass_begin, cuda_mix_in, cuda_attention, cuda_moe, cuda_mix_out, cuda_tap, cuda_head,
-                                          cuda_inject, cuda_draft_head, cuda_draft_step, cuda_draft_logits, cuda_pass_end, cuda_draft_steps, cuda_draw };
+    static const dspark_backend table = { "cuda",           cuda_open,        cuda_close,        cuda_bytes,
+                                          cuda_path_name,   cuda_threads,     cuda_max_rows,     cuda_state_bytes,
+                                          cuda_state_open,  cuda_state_close, cuda_state_copy,   cuda_state_pieces,
+                                          cuda_pass_begin,  cuda_mix_in,      cuda_attention,    cuda_moe,
+                                          cuda_mix_out,     cuda_tap,         cuda_head,         cuda_inject,
+                                          cuda_draft_head,  cuda_draft_step,  cuda_draft_logits, cuda_pass_end,
+                                          cuda_draft_steps, cuda_draw };
     return &table;
 }

@@ -1,5 +1,5 @@
-// cuda [DIR | synth] [key=value ...]: on a device, the time of passes and of the kernels in them, and the share of the floor: the
-// bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory (tools/synth.h), as
+// cuda [DIR | synth] [key=value ...]: on a device, the time of passes and of the kernels in them, and the share of the
+// floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory (tools/synth.h), as
 //     cuda synth flash n_routed_experts=110
 // Lines of CSV as bench.h says, the device's own figures; what was not measured is not printed.
 #define DSPARK_CUDA
@@ -26,14 +26,26 @@ static double stored(const dspark_matrix *m) {
 }
 static double stored_expert(const dspark_expert *e) { return stored(&e->w1) + stored(&e->w2) + stored(&e->w3); }
 
-// Bytes of a layer that a pass of so many independent rows reads: all matrices, and of the experts those that rows may be
-// expected to choose.
+// Bytes of a layer that a pass of so many independent rows reads: all matrices, and of the experts those that rows may
+// be expected to choose.
 typedef struct { double linears, experts, stream; } floors;
 static floors layer_floor(const dspark_config *c, const dspark_layer *l, int rows) {
     double E = c->n_routed_experts, distinct = E * (1 - pow(1 - c->num_experts_per_tok / E, rows));
     floors f = { 0, 0, 0 };
-    const dspark_matrix *all[] = { &l->wq_a, &l->wq_b, &l->wkv, &l->wo_a, &l->wo_b, &l->compressor.wkv, &l->compressor.wgate, &l->index_wq_b,
-                                   &l->index_weights, &l->index_compressor.wkv, &l->index_compressor.wgate, &l->gate, &l->shared.w1, &l->shared.w3 };
+    const dspark_matrix *all[] = { &l->wq_a,
+                                   &l->wq_b,
+                                   &l->wkv,
+                                   &l->wo_a,
+                                   &l->wo_b,
+                                   &l->compressor.wkv,
+                                   &l->compressor.wgate,
+                                   &l->index_wq_b,
+                                   &l->index_weights,
+                                   &l->index_compressor.wkv,
+                                   &l->index_compressor.wgate,
+                                   &l->gate,
+                                   &l->shared.w1,
+                                   &l->shared.w3 };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) f.linears += stored(all[i]);
     f.experts = distinct * stored_expert(&l->experts[0]) + stored(&l->shared.w2);
     f.stream = stored(&l->hc_attn.fn) + stored(&l->hc_ffn.fn);
@@ -97,7 +109,10 @@ static void kernels(dspark_session *s, const int32_t *ids, int rows, double rate
     for (int k = 0; k < REPEATS; k++) run(s, ids, rows);
     for (int i = 0; (kernel = dspark_cuda_time(i, &us, &calls)) != NULL; i++) {
         char question[128];
-        double bytes = strstr(kernel, "linears") ? f.linears : strstr(kernel, "experts") ? f.experts : !strcmp(kernel, "stream") ? f.stream : 0;
+        double bytes = strstr(kernel, "linears")   ? f.linears
+                       : strstr(kernel, "experts") ? f.experts
+                       : !strcmp(kernel, "stream") ? f.stream
+                                                   : 0;
         snprintf(question, sizeof question, "cuda %d rows %s (%ld launches)", rows, kernel, calls / REPEATS);
         result_one(question, name, 1, us / REPEATS, "us");
         snprintf(question, sizeof question, "cuda %d rows %s share of floor", rows, kernel);
@@ -121,7 +136,9 @@ int main(int argc, char **argv) {
     if (synth) desc.files.map = synth_map, desc.files.unmap = synth_unmap, dir = ".";
     must(dspark_model_open(&m, dir, &desc));
     result_one("cuda copy", name, 1, rate, "GB/s");
-    n = dspark_model_config(m)->max_position_embeddings < CONTEXT + 64 ? dspark_model_config(m)->max_position_embeddings - 64 : CONTEXT;
+    n = dspark_model_config(m)->max_position_embeddings < CONTEXT + 64
+            ? dspark_model_config(m)->max_position_embeddings - 64
+            : CONTEXT;
     d = plain_desc(n + 64), s = session_open(m, &d);
     int32_t *ids = (int32_t *)need((size_t)n, sizeof *ids);
     noise(m, ids, n, 1);

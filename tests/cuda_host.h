@@ -1,7 +1,8 @@
-// The CUDA that dspark_cuda.cu needs, on a CPU: g++ -DDSPARK_CUDA_HOST -I. -Itests -x c++ dspark_cuda.cu. Blocks run one after
-// the other, a block's threads are fibers that change places where they wait for each other: at __syncthreads and at what a
-// warp does together (shuffles, ballots, matrix products). A wait that cannot end stops the program with a message.
-// Memory comes filled with NaN, streams run at once, graphs are lists of calls. One thread of the host at a time.
+// The CUDA that dspark_cuda.cu needs, on a CPU: g++ -DDSPARK_CUDA_HOST -I. -Itests -x c++ dspark_cuda.cu. Blocks run
+// one after the other, a block's threads are fibers that change places where they wait for each other: at __syncthreads
+// and at what a warp does together (shuffles, ballots, matrix products). A wait that cannot end stops the program with
+// a message. Memory comes filled with NaN, streams run at once, graphs are lists of calls. One thread of the host at a
+// time.
 #ifndef CUDA_HOST_H
 #define CUDA_HOST_H
 #include <functional>
@@ -132,7 +133,8 @@ static void host_fiber_main(void) {
 static void host_block(int n) {
     if (!host.stacks) {
         host.stacks = (char *)malloc((size_t)HOST_THREADS * HOST_STACK);
-        for (int i = 0; i < HOST_THREADS; i++) host_place_new(&host.fiber[i].at, host.stacks + (size_t)i * HOST_STACK, host_fiber_main);
+        for (int i = 0; i < HOST_THREADS; i++)
+            host_place_new(&host.fiber[i].at, host.stacks + (size_t)i * HOST_STACK, host_fiber_main);
     }
     host.n = host.live = n, host.arrived = 0;
     for (int i = 0; i < n; i++) host.fiber[i].done = false, host.fiber[i].waits_for = NULL;
@@ -164,8 +166,12 @@ static uint32_t host_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); ret
 static float __shfl_xor_sync(unsigned, float x, int mask) {
     return host_as_float(host_exchange(host_as_bits(x))[(host.self % 32) ^ mask]);
 }
-static int __shfl_xor_sync(unsigned, int x, int mask) { return (int)host_exchange((uint32_t)x)[(host.self % 32) ^ mask]; }
-static float __shfl_sync(unsigned, float x, int lane) { return host_as_float(host_exchange(host_as_bits(x))[lane & 31]); }
+static int __shfl_xor_sync(unsigned, int x, int mask) {
+    return (int)host_exchange((uint32_t)x)[(host.self % 32) ^ mask];
+}
+static float __shfl_sync(unsigned, float x, int lane) {
+    return host_as_float(host_exchange(host_as_bits(x))[lane & 31]);
+}
 static unsigned __ballot_sync(unsigned, int x) {
     uint32_t *slot = host_exchange(x != 0);
     unsigned bits = 0;
@@ -187,7 +193,9 @@ static void host_mma_all(host_warp *w) {
             uint32_t low = f[i] << 16, high = f[i] & 0xffff0000u;
             float x, y;
             memcpy(&x, &low, 4), memcpy(&y, &high, 4);
-            if (i < 4) A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = (double)x, A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + 1] = (double)y;
+            if (i < 4)
+                A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = (double)x,
+                                                     A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + 1] = (double)y;
             else B[2 * t + 8 * (i - 4)][g] = (double)x, B[2 * t + 8 * (i - 4) + 1][g] = (double)y;
         }
     }
@@ -207,14 +215,16 @@ static void host_mma(float *c, const uint32_t *a, const uint32_t *b) {
     host_together(host_mma_all);
 }
 
-// ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane / 4.
+// ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane
+// / 4.
 static void host_load_transposed(uint32_t *r, const uint16_t *row) {
     host_warp *w = &host.warp[host.self / 32];
     w->from[host.self % 32] = row, w->to[host.self % 32] = r;
     host_together([](host_warp *all) {
         for (int lane = 0; lane < 32; lane++)
             for (int j = 0; j < 4; j++)
-                all->to[lane][j] = all->from[8 * j + 2 * (lane % 4)][lane / 4] | (uint32_t)all->from[8 * j + 2 * (lane % 4) + 1][lane / 4] << 16;
+                all->to[lane][j] = all->from[8 * j + 2 * (lane % 4)][lane / 4] |
+                                   (uint32_t)all->from[8 * j + 2 * (lane % 4) + 1][lane / 4] << 16;
     });
 }
 
@@ -281,7 +291,9 @@ static inline cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 static inline cudaError_t cudaSetDevice(int) { HOST_CALL(); return cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
     HOST_CALL();
-    *value = which == cudaDevAttrMultiProcessorCount ? 3 : which == cudaDevAttrComputeCapabilityMajor ? 9 : HOST_SHARED - 1024;
+    *value = which == cudaDevAttrMultiProcessorCount      ? 3
+             : which == cudaDevAttrComputeCapabilityMajor ? 9
+                                                          : HOST_SHARED - 1024;
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
@@ -308,7 +320,8 @@ static inline cudaError_t cudaFree(void *p) {
     size_t n;
     memcpy(&n, base, sizeof n);
     for (int i = sizeof n; i < HOST_FENCE; i++)
-        if ((unsigned char)base[i] != 0xfe || (unsigned char)base[HOST_FENCE + n + (size_t)i] != 0xfe) host_stop("memory beside an allocation was written");
+        if ((unsigned char)base[i] != 0xfe || (unsigned char)base[HOST_FENCE + n + (size_t)i] != 0xfe)
+            host_stop("memory beside an allocation was written");
     cuda_host_used -= n;
     free(base);
     return cudaSuccess;
@@ -327,7 +340,11 @@ static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
 }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { HOST_CALL(); return cudaSuccess; }
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { HOST_CALL(); *e = new host_event(); return cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    HOST_CALL();
+    *e = new host_event();
+    return cudaSuccess;
+}
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { HOST_CALL(); return cudaSuccess; }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { HOST_CALL(); return cudaSuccess; }
@@ -368,7 +385,10 @@ static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
 }
 static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
 static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
-template <class F> static cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { HOST_CALL(); return cudaSuccess; }
+template <class F> static cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) {
+    HOST_CALL();
+    return cudaSuccess;
+}
 
 template <class P> static void host_run(void (*kernel)(P), dim3 grid, dim3 block, size_t shared, const P &p) {
     if (block.x > HOST_THREADS || shared > HOST_SHARED) host_stop("too many threads or too much shared memory");
@@ -382,7 +402,8 @@ template <class P> static void host_run(void (*kernel)(P), dim3 grid, dim3 block
             host_block((int)block.x);
         }
 }
-template <class P> static cudaError_t host_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t s, void (*kernel)(P), const P &p) {
+template <class P>
+static cudaError_t host_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t s, void (*kernel)(P), const P &p) {
     HOST_CALL();
     host_do(s, [=] { host_run(kernel, grid, block, shared, p); });
     return cudaSuccess;

@@ -1,7 +1,7 @@
-// A random checkpoint in the official format, of any shape, to time with: its weights are draws from a normal distribution in
-// the formats of a released model, scaled so that activations stay sane; its text is noise. synth_write makes a directory of it;
-// synth_map (for dspark_files) opens a model of any size without one: a tensor of 64 KB or more is there as 32 MB of its kind, mapped over and
-// over.
+// A random checkpoint in the official format, of any shape, to time with: its weights are draws from a normal
+// distribution in the formats of a released model, scaled so that activations stay sane; its text is noise. synth_write
+// makes a directory of it; synth_map (for dspark_files) opens a model of any size without one: tensors of 64 KB or more
+// are 32 MB of their kind, mapped over and over.
 #ifndef SYNTH_H
 #define SYNTH_H
 #include <math.h>
@@ -27,10 +27,11 @@ static struct { const char *key; int value; } config[N_KEYS] = {
 static int of(int key) { return config[key].value; }
 
 // DeepSeek-V4-Flash; experts and layers may still be set to what a device has room for.
-static const int flash[N_KEYS] = { 4096, 43, 256, 2048, 6, 129280, 64, 512, 64, 1024, 8, 1024, 64, 128, 512, 128, 3, 1, 4, 20, 256, 5, 3 };
+static const int flash[N_KEYS] = { 4096, 43, 256, 2048, 6, 129280, 64, 512, 64, 1024, 8, 1024, 64, 128, 512, 128, 3, 1,
+                                   4, 20, 256, 5, 3 };
 
-// The tensors are walked three times: sizes, then names and places, then bytes. A file is one region; in memory each kind of large
-// tensor has a region of its own, of which one block is written and mapped over all of it.
+// The tensors are walked three times: sizes, then names and places, then bytes. A file is one region; in memory each
+// kind of large tensor has a region of its own, of which SPAN bytes are written and mapped over all of it.
 enum { MEASURE, ANNOUNCE, WRITE };
 enum { SPAN = 32 << 20, LARGE = 64 << 10, MAX_REGIONS = 128 };
 typedef struct { char kind[64]; uint64_t size, base, at, filled; int fd; unsigned char *block; } region;
@@ -357,7 +358,8 @@ static dspark_status synth_map(void *user, const char *path, const void **out, u
     if (strcmp(file, "model.safetensors")) return DSPARK_ERROR_IO;
     in_memory = 1;
     uint64_t total = synth_header(&json, &n), padded = (8 + n + SPAN - 1) / SPAN * SPAN, head = padded - 8;
-    unsigned char *base = (unsigned char *)mmap(NULL, padded + total + SPAN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    unsigned char *base = (unsigned char *)mmap(NULL, padded + total + SPAN, PROT_READ | PROT_WRITE,
+                                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) perror("mmap"), exit(1);
     memcpy(base, &head, 8), memset(base + 8, ' ', head), memcpy(base + 8, json, n);
     free(json);
@@ -369,7 +371,10 @@ static dspark_status synth_map(void *user, const char *path, const void **out, u
         if (regions[i].block == MAP_FAILED) perror("mmap"), exit(1);
     }
     walk_as(WRITE);
-    for (int i = 1; i < n_regions; i++) synth_region(base + padded + regions[i].base, &regions[i]), munmap(regions[i].block, SPAN), close(regions[i].fd);
+    for (int i = 1; i < n_regions; i++) {
+        synth_region(base + padded + regions[i].base, &regions[i]);
+        munmap(regions[i].block, SPAN), close(regions[i].fd);
+    }
     *out = base, *size = padded + total;
     return DSPARK_OK;
 }
