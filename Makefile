@@ -13,13 +13,25 @@ CHECKS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-
 TESTS := $(patsubst tests/%.c,%,$(shell grep -l '"tap.h"' tests/*.c))
 SHELL_TESTS := $(wildcard tests/*.sh)
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
-BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/*.c))
+BENCHES := $(filter-out cuda,$(patsubst bench/%.c,%,$(wildcard bench/*.c)))     # cuda needs nvcc: make bench-cuda
 HEADERS := dspark.h $(wildcard tests/*.h)
 export CC
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)    # programs are built side by side, tests run in turn
 
 dspark: main.c dspark.h     ## build ./dspark (the default)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) main.c -o $@ -lm $(LDFLAGS)
+
+# Contraction would let a sum depend on the kernel's other sizes, and a text on its company.
+NVCC ?= nvcc
+CUDA_ARCHS ?= 80 90a 100 120
+NVFLAGS = -std=c++17 -O3 -fmad=false $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -Wall,-Wextra
+build/dspark_cuda.o: dspark_cuda.cu dspark.h
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) -Werror all-warnings -c dspark_cuda.cu -o $@
+
+cuda: build/dspark_cuda.o main.c dspark.h       ## build ./dspark with the CUDA backend: --backend cuda; needs nvcc
+	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -DDSPARK_CUDA -c main.c -o build/main_cuda.o
+	$(NVCC) build/main_cuda.o build/dspark_cuda.o -o dspark $(OPENMP:%=-Xcompiler %) -lm $(LDFLAGS)
 
 run: dspark     ## build, and let the small model solve a problem; colours show who made each token
 	./dspark --chat --show --stats -t .6 -n 120 -p "John buys 10 packs of magic cards. Each pack has 20 cards and 1/4 of \
@@ -34,6 +46,21 @@ RUN_TESTS = if command -v prove >/dev/null; then prove --exec '' $(1) $(2); else
 
 test: dspark $(TESTS:%=build/tests/%)       ## all tests
 	@$(call RUN_TESTS,$(TESTS:%=build/tests/%),$(SHELL_TESTS))
+
+# The CUDA backend without CUDA: its kernels as threads on the host (tests/cuda_host.h). Where there is a device, on it too.
+HOST_CUDA = -std=c++17 -O2 -g -ffp-contract=off -DDSPARK_CUDA_HOST -I. -Itests $(WARN) -Werror -Wno-unknown-pragmas
+build/tests/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
+	@mkdir -p $(@D)
+	$(CXX) $(HOST_CUDA) -x c++ -c dspark_cuda.cu -o $@
+
+build/tests/cuda: tests/cuda.c build/tests/cuda_host.o $(HEADERS)
+	$(CC) $(STD) -O1 -g $(WARN) -Werror -DDSPARK_CUDA_HOST -I. -Itests -c tests/cuda.c -o $@.o
+	$(CXX) $@.o build/tests/cuda_host.o -o $@ -lm
+
+build/tests/cuda_device: tests/cuda.c build/dspark_cuda.o $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -O1 -g $(WARN) -Werror -I. -Itests -c tests/cuda.c -o $@.o
+	$(NVCC) $@.o build/dspark_cuda.o -o $@ -lm
 
 build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
@@ -71,7 +98,7 @@ build/fuzz/%.exe: tests/fuzz/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	clang $(STD) -O1 -fsanitize=fuzzer $(CHECKS) -I. -Itests $< -o $@ -lm
 
-bench: $(BENCHES:%=build/bench/%)     ## speed, memory, quality against what is promised: a table, and a CSV
+bench: $(BENCHES:%=build/bench/%) build/tools/synth     ## speed, memory, quality against what is promised: a table, and a CSV
 	@bench/run.sh
 
 bench-%: build/bench/%
@@ -92,11 +119,23 @@ build/tools/%: tools/%.c bench/bench.h $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -I. $< -o $@ -lm
 
+build/tools/synth: tools/synth.c tools/synth.h
+	@mkdir -p $(@D)
+	$(CC) $(STD) $(CFLAGS) $(WARN) $< -o $@ -lm
+
+build/bench/dspark_cuda.o: dspark_cuda.cu dspark.h
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) -DDSPARK_CUDA_TIMED -c dspark_cuda.cu -o $@
+
+build/bench/cuda: bench/cuda.c bench/bench.h tools/synth.h build/bench/dspark_cuda.o $(HEADERS)
+	$(CC) $(STD) $(CFLAGS) $(WARN) -I. -c bench/cuda.c -o $@.o
+	$(NVCC) $@.o build/bench/dspark_cuda.o -o $@ -lm
+
 clean:      ## remove what was built
 	rm -rf build dspark
 
 help:       ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
 
-.PHONY: run test asan soak fuzz bench calibrate clean help
+.PHONY: run cuda test asan soak fuzz bench calibrate clean help
 .PRECIOUS: build/fuzz/%.exe build/bench/%

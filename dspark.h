@@ -104,8 +104,15 @@
    threads, at any optimization level, in any batch. Two FP8 codes that released weights do not use, 127 and 255
    (NaN), are read as +-480.
 
+   ON A GPU
+   dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one
+   seed, one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device,
+   in float, but for sessions with an adjust hook, log-probabilities, a filter or rejection: asking for
+   log-probabilities may change a text where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread
+   on the host.
+
    WHAT IT DOES NOT DO
-   No GPU yet: >>api-backend is where it goes. Windows and big-endian machines. Tool calls in the chat form.
+   Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
    Models other than DeepSeek-V4. Conversion: checkpoints are the official safetensors or nothing.
 
    VERSIONS
@@ -659,22 +666,29 @@ typedef struct {
     int inject_from;            // drafting: taps of positions [inject_from, position) enter the stages' windows first
 } dspark_segment;
 
+// A token drawn where the logits are: argmax of logit / temperature + the Gumbel noise of (seed, position), at
+// temperature 0 of the logit; -1 from a row that is no distribution. Temperature -1: no token, the logits.
+typedef struct { float temperature; uint64_t seed, position; } dspark_device_draw;
+
 enum { DSPARK_PASS_TARGET, DSPARK_PASS_DRAFT };
 typedef struct {
     int kind;                   // DSPARK_PASS_*
     int n_rows, n_segments;
     const int32_t *ids;         // [n_rows]
     const dspark_segment *segments;
+    const dspark_device_draw *draws;    // NULL: logits are wanted; else, where the backend draws, one for each row of
+                                        // logits, or drafting for each segment, for its first draft's position
 } dspark_pass;
 
 typedef struct {
     float *logits;              // [n_logits][vocab], in row order; the device's, until its next pass
     int n_logits;
     const float *confidence_logits;     // draft: [n_rows]
+    const int32_t *tokens;      // [n_logits], where the pass asked for draws; their logits then mean nothing
 } dspark_pass_result;
 
-// A state as pieces of bytes, in a fixed order, for fork, save and restore; called with each piece of
-// n_tokens.
+// A state as pieces of bytes, in a fixed order, for save and restore; called with each piece of n_tokens. data is valid
+// during the call: it reads the bytes or, restoring, fills them in.
 typedef dspark_status (*dspark_piece)(void *user, void *data, size_t bytes);
 
 enum { DSPARK_SUB_ATTN, DSPARK_SUB_FFN };
@@ -688,7 +702,8 @@ struct dspark_backend {
     size_t (*state_bytes)(const void *device, int max_context);     // what state_open would allocate
     dspark_status (*state_open)(void **state, void *device, int max_context);
     void (*state_close)(void *state);
-    dspark_status (*state_pieces)(void *state, int n_tokens, dspark_piece, void *user);
+    dspark_status (*state_copy)(void *to, const void *from, int n_tokens);      // what n_tokens have left there
+    dspark_status (*state_pieces)(void *state, int n_tokens, int restore, dspark_piece, void *user);
     dspark_status (*pass_begin)(void *device, const dspark_pass *); // embeds: stream [rows][C][h]
     void (*mix_in)(void *device, int layer, int sub);               // stream -> normed input x [rows][h]
     void (*attention)(void *device, int layer);                     // x -> y [rows][h]
@@ -702,8 +717,19 @@ struct dspark_backend {
                                                                     // draft k = 0.. -> logits, confidence of rows k
     float *(*draft_logits)(void *device);                           // [rows][vocab] of the last draft pass
     dspark_status (*pass_end)(void *device, dspark_pass_result *);  // drafting: before the steps, which fill it in
+    // Both NULL: the backend does not draw. After a draft pass that asked for draws, in place of n_steps draft_step's:
+    // tokens [n_rows], -1: none; and the confidence of each row. And a token from logits [vocab] of the caller's.
+    dspark_status (*draft_steps)(void *device, int n_steps, const int32_t *previous, int32_t *tokens);
+    dspark_status (*draw)(void *device, const float *logits, const dspark_device_draw *, int32_t *token);
 };
 DSPARK_API const dspark_backend *dspark_cpu_backend(void);
+#ifdef __cplusplus
+extern "C"
+#endif
+const dspark_backend *dspark_cuda_backend(void);        // in dspark_cuda.cu
+
+// For a backend: makes `message` this thread's dspark_last_error and gives status back.
+DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 
 #endif  // DSPARK_H
 
@@ -783,6 +809,10 @@ static dspark_status dspark__fail(dspark_status status, const char *format, ...)
     va_end(args);
     memcpy(dspark__message, text, sizeof text);
     return status;
+}
+
+DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message) {
+    return dspark__fail(status, "%s", message);
 }
 
 static dspark_status dspark__no_memory(size_t n, size_t size) {
@@ -4135,8 +4165,9 @@ typedef struct {
 
 // What a step gathers about its sessions; arrays of max_rows entries, [max_rows][gamma] for confidence.
 typedef struct {
-    int32_t *ids, *previous;
+    int32_t *ids, *previous, *drawn;
     dspark_segment *segments;
+    dspark_device_draw *draws;
     dspark__lane *lanes;
     float *confidence, *threshold, *weight, *sps;
     int *limit, *lengths, *lane_of, *n_past;
@@ -4195,6 +4226,7 @@ DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
 
 static void dspark__batch_close(dspark__batch *b) {
     dspark__free(b->ids), dspark__free(b->previous), dspark__free(b->segments), dspark__free(b->lanes);
+    dspark__free(b->drawn), dspark__free(b->draws);
     dspark__free(b->confidence), dspark__free(b->threshold), dspark__free(b->limit), dspark__free(b->lengths);
     dspark__free(b->lane_of), dspark__free(b->scratch), dspark__free(b->sps);
     dspark__free(b->weight), dspark__free(b->n_past);
@@ -4204,6 +4236,8 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     size_t n = (size_t)max_rows, scratch = dspark_schedule_scratch_bytes(max_rows, dspark__max(gamma, 1));
     b->ids = (int32_t *)dspark__alloc(n, sizeof *b->ids);
     b->previous = (int32_t *)dspark__alloc(n, sizeof *b->previous);
+    b->drawn = (int32_t *)dspark__alloc(n, sizeof *b->drawn);
+    b->draws = (dspark_device_draw *)dspark__alloc(n, sizeof *b->draws);
     b->segments = (dspark_segment *)dspark__alloc(n, sizeof *b->segments);
     b->lanes = (dspark__lane *)dspark__alloc(n, sizeof *b->lanes);
     b->confidence = (float *)dspark__alloc(n * (size_t)dspark__max(gamma, 1), sizeof *b->confidence);
@@ -4215,10 +4249,10 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->lengths = (int *)dspark__alloc(n, sizeof *b->lengths);
     b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
     b->scratch = dspark__alloc(scratch, 1);
-    *bytes += scratch + n * (4 * sizeof(int) + 2 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
-    return b->ids && b->previous && b->segments && b->lanes && b->confidence && b->threshold && b->sps && b->weight && b->n_past && b->limit &&
-                   b->lengths && b->lane_of && b->scratch
+    *bytes += scratch + n * (4 * sizeof(int) + 3 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
+                             sizeof *b->draws + (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
+    return b->ids && b->previous && b->drawn && b->draws && b->segments && b->lanes && b->confidence && b->threshold &&
+                   b->sps && b->weight && b->n_past && b->limit && b->lengths && b->lane_of && b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
 }
@@ -4573,6 +4607,7 @@ static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, in
                                        int keep_rows, int logits_from, dspark_pass_result *result) {
     dspark_segment g = dspark__segment(s, 0, n, position);
     dspark_pass pass;
+    memset(&pass, 0, sizeof pass);
     g.keep_rows = keep_rows, g.logits_from = logits_from;
     pass.kind = DSPARK_PASS_TARGET, pass.n_rows = n, pass.n_segments = 1, pass.ids = ids, pass.segments = &g;
     return dspark__forward(s->model, &pass, result);
@@ -4639,6 +4674,7 @@ static dspark_status dspark__inject_prompt(dspark_session *s) {
     dspark_status status;
     if (!dspark__config(s)->n_stages || s->desc.policy.plain || s->n_run < 1) return DSPARK_OK;
     g = dspark__draft_segment(s, 0, 1);
+    memset(&pass, 0, sizeof pass);
     pass.kind = DSPARK_PASS_DRAFT, pass.n_rows = 1, pass.n_segments = 1, pass.ids = s->tokens, pass.segments = &g;
     if ((status = m->backend->pass_begin(m->device, &pass)) != DSPARK_OK) return status;
     m->backend->inject(m->device);
@@ -4699,27 +4735,6 @@ DSPARK_API dspark_status dspark_session_truncate(dspark_session *s, int n_tokens
 
 // ---- copies and files
 
-// Two states' pieces side by side: the source's are listed, then the copy's filled.
-typedef struct { void **data; size_t n, cap; int copying; } dspark__piece_list;
-static dspark_status dspark__piece_copy(void *user, void *data, size_t bytes) {
-    dspark__piece_list *l = (dspark__piece_list *)user;
-    void **grown;
-    if (l->copying) return memcpy(data, l->data[l->n++], bytes), DSPARK_OK;
-    grown = (void **)dspark__grow((void *)l->data, &l->cap, l->n + 1, sizeof *grown);
-    if (!grown) return DSPARK_ERROR_MEMORY;
-    l->data = grown, l->data[l->n++] = data;
-    return DSPARK_OK;
-}
-
-static dspark_status dspark__state_copy(const dspark_backend *b, void *to, void *from, int n_tokens) {
-    dspark__piece_list l = { NULL, 0, 0, 0 };
-    dspark_status status = b->state_pieces(from, n_tokens, dspark__piece_copy, &l);
-    l.n = 0, l.copying = 1;
-    if (!status) status = b->state_pieces(to, n_tokens, dspark__piece_copy, &l);
-    dspark__free((void *)l.data);
-    return status;
-}
-
 // What a session is besides its desc and its state; a session file holds these bytes.
 typedef struct {
     char magic[8];
@@ -4763,7 +4778,7 @@ DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_
         return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "fork: %d tokens, a context of %d", s->n_tokens, most);
     status = dspark_session_open(out, s->model, desc ? desc : &s->desc);
     if (status) return status;
-    status = dspark__state_copy(b, (*out)->state, s->state, dspark__min(s->n_tokens, most));
+    status = b->state_copy((*out)->state, s->state, s->n_tokens);
     if (status) return dspark_session_close(*out), *out = NULL, status;
     dspark__session_record_of(s, &r);
     dspark__session_take(*out, &r);
@@ -4785,12 +4800,12 @@ static dspark_status dspark__piece_read(void *user, void *data, size_t bytes) {
 }
 
 // The parts of a session file behind its record: tokens, logits, text held back, state.
-static dspark_status dspark__session_parts(const dspark_session *s, dspark_piece piece, void *user) {
+static dspark_status dspark__session_parts(const dspark_session *s, int restore, dspark_piece piece, void *user) {
     size_t V = (size_t)dspark__config(s)->vocab_size;
     dspark_status status = piece(user, s->tokens, (size_t)s->n_tokens * sizeof *s->tokens);
     if (!status) status = piece(user, s->logits, V * sizeof *s->logits);
     if (!status) status = piece(user, s->text + s->text_out, (size_t)(s->text_len - s->text_out));
-    return status ? status : s->model->backend->state_pieces(s->state, s->n_tokens, piece, user);
+    return status ? status : s->model->backend->state_pieces(s->state, s->n_tokens, restore, piece, user);
 }
 
 DSPARK_API dspark_status dspark_session_save(const dspark_session *s, const char *path) {
@@ -4802,7 +4817,7 @@ DSPARK_API dspark_status dspark_session_save(const dspark_session *s, const char
     if (status) return status;
     if (!(f = fopen(path, "wb"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
     status = dspark__piece_write(f, &r, sizeof r);
-    if (!status) status = dspark__session_parts(s, dspark__piece_write, f);
+    if (!status) status = dspark__session_parts(s, 0, dspark__piece_write, f);
     if (fclose(f) && !status) status = DSPARK_ERROR_IO;
     return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
 }
@@ -4867,7 +4882,7 @@ static dspark_status dspark__session_read(dspark_session **out, dspark_model *m,
     if ((status = dspark_session_open(out, m, desc ? desc : &own)) != DSPARK_OK) return status;
     dspark__session_take(*out, &r);
     if (desc) (*out)->finish = DSPARK_RUNNING;
-    status = dspark__session_parts(*out, dspark__piece_read, f);
+    status = dspark__session_parts(*out, 1, dspark__piece_read, f);
     for (int i = 0; !status && i < r.n_tokens; i++)
         if ((*out)->tokens[i] < 0 || (*out)->tokens[i] >= m->checkpoint.config.vocab_size)
             status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: token %d is %d", path, i, (int)(*out)->tokens[i]);
@@ -4915,6 +4930,21 @@ static const float *dspark__calibration_of(const dspark_session *s) {
         if (row->verify == dspark__mode(s) && away < nearest) nearest = away, best = row->sts;
     }
     return best;
+}
+
+// Are all tokens of a session drawn where the logits are? That is up to the session alone, never to its company.
+static int dspark__drawn_there(const dspark_session *s) {
+    const dspark_session_desc *d = &s->desc;
+    int filtered = d->top_k || (d->top_p > 0 && d->top_p < 1) || d->min_p > 0;
+    return s->model->backend->draft_steps && !d->adjust && !d->logprobs &&
+           (dspark__greedy(s) || (dspark__mode(s) == DSPARK_VERIFY_COUPLED && !filtered));
+}
+// The draw of the token behind the k-th that is not committed.
+static dspark_device_draw dspark__draw_there(const dspark_session *s, int k) {
+    dspark_device_draw draw;
+    draw.temperature = dspark__greedy(s) ? 0 : s->desc.temperature, draw.seed = s->desc.seed;
+    draw.position = (uint64_t)(s->n_tokens + k);
+    return draw;
 }
 
 // Logits of the token after n of the session's tokens, in place: adjusted, then p. The log of the adjusted
@@ -5300,7 +5330,7 @@ DSPARK_API dspark_status dspark_model_load_profile(dspark_model *m, const char *
 
 // What a session adds to the time of each of its rows: a draw, unless it is greedy.
 static double dspark__sample_us(const dspark_session *s) {
-    return dspark__greedy(s) ? 0 : (double)s->model->profile.sample_us;
+    return dspark__greedy(s) || dspark__drawn_there(s) ? 0 : (double)s->model->profile.sample_us;
 }
 
 // A target pass of this step with so many rows.
@@ -5449,7 +5479,7 @@ static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, f
 }
 
 // The block [anchor, noise, ...] of every drafting lane goes through the drafter; then draft by draft.
-static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspark_pass *pass) {
+static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int there, dspark_pass *pass) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
     memset(pass, 0, sizeof *pass);
@@ -5457,7 +5487,8 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
     for (int i = 0; i < n; i++) {
         dspark_session *s = lanes[i].s;
         dspark_segment *g = &b->segments[pass->n_segments];
-        if (!lanes[i].n_drafted) continue;
+        if (!lanes[i].n_drafted || dspark__drawn_there(s) != there) continue;
+        b->draws[pass->n_segments] = dspark__draw_there(s, 0);
         b->lane_of[pass->n_segments++] = i;
         *g = dspark__draft_segment(s, pass->n_rows, c->dspark_block_size);
         lanes[i].draft_row = pass->n_rows, lanes[i].drafted = 1;
@@ -5476,17 +5507,43 @@ static void dspark__expect(const dspark__lane *a) {
     }
 }
 
-static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) {
+// All steps on the device: tokens and confidences come back.
+static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass,
+                                         const float *confidence) {
+    dspark__batch *b = &m->batch;
+    int gamma = m->checkpoint.config.dspark_block_size;
+    dspark_status status;
+    for (int i = 0; i < pass->n_segments; i++) {
+        const dspark_session *s = lanes[b->lane_of[i]].s;
+        b->previous[i] = s->tokens[s->n_tokens - 1];
+    }
+    status = m->backend->draft_steps(m->device, gamma, b->previous, b->drawn);
+    for (int i = 0; i < pass->n_segments && !status; i++) {
+        dspark__lane *a = &lanes[b->lane_of[i]];
+        for (int k = 0; k < gamma; k++) {
+            int32_t token = b->drawn[a->draft_row + k];
+            if (token < 0 && k < a->n_drafted) a->n_drafted = k;
+            a->s->tokens[a->s->n_tokens + k] = a->r->draft[k] = k < a->n_drafted ? token : 0;
+            a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], dspark__calibration_of(a->s)[k]);
+        }
+    }
+    return status;
+}
+
+// The lanes whose tokens the device draws, or the others.
+static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n, int there) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
     dspark_pass pass;
     dspark_pass_result out;
     dspark_status status;
     double start = dspark__now_us(), extra = 0;
-    dspark__draft_rows(m, lanes, n, &pass);
+    dspark__draft_rows(m, lanes, n, there, &pass);
     if (!pass.n_segments) return DSPARK_OK;
+    if (there) pass.draws = b->draws;
     if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return status;
-    for (int k = 0; k < c->dspark_block_size; k++) {
+    if (there && (status = dspark__draft_there(m, lanes, &pass, out.confidence_logits)) != DSPARK_OK) return status;
+    for (int k = 0; k < c->dspark_block_size && !there; k++) {
         for (int i = 0; i < pass.n_segments; i++) {
             const dspark_session *s = lanes[b->lane_of[i]].s;
             b->previous[i] = s->tokens[s->n_tokens - 1 + k];
@@ -5613,6 +5670,11 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
         g->logits_from = !lanes[i].n_prompt ? 0 : s->n_run + rows == s->n_tokens ? rows - 1 : rows;
         memcpy(b->ids + pass.n_rows, s->tokens + s->n_run, (size_t)rows * sizeof *b->ids);
         lanes[i].logits_row = logits;
+        for (int k = 0; k < rows - g->logits_from; k++) {
+            b->draws[logits + k] = dspark__draw_there(s, k);
+            if (lanes[i].n_prompt || !dspark__drawn_there(s)) b->draws[logits + k].temperature = -1;
+            else pass.draws = b->draws;
+        }
         pass.n_rows += rows, logits += rows - g->logits_from;
         dspark__mark_run(s, s->n_run + rows);
     }
@@ -5633,8 +5695,15 @@ static void dspark__commit_prompt(dspark__lane *a, const dspark_pass_result *out
     s->has_logits = 1;
 }
 
-// Row by row, none before it is reached: plain decoding would have met no other.
-static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const float *p_draft) {
+// A row whose token the device has drawn: what plain sampling gives there.
+static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t drawn, int *accepted, int32_t *token) {
+    *token = drawn, *accepted = i < a->length && drawn == a->s->tokens[a->s->n_tokens];
+    if (drawn >= 0) return DSPARK_OK;
+    return dspark__fail(DSPARK_ERROR_NUMERIC, "row %d of a session: its logits are no distribution", i);
+}
+
+// Row by row, none before it is reached: plain decoding would have met no other. drawn: the rows' tokens, or NULL.
+static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const float *p_draft, const int32_t *drawn) {
     dspark_session *s = a->s;
     dspark_step_result *r = a->r;
     int first = s->n_tokens, V = dspark__config(s)->vocab_size, finished = 0;
@@ -5648,8 +5717,10 @@ static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const
         double log_sum = 0;
         int32_t token = 0;
         int by;
-        dspark_status status = dspark__to_p(s, row, first + i, s->desc.logprobs ? &log_sum : NULL);
-        if (!status) status = dspark__verify_row(&v, i, &accepted, &token);
+        dspark_status status;
+        if (drawn) status = dspark__verify_there(a, i, drawn[i], &accepted, &token);
+        else status = dspark__to_p(s, row, first + i, s->desc.logprobs ? &log_sum : NULL);
+        if (!drawn && !status) status = dspark__verify_row(&v, i, &accepted, &token);
         if (status) return status;
         if (accepted) token = s->tokens[first + i];
         by = accepted         ? DSPARK_BY_DRAFT
@@ -5702,7 +5773,8 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
     int before = s->n_tokens;
     a->r->n_scheduled = a->length;
     a->r->status = dspark__verify_lane(a, out->logits + (size_t)a->logits_row * V,
-                                       p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
+                                       p_draft ? p_draft + (size_t)a->draft_row * V : NULL,
+                                       dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
 }
@@ -5720,8 +5792,14 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     v.p_target = p, v.vocab = V, v.position = s->n_tokens, v.mode = dspark__mode(s), v.seed = s->desc.seed,
     v.cycle = s->cycle++;
     s->has_logits = 0;
-    r->status = dspark__to_p(s, p, s->n_tokens, s->desc.logprobs ? &log_sum : NULL);
-    if (!r->status) r->status = dspark__verify_row(&v, 0, &accepted, &token);
+    if (dspark__drawn_there(s)) {
+        dspark_device_draw draw = dspark__draw_there(s, 0);
+        r->status = s->model->backend->draw(s->model->device, p, &draw, &token);
+        if (!r->status && token < 0) r->status = dspark__fail(DSPARK_ERROR_NUMERIC, "the logits are no distribution");
+    } else {
+        r->status = dspark__to_p(s, p, s->n_tokens, s->desc.logprobs ? &log_sum : NULL);
+        if (!r->status) r->status = dspark__verify_row(&v, 0, &accepted, &token);
+    }
     if (r->status) return s->n_run = s->n_tokens - 1, s->n_injected = dspark__min(s->n_injected, s->n_run), 0;
     finished = dspark__emit(s, r, token, DSPARK_BY_PLAIN,
                             s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
@@ -5769,7 +5847,8 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     int drafts = 0, drafted = 0;
     double start = dspark__now_us();
     dspark__decide(m, lanes, n);
-    status = dspark__draft(m, lanes, n);
+    status = dspark__draft(m, lanes, n, 1);
+    if (!status) status = dspark__draft(m, lanes, n, 0);
     if (!status) status = dspark__schedule(m, lanes, n);
     if (!status) status = dspark__target(m, lanes, n, &out);
     if (status) return status;
@@ -5935,7 +6014,7 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
     memset(&lane, 0, sizeof lane);
     lane.s = s, lane.n_drafted = c->dspark_block_size;
     s->tokens[s->n_tokens] = anchor;
-    dspark__draft_rows(m, &lane, 1, &pass);
+    dspark__draft_rows(m, &lane, 1, dspark__drawn_there(s), &pass);
     if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return status;
     for (int k = 0; k < c->dspark_block_size; k++) {
         m->backend->draft_step(m->device, k, &anchor);
@@ -7154,7 +7233,7 @@ static dspark_status dspark__cpu_pass_end(void *device, dspark_pass_result *out)
     dspark__cpu *d = (dspark__cpu *)device;
     int drafts = d->pass->kind == DSPARK_PASS_DRAFT;
     out->logits = drafts ? d->draft_logits : d->logits, out->n_logits = d->n_logits;
-    out->confidence_logits = drafts ? d->confidence : NULL;
+    out->confidence_logits = drafts ? d->confidence : NULL, out->tokens = NULL;
     return DSPARK_OK;
 }
 
@@ -7399,8 +7478,17 @@ static dspark_status dspark__cpu_state_open(void **state, void *device, int max_
     return DSPARK_OK;
 }
 
-static dspark_status dspark__cpu_state_pieces(void *state, int n_tokens, dspark_piece piece, void *user) {
+static dspark_status dspark__cpu_state_copy(void *to, const void *from, int n_tokens) {
+    const dspark__state *a = (const dspark__state *)from, *b = (const dspark__state *)to;
+    for (int i = 0; i < a->n_arrays; i++)
+        memcpy(b->arrays[i].data, a->arrays[i].data,
+               a->arrays[i].row_bytes * dspark__array_rows(&a->arrays[i], n_tokens));
+    return DSPARK_OK;
+}
+
+static dspark_status dspark__cpu_state_pieces(void *state, int n_tokens, int restore, dspark_piece piece, void *user) {
     const dspark__state *s = (const dspark__state *)state;
+    (void)restore;
     for (int i = 0; i < s->n_arrays; i++) {
         const dspark__array *a = &s->arrays[i];
         dspark_status status = piece(user, a->data, a->row_bytes * dspark__array_rows(a, n_tokens));
@@ -7426,6 +7514,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
                                         dspark__cpu_state_bytes,
                                         dspark__cpu_state_open,
                                         dspark__cpu_state_close,
+                                        dspark__cpu_state_copy,
                                         dspark__cpu_state_pieces,
                                         dspark__cpu_pass_begin,
                                         dspark__cpu_mix_in,
@@ -7438,7 +7527,9 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
                                         dspark__cpu_draft_head,
                                         dspark__cpu_draft_step,
                                         dspark__cpu_draft_logits,
-                                        dspark__cpu_pass_end };
+                                        dspark__cpu_pass_end,
+                                        NULL,
+                                        NULL };
     return &cpu;
 }
 

@@ -34,6 +34,7 @@ typedef struct {
     double temperature, top_p, min_p, threshold;    // negative: not given
     uint64_t seed;
     int schedule, verify;                           // in the numbers of dspark_policy
+    int backend;
     int plain, chat, think, show, stats, json, compare, check, learn, help;
     FILE *log_to;
 } settings;
@@ -78,6 +79,7 @@ static const option options[] = {
     { "--learn", NULL, FLAG, AT(learn), 0, 0, "do not measure what passes cost: learn it from the first steps" },
     { "--compare", NULL, FLAG, AT(compare), 0, 0, "plain and with DSpark: speeds; are the texts the same?" },
     { "--check", NULL, FLAG, AT(check), 0, 0, "what machine and checkpoint are, what passes cost; does it fit?" },
+    { "--backend", "cpu|cuda", CHOICE, AT(backend), 0, 0, "where it runs; cuda: built by make cuda; default cpu" },
     { "--threads", "N", INTEGER, AT(threads), 1, 1024, "default: all processors" },
     { "-h", NULL, FLAG, AT(help), 0, 0, "this list" },
 };
@@ -610,6 +612,16 @@ static const char *model_directory(const settings *o, char *room, size_t size) {
     return o->model ? o->model : n > 0 && !access(room, F_OK) ? room : small;
 }
 
+// The backend asked for; NULL is the CPU.
+static const dspark_backend *backend_of(const settings *o) {
+#ifdef DSPARK_CUDA
+    return o->backend ? dspark_cuda_backend() : NULL;
+#else
+    (void)o;
+    return NULL;
+#endif
+}
+
 // A profile is read where there is one, or measured now rather than in the first answer's time, or learned.
 static dspark_status prepare_profile(const settings *o, dspark_model *m) {
     dspark_profile profile;
@@ -643,9 +655,12 @@ static int run(settings *o) {
     struct stat st;
     if (stat(dir, &st) || !S_ISDIR(st.st_mode)) return error(BAD_CALL, "%s: no such directory", dir);
     if (o->log && !(o->log_to = fopen(o->log, "w"))) return error(BAD_CALL, "%s: %s", o->log, strerror(errno));
+#ifndef DSPARK_CUDA
+    if (o->backend) return error(BAD_CALL, "--backend cuda: this program was built without it; make cuda builds it");
+#endif
     if (ask && (o->json || o->compare)) return error(BAD_CALL, "--json and --compare need a prompt (-p)");
     memset(&desc, 0, sizeof desc);
-    desc.n_threads = o->threads, desc.progress = loading;
+    desc.n_threads = o->threads, desc.progress = loading, desc.backend = backend_of(o);
     status = dspark_model_open(&m, dir, &desc);
     if (!status) status = prepare_profile(o, m);
     progress_end();

@@ -7,7 +7,9 @@
 #define _GNU_SOURCE
 #endif
 #define DSPARK_IMPLEMENTATION
+#ifndef DSPARK_CUDA      // whose object needs the header's functions
 #define DSPARK_STATIC
+#endif
 #include "dspark.h"
 
 #include <stdio.h>

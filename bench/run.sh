@@ -29,9 +29,9 @@ quartiles() {
 }
 
 shapes() {
-    [ -f $models/s118/model.safetensors ] || $bin/shape $models/s118 >&2
+    [ -f $models/s118/model.safetensors ] || build/tools/synth $models/s118 >&2
     [ -f $models/s30/model.safetensors ] ||
-        $bin/shape $models/s30 hidden_size=256 moe_intermediate_size=128 num_attention_heads=8 head_dim=64 qk_rope_head_dim=32 \
+        build/tools/synth $models/s30 hidden_size=256 moe_intermediate_size=128 num_attention_heads=8 head_dim=64 qk_rope_head_dim=32 \
             q_lora_rank=128 o_lora_rank=128 index_n_heads=4 index_head_dim=64 >&2
 }
 directory() { [ "$1" = spark-tiny ] && echo $tiny || echo "$models/$1"; }

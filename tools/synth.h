@@ -1,13 +1,18 @@
-// shape DIR [key=value ...]: a random checkpoint in the official format, of any shape, to time with.
-// Its weights are draws from a normal distribution in the formats of a released model; its text is noise.
-#define _GNU_SOURCE     // open_memstream
+// A random checkpoint in the official format, of any shape, to time with: its weights are draws from a normal
+// distribution in the formats of a released model, scaled so that activations stay sane; its text is noise. synth_write
+// makes a directory of it; synth_map (for dspark_files) opens a model of any size without one: tensors of 64 KB or more
+// are 32 MB of their kind, mapped over and over.
+#ifndef SYNTH_H
+#define SYNTH_H
 #include <math.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 enum { HIDDEN, LAYERS, EXPERTS, WIDTH, TOP_K, VOCAB, HEADS, HEAD_DIM, ROPE, Q_LORA, GROUPS, O_LORA, INDEX_HEADS, INDEX_DIM,
        INDEX_TOP_K, WINDOW, HASH, SHARED, COPIES, SINKHORN, RANK, BLOCK, STAGES, N_KEYS };
@@ -21,10 +26,30 @@ static struct { const char *key; int value; } config[N_KEYS] = {
 };
 static int of(int key) { return config[key].value; }
 
-// The file is walked twice: names and places first, then bytes.
+// DeepSeek-V4-Flash; experts and layers may still be set to what a device has room for.
+static const int flash[N_KEYS] = { 4096, 43, 256, 2048, 6, 129280, 64, 512, 64, 1024, 8, 1024, 64, 128, 512, 128, 3, 1,
+                                   4, 20, 256, 5, 3 };
+
+// The tensors are walked three times: sizes, then names and places, then bytes. A file is one region; in memory each
+// kind of large tensor has a region of its own, of which SPAN bytes are written and mapped over all of it.
+enum { MEASURE, ANNOUNCE, WRITE };
+enum { SPAN = 32 << 20, LARGE = 64 << 10, MAX_REGIONS = 128 };
+typedef struct { char kind[64]; uint64_t size, base, at, filled; int fd; unsigned char *block; } region;
+static region regions[MAX_REGIONS];
+static int n_regions = 1, walking, in_memory;
 static FILE *header, *data;
-static uint64_t offset;
-static int writing;
+static int announced;
+static unsigned char *put_to, *small;       // where the next bytes go, in memory; region 0 there
+static uint64_t put_room;
+
+static region *region_of(const char *kind, uint64_t bytes) {
+    int i = 1;
+    if (!in_memory || bytes < LARGE) return regions;
+    while (i < n_regions && strcmp(regions[i].kind, kind)) i++;
+    if (i == MAX_REGIONS) fprintf(stderr, "synth: more than %d kinds of tensors\n", MAX_REGIONS), exit(1);
+    if (i == n_regions) snprintf(regions[n_regions++].kind, sizeof regions->kind, "%s", kind);
+    return &regions[i];
+}
 
 static uint64_t random_state = 1;
 static uint64_t next_random(void) {
@@ -53,33 +78,45 @@ static unsigned e4m3(double x) {
 }
 
 static void put(const void *bytes, size_t n) {
-    if (fwrite(bytes, 1, n, data) == n) return;
-    perror("shape"), exit(1);
+    if (in_memory) {
+        if (n > put_room) n = (size_t)put_room;
+        memcpy(put_to, bytes, n), put_to += n, put_room -= n;
+    } else if (!data || fwrite(bytes, 1, n, data) != n) perror("synth"), exit(1);
 }
 
 typedef struct { const char *dtype; int rows, cols; } tensor;    // cols 0: a vector
 
-// Announces a tensor in the first walk; in the second says 1: write its bytes now.
-static int begin(tensor t, const char *format, va_list args) {
+// Places a tensor; 1: write its bytes now, until there is no room for more.
+static int begin(tensor t, const char *kind, const char *format, va_list args) {
     char name[256];
     int size = !strcmp(t.dtype, "F32") ? 4 : !strcmp(t.dtype, "BF16") ? 2 : !strcmp(t.dtype, "I64") ? 8 : 1;
     uint64_t bytes = (uint64_t)t.rows * (uint64_t)(t.cols ? t.cols : 1) * (uint64_t)size;
-    if (writing) return 1;
-    vsnprintf(name, sizeof name, format, args);
-    fprintf(header, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%d", offset ? "," : "{", name, t.dtype, t.rows);
-    if (t.cols) fprintf(header, ",%d", t.cols);
-    fprintf(header, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)offset, (unsigned long long)(offset + bytes));
-    offset += bytes;
-    return 0;
+    region *r = region_of(kind, bytes);
+    uint64_t at = r->at, begins = r->base + at;
+    r->at += bytes;
+    if (walking == ANNOUNCE) {
+        vsnprintf(name, sizeof name, format, args);
+        fprintf(header, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%d", announced++ ? "," : "{", name, t.dtype, t.rows);
+        if (t.cols) fprintf(header, ",%d", t.cols);
+        fprintf(header, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)begins, (unsigned long long)(begins + bytes));
+    }
+    if (walking != WRITE) return 0;
+    if (!in_memory) return put_room = 1, 1;
+    put_to = r == regions ? small + at : r->block + r->filled;
+    put_room = r == regions || bytes < SPAN - r->filled ? bytes : SPAN - r->filled;
+    r->filled += put_room;
+    return put_room > 0;
 }
 
 // mean + deviation N(0, 1), as F32 or BF16
 static void real(const char *dtype, int rows, int cols, double mean, double deviation, const char *format, ...) {
     tensor t = { dtype, rows, cols };
+    char kind[64];
     va_list args;
     va_start(args, format);
-    if (begin(t, format, args))
-        for (int i = 0; i < rows * (cols ? cols : 1); i++) {
+    snprintf(kind, sizeof kind, "%s %g %g", dtype, mean, deviation);
+    if (begin(t, kind, format, args))
+        for (int64_t i = 0; i < (int64_t)rows * (cols ? cols : 1) && put_room; i++) {
             float x = (float)(mean + deviation * (double)normals[next_random() >> 48]);
             uint32_t bits;
             memcpy(&bits, &x, 4);
@@ -90,12 +127,12 @@ static void real(const char *dtype, int rows, int cols, double mean, double devi
     va_end(args);
 }
 
-static void bytes(const char *dtype, int rows, int cols, const unsigned char *choices, const char *format, ...) {
+static void bytes(const char *kind, const char *dtype, int rows, int cols, const unsigned char *choices, const char *format, ...) {
     tensor t = { dtype, rows, cols };
     va_list args;
     va_start(args, format);
-    if (begin(t, format, args))
-        for (int i = 0; i < rows; i++) {
+    if (begin(t, kind, format, args))
+        for (int i = 0; i < rows && put_room; i++) {
             unsigned char row[16384];
             for (int j = 0; j < cols; j++) row[j] = choices ? choices[next_random() >> 48] : (unsigned char)(next_random() >> 56);
             put(row, (size_t)cols);
@@ -108,18 +145,23 @@ static void fp8(int rows, int cols, double gain, const char *prefix, const char 
     static unsigned char codes[65536], scales[65536];
     double deviation = gain / sqrt(cols);
     int e = (int)ceil(log2(4.5 * deviation / 448));
-    for (int i = 0; writing && i < 65536; i++) codes[i] = (unsigned char)e4m3((double)normals[i] * ldexp(deviation, -e));
+    char kind[64];
+    snprintf(kind, sizeof kind, "fp8 %g", ldexp(deviation, -e));
+    for (int i = 0; walking == WRITE && i < 65536; i++) codes[i] = (unsigned char)e4m3((double)normals[i] * ldexp(deviation, -e));
     memset(scales, e + 127, sizeof scales);
-    bytes("F8_E4M3", rows, cols, codes, "%s%s.weight", prefix, name);
-    bytes("F8_E8M0", (rows + 127) / 128, (cols + 127) / 128, scales, "%s%s.scale", prefix, name);
+    bytes(kind, "F8_E4M3", rows, cols, codes, "%s%s.weight", prefix, name);
+    snprintf(kind, sizeof kind, "scales %d", e);
+    bytes(kind, "F8_E8M0", (rows + 127) / 128, (cols + 127) / 128, scales, "%s%s.scale", prefix, name);
 }
 
 static void fp4(int rows, int cols, const char *prefix, int expert, const char *name) {
     static unsigned char scales[65536];
     int e = (int)nearbyint(log2(1 / sqrt(cols) / 2.93)) + 127;
+    char kind[64];
     for (int i = 0; i < 65536; i++) scales[i] = (unsigned char)(e - (i & 1));
-    bytes("I8", rows, cols / 2, NULL, "%sffn.experts.%d.%s.weight", prefix, expert, name);
-    bytes("F8_E8M0", rows, cols / 32, scales, "%sffn.experts.%d.%s.scale", prefix, expert, name);
+    snprintf(kind, sizeof kind, "scales of fp4 %d", e);
+    bytes("fp4", "I8", rows, cols / 2, NULL, "%sffn.experts.%d.%s.weight", prefix, expert, name);
+    bytes(kind, "F8_E8M0", rows, cols / 32, scales, "%sffn.experts.%d.%s.scale", prefix, expert, name);
 }
 
 static void bf16(int rows, int cols, const char *prefix, const char *name) {
@@ -147,7 +189,7 @@ static void mix(int rows, int n_scales, const char *prefix, const char *name) {
 static int announce(tensor t, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    int now = begin(t, format, args);
+    int now = begin(t, "hash", format, args);
     va_end(args);
     return now;
 }
@@ -155,7 +197,7 @@ static int announce(tensor t, const char *format, ...) {
 static void hash_table(const char *prefix) {
     tensor t = { "I64", of(VOCAB), of(TOP_K) };
     if (!announce(t, "%sffn.gate.tid2eid", prefix)) return;
-    for (int v = 0; v < t.rows; v++) {
+    for (int v = 0; v < t.rows && put_room; v++) {
         int64_t order[1024];
         for (int e = 0; e < of(EXPERTS); e++) order[e] = e;
         for (int k = 0; k < t.cols; k++) {
@@ -221,9 +263,7 @@ static void walk(void) {
     }
 }
 
-static void write_config(const char *path) {
-    FILE *f = fopen(path, "w");
-    if (!f) perror(path), exit(1);
+static void write_config(FILE *f) {
     fprintf(f, "{\n");
     for (int i = 0; i < N_KEYS; i++) if (i != STAGES) fprintf(f, " \"%s\": %d,\n", config[i].key, config[i].value);
     fprintf(f, " \"compress_ratios\": [");
@@ -242,39 +282,106 @@ static void write_config(const char *path) {
           " \"routed_scaling_factor\": 1.5, \"scoring_func\": \"sqrtsoftplus\", \"swiglu_limit\": 10.0,\n"
           " \"tie_word_embeddings\": false, \"topk_method\": \"noaux_tc\", \"torch_dtype\": \"bfloat16\",\n"
           " \"transformers_version\": \"4.57.1\", \"use_cache\": true\n}\n", f);
-    fclose(f);
 }
 
-static int set(const char *argument) {
+// key=value, or flash
+static int synth_set(const char *argument) {
+    if (!strcmp(argument, "flash")) {
+        for (int i = 0; i < N_KEYS; i++) config[i].value = flash[i];
+        return 1;
+    }
     for (int i = 0; i < N_KEYS; i++) {
         size_t n = strlen(config[i].key);
         if (!strncmp(argument, config[i].key, n) && argument[n] == '=') return config[i].value = atoi(argument + n + 1), 1;
     }
-    return fprintf(stderr, "shape: no key in %s\n", argument), 0;
+    return fprintf(stderr, "synth: no key in %s\n", argument), 0;
 }
 
-int main(int argc, char **argv) {
-    char path[4096], *text;
-    size_t size;
-    uint64_t padded;
-    if (argc < 2) return fprintf(stderr, "shape DIR [key=value ...]\n"), 2;
-    for (int i = 2; i < argc; i++) if (!set(argv[i])) return 2;
-    mkdir(argv[1], 0777);
-    snprintf(path, sizeof path, "%s/config.json", argv[1]);
-    write_config(path);
-    header = open_memstream(&text, &size);
+static void walk_as(int how) {
+    walking = how;
+    for (int i = 0; i < n_regions; i++) regions[i].at = 0;
     walk();
+}
+// The header's text, and regions placed behind each other, on whole blocks where they are mapped; the bytes of all.
+static uint64_t synth_header(char **json, size_t *size) {
+    uint64_t total = 0;
+    walk_as(MEASURE);
+    for (int i = n_regions - 1; i >= 0; i--) {
+        regions[i].size = regions[i].at, regions[i].base = total;
+        total += i ? (regions[i].size + SPAN - 1) / SPAN * SPAN : regions[i].size;
+    }
+    header = open_memstream(json, size);
+    walk_as(ANNOUNCE);
     fputc('}', header);
     fclose(header);
-    snprintf(path, sizeof path, "%s/model.safetensors", argv[1]);
-    data = fopen(path, "wb");
-    if (!data) return perror(path), 1;
-    padded = (size + 7) / 8 * 8;
-    put(&padded, 8), put(text, size), put("        ", padded - size);
     fill_normals();
-    writing = 1;
-    walk();
-    if (fclose(data)) return perror(path), 1;
-    printf("%s: %.1f MB\n", path, (double)(8 + padded + offset) / 1e6);
-    free(text);
+    return total;
 }
+
+#ifndef DSPARK_H
+static int synth_write(const char *dir) {
+    char path[4096], *json;
+    size_t size;
+    uint64_t padded, total = synth_header(&json, &size);
+    FILE *f;
+    mkdir(dir, 0777);
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    if (!(f = fopen(path, "w"))) return perror(path), 1;
+    write_config(f), fclose(f);
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    if (!(data = fopen(path, "wb"))) return perror(path), 1;
+    padded = (size + 7) / 8 * 8;
+    put(&padded, 8), put(json, size), put("        ", padded - size);
+    walk_as(WRITE);
+    if (fclose(data)) return perror(path), 1;
+    printf("%s: %.1f MB\n", path, (double)(8 + padded + total) / 1e6);
+    free(json);
+    return 0;
+}
+
+#else
+static void synth_region(unsigned char *at, const region *r) {
+    for (uint64_t done = 0; done < r->size; done += SPAN)
+        if (mmap(at + done, SPAN, PROT_READ, MAP_SHARED | MAP_FIXED, r->fd, 0) == MAP_FAILED) perror("mmap"), exit(1);
+}
+static dspark_status synth_map(void *user, const char *path, const void **out, uint64_t *size) {
+    const char *file = strrchr(path, '/') + 1;
+    char *json;
+    size_t n;
+    (void)user;
+    if (!strcmp(file, "config.json")) {
+        FILE *f = open_memstream(&json, &n);
+        write_config(f), fclose(f);
+        *out = json, *size = n;
+        return DSPARK_OK;
+    }
+    if (strcmp(file, "model.safetensors")) return DSPARK_ERROR_IO;
+    in_memory = 1;
+    uint64_t total = synth_header(&json, &n), padded = (8 + n + SPAN - 1) / SPAN * SPAN, head = padded - 8;
+    unsigned char *base = (unsigned char *)mmap(NULL, padded + total + SPAN, PROT_READ | PROT_WRITE,
+                                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) perror("mmap"), exit(1);
+    memcpy(base, &head, 8), memset(base + 8, ' ', head), memcpy(base + 8, json, n);
+    free(json);
+    small = base + padded + regions[0].base;
+    for (int i = 1; i < n_regions; i++) {
+        regions[i].fd = memfd_create("synth", 0), regions[i].filled = 0;
+        if (regions[i].fd < 0 || ftruncate(regions[i].fd, SPAN)) perror("memfd"), exit(1);
+        regions[i].block = (unsigned char *)mmap(NULL, SPAN, PROT_READ | PROT_WRITE, MAP_SHARED, regions[i].fd, 0);
+        if (regions[i].block == MAP_FAILED) perror("mmap"), exit(1);
+    }
+    walk_as(WRITE);
+    for (int i = 1; i < n_regions; i++) {
+        synth_region(base + padded + regions[i].base, &regions[i]);
+        munmap(regions[i].block, SPAN), close(regions[i].fd);
+    }
+    *out = base, *size = padded + total;
+    return DSPARK_OK;
+}
+static void synth_unmap(void *user, const void *bytes_, uint64_t size) {
+    (void)user;
+    if (size < SPAN) free((void *)(uintptr_t)bytes_);      // the config
+    else munmap((void *)(uintptr_t)bytes_, (size_t)size + SPAN);
+}
+#endif
+#endif

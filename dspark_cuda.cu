@@ -1,0 +1,3013 @@
+// dspark_cuda.cu - the CUDA backend of dspark.h, in one file. MIT license, as dspark.h.
+//
+//     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c dspark_cuda.cu     (or sm_80 and newer; make cuda)
+//     desc.backend = dspark_cuda_backend();
+//
+// WHAT IT KEEPS OF THE CPU'S DEFINITION: every rounding to FP8 and FP4 at its place, fp32 between them, ties and orders
+// of selection; so the golden cases hold at their tolerances. WHAT IT DOES NOT: the order of a sum, so bits differ from
+// the CPU's.
+// BATCH INVARIANCE: a row's bits depend on no other row. A linear's sum over k is cut into units of 128 bytes of
+// weights; warp w of eight takes units w, w + 8, ... in order, and the eight sums are added in order, at every number
+// of rows. An attention's keys are cut by their number alone. Compile without contraction (-fmad=false): fused products
+// are written fmaf.
+//
+// EXACT PRODUCTS. FP8 and FP4 weights with their scales, and rounded inputs with theirs, are bf16 numbers as they are:
+// one mma.m16n8k16 sums exact products in fp32. Inputs that are not rounded (of wo_a and of bf16 matrices) go in as
+// three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
+// 16, 32 or 64 rows.
+//
+// operation     kernel                what bounds it at few rows; V4-Flash, one row: MB (us at 3.0 TB/s) a layer
+// mix_out, tap  stream                bytes of hc_fn, 1.6 twice (1), 32 dims a block; the next mix's products with it
+// mix_in        mix                   latency: one block a row
+// attention     linears, project      wq_a, wkv, compressors 27.8 (9)
+//               linears               wq_b, index wq_b 41.9 (14)
+//               index_query, index_scores, index_top, attend, attend_merge      latency; keys 0.5
+//               linears               wo_a 33.6 (11), wo_b 33.6 (11)
+// moe           linears, route        gate, shared w1 w3 18.1 (6)
+//               experts, swiglu, experts                    6 x 13.4 + shared w2 8.4 (30)
+// head          mix, linears          1059 once a pass (350)
+// draft_step    markov, linears       66 each (22)
+#ifdef DSPARK_CUDA_HOST
+#define CUDA_HOST_IMPLEMENTATION
+#include "cuda_host.h"      // tests/: the same source on a machine without a GPU
+#else
+#include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
+#endif
+#include "dspark.h"
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { WARP = 32, WARPS = 8, THREADS = WARP * WARPS };
+enum { COPIES = 4, MIX = (2 + COPIES) * COPIES };       // hc_mult, and the numbers that a mix computes for a row
+enum { SLICE = 32 };                                    // dims of the hidden state that a block of the stream owns
+enum { UNIT = 128, TILE = 16 };    // bytes of a weight row that a warp takes at once; rows of a tile
+enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32 };      // parts of a long attention; keys at once; rows in the buffers
+enum { WEIGHT_SHIFT = 16 };    // decoded FP8 and FP4 weights are 2^-16 of their value: room for scales
+enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
+
+#define ALL 0xffffffffu
+
+// ---- instructions, and their twins on the host ------------------------------------------------
+
+#ifdef DSPARK_CUDA_HOST
+#define UNROLL
+#define SHARED_BYTES(name) char *name = host.shared
+static inline void grid_wait(void) {}
+static inline void grid_go(void) {}
+static inline uint4 load_weights(const uint8_t *p) { uint4 v; memcpy(&v, p, 16); return v; }
+static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
+    host_mma(c, a, b);
+}
+static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
+static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, high); }
+static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16x2(a, b); }
+#else
+#define UNROLL _Pragma("unroll")
+#define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
+// The kernel before has ended and its stores are seen: before any read of what a kernel wrote (programmatic launches).
+__device__ __forceinline__ void grid_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may take its place beside this one.
+__device__ __forceinline__ void grid_go(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Read once, by nobody else soon: past the first cache.
+__device__ __forceinline__ uint4 load_weights(const uint8_t *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+// c [16][8] += a [16][16] b [16][8]; lane (g, t) = (lane / 4, lane % 4) has a: rows g, g + 8, k 2t and 2t + 1 (a0, a1),
+// 2t + 8 and 2t + 9 (a2, a3); b: column g, the same k; c: row g columns 2t, 2t + 1, then row g + 8.
+__device__ __forceinline__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8 x 8 tiles of shared memory, lane i giving row i % 8 of tile i / 8: r[j] has of tile j rows 2t and 2t + 1 at
+// column g, as mma takes b.
+__device__ __forceinline__ void load_transposed(uint32_t *r, const uint16_t *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)));
+}
+__device__ __forceinline__ uint32_t bf16x2(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+// Exact where one factor is a power of two; keeps subnormals.
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+    return r;
+}
+#endif
+
+static __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
+static __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
+// 2^e, -126 <= e <= 127
+static __device__ __forceinline__ float exp2i(int e) { return __uint_as_float((uint32_t)(e + 127) << 23); }
+// 2^(byte - 127), as E8M0 stores a scale
+static __device__ __forceinline__ float e8m0(uint32_t byte) { return __uint_as_float(byte ? byte << 23 : 0x400000u); }
+
+// ---- sums of a warp and of a block: fixed trees, the same bits in every thread ----------------
+
+static __device__ __forceinline__ float warp_sum(float x) {
+    for (int i = 16; i; i /= 2) x += __shfl_xor_sync(ALL, x, i);
+    return x;
+}
+static __device__ __forceinline__ float warp_max(float x) {
+    for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, i));
+    return x;
+}
+static __device__ float block_sum(float x, float *scratch /* [warps] */) {
+    float sum = 0;
+    x = warp_sum(x);
+    __syncthreads();        // what stands in scratch has been read
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / WARP; i++) sum += scratch[i];
+    return sum;
+}
+
+// ---- rounding (deepseek-v4.md, Storage) -------------------------------------------------------
+
+// e of the smallest 2^e with amax / 2^e within the format, from the bits: 448 = 1.75 * 2^8, 6 = 1.5 * 2^2.
+static __device__ __forceinline__ int fp8_exponent(float amax) {
+    uint32_t u = __float_as_uint(amax > 1e-4f ? amax : 1e-4f);
+    return (int)(u >> 23) - 127 - 8 + ((u & 0x7fffff) > 0x600000);
+}
+static __device__ __forceinline__ int fp4_exponent(float amax) {
+    uint32_t u = __float_as_uint(amax);
+    if (u < 0x01c00000) u = 0x01c00000;     // 6 * 2^-126
+    return (int)(u >> 23) - 127 - 2 + ((u & 0x7fffff) > 0x400000);
+}
+// |x|, at most `limit`, to the nearest with `bits` mantissa bits, below `first` to multiples of first 2^-bits; ties to
+// even.
+static __device__ __forceinline__ float nearest(float x, float limit, float first, int bits) {
+    float a = fabsf(x), power;
+    if (limit < a) a = limit;               // NaN stays
+    power = __uint_as_float(__float_as_uint(a) & 0x7f800000u);
+    power = (power > first ? power : first) * exp2i(23 - bits);
+    return (a + power) - power;
+}
+static __device__ __forceinline__ float signed_as(float a, float x) {
+    return __uint_as_float(__float_as_uint(a) | (__float_as_uint(x) & 0x80000000u));
+}
+static __device__ __forceinline__ float nearest_e4m3(float x) { return signed_as(nearest(x, 448, 0.015625f, 3), x); }
+static __device__ __forceinline__ uint32_t e4m3_code(float x) {        // of a number that nearest_e4m3 gave
+    uint32_t u = __float_as_uint(x), a = u & 0x7fffffffu;
+    uint32_t code = a < 0x3c800000u ? (uint32_t)(__uint_as_float(a) * 512) : (a >> 20) - (120u << 3);
+    return a > 0x7f800000u ? 0x7f : code | (u >> 24 & 0x80);
+}
+static __device__ __forceinline__ float e4m3_value(uint32_t code) {
+    float a = __uint_as_float((code & 0x7f) << 20) * exp2i(120);
+    if ((code & 0x7f) == 0x7f) a = __uint_as_float(0x7fc00000u);
+    return __uint_as_float(__float_as_uint(a) | (code << 24 & 0x80000000u));
+}
+
+// ---- rows of inputs ---------------------------------------------------------------------------
+
+// A row as products take it: bf16, in each eight the order 0 4 1 5 2 6 3 7, in which weights decode. rounded
+// [rows][stride]: to FP8 per 128 and back, exact. plain [3][rows][stride]: three numbers whose sum is the input. Zeros
+// up to the stride.
+typedef struct { uint16_t *rounded, *plain; int stride; size_t plane; } input;
+
+// The largest of the threads that share a block of values, `threads` in a row, a power of two.
+static __device__ __forceinline__ float group_max(float a, int threads) {
+    for (int i = threads / 2; i; i /= 2) a = fmaxf(a, __shfl_xor_sync(ALL, a, i));
+    return a;
+}
+static __device__ __forceinline__ float largest_of(const float *v) {
+    float a = 0;
+    for (int i = 0; i < 8; i++) a = fmaxf(a, fabsf(v[i]));
+    return a;
+}
+static __device__ __forceinline__ uint4 pack8(const float *v) {
+    return make_uint4(bf16x2(v[0], v[4]), bf16x2(v[1], v[5]), bf16x2(v[2], v[6]), bf16x2(v[3], v[7]));
+}
+// Eight values of a row, at `at`, both ways; all threads of a warp call it, 16 of them share a block of 128. `live` 0:
+// none.
+static __device__ void put_input(const input &x, int row, int at, float *v, int live) {
+    float a = group_max(live ? largest_of(v) : 0, 16), up = exp2i(fp8_exponent(a)), down = exp2i(-fp8_exponent(a)),
+          w[8];
+    size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
+    if (!live) return;
+    for (int i = 0; i < 8; i++) w[i] = nearest_e4m3(v[i] * down) * up;
+    *(uint4 *)(void *)(x.rounded + to) = pack8(w);
+    for (int p = 0; x.plain && p < 3; p++) {
+        uint4 some = pack8(v);
+        *(uint4 *)(void *)(x.plain + (size_t)p * x.plane + to) = some;
+        v[0] -= __uint_as_float(some.x << 16), v[4] -= __uint_as_float(some.x & 0xffff0000u);
+        v[1] -= __uint_as_float(some.y << 16), v[5] -= __uint_as_float(some.y & 0xffff0000u);
+        v[2] -= __uint_as_float(some.z << 16), v[6] -= __uint_as_float(some.z & 0xffff0000u);
+        v[3] -= __uint_as_float(some.w << 16), v[7] -= __uint_as_float(some.w & 0xffff0000u);
+    }
+}
+// A row of n values in shared memory.
+static __device__ void put_input_row(const input &x, int row, const float *values, int n) {
+    for (int at = 0; at < n; at += THREADS * 8) {
+        int mine = at + (int)threadIdx.x * 8, live = mine < n;
+        float v[8];
+        for (int i = 0; live && i < 8; i++) v[i] = values[mine + i];
+        put_input(x, row, mine, v, live);
+    }
+}
+// x = x / rms * w in shared memory
+static __device__ void norm_row(float *x, const float *w, int n, float eps, float *scratch) {
+    float sum = 0, scale;
+    for (int i = (int)threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
+    scale = 1 / sqrtf(block_sum(sum, scratch) / (float)n + eps);
+    for (int i = (int)threadIdx.x; i < n; i += THREADS) x[i] = x[i] * scale * w[i];
+    __syncthreads();
+}
+
+// ---- a pass -----------------------------------------------------------------------------------
+
+// What a kernel needs to know of a row; of its segment the first row, its position and how many there are.
+typedef struct {
+    uint8_t *const *state;          // the session's arrays
+    int id, position, keep_rows;
+    int first, first_position, n;
+} row;
+typedef struct { int n_rows, n_logits, n_segments, n_injected, drafts; } counts;
+typedef struct { uint8_t *const *state; int position; } injection;
+
+// Numbers of the checkpoint that kernels share.
+typedef struct {
+    int h, H, D, R, q_lora, window, ring, I, index_heads, index_topk, block, n_taps, rank, V, K, E;
+    float eps, hc_eps, limit, routed_scale;
+    int sinkhorn_iters;
+} shape;
+
+// The arrays of a state, for each layer; after them, the taps.
+enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, KEY_SCALES, N_ARRAYS };
+
+static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
+
+// ---- linears ----------------------------------------------------------------------------------
+// Weights as the M side: a block takes 1 to 4 tiles of 16 outputs, a warp of it every eighth unit of each. A lane reads
+// 16 bytes of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both
+// sides agree. No shared memory on the way in: 4 pieces a lane are in flight, 2 KB each a warp, 128 KB an SM with two
+// blocks. Bound: bytes of weights; at 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes, three planes
+// take 39.
+
+typedef struct {
+    const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
+    const uint8_t *scale;    // FP8: [rows / 128][units]; FP4: [tiles][units][lane][4], a lane's four blocks of a unit
+    int rows, cols, pitch, dtype;
+} matrix;
+
+typedef struct { uint4 v[4]; uint32_t scale; } piece;
+
+static __device__ __forceinline__ void load_piece(piece &q, const matrix &w, int m0, int unit) {
+    int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, units = w.pitch / UNIT;
+    int step = w.dtype == DSPARK_F32 ? 16 : 64;     // eight floats are 32 bytes: a lane takes them in a row
+    const uint8_t *p = w.data + (size_t)(m0 + g) * (size_t)w.pitch + (size_t)(unit * UNIT + (step == 16 ? 32 : 16) * t);
+    q.v[0] = load_weights(p), q.v[1] = load_weights(p + 8 * (size_t)w.pitch);
+    q.v[2] = load_weights(p + step), q.v[3] = load_weights(p + step + 8 * (size_t)w.pitch);
+    q.scale = 0;
+    if (w.dtype == DSPARK_FP8) q.scale = w.scale[(size_t)(m0 / 128) * (size_t)units + (size_t)unit];
+    if (w.dtype == DSPARK_FP4)
+        q.scale = ((const uint32_t *)(const void *)
+                       w.scale)[((size_t)(m0 / TILE) * (size_t)units + (size_t)unit) * WARP + (size_t)lane];
+}
+
+// Of a dtype: elements in 16 bytes, and bf16 planes that a weight falls into.
+template <int DTYPE> struct weights_of { enum { IN_16 = 8, PLANES = 1 }; };
+template <> struct weights_of<DSPARK_FP8> { enum { IN_16 = 16, PLANES = 1 }; };
+template <> struct weights_of<DSPARK_FP4> { enum { IN_16 = 32, PLANES = 1 }; };
+template <> struct weights_of<DSPARK_F16> { enum { IN_16 = 8, PLANES = 2 }; };
+template <> struct weights_of<DSPARK_F32> { enum { IN_16 = 8, PLANES = 3 }; };
+
+static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// 2^e in both halves, as bf16
+static __device__ __forceinline__ uint32_t power_bf16x2(uint32_t e) { return (e + 127) << 7 | (e + 127) << 23; }
+
+// Eight FP4 codes, low nibble first, to pairs (0, 4), (1, 5), (2, 6), (3, 7) times factor: e e m becomes a bf16's low
+// exponent bits and first mantissa bit, 2^-126 of the value.
+static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t factor, uint32_t *a) {
+    for (int i = 0; i < 4; i++) {
+        uint32_t w = codes >> 4 * i;
+        a[i] = mul_bf16x2((w & 0x00070007u) << 6 | (w & 0x00080008u) << 12, factor);
+    }
+}
+static __device__ __forceinline__ uint32_t fp4_factor(uint32_t scale) {
+    return power_bf16x2(scale - 127 + 126 - WEIGHT_SHIFT);
+}
+
+// Numbers (low, high) in pairs, as floats, to planes.
+template <int PLANES>
+static __device__ __forceinline__ void planes_of(float low, float high, uint32_t (*a)[4], int pair) {
+    for (int p = 0; p < PLANES; p++) {
+        uint32_t w = a[p][pair] = bf16x2(low, high);
+        low -= __uint_as_float(w << 16), high -= __uint_as_float(w & 0xffff0000u);
+    }
+}
+static __device__ __forceinline__ float f16_value(uint32_t u) {
+    float a = __uint_as_float((u & 0x7fffu) << 13) * exp2i(112);
+    if ((u & 0x7c00u) == 0x7c00u) a = __uint_as_float(0x7f800000u | (u & 0x3ffu) << 13);
+    return __uint_as_float(__float_as_uint(a) | (u << 16 & 0x80000000u));
+}
+
+// Eight weights of row half `half` (g or g + 8), the e-th of chunk c: a[plane][pair], pairs (0, 4), (1, 5), (2, 6), (3,
+// 7).
+template <int DTYPE>
+static __device__ __forceinline__ void decode(const piece &q, int c, int half, int e, uint32_t (*a)[4]) {
+    const uint4 &v = q.v[2 * c + half];
+    if (DTYPE == DSPARK_FP8) {
+        uint32_t factor = power_bf16x2(q.scale - 127 + 120 - WEIGHT_SHIFT), w0 = word(v, 2 * e),
+                 w1 = word(v, 2 * e + 1);
+        for (int i = 0; i < 2; i++) {
+            uint32_t w = __byte_perm(w0, w1, i ? 0x7632 : 0x5410);
+            a[0][2 * i] = mul_bf16x2((w & 0x007f007fu) << 4 | (w & 0x00800080u) << 8, factor);
+            a[0][2 * i + 1] = mul_bf16x2((w & 0x7f007f00u) >> 4 | (w & 0x80008000u), factor);
+        }
+    } else if (DTYPE == DSPARK_FP4) {
+        decode_fp4(word(v, e), fp4_factor(q.scale >> 8 * (2 * half + c) & 255), a[0]);
+    } else if (DTYPE == DSPARK_F32) {
+        const uint4 &u = q.v[2 + half];     // both chunks are one eight
+        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].x), __uint_as_float(u.x), a, 0);
+        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].y), __uint_as_float(u.y), a, 1);
+        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].z), __uint_as_float(u.z), a, 2);
+        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].w), __uint_as_float(u.w), a, 3);
+    } else {
+        for (int i = 0; i < 2; i++) {
+            uint32_t w0 = i ? v.y : v.x, w1 = i ? v.w : v.z;
+            uint32_t low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
+            if (DTYPE == DSPARK_BF16) a[0][2 * i] = low, a[0][2 * i + 1] = high;
+            else {
+                planes_of<weights_of<DTYPE>::PLANES>(f16_value(low & 0xffffu), f16_value(low >> 16), a, 2 * i);
+                planes_of<weights_of<DTYPE>::PLANES>(f16_value(high & 0xffffu), f16_value(high >> 16), a, 2 * i + 1);
+            }
+        }
+    }
+}
+
+typedef struct { const uint16_t *x; size_t plane; int planes; } operand;
+
+// acc[nt] += a unit of 16 weight rows times NT * 8 rows of x; at [nt]: where the lane's row of x begins.
+template <int DTYPE, int NT> static __device__ __forceinline__ void multiply(const piece &q, int unit, const operand &x,
+                                                                             const int *at, float (*acc)[4]) {
+    enum { IN_16 = weights_of<DTYPE>::IN_16, PLANES = weights_of<DTYPE>::PLANES, CHUNKS = DTYPE == DSPARK_F32 ? 1 : 2 };
+    int t = (int)threadIdx.x % 4;
+    UNROLL
+    for (int c = 0; c < CHUNKS; c++)
+        UNROLL
+        for (int e = 0; e < IN_16 / 8; e++) {
+            int k = unit * 4 * IN_16 * CHUNKS + c * 4 * IN_16 + t * IN_16 + 8 * e;
+            uint32_t a[2][PLANES][4];
+            decode<DTYPE>(q, c, 0, e, a[0]);
+            decode<DTYPE>(q, c, 1, e, a[1]);
+            for (int p = 0; p < x.planes; p++)
+                UNROLL
+                for (int nt = 0; nt < NT; nt++) {
+                    const uint4 b = *(const uint4 *)(const void *)(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k));
+                    UNROLL
+                    for (int i = 0; i < PLANES; i++) {
+                        if (i + p > 2) continue;        // below 2^-24 of the product
+                        mma(acc[nt], a[0][i][0], a[1][i][0], a[0][i][1], a[1][i][1], b.x, b.y);
+                        mma(acc[nt], a[0][i][2], a[1][i][2], a[0][i][3], a[1][i][3], b.z, b.w);
+                    }
+                }
+        }
+}
+
+// Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]
+enum { PART = WARPS * 8 * 17 };
+static __device__ __forceinline__ float *parts(void) {
+    __shared__ float part[8 * PART];        // tiles * NT <= 8
+    return part;
+}
+template <int NT> static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[4]) {
+    int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    float *to = part + (size_t)((tile * WARPS + (int)threadIdx.x / WARP) * NT * 8 * 17);
+    for (int nt = 0; nt < NT; nt++)
+        for (int i = 0; i < 4; i++) {
+            to[(nt * 8 + 2 * t + (i & 1)) * 17 + g + 8 * (i >> 1)] = acc[nt][i];
+            acc[nt][i] = 0;
+        }
+}
+// Output m of tile `tile` for row n of x: the warps' sums in order.
+template <int NT> static __device__ __forceinline__ float total(const float *part, int tile, int n, int m) {
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++) sum += part[((tile * WARPS + w) * NT * 8 + n) * 17 + m];
+    return sum;
+}
+
+// Tiles from output m0 on, for the rows of x that `at` says; the sums stand in parts() behind the next barrier. wait:
+// nothing but weights may be read before grid_wait.
+template <int DTYPE, int NT> static __device__ __forceinline__ void tile_sums(const matrix &w, int m0, int tiles,
+                                                                              const operand &x, const int *at,
+                                                                              int wait) {
+    enum { DEPTH = weights_of<DTYPE>::PLANES > 1 ? 1 : NT == 1 ? 4 : NT == 2 ? 3 : 2 };
+    int warp = (int)threadIdx.x / WARP, units = w.pitch / UNIT, mine = (units - warp + WARPS - 1) / WARPS;
+    int steps = tiles * mine, load_tile = 0, load_unit = warp, tile = 0, unit = warp;
+    piece q[DEPTH];
+    float acc[NT][4];
+    for (int nt = 0; nt < NT; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
+    UNROLL
+    for (int i = 0; i < DEPTH; i++)
+        if (i < steps) {
+            load_piece(q[i], w, m0 + load_tile * TILE, load_unit);
+            if ((load_unit += WARPS) >= units) load_unit = warp, load_tile++;
+        }
+    if (wait) grid_wait();
+    if (!mine) for (int i = 0; i < tiles; i++) put_part<NT>(parts(), i, acc);
+    for (int step = 0; step < steps; step += DEPTH)
+        UNROLL
+        for (int i = 0; i < DEPTH; i++)
+            if (step + i < steps) {
+                multiply<DTYPE, NT>(q[i], unit, x, at, acc);
+                if (step + i + DEPTH < steps) {
+                    load_piece(q[i], w, m0 + load_tile * TILE, load_unit);
+                    if ((load_unit += WARPS) >= units) load_unit = warp, load_tile++;
+                }
+                if ((unit += WARPS) >= units) put_part<NT>(parts(), tile, acc), unit = warp, tile++;
+            }
+}
+template <int NT> static __device__ __forceinline__ void tile_sums_of(const matrix &w, int m0, int tiles,
+                                                                      const operand &x, const int *at, int wait) {
+    switch (w.dtype) {
+    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT>(w, m0, tiles, x, at, wait); break;
+    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT>(w, m0, tiles, x, at, wait); break;
+    case DSPARK_F16: tile_sums<DSPARK_F16, NT>(w, m0, tiles, x, at, wait); break;
+    case DSPARK_F32: tile_sums<DSPARK_F32, NT>(w, m0, tiles, x, at, wait); break;
+    default: tile_sums<DSPARK_BF16, NT>(w, m0, tiles, x, at, wait);
+    }
+}
+static __device__ __forceinline__ float shift_of(const matrix &w) {
+    return w.dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1;
+}
+
+// y = w x of several matrices in one launch.
+typedef struct {
+    matrix w;
+    operand x;                  // [rows][x_stride]
+    int x_stride;
+    int group, x_group;    // outputs in groups of `group` take x from x_group numbers further each; 0: all the same
+    float *y;                   // [row][y_stride]
+    int y_stride, add;          // 1: y += w x
+    const int *y_rows;          // NULL: row r goes to row r
+    int tiles, first_item;      // of 16 outputs at a time; items of the jobs before
+} job;
+enum { MAX_JOBS = 10 };
+typedef struct { job jobs[MAX_JOBS]; int n_jobs, n_items; const int *n_rows; } linears_args;
+
+template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
+    int r0 = (int)blockIdx.y * NT * 8, wait = 1;
+    for (int item = (int)blockIdx.x; item < p.n_items; item += (int)gridDim.x) {
+        int i = p.n_jobs - 1, at[NT], n;
+        while (p.jobs[i].first_item > item) i--;
+        const job &j = p.jobs[i];
+        int m0 = (item - j.first_item) * j.tiles * TILE, tiles = least(j.tiles, (j.w.rows - m0 + TILE - 1) / TILE);
+        for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
+            int r = r0 + nt * 8 + (int)threadIdx.x % WARP / 4;
+            at[nt] = r * j.x_stride + (j.group ? m0 / j.group * j.x_group : 0);
+        }
+        tile_sums_of<NT>(j.w, m0, tiles, j.x, at, wait);
+        wait = 0;
+        __syncthreads();
+        n = *p.n_rows;
+        for (int k = (int)threadIdx.x; k < tiles * TILE * NT * 8; k += THREADS) {
+            int m = k % TILE, r = r0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), out = m0 + tile * TILE + m;
+            if (r >= n || out >= j.w.rows) continue;
+            float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
+            float sum = total<NT>(parts(), tile, r - r0, m) * shift_of(j.w);
+            *y = j.add ? *y + sum : sum;
+        }
+        __syncthreads();
+    }
+    if (wait) grid_wait();
+    grid_go();
+}
+
+// ---- the residual stream: mHC -----------------------------------------------------------------
+// A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies its part of the
+// next mix's matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes of fn, 24 * 16
+// KB * 4 at 4096 dims.
+
+enum { STREAM_AS_IS, STREAM_EMBED, STREAM_ADD };
+typedef struct {
+    shape c;
+    const counts *n;
+    const row *rows;
+    int from;                       // STREAM_*
+    matrix embed;
+    const float *y;                 // [rows][slots][h]: what is added up in order, then goes into every copy
+    int slots;
+    const float *post_comb;         // [rows][COPIES + COPIES * COPIES]
+    float *stream;                  // [rows][COPIES][h]
+    int tap, taps_at;               // tap number, -1: none; where the state's table has the taps
+    const float *fn;                // [n_out][COPIES * h]; NULL: none
+    int n_out;
+    float *partial;                 // [rows][h / SLICE][WARP]: sums of fn z, the last of z^2
+} stream_args;
+
+// v[i] of all lanes summed, in lane i: halves go over and over.
+static __device__ __forceinline__ float scatter_sums(float *v) {
+    int lane = (int)threadIdx.x % WARP;
+    UNROLL
+    for (int half = 16; half; half /= 2)
+        UNROLL
+        for (int i = 0; i < half; i++) {
+            float mine = lane & half ? v[i + half] : v[i], other = lane & half ? v[i] : v[i + half];
+            v[i] = mine + __shfl_xor_sync(ALL, other, half);
+        }
+    return v[0];
+}
+
+static __device__ __forceinline__ float plain_number(const matrix &w, int r, int i) {
+    const uint8_t *p = w.data + (size_t)r * (size_t)w.pitch;
+    if (w.dtype == DSPARK_F32) return ((const float *)(const void *)p)[i];
+    uint32_t u = ((const uint16_t *)(const void *)p)[i];
+    return w.dtype == DSPARK_F16 ? f16_value(u) : __uint_as_float(u << 16);
+}
+
+static __device__ void stream_tap(const stream_args &p, const row &s, int d, const float *z) {
+    int n = p.c.ring;
+    float mean = 0, *taps = (float *)(void *)s.state[p.taps_at];
+    if (s.position < s.first_position + s.n - n) return;        // a later row of this pass stands in its place
+    for (int j = 0; j < COPIES; j++) mean = fmaf(1.0f / COPIES, z[j], mean);
+    taps[(size_t)(s.position % n) * (size_t)(p.c.n_taps * p.c.h) + (size_t)(p.tap * p.c.h + d)] = mean;
+}
+
+// copy_k = post_k y + sum_j comb_jk copy_j
+static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) {
+    const float *post = p.post_comb + (size_t)r * (COPIES + COPIES * COPIES), *comb = post + COPIES;
+    float y = 0, old[COPIES];
+    for (int i = 0; i < p.slots; i++) y += p.y[((size_t)r * (size_t)p.slots + (size_t)i) * (size_t)p.c.h + (size_t)d];
+    for (int k = 0; k < COPIES; k++) old[k] = z[k];
+    for (int k = 0; k < COPIES; k++) {
+        z[k] = post[k] * y;
+        for (int j = 0; j < COPIES; j++) z[k] = fmaf(comb[j * COPIES + k], old[j], z[k]);
+    }
+}
+
+static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
+    __shared__ float fn[MIX][COPIES][SLICE];
+    int lane = (int)threadIdx.x % WARP, d = (int)blockIdx.x * SLICE + lane, h = p.c.h, slices = h / SLICE, n;
+    for (int i = (int)threadIdx.x; p.fn && i < p.n_out * COPIES * SLICE; i += THREADS)
+        fn[i / SLICE / COPIES][i / SLICE % COPIES][i % SLICE] =
+            p.fn[(size_t)(i / SLICE) * (size_t)h + (size_t)((int)blockIdx.x * SLICE + i % SLICE)];
+    grid_wait();
+    grid_go();
+    __syncthreads();
+    n = p.n->n_rows;
+    for (int r = (int)(blockIdx.y * WARPS + threadIdx.x / WARP); r < n; r += (int)gridDim.y * WARPS) {
+        float *copies = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)d, z[COPIES], v[WARP];
+        const row &s = p.rows[r];
+        for (int j = 0; j < COPIES; j++)
+            z[j] = p.from == STREAM_EMBED ? plain_number(p.embed, s.id, d) : copies[(size_t)j * (size_t)h];
+        if (p.from == STREAM_ADD) stream_mix(p, r, d, z);
+        for (int j = 0; p.from && j < COPIES; j++) copies[(size_t)j * (size_t)h] = z[j];
+        if (p.tap >= 0) stream_tap(p, s, d, z);
+        if (!p.fn) continue;
+        UNROLL
+        for (int o = 0; o < WARP; o++) {
+            v[o] = 0;
+            if (o < MIX && o < p.n_out) for (int j = 0; j < COPIES; j++) v[o] = fmaf(fn[o][j][lane], z[j], v[o]);
+            if (o == WARP - 1) for (int j = 0; j < COPIES; j++) v[o] = fmaf(z[j], z[j], v[o]);
+        }
+        p.partial[((size_t)r * (size_t)slices + blockIdx.x) * WARP + (size_t)lane] = scatter_sums(v);
+    }
+}
+
+// The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow
+// elsewhere.
+typedef struct {
+    shape c;
+    const int *n;
+    const int *list;                // rows; NULL: all
+    const float *partial, *stream, *scale, *base, *norm;
+    int n_out;                      // MIX, or COPIES for a head
+    float *mixes;                   // [rows][MIX]; NULL: a head's, of which nothing is left to do
+    float *hidden;                  // [rows][h] before the norm, or NULL
+    input x;
+} mix_args;
+
+static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+static __global__ void __launch_bounds__(THREADS) mix(const mix_args p) {
+    __shared__ float part[WARPS][WARP], m[WARP], scratch[WARPS];
+    SHARED_BYTES(bytes);
+    float *x = (float *)(void *)bytes, *hidden = p.hidden + (size_t)blockIdx.x * (size_t)p.c.h;
+    int i = (int)blockIdx.x, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, h = p.c.h, r;
+    const float *z;
+    float sum = 0;
+    grid_wait();
+    grid_go();
+    if (i >= *p.n) return;
+    r = p.list ? p.list[i] : i;
+    z = p.stream + (size_t)r * (size_t)(COPIES * h);
+    for (int s = warp; s < h / SLICE; s += WARPS)
+        sum += p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)s) * WARP + (size_t)lane];
+    part[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0) {
+        float total = 0, square;
+        for (int w = 0; w < WARPS; w++) total += part[w][lane];
+        square = __shfl_sync(ALL, total, WARP - 1);
+        total *= 1 / sqrtf(square / (float)(COPIES * h) + p.c.eps);
+        m[lane] = lane < COPIES ? sigmoid(total * p.scale[0] + p.base[lane]) + p.c.hc_eps : 0;
+        if (p.mixes && lane < MIX) p.mixes[(size_t)r * MIX + (size_t)lane] = total;
+    }
+    __syncthreads();
+    for (int d = (int)threadIdx.x; d < h; d += THREADS) {
+        float a = 0;
+        for (int j = 0; j < COPIES; j++) a = fmaf(m[j], z[(size_t)j * (size_t)h + (size_t)d], a);
+        x[d] = a;
+        if (p.hidden) hidden[d] = a;
+    }
+    norm_row(x, p.norm, h, p.c.eps, scratch);
+    put_input_row(p.x, i, x, h);
+}
+
+// post = 2 sigmoid, comb by Sinkhorn: a warp's first 16 lanes, lane 4 j + k has comb_jk.
+static __device__ void post_comb_row(const shape &c, const float *m, const float *scale, const float *base,
+                                     float *out) {
+    int lane = (int)threadIdx.x % WARP, jk = lane % (COPIES * COPIES);
+    float e, a, s;
+    if (lane < COPIES) out[lane] = 2 * sigmoid(m[COPIES + lane] * scale[1] + base[COPIES + lane]);
+    a = m[2 * COPIES + jk] * scale[2] + base[2 * COPIES + jk];
+    e = fmaxf(a, __shfl_xor_sync(ALL, a, 1));
+    e = fmaxf(e, __shfl_xor_sync(ALL, e, 2));
+    a = expf(a - e);
+    for (int i = 0; i < c.sinkhorn_iters; i++) {
+        s = a + __shfl_xor_sync(ALL, a, 1);         // over k
+        s += __shfl_xor_sync(ALL, s, 2);
+        a = i ? a / (s + c.hc_eps) : a / s + c.hc_eps;
+        s = a + __shfl_xor_sync(ALL, a, 4);         // over j
+        s += __shfl_xor_sync(ALL, s, 8);
+        a /= s + c.hc_eps;
+    }
+    if (lane < COPIES * COPIES) out[COPIES + lane] = a;
+}
+typedef struct { const float *mixes, *scale, *base; float *out; } post_comb_args;      // out [rows][COPIES + COPIES^2]
+static __device__ void post_comb(const shape &c, const post_comb_args &p, int r) {
+    if (threadIdx.x < WARP)
+        post_comb_row(c, p.mixes + (size_t)r * MIX, p.scale, p.base, p.out + (size_t)r * (COPIES + COPIES * COPIES));
+}
+
+// ---- after the first products of an attention -------------------------------------------------
+
+// x [d] in shared memory: its last R dims turned to a position, adjacent pairs as complex numbers; direction -1: back.
+static __device__ __forceinline__ void turn_pair(float &x, float &y, float c, float s) {
+    float a = x * c - y * s, b = x * s + y * c;
+    x = a, y = b;
+}
+static __device__ void turn_row(float *x, int d, int R, const double *freqs, int position) {
+    for (int i = (int)threadIdx.x; i < R / 2; i += THREADS) {
+        double s, c;
+        sincos(position * freqs[i], &s, &c);
+        turn_pair(x[d - R + 2 * i], x[d - R + 2 * i + 1], (float)c, (float)s);
+    }
+    __syncthreads();
+}
+// The first n dims of x in shared memory to FP8 in blocks of 64: back into x, or as codes and scales.
+static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scales) {
+    for (int at = 0; at < n; at += THREADS * 8) {
+        int mine = at + (int)threadIdx.x * 8, live = mine < n;
+        int e = fp8_exponent(group_max(live ? largest_of(x + mine) : 0, 8));
+        for (int i = mine; live && i < mine + 8; i++) {
+            float a = nearest_e4m3(x[i] * exp2i(-e));
+            if (codes) codes[i] = (uint8_t)e4m3_code(a);
+            else x[i] = a * exp2i(e);
+        }
+        if (live && codes && mine % 64 == 0) scales[mine / 64] = (uint8_t)(e + 127);
+    }
+    __syncthreads();
+}
+// kv_norm, RoPE, FP8 in blocks of 64: a row as the window holds it.
+static __device__ void finish_kv(const shape &c, float *kv, const float *norm, const double *freqs, int position,
+                                 float *scratch) {
+    norm_row(kv, norm, c.D, c.eps, scratch);
+    turn_row(kv, c.D, c.R, freqs, position);
+    round_row(kv, c.D - c.R, NULL, NULL);
+}
+
+// Hadamard over I dims, lane has dims lane, lane + 32, ...; then E2M1 in blocks of 32: values, codes (4 bits),
+// exponents.
+static __device__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *exponents) {
+    int lane = (int)threadIdx.x % WARP, n = I / WARP;
+    float scale = 1 / sqrtf((float)I);
+    for (int half = 1; half < WARP; half *= 2)
+        for (int i = 0; i < n; i++) {
+            float other = __shfl_xor_sync(ALL, v[i], half);
+            v[i] = lane & half ? other - v[i] : v[i] + other;
+        }
+    for (int half = 1; half < n; half *= 2)
+        for (int i = 0; i < n; i++)
+            if (!(i & half)) {
+                float a = v[i], b = v[i + half];
+                v[i] = a + b, v[i + half] = a - b;
+            }
+    for (int i = 0; i < n; i++) {
+        float x = v[i] * scale, a;
+        int e;
+        if (!(x == x)) x = 0;
+        e = exponents[i] = fp4_exponent(warp_max(fabsf(x)));
+        a = nearest(x * exp2i(-e), 6, 1, 1);
+        codes[i] = (a < 1 ? (uint32_t)(a * 2) : (__float_as_uint(a) >> 22) - 252) | (__float_as_uint(x) >> 28 & 8);
+        v[i] = signed_as(a, x) * exp2i(e);
+    }
+}
+
+typedef struct {
+    const float *ape, *norm;        // [ratio][w], [d]
+    float *kv, *gate;               // [rows][w] of this pass
+    int d, w, state_kv, state_gate; // which arrays of the state hold those before it
+} pooling;
+typedef struct {
+    shape c;
+    const counts *n;
+    const row *rows;
+    const double *freqs;            // of this layer
+    const double *freqs_compressed;
+    const float *q_norm, *kv_norm;
+    float *qr, *kv;                 // [rows][q_lora], [rows][D]; kv is finished in place
+    input low;                      // qr normed
+    int ratio, layer;
+    pooling pool[2];                // the compressor; the index compressor
+    post_comb_args mix;
+} project_args;
+
+// Row i of a compressor into x [d] in shared memory: pooled by the gates' softmax over its tokens, normed, turned.
+// Where the ratio is 4 the group before gives its first halves, this one its second.
+static __device__ void pool_row(const project_args &p, const pooling &o, const row &s, int i, float *x,
+                                float *scratch) {
+    int r = p.ratio, overlap = r == 4, ring = raw_ring(r, p.c.block), first = most(0, (overlap ? i - 1 : i) * r);
+    const float *ring_kv = (const float *)(const void *)s.state[p.layer * N_ARRAYS + o.state_kv];
+    const float *ring_gate = (const float *)(const void *)s.state[p.layer * N_ARRAYS + o.state_gate];
+    for (int d = (int)threadIdx.x; d < o.d; d += THREADS) {
+        float most_gate = -HUGE_VALF, sum = 0, out = 0;
+        for (int pass = 0; pass < 2; pass++)
+            for (int t = first; t < (i + 1) * r; t++) {
+                int at = d + (overlap && t >= i * r ? o.d : 0), old = t < s.first_position;
+                size_t from =
+                    old ? (size_t)(t % ring) * (size_t)o.w : (size_t)(s.first + t - s.first_position) * (size_t)o.w;
+                float g =
+                    (old ? ring_gate : o.gate)[from + (size_t)at] + o.ape[(size_t)(t % r) * (size_t)o.w + (size_t)at];
+                if (!pass) most_gate = fmaxf(most_gate, g);
+                else {
+                    float e = expf(g - most_gate);
+                    sum += e, out = fmaf(e, (old ? ring_kv : o.kv)[from + (size_t)at], out);
+                }
+            }
+        x[d] = out / sum;
+    }
+    __syncthreads();
+    norm_row(x, o.norm, o.d, p.c.eps, scratch);
+    turn_row(x, o.d, p.c.R, p.freqs_compressed, i * r);
+}
+// If row s completes a group: its compressed row (which 0), or its index key (1).
+static __device__ void compress(const project_args &p, const row &s, int which, float *x, float *scratch) {
+    const pooling &o = p.pool[which];
+    uint8_t *const *state = s.state + p.layer * N_ARRAYS;
+    int D = p.c.D, R = p.c.R, I = p.c.I;
+    size_t i = (size_t)(s.position / p.ratio);
+    if ((s.position + 1) % p.ratio || s.keep_rows) return;
+    pool_row(p, o, s, (int)i, x, scratch);
+    if (!which) {
+        round_row(x, D - R, state[CODES] + i * (size_t)(D - R), state[SCALES] + i * (size_t)((D - R + 63) / 64));
+        for (int k = (int)threadIdx.x; k < R; k += THREADS)
+            ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
+    } else if (threadIdx.x < WARP) {
+        float v[MAX_INDEX_DIM / WARP];
+        uint32_t codes[MAX_INDEX_DIM / WARP];
+        int e[MAX_INDEX_DIM / WARP];
+        for (int k = 0; k < I / WARP; k++) v[k] = x[k * WARP + (int)threadIdx.x];
+        hadamard_fp4(v, I, codes, e);
+        for (int k = 0; k < I / WARP; k++) {
+            uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)codes[k], 1);
+            if (threadIdx.x % 2 == 0)
+                state[KEY_CODES][i * (size_t)(I / 2) + (size_t)(k * WARP / 2) + threadIdx.x / 2] =
+                    (uint8_t)(codes[k] | other << 4);
+            if (threadIdx.x == 0) state[KEY_SCALES][i * (size_t)(I / WARP) + (size_t)k] = (uint8_t)(e[k] + 127);
+        }
+    }
+}
+
+// A block a row and task: 0 queries' input, 1 the window's row, 2 post and comb of the sub-layer, 3 and 4 the
+// compressors.
+static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
+    __shared__ float scratch[WARPS];
+    SHARED_BYTES(bytes);
+    float *x = (float *)(void *)bytes;
+    int r = (int)blockIdx.x, task = (int)blockIdx.y;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_rows) return;
+    if (task == 0) {
+        for (int i = (int)threadIdx.x; i < p.c.q_lora; i += THREADS)
+            x[i] = p.qr[(size_t)r * (size_t)p.c.q_lora + (size_t)i];
+        norm_row(x, p.q_norm, p.c.q_lora, p.c.eps, scratch);
+        put_input_row(p.low, r, x, p.c.q_lora);
+    } else if (task == 1) {
+        float *kv = p.kv + (size_t)r * (size_t)p.c.D;
+        for (int i = (int)threadIdx.x; i < p.c.D; i += THREADS) x[i] = kv[i];
+        finish_kv(p.c, x, p.kv_norm, p.freqs, p.rows[r].position, scratch);
+        for (int i = (int)threadIdx.x; i < p.c.D; i += THREADS) kv[i] = x[i];
+    } else if (task == 2) post_comb(p.c, p.mix, r);
+    else compress(p, p.rows[r], task - 3, x, scratch);
+}
+
+// ---- the indexer ------------------------------------------------------------------------------
+
+typedef struct {
+    shape c;
+    const counts *n;
+    const row *rows;
+    int row0;                       // rows row0 .. row0 + ATTEND_ROWS - 1; buffers start with row0
+    int layer;
+    const double *freqs;
+    const float *index_q, *index_w; // [rows][index_heads * I], [rows][index_heads]
+    uint16_t *q;                    // [ATTEND_ROWS][heads to whole eights][I]: bf16, in the order of eights
+    float *w;                       // [ATTEND_ROWS][heads to whole eights]
+    float *scores;                  // [ATTEND_ROWS][n_scores]
+    size_t n_scores;
+    int *chosen;                    // [ATTEND_ROWS][index_topk]
+} index_args;
+
+static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
+static __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
+
+// RoPE, Hadamard, FP4: a warp a head.
+static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
+    int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP,
+        h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP);
+    int i = (int)blockIdx.y, r = p.row0 + i;
+    float v[MAX_INDEX_DIM / WARP];
+    uint32_t codes[MAX_INDEX_DIM / WARP];
+    int e[MAX_INDEX_DIM / WARP];
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_rows || keys_of(p.rows[r]) <= p.c.index_topk || h >= eights(H)) return;
+    for (int k = 0; k < I / WARP; k++)
+        v[k] = h < H ? p.index_q[((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)(k * WARP + lane)] : 0;
+    for (int k = 0; k < I / WARP; k++) {
+        int at = k * WARP + lane - (I - p.c.R);
+        float other = __shfl_xor_sync(ALL, v[k], 1);
+        if (at >= 0) {
+            double s, c;
+            sincos(p.rows[r].position * p.freqs[at / 2], &s, &c);
+            v[k] = at % 2 ? other * (float)s + v[k] * (float)c : v[k] * (float)c - other * (float)s;
+        }
+    }
+    hadamard_fp4(v, I, codes, e);
+    for (int k = 0; k < I / WARP; k++) {
+        int at = k * WARP + lane, place = (at & ~7) | (at & 3) << 1 | (at >> 2 & 1);
+        p.q[((size_t)i * (size_t)eights(H) + (size_t)h) * (size_t)I + (size_t)place] = (uint16_t)bf16x2(v[k], 0);
+    }
+    if (lane == 0)
+        p.w[(size_t)i * (size_t)eights(H) + (size_t)h] =
+            h < H ? p.index_w[(size_t)r * (size_t)H + (size_t)h] * (1 / sqrtf((float)I) * (1 / sqrtf((float)H))) : 0;
+}
+
+// sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights. Bound: bytes of keys, I / 2 + I / 32
+// each, to 100,000 keys of 64 heads; beyond, products.
+static __global__ void __launch_bounds__(THREADS) index_scores(const index_args p) {
+    int I = p.c.I, H = eights(p.c.index_heads), lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        each = I / 32;
+    int i = (int)blockIdx.y, r = p.row0 + i, n;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_rows) return;
+    const row &s = p.rows[r];
+    n = keys_of(s);
+    if (n <= p.c.index_topk) return;
+    const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
+    for (int m0 = (int)(blockIdx.x * WARPS + threadIdx.x / WARP) * TILE; m0 < n; m0 += (int)gridDim.x * WARPS * TILE) {
+        uint32_t a[2][MAX_INDEX_DIM / 32][4];
+        float sum[2] = { 0, 0 };
+        for (int half = 0; half < 2; half++) {
+            size_t key = (size_t)least(m0 + g + 8 * half, n - 1);
+            const uint32_t *from = (const uint32_t *)(const void *)(codes + key * (size_t)(I / 2)) + t * each;
+            UNROLL
+            for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
+                if (e < each)
+                    decode_fp4(from[e], fp4_factor(scales[key * (size_t)each + (size_t)((t * each + e) / 4)]),
+                               a[half][e]);
+        }
+        for (int h = 0; h < H; h += 8) {
+            float acc[4] = { 0, 0, 0, 0 };
+            const uint16_t *q = p.q + ((size_t)i * (size_t)H + (size_t)(h + g)) * (size_t)I + (size_t)(t * each * 8);
+            const float *w = p.w + (size_t)i * (size_t)H + (size_t)(h + 2 * t);
+            UNROLL
+            for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
+                if (e < each) {
+                    const uint4 b = *(const uint4 *)(const void *)(q + 8 * e);
+                    mma(acc, a[0][e][0], a[1][e][0], a[0][e][1], a[1][e][1], b.x, b.y);
+                    mma(acc, a[0][e][2], a[1][e][2], a[0][e][3], a[1][e][3], b.z, b.w);
+                }
+            for (int k = 0; k < 4; k++) sum[k / 2] = fmaf(fmaxf(acc[k], 0), w[k % 2], sum[k / 2]);
+        }
+        for (int half = 0; half < 2; half++) {
+            sum[half] += __shfl_xor_sync(ALL, sum[half], 1);
+            sum[half] += __shfl_xor_sync(ALL, sum[half], 2);
+            if (t == half && m0 + g + 8 * half < n)
+                p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(WEIGHT_SHIFT);
+        }
+    }
+}
+
+// A float's bits as an integer of the same order.
+static __device__ __forceinline__ uint32_t ordered(float x) {
+    uint32_t u = __float_as_uint(x == 0 ? 0.0f : x);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
+// counting, then those above it, and the first of those equal to it, are written in order.
+static __global__ void __launch_bounds__(THREADS) index_top(const index_args p) {
+    __shared__ int counts_of[256], before[2][WARPS], found[2];
+    int i = (int)blockIdx.x, r = p.row0 + i, k = p.c.index_topk, lane = (int)threadIdx.x % WARP,
+        warp = (int)threadIdx.x / WARP;
+    int n, equal = k, n_above = 0, n_equal = 0;
+    uint32_t kth = 0;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_rows || (n = keys_of(p.rows[r])) <= k) return;
+    const float *scores = p.scores + (size_t)i * p.n_scores;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        counts_of[threadIdx.x] = 0;
+        __syncthreads();
+        for (int j = (int)threadIdx.x; j < n; j += THREADS) {
+            uint32_t u = ordered(scores[j]);
+            if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int digit = 255, left = equal;
+            while (counts_of[digit] < left) left -= counts_of[digit--];
+            found[0] = digit, found[1] = left;
+        }
+        __syncthreads();
+        kth |= (uint32_t)found[0] << shift, equal = found[1];
+    }
+    for (int j0 = 0; j0 < n; j0 += THREADS) {
+        int j = j0 + (int)threadIdx.x, above, same, a, b;
+        uint32_t u = j < n ? ordered(scores[j]) : 0;
+        above = j < n && u > kth, same = j < n && u == kth;
+        unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
+        __syncthreads();
+        if (lane == 0) before[0][warp] = __popc(aboves), before[1][warp] = __popc(sames);
+        __syncthreads();
+        a = n_above + __popc(aboves & lower), b = n_equal + __popc(sames & lower);
+        for (int w = 0; w < WARPS; w++) {
+            if (w < warp) a += before[0][w], b += before[1][w];
+            n_above += before[0][w], n_equal += before[1][w];
+        }
+        if (above || (same && b < equal)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, equal))] = j;
+    }
+}
+
+// ---- attention --------------------------------------------------------------------------------
+
+typedef struct {
+    shape c;
+    const counts *n;
+    const row *rows;
+    int row0, layer, ratio;
+    const double *freqs;
+    const float *q, *kv, *sink;     // [rows][H * D], [rows][D] of this pass, [H]
+    const int *chosen;              // [ATTEND_ROWS][index_topk]
+    float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
+    input o;                        // [rows][H * D]
+} attend_args;
+
+// What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
+typedef struct { int first, n_window, n_compressed, selected, length, splits; } view;
+static __device__ view view_of(const attend_args &p, const row &s, int drafts) {
+    view v;
+    int last = drafts ? s.first_position + s.n - 1 : s.position;
+    v.first = most(0, (drafts ? s.first_position : last + 1) - p.c.window);
+    v.n_window = last - v.first + 1;
+    v.n_compressed = p.ratio ? (s.position + 1) / p.ratio : 0;
+    v.selected = p.ratio == 4 && v.n_compressed > p.c.index_topk;
+    if (v.selected) v.n_compressed = p.c.index_topk;
+    // by the number of keys alone: 32 a split, or what SPLITS splits need
+    int n = v.n_window + v.n_compressed;
+    v.length = KEYS * ((n + KEYS * SPLITS - 1) / (KEYS * SPLITS));
+    v.splits = (n + v.length - 1) / v.length;
+    return v;
+}
+
+// The shared memory of a block: 32 keys as bf16, exact but for the rotary dims, of which the two further planes stand
+// apart; the warps' parts of the scores, then the weights in three planes. Strides keep lanes on different banks.
+enum { PAD = 16, SCORE_STRIDE = KEYS + 1, WEIGHT_STRIDE = KEYS + 8 };
+typedef struct {
+    uint16_t *keys, *turned, *weights;      // [KEYS][D + PAD]; [2][KEYS][R + PAD]; [3][TILE][WEIGHT_STRIDE]
+    float *scores;                          // [WARPS][TILE][SCORE_STRIDE]
+    float *factor;                          // [TILE]: what the sums so far are multiplied by
+} attend_room;
+static __host__ __device__ size_t attend_shared(const shape *c, char *base, attend_room *room) {
+    size_t n[5] = { (size_t)(KEYS * (c->D + PAD)) * 2, (size_t)(2 * KEYS * (c->R + PAD)) * 2,
+                    3 * TILE * WEIGHT_STRIDE * 2, WARPS * TILE * SCORE_STRIDE * 4, TILE * 4 };
+    if (!room) return n[0] + n[1] + n[2] + n[3] + n[4];
+    room->keys = (uint16_t *)(void *)base, room->turned = (uint16_t *)(void *)(base + n[0]);
+    room->weights = (uint16_t *)(void *)(base + n[0] + n[1]),
+    room->scores = (float *)(void *)(base + n[0] + n[1] + n[2]);
+    room->factor = (float *)(void *)(base + n[0] + n[1] + n[2] + n[3]);
+    return 0;
+}
+
+// Dims [d, d + 4) of a key.
+static __device__ __forceinline__ void put_key(const attend_args &p, const attend_room &room, int j, int d, float4 v) {
+    int at = d - (p.c.D - p.c.R), stride = p.c.R + PAD;
+    uint2 w = { bf16x2(v.x, v.y), bf16x2(v.z, v.w) };
+    *(uint2 *)(void *)(room.keys + j * (p.c.D + PAD) + d) = w;
+    for (int plane = 0; at >= 0 && plane < 2; plane++) {
+        v.x -= __uint_as_float(w.x << 16), v.y -= __uint_as_float(w.x & 0xffff0000u);
+        v.z -= __uint_as_float(w.y << 16), v.w -= __uint_as_float(w.y & 0xffff0000u);
+        w.x = bf16x2(v.x, v.y), w.y = bf16x2(v.z, v.w);
+        *(uint2 *)(void *)(room.turned + (plane * KEYS + j) * stride + at) = w;
+    }
+}
+// Key j of what a row sees, as number `slot` of the block's; a warp.
+static __device__ void load_key(const attend_args &p, const row &s, int i, const view &v, int j,
+                                const attend_room &room, int slot) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP;
+    uint8_t *const *state = s.state + p.layer * N_ARRAYS;
+    if (j < v.n_window) {
+        int position = v.first + j;
+        const float *from = position < s.first_position
+                                ? (const float *)(const void *)state[WINDOW] + (size_t)(position % p.c.ring) * (size_t)D
+                                : p.kv + (size_t)(s.first + position - s.first_position) * (size_t)D;
+        for (int d = 4 * lane; d < D; d += 4 * WARP)
+            put_key(p, room, slot, d, *(const float4 *)(const void *)(from + d));
+        return;
+    }
+    size_t at = (size_t)(j - v.n_window);
+    if (v.selected) at = (size_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + at];
+    const uint8_t *codes = state[CODES] + at * (size_t)(D - R),
+                  *scales = state[SCALES] + at * (size_t)((D - R + 63) / 64);
+    const float *turned = (const float *)(const void *)state[ROPE] + at * (size_t)R;
+    for (int d = 4 * lane; d < D; d += 4 * WARP) {
+        if (d >= D - R) {
+            put_key(p, room, slot, d, *(const float4 *)(const void *)(turned + d - (D - R)));
+            continue;
+        }
+        uint32_t four = *(const uint32_t *)(const void *)(codes + d);
+        float scale = e8m0(scales[d / 64]);
+        put_key(p, room, slot, d, make_float4(e4m3_value(four & 255) * scale, e4m3_value(four >> 8 & 255) * scale,
+                                              e4m3_value(four >> 16 & 255) * scale, e4m3_value(four >> 24) * scale));
+    }
+}
+
+// Scores of 16 heads with the block's keys, a warp every eighth 16 dims: q as it is (its RMS goes into the result),
+// turned, in three planes. squares[2]: of heads g and g + 8, the lane's part.
+static __device__ void score(const attend_args &p, const row &s, const float *const *q, const attend_room &room, int n,
+                             float *squares) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        warp = (int)threadIdx.x / WARP;
+    float acc[KEYS / 8][4];
+    UNROLL
+    for (int nt = 0; nt < KEYS / 8; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
+    squares[0] = squares[1] = 0;
+    for (int k = warp * 16; k < D; k += WARPS * 16) {
+        uint32_t a[3][4];       // plane; rows g, g + 8 of k 4t, 4t + 1, then of 4t + 2, 4t + 3
+        int at = k + 4 * t - (D - R), planes = k >= D - R ? 3 : 1;
+        double sine[2], cosine[2];
+        for (int i = 0; at >= 0 && i < 2; i++) sincos(s.position * p.freqs[at / 2 + i], &sine[i], &cosine[i]);
+        for (int half = 0; half < 2; half++) {
+            float4 x = make_float4(0, 0, 0, 0);
+            if (q[half]) x = *(const float4 *)(const void *)(q[half] + k + 4 * t);
+            squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
+            if (at >= 0)
+                turn_pair(x.x, x.y, (float)cosine[0], (float)sine[0]),
+                    turn_pair(x.z, x.w, (float)cosine[1], (float)sine[1]);
+            UNROLL
+            for (int plane = 0; plane < 3; plane++) {
+                uint32_t w0 = bf16x2(x.x, x.y), w1 = bf16x2(x.z, x.w);
+                a[plane][half] = w0, a[plane][2 + half] = w1;
+                x.x -= __uint_as_float(w0 << 16), x.y -= __uint_as_float(w0 & 0xffff0000u);
+                x.z -= __uint_as_float(w1 << 16), x.w -= __uint_as_float(w1 & 0xffff0000u);
+            }
+        }
+        UNROLL
+        for (int nt = 0; nt < KEYS / 8; nt++) {
+            if (nt * 8 >= n) break;
+            for (int b = 0; b < planes; b++) {
+                const uint16_t *key = b ? room.turned + ((b - 1) * KEYS + nt * 8 + g) * (R + PAD) + at
+                                        : room.keys + (nt * 8 + g) * (D + PAD) + k + 4 * t;
+                const uint2 w = *(const uint2 *)(const void *)key;
+                UNROLL
+                for (int plane = 0; plane < 3; plane++)
+                    if (plane + b < 3) mma(acc[nt], a[plane][0], a[plane][1], a[plane][2], a[plane][3], w.x, w.y);
+            }
+        }
+    }
+    UNROLL
+    for (int nt = 0; nt < KEYS / 8; nt++)
+        for (int i = 0; i < 4; i++)
+            room.scores[(warp * TILE + g + 8 * (i >> 1)) * SCORE_STRIDE + nt * 8 + 2 * t + (i & 1)] = acc[nt][i];
+}
+
+// 1 / RMS of each head times D^-1/2, from the lanes' squares: over the lanes of a head, then over the warps in order.
+static __device__ void query_scales(const attend_args &p, float *squares, float *part /* [WARPS][TILE] */,
+                                    float *scale /* [TILE] */) {
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    for (int half = 0; half < 2; half++) {
+        squares[half] += __shfl_xor_sync(ALL, squares[half], 1);
+        squares[half] += __shfl_xor_sync(ALL, squares[half], 2);
+        if (lane % 4 == 0) part[warp * TILE + lane / 4 + 8 * half] = squares[half];
+    }
+    __syncthreads();
+    if (threadIdx.x < TILE) {
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += part[w * TILE + (int)threadIdx.x];
+        scale[threadIdx.x] = 1 / sqrtf(sum / (float)p.c.D + p.c.eps) * (1 / sqrtf((float)p.c.D));
+    }
+}
+
+// The softmax's running largest and sum for head threadIdx / 16, over keys threadIdx % 16 and 16 further; weights in
+// three planes.
+static __device__ void weigh(const attend_room &room, int n, const float *scale, float *largest, float *sum) {
+    int h = (int)threadIdx.x / 16, j = (int)threadIdx.x % 16;
+    float s[2], m = *largest, e[2];
+    for (int k = 0; k < 2; k++) {
+        s[k] = 0;
+        for (int w = 0; w < WARPS; w++) s[k] += room.scores[(w * TILE + h) * SCORE_STRIDE + j + 16 * k];
+        s[k] = j + 16 * k < n ? s[k] * scale[h] : -HUGE_VALF;
+        m = fmaxf(m, s[k]);
+    }
+    m = group_max(m, 16);
+    for (int k = 0; k < 2; k++) e[k] = expf(s[k] - m);
+    float more = e[0] + e[1], factor = expf(*largest - m);
+    for (int i = 8; i; i /= 2) more += __shfl_xor_sync(ALL, more, i);
+    *sum = fmaf(*sum, factor, more), *largest = m;
+    if (j == 0) room.factor[h] = factor;
+    for (int plane = 0; plane < 3; plane++)
+        for (int k = 0; k < 2; k++) {
+            uint32_t w = bf16x2(e[k], 0);
+            room.weights[(plane * TILE + h) * WEIGHT_STRIDE + j + 16 * k] = (uint16_t)w;
+            e[k] -= __uint_as_float(w << 16);
+        }
+}
+
+// o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...
+static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, int n, float (*o)[4]) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        warp = (int)threadIdx.x / WARP;
+    uint32_t a[3][KEYS / 16][4];
+    for (int plane = 0; plane < 3; plane++)
+        for (int k = 0; k < KEYS / 16; k++)
+            for (int i = 0; i < 4; i++)
+                a[plane][k][i] =
+                    *(const uint32_t *)(const void *)(room.weights + (plane * TILE + g + 8 * (i & 1)) * WEIGHT_STRIDE +
+                                                      k * 16 + 2 * t + 8 * (i >> 1));
+    UNROLL
+    for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i++) {
+        int d = (i * WARPS + warp) * 8, planes = d >= D - R ? 3 : 1;
+        if (d >= D) break;
+        for (int k = 0; k < 4; k++) o[i][k] *= room.factor[g + 8 * (k >> 1)];
+        for (int b = 0; b < planes; b++) {
+            uint32_t w[4];
+            load_transposed(w, b ? room.turned + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
+                                 : room.keys + lane * (D + PAD) + d);
+            UNROLL
+            for (int k = 0; k < KEYS / 16; k++) {
+                if (k * 16 >= n) break;
+                UNROLL
+                for (int plane = 0; plane < 3; plane++)
+                    if (plane + b < 3)
+                        mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[2 * k],
+                            w[2 * k + 1]);
+            }
+        }
+    }
+}
+
+// A split of a row's keys for 16 heads, 32 keys at a time. Bound at few rows: latency, about 900 products of 16 x 8 x
+// 16 a time in eight warps and 36 KB of keys; 6 rows of 640 keys are 480 blocks, two waves.
+static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
+    __shared__ float scale[TILE], part[WARPS * TILE];
+    SHARED_BYTES(bytes);
+    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    int h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS), r = p.row0 + i,
+        first = 1;
+    float o[MAX_HEAD_DIM / 8 / WARPS][4], largest = -HUGE_VALF, sum = 0, squares[2];
+    const float *q[2];
+    attend_room room;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_rows) return;
+    const row &s = p.rows[r];
+    view v = view_of(p, s, p.n->drafts);
+    if (split >= v.splits) return;
+    attend_shared(&p.c, bytes, &room);
+    for (int half = 0; half < 2; half++)
+        q[half] = h0 + g + 8 * half < p.c.H
+                      ? p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + g + 8 * half)) * (size_t)D
+                      : NULL;
+    UNROLL
+    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++) for (int m = 0; m < 4; m++) o[k][m] = 0;
+    int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
+    for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
+        int n = least(KEYS, end - j0);
+        __syncthreads();
+        for (int j = warp; j < KEYS; j += WARPS)
+            if (j < n) load_key(p, s, i, v, j0 + j, room, j);
+            else for (int d = 4 * lane; d < D; d += 4 * WARP) put_key(p, room, j, d, make_float4(0, 0, 0, 0));
+        __syncthreads();
+        score(p, s, q, room, n, squares);
+        if (first) query_scales(p, squares, part, scale);
+        __syncthreads();
+        weigh(room, n, scale, &largest, &sum);
+        __syncthreads();
+        add_values(p, room, n, o);
+    }
+    float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
+    UNROLL
+    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
+        for (int m = 0; m < 4; m++) {
+            int d = (k * WARPS + warp) * 8 + 2 * t + (m & 1), h = h0 + g + 8 * (m >> 1);
+            if (d < D && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)d] = o[k][m];
+        }
+    int h = h0 + (int)threadIdx.x / 16;
+    if (threadIdx.x % 16 == 0 && h < p.c.H)
+        to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
+}
+
+// Splits in order, the sink, the turn back; eight dims a thread.
+static __device__ void merge_heads(const attend_args &p, const row &s, const view &v, int i, int r) {
+    int D = p.c.D, R = p.c.R, groups = p.c.H * D / 8;
+    for (int first = (int)(blockIdx.y * THREADS); first < groups; first += (int)gridDim.y * THREADS) {
+        int group = first + (int)threadIdx.x, live = group < groups, h = live ? group * 8 / D : 0,
+            at = live ? group * 8 % D : 0;
+        const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
+        size_t next = (size_t)p.c.H * (size_t)(D + 4);
+        float m = p.sink[h], sum, o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+        for (int k = 0; k < v.splits; k++) m = fmaxf(m, part[(size_t)k * next + (size_t)D]);
+        sum = expf(p.sink[h] - m);
+        for (int k = 0; k < v.splits; k++) {
+            const float *from = part + (size_t)k * next;
+            float e = expf(from[D] - m);
+            sum = fmaf(e, from[D + 1], sum);
+            for (int d = 0; d < 8; d++) o[d] = fmaf(e, from[at + d], o[d]);
+        }
+        for (int d = 0; d < 8; d++) o[d] /= sum;
+        for (int d = 0; d < 8; d += 2)
+            if (at + d >= D - R) {
+                double sine, cosine;
+                sincos(s.position * p.freqs[(at + d - (D - R)) / 2], &sine, &cosine);
+                turn_pair(o[d], o[d + 1], (float)cosine, (float)-sine);
+            }
+        put_input(p.o, r, group * 8, o, live);
+    }
+}
+static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
+    int i = (int)blockIdx.x, r = p.row0 + i;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_rows) return;
+    merge_heads(p, p.rows[r], view_of(p, p.rows[r], p.n->drafts), i, r);
+}
+
+// A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
+typedef struct { const row *rows; int layer, ratio; const float *from[N_ARRAYS]; int width[N_ARRAYS]; } commit_args;
+static __device__ void commit(const shape &c, const commit_args &p, int r) {
+    const row &s = p.rows[r];
+    for (int a = 0; a < N_ARRAYS; a++) {
+        int ring = a == WINDOW ? c.ring : raw_ring(p.ratio, c.block), w = p.width[a];
+        if (!p.from[a] || s.position < s.first_position + s.n - ring) continue;
+        float *to = (float *)(void *)s.state[p.layer * N_ARRAYS + a] + (size_t)(s.position % ring) * (size_t)w;
+        for (int i = (int)threadIdx.x; i < w; i += THREADS) to[i] = p.from[a][(size_t)r * (size_t)w + (size_t)i];
+    }
+}
+
+// Rows of floats as inputs: [rows][n], normed first where there is a norm. Blocks of y 1 commit a row beside that.
+typedef struct { shape c; const int *n_rows; const float *x, *norm; int n; input out; commit_args commit; } round_args;
+static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
+    __shared__ float scratch[WARPS];
+    SHARED_BYTES(bytes);
+    float *x = (float *)(void *)bytes;
+    int r = (int)blockIdx.x;
+    grid_wait();
+    grid_go();
+    if (r >= *p.n_rows) return;
+    if (blockIdx.y) {
+        commit(p.c, p.commit, r);
+        return;
+    }
+    for (int i = (int)threadIdx.x; i < p.n; i += THREADS) x[i] = p.x[(size_t)r * (size_t)p.n + (size_t)i];
+    __syncthreads();
+    if (p.norm) norm_row(x, p.norm, p.n, p.c.eps, scratch);
+    put_input_row(p.out, r, x, p.n);
+}
+
+// ---- experts ----------------------------------------------------------------------------------
+
+typedef struct { matrix w[3]; } expert;         // w1, w3 (gate, up), w2
+
+typedef struct {
+    shape c;
+    const counts *n;
+    const row *rows;
+    const float *gate, *bias;       // [rows][E] logits, [E]
+    const int *tid2eid;             // [V][K], or NULL
+    int *route;                     // [rows][K], ascending
+    float *weight;                  // [rows][K]
+    int *first, *list;              // [E + 1]; [rows * K]: row * K + slot, by expert
+    int *active;                    // [0]: how many experts have rows; then which, ascending
+    post_comb_args mix;
+} route_args;
+
+static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
+
+// The K largest of scores + bias, the lower index of equals, or the token's own; ascending. Weights: the plain scores
+// over their sum. A warp.
+static __device__ void route_row(const route_args &p, int r) {
+    int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, chosen[MAX_CHOSEN];
+    const float *gate = p.gate + (size_t)r * (size_t)E;
+    float sum = 0, weight[MAX_CHOSEN];
+    for (int k = 0; k < K; k++) {
+        int best = -1;
+        if (p.tid2eid) best = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)k];
+        else {
+            uint32_t best_score = 0;
+            for (int e = lane; e < E; e += WARP) {
+                uint32_t u = ordered(sqrt_softplus(gate[e]) + p.bias[e]);
+                int taken = 0;
+                for (int i = 0; i < k; i++) taken |= chosen[i] == e;
+                if (!taken && (best < 0 || u > best_score)) best_score = u, best = e;
+            }
+            for (int i = 16; i; i /= 2) {
+                int other = __shfl_xor_sync(ALL, best, i);
+                uint32_t score = (uint32_t)__shfl_xor_sync(ALL, (int)best_score, i);
+                if (other >= 0 && (best < 0 || score > best_score || (score == best_score && other < best)))
+                    best = other, best_score = score;
+            }
+        }
+        int at = k;
+        for (; at && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1];
+        chosen[at] = best;
+    }
+    for (int k = 0; k < K; k++) sum += weight[k] = sqrt_softplus(gate[chosen[k]]);
+    for (int k = 0; lane == 0 && k < K; k++) {
+        p.route[r * K + k] = chosen[k];
+        p.weight[r * K + k] = weight[k] / sum * p.c.routed_scale;
+    }
+}
+
+// Which rows each expert has, by the threads of one block, an expert each.
+static __device__ void group_by_expert(const route_args &p, int n) {
+    __shared__ int count[MAX_EXPERTS];
+    int E = p.c.E;
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
+        count[e] = 0;
+        for (int i = 0; i < n; i++) count[e] += p.route[i] == e;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int at = 0, active = 0;
+        for (int e = 0; e < E; e++) {
+            int some = count[e];
+            p.first[e] = count[e] = at, at += some;
+            if (some) p.active[++active] = e;
+        }
+        p.first[E] = at, p.active[0] = active;
+    }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
+        for (int i = 0, at = count[e]; i < n; i++)
+            if (p.route[i] == e) p.list[at++] = i;
+}
+
+// Block 0 routes; the others make post and comb of a row each.
+static __global__ void __launch_bounds__(1024) route(const route_args p) {
+    int n;
+    grid_wait();
+    grid_go();
+    n = p.n->n_rows;
+    if (blockIdx.x) {
+        if ((int)blockIdx.x <= n) post_comb(p.c, p.mix, (int)blockIdx.x - 1);
+        return;
+    }
+    for (int r = (int)threadIdx.x / WARP; r < n; r += (int)blockDim.x / WARP) route_row(p, r);
+    __syncthreads();
+    group_by_expert(p, n * p.c.K);
+}
+
+// Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
+// all rows. An expert's weights are read once for NT * 8 rows.
+typedef struct {
+    shape c;
+    const counts *n;
+    const expert *experts, *shared; // [E]; NULL: without
+    const int *first, *list, *active;
+    int which, n_which;             // matrices w[which] .. of an expert
+    int n_slots;                    // K + 1: slot K is the shared expert's
+    int x_by_slot;                  // x has a row for each slot; else for each row of the pass
+    input x;
+    float *y[2];                    // [rows][n_slots][y_stride]
+    int y_stride, tiles;
+} experts_args;
+
+typedef struct { const int *list; int n, first_slot; } members;        // list NULL: all rows, slot K
+
+template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const matrix &w,
+                                                                     const members &m, int i0, int m0, int tiles,
+                                                                     float *y) {
+    int at[NT], K = p.c.K;
+    operand x = { w.dtype >= DSPARK_FP8 ? p.x.rounded : p.x.plain, p.x.plane, w.dtype >= DSPARK_FP8 ? 1 : 3 };
+    for (int nt = 0; nt < NT; nt++) {
+        int i = least(i0 + nt * 8 + (int)threadIdx.x % WARP / 4, m.n - 1);
+        int r = m.list ? m.list[i] / K : i, slot = m.list ? m.list[i] % K : K;
+        at[nt] = (p.x_by_slot ? r * p.n_slots + slot : r) * p.x.stride;
+    }
+    tile_sums_of<NT>(w, m0, tiles, x, at, 0);
+    __syncthreads();
+    for (int k = (int)threadIdx.x; k < tiles * TILE * NT * 8; k += THREADS) {
+        int out = k % TILE, i = i0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), o = m0 + tile * TILE + out;
+        if (i >= m.n || o >= w.rows) continue;
+        int r = m.list ? m.list[i] / K : i, slot = m.list ? m.list[i] % K : K;
+        y[(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] =
+            total<NT>(parts(), tile, i - i0, out) * shift_of(w);
+    }
+    __syncthreads();
+}
+
+template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
+    grid_wait();
+    int n_active = p.active[0], n = p.n->n_rows, span = p.tiles * TILE;
+    int of_routed = (p.experts[0].w[p.which].rows + span - 1) / span * p.n_which;
+    int of_shared = p.shared ? (p.shared->w[p.which].rows + span - 1) / span * p.n_which : 0;
+    for (int item = (int)blockIdx.x; item < n_active * of_routed + of_shared; item += (int)gridDim.x) {
+        int a = item / of_routed, each = of_routed / p.n_which, part = item - a * of_routed;
+        members m = { NULL, n, 0 };
+        const expert *e = p.shared;
+        if (a < n_active) {
+            int of = p.active[1 + a];
+            m.list = p.list + p.first[of], m.n = p.first[of + 1] - p.first[of], e = p.experts + of;
+        } else each = of_shared / p.n_which, part = item - n_active * of_routed;
+        const matrix w = e->w[p.which + part / each];
+        int m0 = part % each * span, tiles = least(p.tiles, (w.rows - m0 + TILE - 1) / TILE);
+        for (int i = 0; i < m.n; i += NT * 8) expert_rows<NT>(p, w, m, i, m0, tiles, p.y[part / each]);
+    }
+    grid_go();
+}
+
+// weight * silu(gate) * up of a slot, as w2's input. A block a slot.
+typedef struct {
+    shape c;
+    const counts *n;
+    const float *gate, *up, *weight;        // [rows][K + 1][stride], the same, [rows][K]
+    int stride, width, shared_width;
+    input x;                                // [rows * (K + 1)]
+} swiglu_args;
+static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
+    int r = (int)blockIdx.x, slot = (int)blockIdx.y, K = p.c.K, n = slot < K ? p.width : p.shared_width;
+    size_t from = (size_t)(r * (K + 1) + slot) * (size_t)p.stride;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_rows) return;
+    float weight = slot < K ? p.weight[r * K + slot] : 1, limit = p.c.limit > 0 ? p.c.limit : HUGE_VALF;
+    for (int at = 0; at < n; at += THREADS * 8) {
+        int mine = at + (int)threadIdx.x * 8, live = mine < n;
+        float v[8];
+        for (int i = 0; live && i < 8; i++) {
+            float g = p.gate[from + (size_t)(mine + i)], u = p.up[from + (size_t)(mine + i)];
+            g = limit < g ? limit : g, g = g < -200 ? -200 : g;        // -inf / inf would be NaN
+            u = limit < u ? limit : u, u = u < -limit ? -limit : u;
+            v[i] = weight * (g / (1 + expf(-g)) * u);
+        }
+        put_input(p.x, r * (K + 1) + slot, mine, v, live);
+    }
+}
+
+// ---- draws ------------------------------------------------------------------------------------
+// argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; the lower token of
+// equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with NaN, +inf or
+// nothing finite gives none.
+
+typedef struct { float temperature; unsigned seed[2], position[2]; } draw_row;
+typedef struct {
+    shape c;
+    const int *n;                           // rows
+    const float *logits;                    // [row][V]
+    const int *rows;                        // row i's logits and result are of rows[i] + k; NULL: i
+    int k, chunk;
+    const draw_row *draws;                  // [i]; position + k counts
+    unsigned long long *best;
+} draw_args;
+#define NO_TOKEN 0xffffffffffffffffull
+static __device__ __forceinline__ int token_of(unsigned long long best) {
+    return best == NO_TOKEN || best == 0 ? -1 : (int)(0xffffffffu - (uint32_t)best);
+}
+
+// Words index & ~3 .. of Philox4x32-10 as dspark.h counts them, purpose 0 and k 0: the noise of plain sampling.
+static __device__ void noise_words(const draw_row &d, int k, uint32_t block, uint32_t *c) {
+    unsigned long long at = ((unsigned long long)d.position[1] << 32 | d.position[0]) + (unsigned long long)k;
+    uint32_t k0 = d.seed[0], k1 = d.seed[1];
+    c[0] = block, c[1] = (uint32_t)at, c[2] = (uint32_t)(at >> 32), c[3] = (uint32_t)DSPARK_DRAW_PLAIN << 16;
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        unsigned long long a = (unsigned long long)c[0] * 0xD2511F53u, b = (unsigned long long)c[2] * 0xCD9E8D57u;
+        c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0, c[1] = (uint32_t)b;
+        c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1, c[3] = (uint32_t)a;
+    }
+}
+// -log(-log u), u = (word + 1/2) 2^-32: near 1 by what is missing from it, of which a float holds all that counts.
+static __device__ float gumbel(uint32_t w) {
+    float u = ((float)w + 0.5f) * 2.3283064365386963e-10f,
+          missing = ((float)(0xffffffffu - w) + 0.5f) * 2.3283064365386963e-10f;
+    return -logf(w >> 31 ? -log1pf(-missing) : -logf(u));
+}
+
+static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
+    int i = (int)blockIdx.y, V = p.c.V, r, from = (int)blockIdx.x * p.chunk, to = least(V, from + p.chunk);
+    unsigned long long best = 0;
+    grid_wait();
+    grid_go();
+    if (i >= *p.n || p.draws[i].temperature < 0) return;
+    r = (p.rows ? p.rows[i] : i) + p.k;
+    const draw_row d = p.draws[i];
+    const float *logits = p.logits + (size_t)r * (size_t)V;
+    for (int v = from + 4 * (int)threadIdx.x; v < to; v += 4 * THREADS) {
+        uint32_t w[4] = { 0, 0, 0, 0 };
+        if (d.temperature > 0) noise_words(d, p.k, (uint32_t)v / 4, w);
+        for (int j = 0; j < 4 && v + j < to; j++) {
+            float z = logits[v + j];
+            unsigned long long key;
+            if (!(z <= FLT_MAX)) best = NO_TOKEN;
+            if (!(z >= -FLT_MAX)) continue;
+            if (d.temperature > 0) z = z / d.temperature + gumbel(w[j]);
+            key = (unsigned long long)ordered(z) << 32 | (0xffffffffu - (uint32_t)(v + j));
+            if (key > best) best = key;
+        }
+    }
+    for (int k = 16; k; k /= 2) {
+        uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)best, k),
+                 high = (uint32_t)__shfl_xor_sync(ALL, (int)(best >> 32), k);
+        unsigned long long other = (unsigned long long)high << 32 | low;
+        if (other > best) best = other;
+    }
+    if (threadIdx.x % WARP == 0) atomicMax(&p.best[r], best);
+}
+typedef struct { const int *n; const unsigned long long *best; int *tokens; } drawn_args;
+static __global__ void __launch_bounds__(THREADS) drawn(const drawn_args p) {
+    int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    grid_wait();
+    grid_go();
+    if (i < *p.n) p.tokens[i] = token_of(p.best[i]);
+}
+
+// ---- the drafter's own ------------------------------------------------------------------------
+
+// Taps of a position as an input: [n_taps * h].
+typedef struct { shape c; const counts *n; const injection *list; int taps_at; input x; } taps_args;
+static __global__ void __launch_bounds__(THREADS) take_taps(const taps_args p) {
+    int r = (int)blockIdx.x, n = p.c.n_taps * p.c.h;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_injected) return;
+    const float *taps =
+        (const float *)(const void *)p.list[r].state[p.taps_at] + (size_t)(p.list[r].position % p.c.ring) * (size_t)n;
+    put_input_row(p.x, r, taps, n);
+}
+
+// A stage's row of the window from wkv main_x; a block a row and stage.
+typedef struct {
+    shape c;
+    const counts *n;
+    const injection *list;
+    const double *freqs;
+    const float *kv, *const *norms;         // [stages][max_rows][D]; [stages]
+    int max_rows, first_layer;
+} inject_args;
+static __global__ void __launch_bounds__(THREADS) inject_rows(const inject_args p) {
+    __shared__ float scratch[WARPS];
+    SHARED_BYTES(bytes);
+    float *x = (float *)(void *)bytes;
+    int r = (int)blockIdx.x, stage = (int)blockIdx.y, D = p.c.D;
+    grid_wait();
+    grid_go();
+    if (r >= p.n->n_injected) return;
+    const float *kv = p.kv + ((size_t)stage * (size_t)p.max_rows + (size_t)r) * (size_t)D;
+    for (int i = (int)threadIdx.x; i < D; i += THREADS) x[i] = kv[i];
+    __syncthreads();
+    finish_kv(p.c, x, p.norms[stage], p.freqs, p.list[r].position, scratch);
+    float *to = (float *)(void *)p.list[r].state[(p.first_layer + stage) * N_ARRAYS + WINDOW] +
+                (size_t)(p.list[r].position % p.c.ring) * (size_t)D;
+    for (int i = (int)threadIdx.x; i < D; i += THREADS) to[i] = x[i];
+}
+
+// The sequential heads, step k (dspark.md):
+//   vanilla: e = W1[previous];  gated: e = sigmoid(G [x ; W1[previous]] + b) * W1[previous]
+//   RNN: (g, c, o) = J [s ; W1[previous] ; x] + b, s = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), e = tanh(o)
+// and the confidence of [x ; W1[previous]]. A block a segment.
+typedef struct {
+    shape c;
+    const counts *n;
+    const int *segment_row, *previous;      // [segments]
+    const unsigned long long *best;         // [rows]: where step k - 1 was drawn here; NULL: `previous` has it
+    int k, kind;
+    matrix w1;
+    const float *hidden, *confidence_w;     // [rows][h]; [h + rank], NULL: none
+    float confidence_bias;
+    float *confidence;                      // [rows]
+    float *e, *rnn;                         // [segments][rank]; [segments][rank]: s
+    const float *z, *bias;                  // [segments][3 rank] of the gate, bias NULL: none
+    input in;                               // [segments]: of the gate
+    input out;                              // [segments]: e, of w2
+} markov_args;
+
+static __global__ void __launch_bounds__(THREADS) markov_begin(const markov_args p) {
+    __shared__ float scratch[WARPS];
+    SHARED_BYTES(bytes);
+    float *x = (float *)(void *)bytes, *e, *in, sum = 0;
+    int i = (int)blockIdx.x, rank = p.c.rank, h = p.c.h, r, rnn = p.kind == DSPARK_HEAD_RNN;
+    grid_wait();
+    grid_go();
+    if (i >= p.n->n_segments) return;
+    r = p.segment_row[i] + p.k;
+    int previous = p.best ? token_of(p.best[r - 1]) : p.previous[i];
+    if (previous < 0) previous = 0;         // no draft, and no draft follows one
+    in = x, e = x + (rnn ? rank : h);       // [x ; e], or [s ; e ; x]
+    for (int d = (int)threadIdx.x; d < h; d += THREADS)
+        x[rnn ? 2 * rank + d : d] = p.hidden[(size_t)r * (size_t)h + (size_t)d];
+    for (int d = (int)threadIdx.x; d < rank; d += THREADS) {
+        e[d] = plain_number(p.w1, previous, d);
+        p.e[(size_t)i * (size_t)rank + (size_t)d] = e[d];
+        if (rnn) in[d] = p.k ? p.rnn[(size_t)i * (size_t)rank + (size_t)d] : 0;
+    }
+    __syncthreads();
+    for (int d = (int)threadIdx.x; p.confidence_w && d < h + rank; d += THREADS)
+        sum = fmaf(p.confidence_w[d], d < h ? x[rnn ? 2 * rank + d : d] : e[d - h], sum);
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) p.confidence[r] = p.confidence_w ? sum + p.confidence_bias : HUGE_VALF;
+    if (p.kind == DSPARK_HEAD_VANILLA) put_input_row(p.out, i, e, rank);
+    else if (p.kind != DSPARK_HEAD_NONE) put_input_row(p.in, i, in, (rnn ? 2 : 1) * rank + h);
+}
+static __global__ void __launch_bounds__(THREADS) markov_gate(const markov_args p) {
+    SHARED_BYTES(bytes);
+    float *e = (float *)(void *)bytes;
+    int i = (int)blockIdx.x, rank = p.c.rank;
+    const float *z = p.z + (size_t)i * (size_t)(3 * rank);
+    grid_wait();
+    grid_go();
+    if (i >= p.n->n_segments) return;
+    for (int d = (int)threadIdx.x; d < rank; d += THREADS) {
+        float g = sigmoid(z[d] + (p.bias ? p.bias[d] : 0)), *s = p.rnn + (size_t)i * (size_t)rank + (size_t)d;
+        if (p.kind == DSPARK_HEAD_GATED) e[d] = p.e[(size_t)i * (size_t)rank + (size_t)d] * g;
+        else {
+            float c = tanhf(z[rank + d] + (p.bias ? p.bias[rank + d] : 0));
+            *s = g * (p.k ? *s : 0) + (1 - g) * c;
+            e[d] = tanhf(z[2 * rank + d] + (p.bias ? p.bias[2 * rank + d] : 0));
+        }
+    }
+    __syncthreads();
+    put_input_row(p.out, i, e, rank);
+}
+
+// ---- the device -------------------------------------------------------------------------------
+
+typedef struct { const float *fn, *scale, *base; } mixer;
+typedef struct { matrix wkv, wgate; const float *ape, *norm; int d, w; } compressor;
+typedef struct {
+    int ratio;
+    mixer hc[2];                            // DSPARK_SUB_*
+    const float *norm[2], *q_norm, *kv_norm, *sink, *gate_bias;
+    matrix wq_a, wq_b, wkv, wo_a, wo_b, index_wq_b, index_weights, gate;
+    compressor pool[2];                     // the attention's; the indexer's
+    const int *tid2eid;
+    expert shared;
+    const expert *experts;                  // on the device: E, then the shared one
+} layer_weights;
+
+enum { OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD, OP_DRAW };
+typedef struct { unsigned char op, sub; short layer; } operation;
+
+// A pass that was recorded: what was called, in grids for so many rows.
+typedef struct {
+    uint64_t calls;
+    int rows, logits, injected, drafts;
+    cudaGraphExec_t exec;
+} recording;
+enum { MAX_RECORDINGS = 64, RECORDED_ROWS = 64, STAGE_BYTES = 8 << 20 };
+
+// What changes from pass to pass: filled in on the host, copied at its begin.
+typedef struct {
+    counts *n;
+    row *rows;
+    int *logit_rows, *segment_row, *previous, *tokens;
+    injection *injected;
+    draw_row *draws;
+} pass_block;
+
+typedef struct {
+    const dspark_config *c;
+    const dspark_weights *w;
+    shape s;
+    int max_rows, sms, major, shared_most, layers;
+    dspark_status status;                   // the first failure, until pass_end gives it
+    char message[256];
+    cudaStream_t stream;
+    uint8_t *slab, *work, *scores_memory;   // weights, workspace, index scores
+    size_t slab_bytes, work_bytes, scores_bytes, host_bytes;
+    layer_weights *layer;                           // [layers]
+    matrix embed, head, main_proj, w1, w2, joint;
+    mixer hc_head, draft_hc_head;
+    const float *norm, *main_norm, *draft_norm, *confidence_w, *joint_bias, *const *stage_norms;
+    const double *freqs[2];                 // [R / 2]: plain, compressed
+
+    pass_block host, dev;                   // pinned, and its twin on the device
+    uint8_t *host_block;
+    float *host_logits, *host_drafts, *host_confidence;
+
+    float *residual, *mixes, *post_comb, *partial, *y, *qr, *kv, *q, *low, *pool_kv, *pool_gate, *index_kv, *index_gate,
+        *index_q, *index_w, *gate, *route_weight, *up[2], *down, *hidden, *logits, *draft_logits, *stage_kv, *e, *rnn,
+        *z, *confidence;
+    input x, qr_in, o, low_in, act, main, markov_in, markov_out;
+    uint16_t *query;
+    float *query_w, *scores, *part;
+    int *chosen, *route, *first, *list, *active;
+    unsigned long long *best;
+
+    // a pass in the making
+    int drafts, n_rows, n_logits, n_segments, n_injected, grid_rows, grid_logits, grid_injected;
+    int draws;                              // the pass gives tokens, not logits
+    operation *ops;
+    int n_ops, max_ops;
+    int from, tap, slots;                   // of the stream, what is put off until the next mix
+    const float *from_y;
+    mixer now;                              // the mix whose post and comb are still to be made
+    recording recordings[MAX_RECORDINGS];
+    int n_recordings;
+} cuda;
+
+static void fail(cuda *d, dspark_status status, const char *format, ...) {
+    va_list args;
+    if (d->status) return;
+    va_start(args, format);
+    vsnprintf(d->message, sizeof d->message, format, args);
+    va_end(args);
+    d->status = status;
+}
+// 1: the call went well. The first that does not is remembered, by its name.
+static int good(cuda *d, cudaError_t e, const char *call) {
+    if (e == cudaSuccess) return 1;
+    fail(d, DSPARK_ERROR_BACKEND, "%.*s: %s", (int)strcspn(call, "("), call, cudaGetErrorString(e));
+    cudaGetLastError();
+    return 0;
+}
+#define TRY(call) (!d->status && good(d, call, #call))
+static dspark_status result(cuda *d) {
+    dspark_status status = d->status;
+    if (status) dspark_fail(status, d->message);
+    d->status = DSPARK_OK;
+    return status;
+}
+
+#ifdef DSPARK_CUDA_TIMED
+// For bench/cuda.c: while `on`, passes run call by call, each with its time. One device at a time.
+enum { MAX_TIMED = 64 };
+static struct {
+    int on, n;
+    cudaEvent_t begin, end;
+    struct {
+        const char *name;
+        double us;
+        long calls;
+    } kernels[MAX_TIMED];
+} timed;
+static void time_begin(cuda *d) {
+    if (timed.on) TRY(cudaEventRecord(timed.begin, d->stream));
+}
+static void time_end(cuda *d, const char *name) {
+    float ms = 0;
+    int i = 0;
+    if (!timed.on) return;
+    TRY(cudaEventRecord(timed.end, d->stream));
+    TRY(cudaEventSynchronize(timed.end));
+    TRY(cudaEventElapsedTime(&ms, timed.begin, timed.end));
+    while (i < timed.n && strcmp(timed.kernels[i].name, name)) i++;
+    if (i == MAX_TIMED) return;
+    if (i == timed.n) timed.n++, timed.kernels[i].name = name, timed.kernels[i].us = 0, timed.kernels[i].calls = 0;
+    timed.kernels[i].us += 1e3 * (double)ms, timed.kernels[i].calls++;
+}
+#define TIMED timed.on
+#else
+#define time_begin(d) ((void)0)
+#define time_end(d, name) ((void)0)
+#define TIMED 0
+#endif
+
+template <class P>
+static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int threads, size_t shared, const P &p) {
+    if (d->status || !grid.x || !grid.y) return;
+    time_begin(d);
+#ifdef DSPARK_CUDA_HOST
+    good(d, host_launch(grid, dim3((unsigned)threads), shared, d->stream, kernel, p), name);
+#else
+    cudaLaunchAttribute early;
+    cudaLaunchConfig_t config = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared,
+    config.stream = d->stream;
+    config.attrs = &early, config.numAttrs = d->major >= 9;
+    good(d, cudaLaunchKernelEx(&config, kernel, p), name);
+#endif
+    time_end(d, name);
+}
+#define LAUNCH(kernel, ...) launch(d, #kernel, kernel, __VA_ARGS__)
+static dim3 grid_of(int x, int y) { return dim3((unsigned)x, (unsigned)y); }
+static int smaller(int a, int b) { return a < b ? a : b; }
+static int larger(int a, int b) { return a > b ? a : b; }
+static int blocks_of(int n, int each) { return (n + each - 1) / each; }
+
+// Rows for which grids are made: a recording serves all up to it.
+static int bucket(int n) { return n <= 8 ? n : n <= 64 ? (n + 7) / 8 * 8 : (n + 63) / 64 * 64; }
+
+// ---- products ---------------------------------------------------------------------------------
+
+static void job_add(linears_args *p, const matrix &w, const input &x, float *y, int y_stride) {
+    job *j = &p->jobs[p->n_jobs++];
+    int rounded = w.dtype >= DSPARK_FP8;
+    memset(j, 0, sizeof *j);
+    j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride;
+    j->x.x = rounded ? x.rounded : x.plain, j->x.plane = x.plane, j->x.planes = rounded ? 1 : 3;
+}
+
+// Tiles that a block takes at once: enough that its warps have four pieces each in flight, as long as all SMs have
+// work.
+static int tiles_of(const cuda *d, const job *j, int nt) {
+    int units = j->w.pitch / UNIT, tiles = units > 16 ? 1 : units > 8 ? 2 : 4, n = blocks_of(j->w.rows, TILE);
+    tiles = smaller(tiles, 8 / nt);
+    while (tiles > 1 && (n / tiles < 2 * d->sms || (j->group && j->group % (tiles * TILE)))) tiles /= 2;
+    return tiles;
+}
+static void jobs_run(cuda *d, linears_args *p, int rows, const int *n_rows) {
+    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+    dim3 grid;
+    p->n_rows = n_rows, p->n_items = 0;
+    for (int i = 0; i < p->n_jobs; i++) {
+        job *j = &p->jobs[i];
+        j->tiles = tiles_of(d, j, nt), j->first_item = p->n_items;
+        p->n_items += blocks_of(blocks_of(j->w.rows, TILE), j->tiles);
+    }
+    grid = grid_of(smaller(p->n_items, 2 * d->sms), blocks_of(rows, 8 * nt));
+    if (!p->n_jobs) return;
+    if (nt == 1) LAUNCH(linears<1>, grid, THREADS, 0, *p);
+    else if (nt == 2) LAUNCH(linears<2>, grid, THREADS, 0, *p);
+    else if (nt == 4) LAUNCH(linears<4>, grid, THREADS, 0, *p);
+    else LAUNCH(linears<8>, grid, THREADS, 0, *p);
+    p->n_jobs = 0;
+}
+
+// ---- the operations of a pass -----------------------------------------------------------------
+
+// What is put off is done, and the sums for a mix with it.
+static void run_stream(cuda *d, const float *fn, int n_out) {
+    stream_args p;
+    memset(&p, 0, sizeof p);
+    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.from = d->from, p.embed = d->embed, p.y = d->from_y,
+    p.slots = d->slots;
+    p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
+    p.fn = fn, p.n_out = n_out, p.partial = d->partial;
+    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid_rows, 2 * WARPS)), THREADS, 0, p);
+    d->from = STREAM_AS_IS, d->tap = -1;
+}
+static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
+    mix_args p;
+    memset(&p, 0, sizeof p);
+    p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
+    p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
+    p.n_out = head ? COPIES : MIX, p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
+    LAUNCH(mix, grid_of(head ? d->grid_logits : d->grid_rows, 1), THREADS, (size_t)d->s.h * sizeof(float), p);
+    d->now = *m;
+}
+static post_comb_args post_comb_of(const cuda *d) {
+    post_comb_args p = { d->mixes, d->now.scale, d->now.base, d->post_comb };
+    return p;
+}
+
+static void op_mix_in(cuda *d, int l, int sub) {
+    const layer_weights *w = &d->layer[l];
+    run_stream(d, w->hc[sub].fn, MIX);
+    run_mix(d, &w->hc[sub], w->norm[sub], 0);
+}
+static void op_mix_out(cuda *d, int sub) {
+    if (d->from) run_stream(d, NULL, 0);
+    d->from = STREAM_ADD, d->from_y = sub == DSPARK_SUB_ATTN ? d->y : d->down,
+    d->slots = sub == DSPARK_SUB_ATTN ? 1 : d->s.K + 1;
+}
+static void op_tap(cuda *d, int index) {
+    if (d->tap >= 0) run_stream(d, NULL, 0);
+    d->tap = index;
+}
+
+static void attention_project(cuda *d, const layer_weights *w, int l) {
+    linears_args p;
+    project_args a;
+    int target = !d->drafts, tasks = 3;
+    memset(&p, 0, sizeof p), memset(&a, 0, sizeof a);
+    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.freqs = d->freqs[w->ratio > 0],
+    a.freqs_compressed = d->freqs[1];
+    a.q_norm = w->q_norm, a.kv_norm = w->kv_norm, a.qr = d->qr, a.kv = d->kv, a.low = d->qr_in, a.ratio = w->ratio,
+    a.layer = l;
+    a.mix = post_comb_of(d);
+    for (int i = 0; i < 2; i++) {
+        const compressor *o = &w->pool[i];
+        pooling *q = &a.pool[i];
+        if (!target || !w->ratio || (i && w->ratio != 4)) continue;
+        q->ape = o->ape, q->norm = o->norm, q->d = o->d, q->w = o->w;
+        q->kv = i ? d->index_kv : d->pool_kv, q->gate = i ? d->index_gate : d->pool_gate;
+        q->state_kv = i ? INDEX_KV : KV, q->state_gate = i ? INDEX_GATE : GATE;
+        job_add(&p, o->wkv, d->x, q->kv, o->w);
+        job_add(&p, o->wgate, d->x, q->gate, o->w);
+        tasks++;
+    }
+    if (target && w->ratio == 4) job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
+    job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
+    job_add(&p, w->wkv, d->x, d->kv, d->s.D);
+    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    LAUNCH(project, grid_of(d->grid_rows, tasks), THREADS, (size_t)larger(d->s.q_lora, d->s.D) * sizeof(float), a);
+    job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
+    if (target && w->ratio == 4) job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
+    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+}
+
+static void attention_index(cuda *d, int l, int row0, int rows) {
+    index_args p;
+    memset(&p, 0, sizeof p);
+    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.freqs = d->freqs[1];
+    p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
+    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen;
+    LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads + 7, WARPS), rows), THREADS, 0, p);
+    LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS, 0, p);
+    LAUNCH(index_top, grid_of(rows, 1), THREADS, 0, p);
+}
+
+static void op_attention(cuda *d, int l) {
+    const layer_weights *w = &d->layer[l];
+    linears_args p;
+    attend_args a;
+    round_args r;
+    commit_args *o = &r.commit;
+    attention_project(d, w, l);
+    memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
+    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->drafts ? 0 : w->ratio,
+    a.freqs = d->freqs[w->ratio > 0];
+    a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
+    for (a.row0 = 0; a.row0 < d->grid_rows; a.row0 += ATTEND_ROWS) {
+        int rows = smaller(ATTEND_ROWS, d->grid_rows - a.row0);
+        if (a.ratio == 4) attention_index(d, l, a.row0, rows);
+        LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
+        LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
+    }
+    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
+    p.jobs[0].x.x = d->o.plain, p.jobs[0].x.planes = 3;        // wo_a takes its input as it is
+    p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = w->wo_a.cols;
+    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    o->rows = d->dev.rows, o->layer = l, o->ratio = w->ratio;
+    o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
+    for (int i = 0; i < 2 && w->ratio; i++) {
+        if (i && w->ratio != 4) continue;
+        o->from[i ? INDEX_KV : KV] = i ? d->index_kv : d->pool_kv,
+                               o->from[i ? INDEX_GATE : GATE] = i ? d->index_gate : d->pool_gate;
+        o->width[i ? INDEX_KV : KV] = o->width[i ? INDEX_GATE : GATE] = w->pool[i].w;
+    }
+    r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
+    LAUNCH(round_rows, grid_of(d->grid_rows, d->drafts ? 1 : 2), THREADS, (size_t)r.n * sizeof(float), r);
+    job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
+    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+}
+
+// Rows spread over experts: few of them have more than a quarter of them.
+static void experts_run(cuda *d, const experts_args &e) {
+    dim3 grid = grid_of(2 * d->sms, 1);
+    if (d->grid_rows <= 8) LAUNCH(experts<1>, grid, THREADS, 0, e);
+    else if (d->grid_rows <= 32) LAUNCH(experts<2>, grid, THREADS, 0, e);
+    else LAUNCH(experts<4>, grid, THREADS, 0, e);
+}
+
+static void op_moe(cuda *d, int l) {
+    const layer_weights *w = &d->layer[l];
+    int K = d->s.K, width = d->act.stride, up_stride = (K + 1) * width;
+    linears_args p;
+    route_args r;
+    experts_args e;
+    swiglu_args a;
+    memset(&p, 0, sizeof p), memset(&r, 0, sizeof r), memset(&e, 0, sizeof e), memset(&a, 0, sizeof a);
+    job_add(&p, w->gate, d->x, d->gate, d->s.E);
+    for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
+    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
+    r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
+    r.mix = post_comb_of(d);
+    LAUNCH(route, grid_of(1 + d->grid_rows, 1), smaller(1024, WARP * larger(8, d->grid_rows)), 0, r);
+    e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
+    e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width, e.tiles = 2;
+    experts_run(d, e);
+    a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
+    a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
+    LAUNCH(swiglu, grid_of(d->grid_rows, K + 1), THREADS, 0, a);
+    e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down,
+    e.y_stride = d->s.h;
+    experts_run(d, e);
+}
+
+static void op_head(cuda *d, int drafts) {
+    const mixer *m = drafts ? &d->draft_hc_head : &d->hc_head;
+    linears_args p;
+    memset(&p, 0, sizeof p);
+    if (!d->grid_logits) {
+        if (d->tap >= 0) run_stream(d, NULL, 0);
+        return;
+    }
+    run_stream(d, m->fn, COPIES);
+    run_mix(d, m, drafts ? d->draft_norm : d->norm, 1);
+    job_add(&p, d->head, d->x, drafts ? d->draft_logits : d->logits, d->s.V);
+    jobs_run(d, &p, d->grid_logits, &d->dev.n->n_logits);
+}
+
+// Taps of positions [inject_from, position) -> main_x = main_norm(main_proj taps) -> a row for each stage's window.
+static void op_inject(cuda *d) {
+    int n = d->grid_injected, stages = d->c->n_stages;
+    const int *n_rows = &d->dev.n->n_injected;
+    linears_args p;
+    taps_args t;
+    round_args r;
+    inject_args a;
+    if (!n) return;
+    memset(&p, 0, sizeof p), memset(&t, 0, sizeof t), memset(&r, 0, sizeof r), memset(&a, 0, sizeof a);
+    t.c = d->s, t.n = d->dev.n, t.list = d->dev.injected, t.taps_at = d->layers * N_ARRAYS, t.x = d->main;
+    LAUNCH(take_taps, grid_of(n, 1), THREADS, 0, t);
+    job_add(&p, d->main_proj, d->main, d->y, d->s.h);
+    jobs_run(d, &p, n, n_rows);
+    r.c = d->s, r.n_rows = n_rows, r.x = d->y, r.norm = d->main_norm, r.n = d->s.h, r.out = d->x;
+    LAUNCH(round_rows, grid_of(n, 1), THREADS, (size_t)r.n * sizeof(float), r);
+    for (int i = 0; i < stages; i++) {
+        job_add(&p, d->layer[d->c->num_hidden_layers + i].wkv, d->x,
+                d->stage_kv + (size_t)i * (size_t)d->max_rows * (size_t)d->s.D, d->s.D);
+        if (p.n_jobs == MAX_JOBS || i + 1 == stages) jobs_run(d, &p, n, n_rows);
+    }
+    a.c = d->s, a.n = d->dev.n, a.list = d->dev.injected, a.freqs = d->freqs[0], a.kv = d->stage_kv,
+    a.norms = d->stage_norms;
+    a.max_rows = d->max_rows, a.first_layer = d->c->num_hidden_layers;
+    LAUNCH(inject_rows, grid_of(n, stages), THREADS, (size_t)d->s.D * sizeof(float), a);
+}
+
+// Best tokens of n rows, row i those of rows[i] + k.
+static void run_draw(cuda *d, const float *logits, int n, const int *n_rows, const int *rows, int k) {
+    draw_args p;
+    int blocks = larger(1, smaller(blocks_of(d->s.V, 4 * THREADS), blocks_of(4 * d->sms, n)));
+    memset(&p, 0, sizeof p);
+    p.c = d->s, p.n = n_rows, p.logits = logits, p.rows = rows, p.k = k, p.draws = d->dev.draws, p.best = d->best;
+    p.chunk = blocks_of(blocks_of(d->s.V, blocks), 4) * 4;
+    LAUNCH(draw, grid_of(blocks, n), THREADS, 0, p);
+}
+static void op_draw(cuda *d) {
+    drawn_args p = { &d->dev.n->n_logits, d->best, d->dev.tokens };
+    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
+    run_draw(d, d->logits, d->grid_logits, p.n, NULL, 0);
+    LAUNCH(drawn, grid_of(blocks_of(d->grid_logits, THREADS), 1), THREADS, 0, p);
+}
+
+static void run_op(cuda *d, const operation *o) {
+    switch (o->op) {
+    case OP_MIX_IN: op_mix_in(d, o->layer, o->sub); break;
+    case OP_ATTENTION: op_attention(d, o->layer); break;
+    case OP_MOE: op_moe(d, o->layer); break;
+    case OP_MIX_OUT: op_mix_out(d, o->sub); break;
+    case OP_TAP: op_tap(d, o->layer); break;
+    case OP_HEAD: op_head(d, 0); break;
+    case OP_INJECT: op_inject(d); break;
+    case OP_DRAW: op_draw(d); break;
+    default: op_head(d, 1);
+    }
+}
+
+// ---- a pass, from begin to end ----------------------------------------------------------------
+// Operations are noted, and run when the pass ends: the same calls in grids of the same size are one recording, played
+// at once.
+
+static void note(void *device, int op, int l, int sub) {
+    cuda *d = (cuda *)device;
+    operation o = { (unsigned char)op, (unsigned char)sub, (short)l };
+    if (d->n_ops < d->max_ops) d->ops[d->n_ops++] = o;
+    else fail(d, DSPARK_ERROR_ARGUMENT, "cuda: more than %d operations in a pass", d->max_ops);
+}
+static void cuda_mix_in(void *d, int l, int sub) { note(d, OP_MIX_IN, l, sub); }
+static void cuda_attention(void *d, int l) { note(d, OP_ATTENTION, l, 0); }
+static void cuda_moe(void *d, int l) { note(d, OP_MOE, l, 0); }
+static void cuda_mix_out(void *d, int l, int sub) { note(d, OP_MIX_OUT, l, sub); }
+static void cuda_tap(void *d, int index) { note(d, OP_TAP, index, 0); }
+static void cuda_head(void *d) { note(d, OP_HEAD, 0, 0); }
+static void cuda_inject(void *d) { note(d, OP_INJECT, 0, 0); }
+static void cuda_draft_head(void *d) { note(d, OP_DRAFT_HEAD, 0, 0); }
+
+// The first n items of an array of the block to the device.
+static void block_copy(cuda *d, void *to, const void *from, size_t n, size_t size) {
+    if (n) TRY(cudaMemcpyAsync(to, from, n * size, cudaMemcpyHostToDevice, d->stream));
+}
+
+// One of a session's arrays, from `at` on: `ring` rows, or (0) a row for every `ratio` tokens; both 0: none.
+typedef struct { size_t at, row_bytes; int ring, ratio; } state_array;
+typedef struct {
+    cuda *d;
+    uint8_t *memory;            // on the device: table, then the arrays
+    uint8_t **table;            // [layers][N_ARRAYS], then the taps
+    state_array *arrays;
+    int n_arrays, max_context;
+    size_t bytes;
+} state;
+
+static void segment_rows(cuda *d, const dspark_pass *pass, int i, int *n_logits) {
+    const dspark_segment *g = &pass->segments[i];
+    const state *s = (const state *)g->state;
+    d->host.segment_row[i] = g->row;
+    for (int k = 0; k < g->n_rows; k++) {
+        row r = { s->table, pass->ids[g->row + k], g->position + k, g->keep_rows, g->row, g->position, g->n_rows };
+        d->host.rows[g->row + k] = r;
+        if (k >= g->logits_from) d->host.logit_rows[(*n_logits)++] = g->row + k;
+    }
+}
+
+// All positions whose taps are to be injected; whole buffers of them at once, the rest stays for the pass.
+static int inject_all(cuda *d, const dspark_pass *pass) {
+    int n = 0;
+    for (int i = 0; pass->kind == DSPARK_PASS_DRAFT && i < pass->n_segments; i++)
+        for (int p = pass->segments[i].inject_from; p < pass->segments[i].position; p++) {
+            injection one = { ((const state *)pass->segments[i].state)->table, p };
+            if (n == d->max_rows) {
+                d->host.n->n_injected = d->grid_injected = n;
+                block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->dev.n);
+                block_copy(d, d->dev.injected, d->host.injected, (size_t)n, sizeof one);
+                op_inject(d);
+                TRY(cudaStreamSynchronize(d->stream));
+                n = 0;
+            }
+            d->host.injected[n++] = one;
+        }
+    return n;
+}
+
+static void draws_copy(cuda *d, const dspark_device_draw *from, int n) {
+    for (int i = 0; i < n; i++) {
+        draw_row r = { from[i].temperature, { (unsigned)from[i].seed, (unsigned)(from[i].seed >> 32) },
+                       { (unsigned)from[i].position, (unsigned)(from[i].position >> 32) } };
+        d->host.draws[i] = r;
+    }
+    block_copy(d, d->dev.draws, d->host.draws, (size_t)n, sizeof(draw_row));
+}
+
+static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
+    cuda *d = (cuda *)device;
+    counts *n = d->host.n;
+    if (d->status) return result(d);        // of a step of the head, after its pass
+    if (pass->n_rows < 1 || pass->n_rows > d->max_rows) {
+        fail(d, DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d", pass->n_rows, d->max_rows);
+        return result(d);
+    }
+    d->n_ops = 0, d->from = STREAM_EMBED, d->tap = -1;
+    d->draws = pass->draws != NULL;
+    d->drafts = pass->kind == DSPARK_PASS_DRAFT, d->n_rows = pass->n_rows, d->n_segments = pass->n_segments,
+    d->n_logits = 0;
+    memset(n, 0, sizeof *n);
+    for (int i = 0; i < pass->n_segments; i++) segment_rows(d, pass, i, &d->n_logits);
+    d->n_injected = inject_all(d, pass);
+    n->n_rows = d->n_rows, n->n_logits = d->n_logits, n->n_segments = d->n_segments, n->n_injected = d->n_injected,
+    n->drafts = d->drafts;
+    d->grid_rows = smaller(bucket(d->n_rows), d->max_rows), d->grid_logits = smaller(bucket(d->n_logits), d->grid_rows);
+    d->grid_injected = smaller(bucket(d->n_injected), d->max_rows);
+    block_copy(d, d->dev.n, n, 1, sizeof *n);
+    block_copy(d, d->dev.rows, d->host.rows, (size_t)d->n_rows, sizeof *d->host.rows);
+    block_copy(d, d->dev.logit_rows, d->host.logit_rows, (size_t)d->n_logits, sizeof(int));
+    block_copy(d, d->dev.segment_row, d->host.segment_row, (size_t)d->n_segments, sizeof(int));
+    block_copy(d, d->dev.injected, d->host.injected, (size_t)d->n_injected, sizeof(injection));
+    if (d->draws) draws_copy(d, pass->draws, d->drafts ? d->n_segments : d->n_logits);
+    return result(d);
+}
+
+// Each in a range of its name, for a profiler.
+static void run_ops(cuda *d) {
+#ifndef DSPARK_CUDA_HOST
+    static const char *const names[] = { "mix_in", "attention", "moe",        "mix_out", "tap",
+                                         "head",   "inject",    "draft_head", "draw" };
+#endif
+    for (int i = 0; i < d->n_ops && !d->status; i++) {
+#ifndef DSPARK_CUDA_HOST
+        nvtxRangePushA(names[d->ops[i].op]);
+#endif
+        run_op(d, &d->ops[i]);
+#ifndef DSPARK_CUDA_HOST
+        nvtxRangePop();
+#endif
+    }
+}
+
+static recording *recording_find(cuda *d, uint64_t calls) {
+    for (int i = 0; i < d->n_recordings; i++) {
+        recording *r = &d->recordings[i];
+        if (r->calls == calls && r->rows == d->grid_rows && r->logits == d->grid_logits &&
+            r->injected == d->grid_injected && r->drafts == d->drafts)
+            return r;
+    }
+    return NULL;
+}
+
+static void record(cuda *d, uint64_t calls) {
+    recording *r = &d->recordings[d->n_recordings];
+    cudaGraph_t graph = NULL;
+    memset(r, 0, sizeof *r);
+    r->calls = calls, r->rows = d->grid_rows, r->logits = d->grid_logits, r->injected = d->grid_injected,
+    r->drafts = d->drafts;
+    if (!TRY(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal))) return;
+    run_ops(d);
+    cudaError_t ended = cudaStreamEndCapture(d->stream, &graph);        // also after a failure
+    good(d, ended, "cudaStreamEndCapture");
+    if (TRY(cudaGraphInstantiate(&r->exec, graph, 0))) d->n_recordings++;
+    if (graph) cudaGraphDestroy(graph);
+}
+
+// Runs what was noted: from its recording, which is made on the second occasion at the earliest; or call by call.
+static void play(cuda *d) {
+    uint64_t calls = 1469598103934665603u;
+    recording *r;
+    if (d->status || !d->n_ops) return;
+    for (int i = 0; i < d->n_ops; i++) {
+        const operation *o = &d->ops[i];
+        calls = (calls ^ (uint64_t)(o->op | o->sub << 8 | (int)o->layer << 16)) * 1099511628211u;
+    }
+    if (TIMED) return run_ops(d);
+    if (!(r = recording_find(d, calls)) && d->grid_rows <= RECORDED_ROWS && d->n_recordings < MAX_RECORDINGS) {
+        record(d, calls);
+        r = recording_find(d, calls);
+    }
+    if (r) TRY(cudaGraphLaunch(r->exec, d->stream));
+    else run_ops(d);
+}
+
+static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
+    cuda *d = (cuda *)device;
+    size_t V = (size_t)d->s.V;
+    int drawn_here = d->draws && !d->drafts && d->n_logits;
+    if (drawn_here) note(d, OP_DRAW, 0, 0);
+    play(d);
+    if (drawn_here)
+        TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_logits * sizeof(int), cudaMemcpyDeviceToHost,
+                            d->stream));
+    for (int i = 0, n; i < d->n_logits && !d->drafts; i += n) {     // logits: runs of rows that are not drawn here
+        for (n = 0; i + n < d->n_logits && (!d->draws || d->host.draws[i + n].temperature < 0);) n++;
+        if (n)
+            TRY(cudaMemcpyAsync(d->host_logits + (size_t)i * V, d->logits + (size_t)i * V,
+                                (size_t)n * V * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+        else n = 1;
+    }
+    TRY(cudaStreamSynchronize(d->stream));
+    out->logits = d->drafts ? d->host_drafts : d->host_logits, out->n_logits = d->n_logits;
+    out->tokens = drawn_here ? d->host.tokens : NULL;
+    out->confidence_logits = d->drafts ? d->host_confidence : NULL;
+    return result(d);
+}
+
+// ---- the sequential head ----------------------------------------------------------------------
+
+static void draft_step(cuda *d, int k, int drawn_here) {
+    int n = d->n_segments, rank = d->s.rank, kind = d->w->head_kind;
+    linears_args p;
+    markov_args m;
+    memset(&p, 0, sizeof p), memset(&m, 0, sizeof m);
+    m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k,
+    m.kind = kind;
+    m.best = drawn_here && k ? d->best : NULL;
+    m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
+    m.confidence = d->confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in,
+    m.out = d->markov_out;
+    LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
+    if (kind == DSPARK_HEAD_NONE) return;
+    if (kind != DSPARK_HEAD_VANILLA) {
+        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
+        p.jobs[0].x.x = d->markov_in.plain, p.jobs[0].x.planes = 3;
+        jobs_run(d, &p, n, &d->dev.n->n_segments);
+        LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
+    }
+    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
+    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
+    p.jobs[0].y_rows = d->dev.segment_row;
+    jobs_run(d, &p, n, &d->dev.n->n_segments);
+}
+
+// The logits of rows k to the host; a failure shows as NaN, which is no draft, and is given by the next pass_begin.
+static void cuda_draft_step(void *device, int k, const int32_t *previous) {
+    cuda *d = (cuda *)device;
+    size_t V = (size_t)d->s.V;
+    for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = previous[i];
+    block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
+    draft_step(d, k, 0);
+    for (int i = 0; i < d->n_segments; i++) {
+        size_t r = (size_t)(d->host.segment_row[i] + k);
+        TRY(cudaMemcpyAsync(d->host_drafts + r * V, d->draft_logits + r * V, V * sizeof(float), cudaMemcpyDeviceToHost,
+                            d->stream));
+    }
+    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
+                        d->stream));
+    TRY(cudaStreamSynchronize(d->stream));
+    for (int i = 0; d->status && i < d->n_segments; i++) d->host_drafts[(size_t)(d->host.segment_row[i] + k) * V] = NAN;
+}
+// All steps, each token drawn here from the logits before the next step needs it.
+static dspark_status cuda_draft_steps(void *device, int n_steps, const int32_t *previous, int32_t *tokens) {
+    cuda *d = (cuda *)device;
+    drawn_args p = { &d->dev.n->n_rows, d->best, d->dev.tokens };
+    for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = previous[i];
+    block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
+    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
+    for (int k = 0; k < n_steps; k++) {
+        draft_step(d, k, 1);
+        run_draw(d, d->draft_logits, d->n_segments, &d->dev.n->n_segments, d->dev.segment_row, k);
+    }
+    LAUNCH(drawn, grid_of(blocks_of(d->n_rows, THREADS), 1), THREADS, 0, p);
+    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_rows * sizeof(int), cudaMemcpyDeviceToHost,
+                        d->stream));
+    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
+                        d->stream));
+    TRY(cudaStreamSynchronize(d->stream));
+    for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.tokens[r];
+    return result(d);
+}
+// From logits of the caller's: through the same kernel as all others, and so the same token.
+static dspark_status cuda_draw(void *device, const float *logits, const dspark_device_draw *draw_it, int32_t *token) {
+    cuda *d = (cuda *)device;
+    if (d->status) return result(d);
+    memset(d->host.n, 0, sizeof *d->host.n);
+    d->host.n->n_logits = d->grid_logits = 1;
+    memcpy(d->host_logits, logits, (size_t)d->s.V * sizeof *logits);
+    block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->host.n);
+    block_copy(d, d->logits, d->host_logits, (size_t)d->s.V, sizeof *logits);
+    draws_copy(d, draw_it, 1);
+    op_draw(d);
+    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, sizeof(int), cudaMemcpyDeviceToHost, d->stream));
+    TRY(cudaStreamSynchronize(d->stream));
+    *token = d->status ? -1 : d->host.tokens[0];
+    return result(d);
+}
+static float *cuda_draft_logits(void *device) { return ((cuda *)device)->host_drafts; }
+
+// ---- weights ----------------------------------------------------------------------------------
+// The checkpoint is walked twice: what it takes is counted, then all of it goes to the device in the order in which it
+// is stored there, through two pinned buffers. Matrices keep their bytes; rows are padded to whole units, tiles to 16
+// rows; FP4's scales are put in the order in which lanes want them.
+
+typedef struct {
+    cuda *d;
+    uint8_t *slab;              // NULL: counting
+    size_t n, total, flushed, filled;
+    uint8_t *stage[2];
+    cudaEvent_t event[2];
+    int which, used[2];
+    const dspark_model_desc *desc;
+} uploader;
+
+static void up_flush(uploader *u) {
+    cuda *d = u->d;
+    if (!u->filled) return;
+    TRY(cudaMemcpyAsync(u->slab + u->flushed, u->stage[u->which], u->filled, cudaMemcpyHostToDevice, d->stream));
+    TRY(cudaEventRecord(u->event[u->which], d->stream));
+    u->used[u->which] = 1, u->flushed += u->filled, u->filled = 0, u->which ^= 1;
+    if (u->used[u->which]) TRY(cudaEventSynchronize(u->event[u->which]));
+    if (u->desc->progress && !u->desc->progress(u->desc->user, (float)((double)u->flushed / (double)u->total)))
+        fail(d, DSPARK_ERROR_CANCELLED, "cuda: cancelled by the progress callback");
+}
+// n bytes more; p NULL: zeros
+static void up_put(uploader *u, const void *p, size_t n) {
+    u->n += n;
+    while (u->slab && n && !u->d->status) {
+        size_t some = n < STAGE_BYTES - u->filled ? n : STAGE_BYTES - u->filled;
+        if (p) memcpy(u->stage[u->which] + u->filled, p, some), p = (const char *)p + some;
+        else memset(u->stage[u->which] + u->filled, 0, some);
+        u->filled += some, n -= some;
+        if (u->filled == STAGE_BYTES) up_flush(u);
+    }
+}
+// Where the next array will stand: on 256 bytes.
+static const uint8_t *up_begin(uploader *u) {
+    up_put(u, NULL, (size_t)(-(int64_t)u->n & 255));
+    return (const uint8_t *)((uintptr_t)u->slab + u->n);
+}
+static const void *up_array(uploader *u, const void *p, size_t n, size_t size) {
+    const uint8_t *at = up_begin(u);
+    if (!p) return NULL;
+    up_put(u, p, n * size);
+    return at;
+}
+static const float *up_floats(uploader *u, const float *p, size_t n) {
+    return (const float *)up_array(u, p, n, sizeof *p);
+}
+
+// A scale that decoding has no room for.
+static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
+    int room = m->dtype == DSPARK_FP8 ? 150 : 144;
+    if (byte > room)
+        fail(u->d, DSPARK_ERROR_UNSUPPORTED, "cuda: a matrix of %d x %d has a scale of 2^%d, expected at most 2^%d",
+             m->rows, m->cols, byte - 127, room - 127);
+}
+
+// Lane (g, t) of a tile's unit: the scales of rows g and g + 8, chunks 0 and 1, at [lane][2 half + chunk].
+static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
+    int blocks = m->cols / 32;
+    for (int m0 = 0; m0 < m->rows; m0 += TILE)
+        for (int unit = 0; unit < units; unit++) {
+            uint8_t some[WARP * 4];
+            for (int i = 0; u->slab && i < WARP * 4; i++) {
+                int r = m0 + i / 16 + 8 * (i >> 1 & 1), block = unit * 8 + (i & 1) * 4 + (i / 4 & 3);
+                some[i] = 127;
+                if (r < m->rows && block < blocks)
+                    check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
+            }
+            up_put(u, some, sizeof some);
+        }
+}
+
+static matrix up_matrix(uploader *u, const dspark_matrix *m) {
+    size_t each = (size_t)m->cols * (m->dtype == DSPARK_F32 ? 4 : m->dtype >= DSPARK_FP8 ? 1 : 2);
+    matrix out;
+    memset(&out, 0, sizeof out);
+    if (!m->data) return out;
+    if (m->dtype == DSPARK_FP4) each /= 2;
+    out.rows = m->rows, out.cols = m->cols, out.dtype = m->dtype, out.pitch = (int)((each + UNIT - 1) / UNIT * UNIT);
+    out.data = up_begin(u);
+    for (int r = 0; r < m->rows; r++) {
+        up_put(u, (const uint8_t *)m->data + (size_t)r * each, each);
+        up_put(u, NULL, (size_t)out.pitch - each);
+    }
+    up_put(u, NULL, (size_t)(-m->rows & (TILE - 1)) * (size_t)out.pitch);
+    if (m->dtype < DSPARK_FP8) return out;
+    out.scale = up_begin(u);
+    if (m->dtype == DSPARK_FP4) up_fp4_scales(u, m, out.pitch / UNIT);
+    else {
+        size_t n = (size_t)blocks_of(m->rows, 128) * (size_t)blocks_of(m->cols, 128);
+        for (size_t i = 0; u->slab && i < n; i++) check_scale(u, m, m->scale[i]);
+        up_put(u, m->scale, n);
+    }
+    return out;
+}
+
+static float stored_number(const dspark_matrix *m, size_t i) {
+    const uint8_t *p = (const uint8_t *)m->data + i * (m->dtype == DSPARK_F32 ? 4 : 2);
+    uint32_t bits;
+    uint16_t half;
+    float x;
+    if (m->dtype == DSPARK_F32) return memcpy(&x, p, 4), x;
+    memcpy(&half, p, 2);
+    if (m->dtype == DSPARK_F16) {
+        int e = half >> 10 & 31;
+        x = e == 31 ? (half & 1023 ? NAN : HUGE_VALF)
+                    : ldexpf((float)((half & 1023) + (e ? 1024 : 0)), (e ? e : 1) - 25);
+        return half >> 15 ? -x : x;
+    }
+    bits = (uint32_t)half << 16;
+    return memcpy(&x, &bits, 4), x;
+}
+// A plain matrix as floats.
+static const float *up_as_floats(uploader *u, const dspark_matrix *m) {
+    const uint8_t *at = up_begin(u);
+    size_t n = (size_t)m->rows * (size_t)m->cols;
+    if (!m->data) return NULL;
+    for (size_t i = 0; i < n; i++) {
+        float x = u->slab ? stored_number(m, i) : 0;
+        up_put(u, &x, sizeof x);
+    }
+    return (const float *)(const void *)at;
+}
+static mixer up_mix(uploader *u, const dspark_mix *m, int rows) {
+    mixer out;
+    out.fn = up_as_floats(u, &m->fn);
+    out.scale = up_floats(u, m->scale, rows == COPIES ? 1 : 3), out.base = up_floats(u, m->base, (size_t)rows);
+    return out;
+}
+static compressor up_compressor(uploader *u, const dspark_compressor *p) {
+    compressor out;
+    out.wkv = up_matrix(u, &p->wkv), out.wgate = up_matrix(u, &p->wgate), out.d = p->d, out.w = p->w;
+    out.ape = up_floats(u, p->ape, (size_t)p->ratio * (size_t)p->w), out.norm = up_floats(u, p->norm, (size_t)p->d);
+    return out;
+}
+static expert up_expert(uploader *u, const dspark_expert *e) {
+    expert out = { { up_matrix(u, &e->w1), up_matrix(u, &e->w3), up_matrix(u, &e->w2) } };
+    return out;
+}
+static const int *up_hash(uploader *u, const dspark_layer *l) {
+    size_t n = (size_t)u->d->s.V * (size_t)u->d->s.K;
+    const uint8_t *at = up_begin(u);
+    if (!l->tid2eid) return NULL;
+    for (size_t i = 0; i < n; i++) {
+        const uint8_t *p = l->tid2eid + i * (size_t)l->tid2eid_bytes;
+        int e = p[0] | p[1] << 8 | p[2] << 16;      // checked when the checkpoint was opened
+        up_put(u, &e, sizeof e);
+    }
+    return (const int *)(const void *)at;
+}
+
+static void up_attention(uploader *u, layer_weights *o, const dspark_layer *l) {
+    const shape *c = &u->d->s;
+    o->norm[0] = up_floats(u, l->attn_norm, (size_t)c->h), o->q_norm = up_floats(u, l->q_norm, (size_t)c->q_lora);
+    o->kv_norm = up_floats(u, l->kv_norm, (size_t)c->D), o->sink = up_floats(u, l->attn_sink, (size_t)c->H);
+    o->wq_a = up_matrix(u, &l->wq_a), o->wkv = up_matrix(u, &l->wkv), o->wq_b = up_matrix(u, &l->wq_b);
+    o->wo_a = up_matrix(u, &l->wo_a), o->wo_b = up_matrix(u, &l->wo_b);
+    if (!l->ratio) return;
+    o->pool[0] = up_compressor(u, &l->compressor);
+    if (l->ratio != 4) return;
+    o->index_wq_b = up_matrix(u, &l->index_wq_b), o->index_weights = up_matrix(u, &l->index_weights);
+    o->pool[1] = up_compressor(u, &l->index_compressor);
+}
+static void up_layer(uploader *u, layer_weights *o, const dspark_layer *l) {
+    cuda *d = u->d;
+    int E = d->s.E;
+    expert *all = (expert *)malloc((size_t)(E + 1) * sizeof *all);
+    if (!all) {
+        fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d experts", E);
+        return;
+    }
+    o->ratio = l->ratio;
+    o->hc[0] = up_mix(u, &l->hc_attn, MIX), o->hc[1] = up_mix(u, &l->hc_ffn, MIX);
+    up_attention(u, o, l);
+    o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
+    o->gate = up_matrix(u, &l->gate), o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
+    all[E] = o->shared = up_expert(u, &l->shared);
+    for (int e = 0; e < E; e++) all[e] = up_expert(u, &l->experts[e]);
+    o->experts = (const expert *)up_array(u, all, (size_t)(E + 1), sizeof *all);
+    free(all);
+}
+
+// Radians a position for each pair of the rotary dims; compressed: YaRN's (deepseek-v4.md, Attention).
+static void rope_freqs(const dspark_config *c, int compressed, double *freqs) {
+    int n = c->qk_rope_head_dim;
+    double log_base = log(compressed ? c->compress_rope_theta : c->rope_theta), L = c->rope_original_length;
+    double low = fmax(floor(n * log(L / (c->rope_beta_fast * 6.283185307179586)) / (2 * log_base)), 0);
+    double high = fmin(ceil(n * log(L / (c->rope_beta_slow * 6.283185307179586)) / (2 * log_base)), n - 1);
+    for (int i = 0; i < n / 2; i++) {
+        double f = exp(-log_base * (2.0 * i / n)), ramp = fmin(fmax((i - low) / fmax(high - low, 1e-3), 0), 1);
+        freqs[i] = compressed && c->rope_factor != 1 ? f * (1 - ramp) + f / c->rope_factor * ramp : f;
+    }
+}
+
+static void up_drafter(uploader *u) {
+    cuda *d = u->d;
+    const dspark_weights *w = d->w;
+    int h = d->s.h, rank = d->s.rank, stages = d->c->n_stages;
+    const float *norms[DSPARK_MAX_LAYERS], *bias = w->head_kind == DSPARK_HEAD_RNN ? w->joint_bias : w->gate_bias;
+    if (!stages) return;
+    d->main_proj = up_matrix(u, &w->main_proj), d->main_norm = up_floats(u, w->main_norm, (size_t)h);
+    d->draft_norm = up_floats(u, w->draft_norm, (size_t)h), d->draft_hc_head = up_mix(u, &w->draft_hc_head, COPIES);
+    d->w1 = up_matrix(u, &w->markov_w1), d->w2 = up_matrix(u, &w->markov_w2);
+    d->joint = up_matrix(u, w->head_kind == DSPARK_HEAD_RNN ? &w->joint_proj : &w->gate_proj);
+    d->joint_bias = up_floats(u, bias, (size_t)(w->head_kind == DSPARK_HEAD_RNN ? 3 : 1) * (size_t)rank);
+    d->confidence_w = w->confidence_proj.data ? up_as_floats(u, &w->confidence_proj) : NULL;
+    for (int i = 0; i < stages; i++) norms[i] = d->layer[d->c->num_hidden_layers + i].kv_norm;
+    d->stage_norms = (const float *const *)up_array(u, norms, (size_t)stages, sizeof *norms);
+}
+static void up_all(uploader *u) {
+    cuda *d = u->d;
+    const dspark_weights *w = d->w;
+    double freqs[2][128];
+    for (int i = 0; i < 2; i++) {
+        rope_freqs(d->c, i, freqs[i]);
+        d->freqs[i] = (const double *)up_array(u, freqs[i], (size_t)d->s.R / 2, sizeof(double));
+    }
+    d->embed = up_matrix(u, &w->embed), d->head = up_matrix(u, &w->head),
+    d->norm = up_floats(u, w->norm, (size_t)d->s.h);
+    d->hc_head = up_mix(u, &w->hc_head, COPIES);
+    for (int l = 0; l < d->layers && !d->status; l++) up_layer(u, &d->layer[l], &w->layers[l]);
+    up_drafter(u);
+    up_begin(u);
+}
+static void up_run(cuda *d, const dspark_model_desc *desc) {
+    uploader u;
+    memset(&u, 0, sizeof u);
+    u.d = d, u.slab = d->slab, u.total = d->slab_bytes, u.desc = desc;
+    for (int i = 0; i < 2; i++) {
+        TRY(cudaMallocHost(&u.stage[i], STAGE_BYTES));
+        TRY(cudaEventCreateWithFlags(&u.event[i], cudaEventDisableTiming));
+    }
+    if (!d->status) up_all(&u);
+    if (!d->status) up_flush(&u);
+    TRY(cudaStreamSynchronize(d->stream));
+    if (d->stream && d->status) cudaStreamSynchronize(d->stream);      // before the buffers go
+    for (int i = 0; i < 2; i++) {
+        cudaFreeHost(u.stage[i]);
+        if (u.event[i]) cudaEventDestroy(u.event[i]);
+    }
+}
+
+// ---- workspace --------------------------------------------------------------------------------
+
+typedef struct { uint8_t *base; size_t n; } carver;
+static void *carve(carver *v, size_t n, size_t size) {
+    void *p = v->base ? v->base + v->n : NULL;
+    v->n += (n * size + 255) / 256 * 256;
+    return p;
+}
+static float *carve_rows(carver *v, int rows, int n) {
+    return (float *)carve(v, (size_t)rows * (size_t)n, sizeof(float));
+}
+static int *carve_ints(carver *v, int rows, int n) { return (int *)carve(v, (size_t)rows * (size_t)n, sizeof(int)); }
+static input carve_input(carver *v, int rows, int n) {
+    input x;
+    x.stride = blocks_of(n, 256) * 256, x.plane = (size_t)rows * (size_t)x.stride;
+    x.rounded = (uint16_t *)carve(v, x.plane, sizeof *x.rounded),
+    x.plain = (uint16_t *)carve(v, 3 * x.plane, sizeof *x.plain);
+    return x;
+}
+
+static void carve_block(cuda *d, pass_block *b, carver *v) {
+    size_t n = (size_t)d->max_rows;
+    b->n = (counts *)carve(v, 1, sizeof(counts)), b->rows = (row *)carve(v, n, sizeof(row));
+    b->logit_rows = (int *)carve(v, n, sizeof(int)), b->segment_row = (int *)carve(v, n, sizeof(int));
+    b->tokens = (int *)carve(v, n, sizeof(int)), b->draws = (draw_row *)carve(v, n, sizeof(draw_row));
+    b->previous = (int *)carve(v, n, sizeof(int)), b->injected = (injection *)carve(v, n, sizeof(injection));
+}
+
+static void carve_attention(cuda *d, carver *v, int n) {
+    const shape *c = &d->s;
+    int low = d->c->o_groups * d->c->o_lora_rank;
+    d->qr = carve_rows(v, n, c->q_lora), d->qr_in = carve_input(v, n, c->q_lora), d->kv = carve_rows(v, n, c->D);
+    d->q = carve_rows(v, n, c->H * c->D), d->o = carve_input(v, n, c->H * c->D);
+    d->low = carve_rows(v, n, low), d->low_in = carve_input(v, n, low);
+    d->pool_kv = carve_rows(v, n, 2 * c->D), d->pool_gate = carve_rows(v, n, 2 * c->D);
+    d->index_kv = carve_rows(v, n, 2 * c->I), d->index_gate = carve_rows(v, n, 2 * c->I);
+    d->index_q = carve_rows(v, n, c->index_heads * c->I), d->index_w = carve_rows(v, n, c->index_heads);
+    d->query =
+        (uint16_t *)carve(v, (size_t)ATTEND_ROWS * (size_t)(c->index_heads + 7) * (size_t)c->I, sizeof *d->query);
+    d->query_w = carve_rows(v, ATTEND_ROWS, c->index_heads + 7), d->chosen = carve_ints(v, ATTEND_ROWS, c->index_topk);
+    d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
+}
+static void carve_experts(cuda *d, carver *v, int n) {
+    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size;
+    d->gate = carve_rows(v, n, d->s.E), d->route_weight = carve_rows(v, n, K), d->route = carve_ints(v, n, K);
+    d->first = carve_ints(v, 1, d->s.E + 1), d->active = carve_ints(v, 1, d->s.E + 1), d->list = carve_ints(v, n, K);
+    d->act = carve_input(v, n * (K + 1), width);
+    for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
+    d->down = carve_rows(v, n * (K + 1), d->s.h);
+}
+static void carve_drafter(cuda *d, carver *v, int n) {
+    int rank = d->s.rank, h = d->s.h;
+    if (!d->c->n_stages) return;
+    d->main = carve_input(v, n, d->s.n_taps * h), d->stage_kv = carve_rows(v, d->c->n_stages * d->max_rows, d->s.D);
+    d->draft_logits = carve_rows(v, n, d->s.V), d->confidence = carve_rows(v, n, 1);
+    d->e = carve_rows(v, n, rank), d->rnn = carve_rows(v, n, rank), d->z = carve_rows(v, n, 3 * rank);
+    d->markov_in = carve_input(v, n, 2 * rank + h), d->markov_out = carve_input(v, n, rank);
+}
+// Rows to whole 64: products read so many, and give sums that nobody takes.
+static size_t carve_all(cuda *d, uint8_t *base) {
+    carver v = { base, 0 };
+    const shape *c = &d->s;
+    int n = blocks_of(d->max_rows, 64) * 64, h = c->h;
+    carve_block(d, &d->dev, &v);
+    d->residual = carve_rows(&v, n, COPIES * h), d->mixes = carve_rows(&v, n, MIX),
+    d->post_comb = carve_rows(&v, n, COPIES + COPIES * COPIES);
+    d->best = (unsigned long long *)carve(&v, (size_t)n, sizeof *d->best);
+    d->partial = carve_rows(&v, n, h / SLICE * WARP), d->x = carve_input(&v, n, h), d->y = carve_rows(&v, n, h);
+    d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
+    carve_attention(d, &v, n);
+    carve_experts(d, &v, n);
+    carve_drafter(d, &v, n);
+    return v.n;
+}
+static size_t carve_host(cuda *d, uint8_t *base) {
+    carver v = { base, 0 };
+    carve_block(d, &d->host, &v);
+    d->host_logits = carve_rows(&v, d->max_rows, d->s.V);
+    if (d->c->n_stages)
+        d->host_drafts = carve_rows(&v, d->max_rows, d->s.V), d->host_confidence = carve_rows(&v, d->max_rows, 1);
+    return v.n;
+}
+
+// ---- opening ----------------------------------------------------------------------------------
+
+static void forget_recordings(cuda *d) {
+    for (int i = 0; i < d->n_recordings; i++) cudaGraphExecDestroy(d->recordings[i].exec);
+    d->n_recordings = 0;
+}
+
+static void cuda_close(void *device) {
+    cuda *d = (cuda *)device;
+    if (!d) return;
+    if (d->stream) cudaStreamSynchronize(d->stream);
+    forget_recordings(d);
+    cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory);
+    cudaFreeHost(d->host_block);
+    if (d->stream) cudaStreamDestroy(d->stream);
+    free(d->layer), free(d->ops), free(d);
+}
+
+// What the kernels have no room for.
+static void check_shape(cuda *d) {
+    const dspark_config *c = d->c;
+    const struct { const char *name; int value, multiple, most;
+    } limits[] = { { "hc_mult", c->hc_mult, COPIES, COPIES },
+                   { "hidden_size", c->hidden_size, SLICE, 8192 },
+                   { "head_dim", c->head_dim, 32, MAX_HEAD_DIM },
+                   { "qk_rope_head_dim", c->qk_rope_head_dim, 16, 256 },
+                   { "q_lora_rank", c->q_lora_rank, 8, 8192 },
+                   { "o_lora_rank", c->o_lora_rank, TILE, 8192 },
+                   { "o_groups * o_lora_rank", c->o_groups * c->o_lora_rank, 8, 32768 },
+                   { "moe_intermediate_size", c->moe_intermediate_size, 8, 32768 },
+                   { "dspark_markov_rank", c->dspark_markov_rank, 8, 8192 },
+                   { "num_experts_per_tok", c->num_experts_per_tok, 1, MAX_CHOSEN },
+                   { "n_routed_experts", c->n_routed_experts, 1, MAX_EXPERTS },
+                   { "index_head_dim", c->index_head_dim, WARP, MAX_INDEX_DIM },
+                   { "vocab_size", c->vocab_size, 1, 1 << 24 } };
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+        if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
+            fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %s is %d, expected a multiple of %d up to %d", limits[i].name,
+                 limits[i].value, limits[i].multiple, limits[i].most);
+    if (c->head_dim - c->qk_rope_head_dim < 8 || (c->index_head_dim && c->index_head_dim < c->qk_rope_head_dim))
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d rotary dims of a head of %d and an index head of %d",
+             c->qk_rope_head_dim, c->head_dim, c->index_head_dim);
+    if (c->num_attention_heads * c->head_dim / c->o_groups % 8)
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole eights",
+             c->num_attention_heads, c->head_dim, c->o_groups);
+}
+static void set_shape(cuda *d) {
+    const dspark_config *c = d->c;
+    shape *s = &d->s;
+    s->h = c->hidden_size, s->H = c->num_attention_heads, s->D = c->head_dim, s->R = c->qk_rope_head_dim,
+    s->q_lora = c->q_lora_rank;
+    s->window = c->sliding_window, s->ring = c->sliding_window + c->dspark_block_size + 1, s->I = c->index_head_dim;
+    s->index_heads = c->index_n_heads, s->index_topk = c->index_topk, s->block = c->dspark_block_size,
+    s->n_taps = c->n_taps;
+    s->rank = c->dspark_markov_rank, s->V = c->vocab_size, s->K = c->num_experts_per_tok, s->E = c->n_routed_experts;
+    s->eps = c->rms_norm_eps, s->hc_eps = c->hc_eps, s->limit = c->swiglu_limit,
+    s->routed_scale = c->routed_scaling_factor;
+    s->sinkhorn_iters = c->hc_sinkhorn_iters;
+    d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 8;
+}
+
+// The largest block of shared memory that each kernel may ask for.
+static void allow_shared(cuda *d) {
+    const shape *c = &d->s;
+    size_t wide =
+        (size_t)larger(larger(c->h + 2 * c->rank, c->q_lora), larger(c->D, d->c->o_groups * d->c->o_lora_rank)) *
+        sizeof(float);
+    size_t attend_bytes = attend_shared(c, NULL, NULL), largest = wide > attend_bytes ? wide : attend_bytes;
+    if (largest > (size_t)d->shared_most) {
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: a kernel needs %zu bytes of shared memory, the device gives %d",
+             largest, d->shared_most);
+        return;
+    }
+    TRY(cudaFuncSetAttribute(attend, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)attend_bytes));
+    TRY(cudaFuncSetAttribute(mix, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)wide));
+    TRY(cudaFuncSetAttribute(project, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)wide));
+    TRY(cudaFuncSetAttribute(round_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)wide));
+    TRY(cudaFuncSetAttribute(inject_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)wide));
+    TRY(cudaFuncSetAttribute(markov_begin, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)wide));
+    TRY(cudaFuncSetAttribute(markov_gate, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)wide));
+}
+
+static void open_device(cuda *d) {
+    TRY(cudaSetDevice(0));
+    TRY(cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, 0));
+    TRY(cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, 0));
+    TRY(cudaDeviceGetAttribute(&d->shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    TRY(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
+    if (!d->status && d->major < 8)
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: compute capability %d, expected 8.0 or newer", d->major);
+}
+
+// Room for weights and workspace, or a failure that says how much of each there would have to be.
+static void open_memory(cuda *d) {
+    uploader u;
+    size_t free_bytes = 0, total = 0;
+    memset(&u, 0, sizeof u);
+    u.d = d;
+    up_all(&u);
+    d->slab_bytes = u.n, d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
+    TRY(cudaMemGetInfo(&free_bytes, &total));
+    if (!d->status && d->slab_bytes + d->work_bytes > free_bytes)
+        fail(d, DSPARK_ERROR_MEMORY,
+             "cuda: weights take %zu bytes, passes of %d rows %zu: the device has %zu free of %zu", d->slab_bytes,
+             d->max_rows, d->work_bytes, free_bytes, total);
+    TRY(cudaMalloc(&d->slab, d->slab_bytes));
+    TRY(cudaMalloc(&d->work, d->work_bytes));
+    TRY(cudaMallocHost(&d->host_block, d->host_bytes));
+    if (d->status) return;
+    carve_all(d, d->work), carve_host(d, d->host_block);
+    TRY(cudaMemsetAsync(d->work, 0, d->work_bytes, d->stream));     // inputs are zeros behind their rows
+}
+
+static dspark_status cuda_open(void **device, const dspark_model *m, const dspark_model_desc *desc) {
+    cuda *d = (cuda *)calloc(1, sizeof *d);
+    dspark_status status;
+    *device = NULL;
+    if (!d) return dspark_fail(DSPARK_ERROR_MEMORY, "cuda: no memory");
+    d->c = dspark_model_config(m), d->w = dspark_model_weights(m);
+    d->max_rows = larger(desc->max_rows > 0 ? desc->max_rows : 128, d->c->dspark_block_size + 1);
+    set_shape(d), check_shape(d);
+    d->layer = (layer_weights *)calloc((size_t)d->layers, sizeof *d->layer);
+    d->ops = (operation *)calloc((size_t)d->max_ops, sizeof *d->ops);
+    if (!d->layer || !d->ops) fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d layers", d->layers);
+    if (!d->status) open_device(d);
+    if (!d->status) allow_shared(d);
+    if (!d->status) open_memory(d);
+    if (!d->status) up_run(d, desc);
+    if ((status = result(d)) != DSPARK_OK) return cuda_close(d), status;
+    *device = d;
+    return DSPARK_OK;
+}
+
+static size_t cuda_bytes(const void *device) {
+    const cuda *d = (const cuda *)device;
+    return sizeof *d + d->slab_bytes + d->work_bytes + d->scores_bytes + d->host_bytes;
+}
+static const char *cuda_path_name(const void *device) { (void)device; return "CUDA"; }
+static int cuda_threads(const void *device) { (void)device; return 1; }
+static int cuda_max_rows(const void *device) { return ((const cuda *)device)->max_rows; }
+
+// ---- states -----------------------------------------------------------------------------------
+// As the CPU's, indexed by position: a ring of n rows has position p in row p % n, compressed row i is that of tokens i
+// r and on.
+
+static void state_take(state *s, int l, int which, size_t row_bytes, int ring, int ratio) {
+    state_array *a = &s->arrays[l * N_ARRAYS + which];
+    a->at = s->bytes, a->row_bytes = row_bytes, a->ring = ring, a->ratio = ratio;
+    s->bytes += (row_bytes * (size_t)(ring ? ring : s->max_context / ratio) + 255) / 256 * 256;
+}
+static void state_take_layer(state *s, const cuda *d, int l) {
+    const shape *c = &d->s;
+    int ratio = d->c->compress_ratios[l], raw = raw_ring(ratio, c->block);
+    size_t D = (size_t)c->D, R = (size_t)c->R, I = (size_t)c->I, w = (ratio == 4 ? 2 : 1) * D * sizeof(float);
+    state_take(s, l, WINDOW, D * sizeof(float), c->ring, 0);
+    if (!ratio) return;
+    state_take(s, l, KV, w, raw, 0), state_take(s, l, GATE, w, raw, 0);
+    state_take(s, l, CODES, D - R, 0, ratio), state_take(s, l, SCALES, (D - R + 63) / 64, 0, ratio);
+    state_take(s, l, ROPE, R * sizeof(float), 0, ratio);
+    if (ratio != 4) return;
+    state_take(s, l, INDEX_KV, 2 * I * sizeof(float), raw, 0),
+        state_take(s, l, INDEX_GATE, 2 * I * sizeof(float), raw, 0);
+    state_take(s, l, KEY_CODES, I / 2, 0, ratio), state_take(s, l, KEY_SCALES, I / WARP, 0, ratio);
+}
+static int state_layout(state *s, const cuda *d, int max_context) {
+    s->max_context = max_context, s->n_arrays = d->layers * N_ARRAYS + 1;
+    s->arrays = (state_array *)calloc((size_t)s->n_arrays, sizeof *s->arrays);
+    if (!s->arrays) return 0;
+    for (int l = 0; l < d->layers; l++) state_take_layer(s, d, l);
+    state_take(s, d->layers, 0, (size_t)(d->s.n_taps * d->s.h) * sizeof(float), d->s.ring, 0);
+    return 1;
+}
+static size_t scores_for(const cuda *d, int max_context) {
+    int scored = 0;
+    for (int l = 0; l < d->c->num_hidden_layers; l++) if (d->c->compress_ratios[l] == 4) scored = max_context / 4;
+    return (size_t)ATTEND_ROWS * (size_t)(scored + 16) * sizeof(float);
+}
+static size_t state_table_bytes(const state *s) { return ((size_t)s->n_arrays * sizeof(void *) + 255) / 256 * 256; }
+
+static size_t cuda_state_bytes(const void *device, int max_context) {
+    const cuda *d = (const cuda *)device;
+    size_t scores = scores_for(d, max_context), bytes;
+    state s;
+    memset(&s, 0, sizeof s);
+    if (!state_layout(&s, d, max_context)) return 0;
+    bytes = sizeof s + (size_t)s.n_arrays * sizeof *s.arrays + state_table_bytes(&s) + s.bytes;
+    free(s.arrays);
+    return bytes + (scores > d->scores_bytes ? scores - d->scores_bytes : 0);
+}
+
+static void cuda_state_close(void *p) {
+    state *s = (state *)p;
+    if (!s) return;
+    cudaFree(s->memory);
+    free(s->arrays), free(s);
+}
+
+// Device memory, or a failure that says what it was for.
+static uint8_t *device_bytes(cuda *d, size_t n, const char *what) {
+    size_t free_bytes = 0, total = 0;
+    uint8_t *p = NULL;
+    cudaError_t e = cudaMalloc(&p, n);
+    if (e != cudaErrorMemoryAllocation) return good(d, e, "cudaMalloc") ? p : NULL;
+    cudaGetLastError();
+    cudaMemGetInfo(&free_bytes, &total);
+    fail(d, DSPARK_ERROR_MEMORY, "cuda: %s takes %zu bytes, the device has %zu free of %zu", what, n, free_bytes,
+         total);
+    return NULL;
+}
+static void scores_grow(cuda *d, int max_context) {
+    size_t bytes = scores_for(d, max_context);
+    uint8_t *p;
+    if (bytes <= d->scores_bytes || !(p = device_bytes(d, bytes, "an indexer's scores"))) return;
+    forget_recordings(d);
+    cudaFree(d->scores_memory);
+    d->scores_memory = p, d->scores = (float *)(void *)p, d->scores_bytes = bytes;
+}
+
+static dspark_status cuda_state_open(void **out, void *device, int max_context) {
+    cuda *d = (cuda *)device;
+    state *s = (state *)calloc(1, sizeof *s);
+    uint8_t **table = NULL;
+    dspark_status status;
+    size_t head;
+    *out = NULL;
+    if (!s || !state_layout(s, d, max_context) || !(table = (uint8_t **)calloc((size_t)s->n_arrays, sizeof *table))) {
+        cuda_state_close(s);
+        return dspark_fail(DSPARK_ERROR_MEMORY, "cuda: no memory for a state's tables");
+    }
+    head = state_table_bytes(s), s->d = d;
+    scores_grow(d, max_context);
+    if (!d->status) s->memory = device_bytes(d, head + s->bytes, "a state");
+    if (!d->status) {
+        s->table = (uint8_t **)(void *)s->memory;
+        for (int i = 0; i < s->n_arrays; i++) table[i] = s->memory + head + s->arrays[i].at;
+        TRY(cudaMemcpyAsync(s->table, table, (size_t)s->n_arrays * sizeof *table, cudaMemcpyHostToDevice, d->stream));
+        TRY(cudaMemsetAsync(s->memory + head, 0, s->bytes, d->stream));
+        TRY(cudaStreamSynchronize(d->stream));
+    }
+    free(table);
+    if ((status = result(d)) != DSPARK_OK) return cuda_state_close(s), status;
+    *out = s;
+    return DSPARK_OK;
+}
+
+static size_t piece_bytes(const state_array *a, int n_tokens) {
+    return a->ring ? a->row_bytes * (size_t)a->ring : a->ratio ? a->row_bytes * (size_t)(n_tokens / a->ratio) : 0;
+}
+static uint8_t *piece_at(const state *s, int i) { return s->memory + state_table_bytes(s) + s->arrays[i].at; }
+
+static dspark_status cuda_state_copy(void *to, const void *from, int n_tokens) {
+    const state *a = (const state *)from, *b = (const state *)to;
+    cuda *d = a->d;
+    for (int i = 0; i < a->n_arrays; i++) {
+        size_t n = piece_bytes(&a->arrays[i], n_tokens);
+        if (n) TRY(cudaMemcpyAsync(piece_at(b, i), piece_at(a, i), n, cudaMemcpyDeviceToDevice, d->stream));
+    }
+    TRY(cudaStreamSynchronize(d->stream));
+    return result(d);
+}
+
+// Pieces pass through host memory.
+static dspark_status cuda_state_pieces(void *p, int n_tokens, int restore, dspark_piece give, void *user) {
+    state *s = (state *)p;
+    cuda *d = s->d;
+    dspark_status status = DSPARK_OK;
+    for (int i = 0; i < s->n_arrays && !status; i++) {
+        size_t n = piece_bytes(&s->arrays[i], n_tokens);
+        void *bytes = malloc(n ? n : 1);
+        if (!bytes) return dspark_fail(DSPARK_ERROR_MEMORY, "cuda: no memory for a piece of a state");
+        if (!restore && n) TRY(cudaMemcpyAsync(bytes, piece_at(s, i), n, cudaMemcpyDeviceToHost, d->stream));
+        TRY(cudaStreamSynchronize(d->stream));
+        status = result(d);
+        if (!status) status = give(user, bytes, n);
+        if (restore && n && !status) TRY(cudaMemcpyAsync(piece_at(s, i), bytes, n, cudaMemcpyHostToDevice, d->stream));
+        TRY(cudaStreamSynchronize(d->stream));
+        if (!status) status = result(d);
+        free(bytes);
+    }
+    return status;
+}
+
+#ifdef DSPARK_CUDA_TIMED
+extern "C" int dspark_cuda_timing(int on) {     // begins anew; 0: the device failed
+    timed.n = 0, timed.on = on;
+    return timed.begin || (cudaEventCreateWithFlags(&timed.begin, 0) == cudaSuccess &&
+                           cudaEventCreateWithFlags(&timed.end, 0) == cudaSuccess);
+}
+extern "C" const char *dspark_cuda_time(int i, double *us, long *calls) {      // NULL: there are no more
+    if (i >= timed.n) return NULL;
+    *us = timed.kernels[i].us, *calls = timed.kernels[i].calls;
+    return timed.kernels[i].name;
+}
+// GB/s, read and written, of a copy on the device; 0: it failed.
+extern "C" double dspark_cuda_copy_rate(size_t n) {
+    uint8_t *p = NULL;
+    float ms = 0, best = 0;
+    if (!dspark_cuda_timing(0) || cudaMalloc(&p, 2 * n) != cudaSuccess) return 0;
+    for (int i = 0; i < 6; i++) {
+        cudaEventRecord(timed.begin, 0), cudaMemcpyAsync(p + n, p, n, cudaMemcpyDeviceToDevice, 0),
+            cudaEventRecord(timed.end, 0);
+        if (cudaEventSynchronize(timed.end) || cudaEventElapsedTime(&ms, timed.begin, timed.end)) break;
+        if (i && ms > 0 && (best == 0 || ms < best)) best = ms;
+    }
+    cudaFree(p);
+    return best > 0 ? 2e-6 * (double)n / (double)best : 0;
+}
+#endif
+
+extern "C" const dspark_backend *dspark_cuda_backend(void) {
+    static const dspark_backend table = { "cuda",           cuda_open,        cuda_close,        cuda_bytes,
+                                          cuda_path_name,   cuda_threads,     cuda_max_rows,     cuda_state_bytes,
+                                          cuda_state_open,  cuda_state_close, cuda_state_copy,   cuda_state_pieces,
+                                          cuda_pass_begin,  cuda_mix_in,      cuda_attention,    cuda_moe,
+                                          cuda_mix_out,     cuda_tap,         cuda_head,         cuda_inject,
+                                          cuda_draft_head,  cuda_draft_step,  cuda_draft_logits, cuda_pass_end,
+                                          cuda_draft_steps, cuda_draw };
+    return &table;
+}

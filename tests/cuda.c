@@ -1,0 +1,271 @@
+/* dspark_cuda.cu: the golden cases at their tolerances, and the same bits and texts whatever shares a pass. Built for
+   the host (cuda_host.h: the same kernels, thread by thread) as build/tests/cuda, for a device as
+   build/tests/cuda_device. */
+#include "sessions.h"
+#include "tap.h"
+
+#ifdef DSPARK_CUDA_HOST
+extern size_t cuda_host_memory, cuda_host_used;
+extern long cuda_host_calls, cuda_host_fail_at;
+void cuda_host_backwards(int on);
+#endif
+
+/* ---- the golden cases */
+
+static double relative_l2(const float *a, const float *b, size_t n) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        difference += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        norm += (double)b[i] * (double)b[i];
+    }
+    return sqrt(difference / (norm > 0 ? norm : 1));
+}
+static dspark_model *open_on_device(const char *dir, int max_rows) {
+    dspark_model *m;
+    dspark_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = max_rows;
+    must(dspark_model_open(&m, dir, &desc));
+    return m;
+}
+
+typedef struct { double logits, draft_logits, confidence; int drafts; } worst;
+
+/* What was measured at position p against row i of the case. */
+static void compare(dspark_session *s, const tensors *t, int i, int draft, worst *w) {
+    const dspark_config *c = dspark_model_config(s->model);
+    int V = c->vocab_size, gamma = c->dspark_block_size;
+    float *logits = (float *)must_have(tensors_get(t, "logits", NULL, NULL, NULL));
+    float *draft_logits = (float *)must_have(tensors_get(t, "draft_logits", NULL, NULL, NULL));
+    float *confidence = (float *)must_have(tensors_get(t, "confidence_logits", NULL, NULL, NULL));
+    int32_t *anchor = (int32_t *)must_have(tensors_get(t, "anchor", NULL, NULL, NULL));
+    int32_t *drafts = (int32_t *)must_have(tensors_get(t, "draft_tokens", NULL, NULL, NULL));
+    float *mine = (float *)must_have(malloc((size_t)(gamma * V) * sizeof *mine)), confidences[DSPARK_MAX_BLOCK];
+    int32_t tokens[DSPARK_MAX_BLOCK];
+    w->logits = fmax(w->logits, relative_l2(dspark_session_logits(s), logits + (size_t)(i * V), (size_t)V));
+    if (draft) must(dspark_session_draft(s, anchor[i], tokens, confidences, mine));
+    if (draft)
+        w->draft_logits = fmax(w->draft_logits,
+                               relative_l2(mine, draft_logits + (size_t)i * (size_t)(gamma * V), (size_t)(gamma * V)));
+    for (int k = 0; draft && k < gamma; k++)
+        w->confidence = fmax(w->confidence, fabs((double)confidences[k] - (double)confidence[i * gamma + k]));
+    w->drafts += draft && !memcmp(tokens, drafts + i * gamma, (size_t)gamma * sizeof *tokens);
+    free(logits), free(draft_logits), free(confidence), free(anchor), free(drafts), free(mine);
+}
+
+/* At the case's positions up to `last`. */
+static void check_golden(const char *dir, int last) {
+    char path[512];
+    tensors t;
+    worst w = { 0, 0, 0, 0 };
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *s = open_session(m);
+    int64_t m_positions[4] = { 0 };
+    int n = 0;
+    int32_t *tokens = golden_text(dir), *positions;
+    snprintf(path, sizeof path, "%s/case.safetensors", dir);
+    if (!tensors_open(&t, path)) bail("cannot be read", path);
+    positions = (int32_t *)must_have(tensors_get(&t, "positions", NULL, m_positions, NULL));
+    for (; n < m_positions[0] && positions[n] <= last; n++) {
+        int length = dspark_session_length(s);
+        must(dspark_session_append(s, tokens + length, positions[n] + 1 - length));
+        compare(s, &t, n, n % 2 == 0, &w);
+    }
+    ok(w.logits < 2e-5, "%s: target logits within 2e-5 at %d positions (%.1e)", dir, n, w.logits);
+    ok(w.draft_logits < 2e-5, "%s: draft logits within 2e-5 (%.1e)", dir, w.draft_logits);
+    ok(w.confidence < 1e-4, "%s: confidence logits within 1e-4 (%.1e)", dir, w.confidence);
+    ok(w.drafts == (n + 1) / 2, "%s: drafts equal at every second position (%d)", dir, w.drafts);
+    dspark_session_close(s), dspark_model_close(m), tensors_close(&t);
+    free(tokens), free(positions);
+}
+
+/* ---- a row's bits */
+
+static uint64_t state_hash_of;
+static dspark_status hash_piece(void *user, void *data, size_t n) {
+    (void)user;
+    state_hash_of = hash_add(state_hash_of, data, n);
+    return DSPARK_OK;
+}
+/* Of logits, state and a draft. */
+static uint64_t all_hash(dspark_session *s) {
+    state_hash_of = logits_hash(s);
+    must(s->model->backend->state_pieces(s->state, s->n_tokens, 0, hash_piece, NULL));
+    return hash_add(draft_hash(s, 7), &state_hash_of, sizeof state_hash_of);
+}
+static uint64_t in_chunks(dspark_model *m, const int32_t *tokens, int n, int chunk) {
+    dspark_session *s = open_session(m);
+    uint64_t h;
+    for (int i = 0; i < n; i += chunk) must(dspark_session_append(s, tokens + i, n - i < chunk ? n - i : chunk));
+    h = all_hash(s);
+    dspark_session_close(s);
+    return h;
+}
+
+/* Up to 8, 16, 32 and more rows go through different instances of the kernels. */
+static void check_chunks(const char *dir, int n, const int *chunks, int n_chunks) {
+    dspark_model *m = open_on_device(dir, 128);
+    int32_t *tokens = golden_text(dir);
+    uint64_t h = in_chunks(m, tokens, n, n);
+    int same_bits = 0;
+    for (int i = 0; i < n_chunks; i++) same_bits += in_chunks(m, tokens, n, chunks[i]) == h;
+    ok(same_bits == n_chunks, "%s: %d tokens in chunks of %d to %d leave the bits of one chunk: logits, state, drafts",
+       dir, n, chunks[0], chunks[n_chunks - 1]);
+#ifdef DSPARK_CUDA_HOST
+    cuda_host_backwards(1);
+    ok(in_chunks(m, tokens, n, n) == h, "%s: threads that run in the opposite order change no bit", dir);
+    cuda_host_backwards(0);
+#endif
+    dspark_model_close(m), free(tokens);
+}
+
+/* ---- texts */
+
+enum { TEXT = 8, PROMPT = 21 };
+static dspark_session *open_for_text(dspark_model *m, const int32_t *tokens, int i, int plain) {
+    dspark_session_desc d = session_desc(96);
+    dspark_session *s;
+    d.temperature = i ? .9f : 0, d.seed = (uint64_t)i, d.ignore_eos = 1, d.policy.plain = plain;
+    d.top_k = i == 1 ? 20 : 0;              /* drawn by the host; the others on the device */
+    d.policy.schedule = i == 2 ? DSPARK_SCHEDULE_THRESHOLD : DSPARK_SCHEDULE_BLOCK, d.policy.threshold = .5f;
+    s = open_session_as(m, &d);
+    must(dspark_session_append(s, tokens + i, PROMPT + i));
+    return s;
+}
+static int until(dspark_session **s, int n) {
+    dspark_step_result r[3];
+    int short_ones = 1;
+    while (short_ones) {
+        must(dspark_step(s, n, NULL, r));
+        short_ones = 0;
+        for (int i = 0; i < n; i++) short_ones += s[i]->n_tokens < PROMPT + i + TEXT, r[0].status |= r[i].status;
+        if (r[0].status) return 0;
+    }
+    return 1;
+}
+
+static void check_texts(const char *dir) {
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *plain[3], *drafted[3];
+    int32_t *tokens = golden_text(dir);
+    int same_text = 0;
+    for (int i = 0; i < 3; i++) plain[i] = open_for_text(m, tokens, i, 1), drafted[i] = open_for_text(m, tokens, i, 0);
+    for (int i = 0; i < 3; i++) while (plain[i]->n_tokens < PROMPT + i + TEXT) step(plain[i]);
+    if (!until(drafted, 3)) bail(dspark_last_error(), "step");
+    for (int i = 0; i < 3; i++)
+        same_text += !memcmp(plain[i]->tokens, drafted[i]->tokens, (size_t)(PROMPT + i + TEXT) * sizeof *tokens);
+    ok(same_text == 3, "%s: three sessions in one pass with DSpark have the texts of plain decoding alone", dir);
+    for (int i = 0; i < 3; i++) dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
+    dspark_model_close(m), free(tokens);
+}
+
+static void check_draws(const char *dir) {
+    enum { N = 300 };
+    dspark_model *m = open_on_device(dir, 8);
+    int V = dspark_model_config(m)->vocab_size, equal = 0, none = 0;
+    float *logits = (float *)must_have(malloc((size_t)V * sizeof *logits)),
+          *p = (float *)must_have(malloc((size_t)V * sizeof *p));
+    int32_t there = 0, here = 0;
+    for (int i = 0; i < N; i++) {
+        dspark_device_draw draw = { i % 3 ? .4f * (float)(i % 3) : 0, (uint64_t)i << 30, (uint64_t)i };
+        for (int v = 0; v < V; v++) logits[v] = i % 5 ? (float)dice(4000) / 500 : (float)dice(3);      /* with ties */
+        must(m->backend->draw(m->device, logits, &draw, &there));
+        must(dspark_distribution(logits, V, draw.temperature, 0, 0, 0, p));
+        if (draw.temperature > 0) must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.position, 0, &here));
+        else for (here = 0; p[here] == 0; here++) {}
+        equal += here == there;
+    }
+    ok(equal == N, "%s: tokens drawn on the device are those that dspark_draw gives, ties at temperature 0 included",
+       dir);
+    for (int i = 0; i < 3; i++) {
+        dspark_device_draw draw = { i ? 1 : 0, 1, 1 };
+        for (int v = 0; v < V; v++) logits[v] = i == 2 ? -HUGE_VALF : 1;
+        if (i < 2) logits[V - 3] = i ? NAN : HUGE_VALF;
+        must(m->backend->draw(m->device, logits, &draw, &there));
+        none += there == -1;
+    }
+    ok(none == 3, "%s: a row with NaN, with infinity or without mass gives no token", dir);
+    dspark_model_close(m), free(logits), free(p);
+}
+
+/* ---- sessions that go and come */
+
+static void check_copies(const char *dir) {
+    static const char path[] = "build/cuda.saved";
+    dspark_model *m = open_on_device(dir, 0);
+    int32_t *tokens = golden_text(dir);
+    dspark_session *s = straight(m, tokens, 40), *fork, *back, *whole = straight(m, tokens, 50);
+    uint64_t h = all_hash(whole);
+    must(dspark_session_fork(&fork, s, NULL));
+    must(dspark_session_save(s, path));
+    must(dspark_session_append(s, tokens + 45, 5));
+    must(dspark_session_restore(&back, m, path, NULL));
+    must(dspark_session_append(fork, tokens + 40, 10)), must(dspark_session_append(back, tokens + 40, 10));
+    ok(all_hash(fork) == h, "%s: a fork goes on as the whole text", dir);
+    ok(all_hash(back) == h, "%s: so does a session that was saved and restored", dir);
+    must(dspark_session_truncate(s, 40)), must(dspark_session_append(s, tokens + 40, 10));
+    ok(logits_hash(s) == logits_hash(whole), "%s: and one that was truncated", dir);
+    remove(path);
+    dspark_session_close(s), dspark_session_close(fork), dspark_session_close(back), dspark_session_close(whole);
+    dspark_model_close(m), free(tokens);
+}
+
+/* ---- failures */
+
+#ifdef DSPARK_CUDA_HOST
+static dspark_status open_and_run(void) {
+    dspark_model *m = NULL;
+    dspark_session *s = NULL;
+    dspark_model_desc desc;
+    dspark_session_desc d = session_desc(32);
+    int32_t ids[] = { 3, 4, 5 }, tokens[DSPARK_MAX_BLOCK];
+    float confidences[DSPARK_MAX_BLOCK];
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = 8;
+    dspark_status status = dspark_model_open(&m, golden_b, &desc);
+    if (!status) status = dspark_session_open(&s, m, &d);
+    if (!status) status = dspark_session_append(s, ids, 3);
+    if (!status) status = dspark_session_draft(s, 7, tokens, confidences, NULL);
+    if (!status) status = dspark_session_append(s, ids, 1);        /* a failed step of the head shows here */
+    dspark_session_close(s), dspark_model_close(m);
+    return status;
+}
+
+static void check_failures(void) {
+    dspark_status status;
+    long calls, failed = 0, named = 0, tried = 0;
+    cuda_host_calls = 0;
+    must(open_and_run());
+    calls = cuda_host_calls;
+    for (long i = 1; i <= calls; i += i < 24 ? 1 : 29, tried++) {
+        cuda_host_calls = 0, cuda_host_fail_at = i;
+        status = open_and_run();
+        if (status != DSPARK_ERROR_BACKEND)
+            printf("# call %ld: %s, %s\n", i, dspark_status_name(status), dspark_last_error());
+        failed += status == DSPARK_ERROR_BACKEND, named += strstr(dspark_last_error(), ": unspecified failure") != NULL;
+    }
+    cuda_host_fail_at = 0;
+    ok(failed == tried && named == tried && !cuda_host_used,
+       "each of the runtime's calls may fail (%ld): BACKEND and its name, all freed", tried);
+    cuda_host_memory = 1 << 20;
+    ok(open_and_run() == DSPARK_ERROR_MEMORY && strstr(dspark_last_error(), "weights take") && !cuda_host_used,
+       "a device too small: refused before the upload, with what is needed and what is there");
+    printf("# %s\n", dspark_last_error());
+    cuda_host_memory = (size_t)1 << 31;
+}
+#endif
+
+int main(void) {
+    static const int chunks_a[] = { 16 }, chunks_b[] = { 5, 9, 17, 37 };
+    check_golden(golden_a, 64);
+    check_golden(golden_b, 200);
+    check_chunks(golden_a, 33, chunks_a, COUNT(chunks_a));
+    check_chunks(golden_b, 41, chunks_b, COUNT(chunks_b));
+    check_texts(golden_b);
+    check_draws(golden_b);
+    check_copies(golden_b);
+#ifdef DSPARK_CUDA_HOST
+    check_failures();
+#endif
+    return sessions_done();
+}

@@ -1,0 +1,411 @@
+// The CUDA that dspark_cuda.cu needs, on a CPU: g++ -DDSPARK_CUDA_HOST -I. -Itests -x c++ dspark_cuda.cu. Blocks run
+// one after the other, a block's threads are fibers that change places where they wait for each other: at __syncthreads
+// and at what a warp does together (shuffles, ballots, matrix products). A wait that cannot end stops the program with
+// a message. Memory comes filled with NaN, streams run at once, graphs are lists of calls. One thread of the host at a
+// time.
+#ifndef CUDA_HOST_H
+#define CUDA_HOST_H
+#include <functional>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
+static inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
+
+// ---- fibers
+
+// Not a power of two: what threads have at the same depth must not fall on the same lines of a cache.
+enum { HOST_THREADS = 1024, HOST_STACK = (64 << 10) + 17 * 64, HOST_SHARED = 228 << 10 };
+#ifdef __x86_64__
+typedef void *host_place;           // a stack pointer, over what a call leaves alone
+extern "C" void cuda_host_switch(host_place *from, host_place *to);
+__asm__(".text\n.globl cuda_host_switch\ncuda_host_switch:\n"
+        "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\nmov %rsp, (%rdi)\n"
+        "mov (%rsi), %rsp\npop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n");
+static void host_place_new(host_place *p, char *stack, void (*f)(void)) {
+    void **top = (void **)(void *)(stack + HOST_STACK - 64);
+    memset((void *)(top - 8), 0, 8 * sizeof *top);
+    top[-1] = NULL, top[-2] = (void *)f;       // what `ret` takes
+    *p = top - 8;
+}
+#else
+typedef ucontext_t host_place;
+static void cuda_host_switch(host_place *from, host_place *to) { swapcontext(from, to); }
+static void host_place_new(host_place *p, char *stack, void (*f)(void)) {
+    getcontext(p);
+    p->uc_stack.ss_sp = stack, p->uc_stack.ss_size = HOST_STACK, p->uc_link = NULL;
+    makecontext(p, f, 0);
+}
+#endif
+
+struct host_fiber {
+    host_place at;
+    bool done;
+    const unsigned *waits_for;      // until it is no longer `seen`
+    unsigned seen;
+};
+struct host_warp {
+    unsigned generation;
+    int arrived, live;
+    uint32_t slot[2][32], *to[32];
+    const uint32_t *in[32];
+    const uint16_t *from[32];
+    float *out[32];
+};
+static struct {
+    host_fiber fiber[HOST_THREADS];
+    host_warp warp[HOST_THREADS / 32];
+    host_place home;
+    int n, self, live, arrived;     // threads of the block, the one that runs, those not done, those at the barrier
+    unsigned generation;
+    int backwards;                  // 1: threads in the opposite order, which no result may depend on
+    dim3 thread, block, block_dim, grid_dim;
+    std::function<void()> kernel;
+    char *stacks;
+    alignas(128) char shared[HOST_SHARED];
+} host;
+
+#define threadIdx (host.thread)
+#define blockIdx (host.block)
+#define blockDim (host.block_dim)
+#define gridDim (host.grid_dim)
+
+static void host_stop(const char *why) {
+    fprintf(stderr, "cuda_host: block %u %u, thread %d: %s\n", host.block.x, host.block.y, host.self, why);
+    abort();
+}
+static bool host_ready(const host_fiber *f) { return !f->done && (!f->waits_for || *f->waits_for != f->seen); }
+
+// Thread i goes on, and this one, whose place is kept, when it is its turn again.
+static void host_enter(host_place *mine, int i) {
+    host.self = i, host.thread.x = (unsigned)i, host.fiber[i].waits_for = NULL;
+    cuda_host_switch(mine, &host.fiber[i].at);
+}
+static int host_next(void) {
+    int step = host.backwards ? host.n - 1 : 1, i = host.self;
+    for (int tries = 0; tries < host.n; tries++) {
+        i += step;
+        if (i >= host.n) i -= host.n;
+        if (host_ready(&host.fiber[i])) return i;
+    }
+    host_stop("all threads wait");
+    return 0;
+}
+static void host_wait(const unsigned *generation) {
+    host_fiber *f = &host.fiber[host.self];
+    int next;
+    f->waits_for = generation, f->seen = *generation;
+    next = host_next();
+    if (next != host.self) host_enter(&f->at, next);
+}
+static void host_fiber_main(void) {
+    for (;;) {
+        int self = host.self;
+        host.kernel();
+        host_warp *w = &host.warp[self / 32];
+        host.fiber[self].done = true;
+        host.live--, w->live--;
+        if (w->arrived) host_stop("a thread ended while its warp waits for it");
+        if (host.live && host.arrived == host.live) host.arrived = 0, host.generation++;
+        if (host.live) host_enter(&host.fiber[self].at, host_next());
+        else cuda_host_switch(&host.fiber[self].at, &host.home);
+    }
+}
+static void host_block(int n) {
+    if (!host.stacks) {
+        host.stacks = (char *)malloc((size_t)HOST_THREADS * HOST_STACK);
+        for (int i = 0; i < HOST_THREADS; i++)
+            host_place_new(&host.fiber[i].at, host.stacks + (size_t)i * HOST_STACK, host_fiber_main);
+    }
+    host.n = host.live = n, host.arrived = 0;
+    for (int i = 0; i < n; i++) host.fiber[i].done = false, host.fiber[i].waits_for = NULL;
+    for (int i = 0; i < n; i += 32) host.warp[i / 32].arrived = 0, host.warp[i / 32].live = n - i < 32 ? n - i : 32;
+    host_enter(&host.home, host.backwards ? n - 1 : 0);
+}
+
+// ---- what threads do together
+
+static void __syncthreads(void) {
+    if (++host.arrived == host.live) host.arrived = 0, host.generation++;
+    else host_wait(&host.generation);
+}
+// The last lane of the warp to come does the work.
+template <class F> static inline void host_together(F work) {
+    host_warp *w = &host.warp[host.self / 32];
+    if (++w->arrived < w->live) host_wait(&w->generation);
+    else work(w), w->arrived = 0, w->generation++;
+}
+static uint32_t *host_exchange(uint32_t mine) {
+    host_warp *w = &host.warp[host.self / 32];
+    uint32_t *slot = w->slot[w->generation & 1];
+    slot[host.self % 32] = mine;
+    host_together([](host_warp *) {});
+    return slot;
+}
+static float host_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static uint32_t host_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static float __shfl_xor_sync(unsigned, float x, int mask) {
+    return host_as_float(host_exchange(host_as_bits(x))[(host.self % 32) ^ mask]);
+}
+static int __shfl_xor_sync(unsigned, int x, int mask) {
+    return (int)host_exchange((uint32_t)x)[(host.self % 32) ^ mask];
+}
+static float __shfl_sync(unsigned, float x, int lane) {
+    return host_as_float(host_exchange(host_as_bits(x))[lane & 31]);
+}
+static unsigned __ballot_sync(unsigned, int x) {
+    uint32_t *slot = host_exchange(x != 0);
+    unsigned bits = 0;
+    for (int i = 0; i < host.warp[host.self / 32].live; i++) bits |= slot[i] << i;
+    return bits;
+}
+
+// c [16][8] += a [16][16] b [16][8], fragments as mma.sync.m16n8k16 has them: sums in double, rounded once.
+typedef double host_columns __attribute__((vector_size(64)));
+#ifdef __x86_64__
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static void host_mma_all(host_warp *w) {
+    alignas(64) double A[16][16], B[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const uint32_t *f = w->in[lane];
+        int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 6; i++) {
+            uint32_t low = f[i] << 16, high = f[i] & 0xffff0000u;
+            float x, y;
+            memcpy(&x, &low, 4), memcpy(&y, &high, 4);
+            if (i < 4)
+                A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = (double)x,
+                                                     A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + 1] = (double)y;
+            else B[2 * t + 8 * (i - 4)][g] = (double)x, B[2 * t + 8 * (i - 4) + 1][g] = (double)y;
+        }
+    }
+    for (int i = 0; i < 16; i++) {
+        float *c[4];
+        host_columns sum;
+        for (int j = 0; j < 4; j++) c[j] = w->out[(i & 7) * 4 + j] + (i >> 3) * 2;
+        for (int j = 0; j < 8; j++) sum[j] = (double)c[j / 2][j & 1];
+        for (int k = 0; k < 16; k++) sum += A[i][k] * *(const host_columns *)(const void *)B[k];
+        for (int j = 0; j < 8; j++) c[j / 2][j & 1] = (float)sum[j];
+    }
+}
+static void host_mma(float *c, const uint32_t *a, const uint32_t *b) {
+    host_warp *w = &host.warp[host.self / 32];
+    const uint32_t ab[6] = { a[0], a[1], a[2], a[3], b[0], b[1] };
+    w->in[host.self % 32] = ab, w->out[host.self % 32] = c;
+    host_together(host_mma_all);
+}
+
+// ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane
+// / 4.
+static void host_load_transposed(uint32_t *r, const uint16_t *row) {
+    host_warp *w = &host.warp[host.self / 32];
+    w->from[host.self % 32] = row, w->to[host.self % 32] = r;
+    host_together([](host_warp *all) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int j = 0; j < 4; j++)
+                all->to[lane][j] = all->from[8 * j + 2 * (lane % 4)][lane / 4] |
+                                   (uint32_t)all->from[8 * j + 2 * (lane % 4) + 1][lane / 4] << 16;
+    });
+}
+
+// ---- arithmetic
+
+static inline float __uint_as_float(unsigned u) { return host_as_float(u); }
+static inline unsigned __float_as_uint(float x) { return host_as_bits(x); }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
+static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
+    uint64_t both = (uint64_t)y << 32 | x;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++) r |= (unsigned)(both >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+    return r;
+}
+template <class T> static inline T atomicAdd(T *p, T x) { T old = *p; *p += x; return old; }
+template <class T> static inline T atomicMax(T *p, T x) { T old = *p; if (x > old) *p = x; return old; }
+static inline void __threadfence(void) {}
+static inline uint32_t host_bf16(float x) {
+    uint32_t u = host_as_bits(x);
+    return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
+}
+static inline uint32_t host_bf16x2(float low, float high) { return host_bf16(low) | host_bf16(high) << 16; }
+static inline uint32_t host_mul_bf16x2(uint32_t a, uint32_t b) {
+    return host_bf16x2(host_as_float(a << 16) * host_as_float(b << 16),
+                       host_as_float(a & 0xffff0000u) * host_as_float(b & 0xffff0000u));
+}
+
+// ---- the runtime
+
+typedef enum { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorUnknown = 999 } cudaError_t;
+typedef enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice } cudaMemcpyKind;
+typedef enum { cudaStreamCaptureModeThreadLocal = 1 } cudaStreamCaptureMode;
+typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
+typedef enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75,
+               cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 } cudaDeviceAttr;
+typedef std::vector<std::function<void()>> host_calls;
+typedef struct host_stream { host_calls *capture; } *cudaStream_t;
+typedef host_calls *cudaGraph_t;
+typedef host_calls *cudaGraphExec_t;
+typedef struct host_event { int unused; } *cudaEvent_t;
+#define cudaEventDisableTiming 2u
+#define cudaStreamNonBlocking 1u
+
+// What a test may set: the device's memory, a call that fails (counted from 1).
+extern "C" {
+extern size_t cuda_host_memory;
+extern long cuda_host_calls, cuda_host_fail_at, cuda_host_launches;
+extern size_t cuda_host_used;
+void cuda_host_backwards(int on);
+}
+#ifdef CUDA_HOST_IMPLEMENTATION
+size_t cuda_host_memory = (size_t)1 << 31, cuda_host_used;
+long cuda_host_calls, cuda_host_fail_at, cuda_host_launches;
+void cuda_host_backwards(int on) { host.backwards = on; }
+#endif
+
+#define HOST_CALL() do { if (++cuda_host_calls == cuda_host_fail_at) return cudaErrorUnknown; } while (0)
+static inline const char *cudaGetErrorString(cudaError_t e) {
+    return e == cudaErrorMemoryAllocation ? "out of memory" : e ? "unspecified failure" : "no error";
+}
+static inline cudaError_t cudaGetLastError(void) { return cudaSuccess; }
+static inline cudaError_t cudaSetDevice(int) { HOST_CALL(); return cudaSuccess; }
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
+    HOST_CALL();
+    *value = which == cudaDevAttrMultiProcessorCount      ? 3
+             : which == cudaDevAttrComputeCapabilityMajor ? 9
+                                                          : HOST_SHARED - 1024;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+    HOST_CALL();
+    *total = cuda_host_memory, *free_bytes = cuda_host_memory - cuda_host_used;
+    return cudaSuccess;
+}
+// Each piece knows its size, and stands between fences that are looked at when it is freed.
+enum { HOST_FENCE = 256 };
+template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
+    HOST_CALL();
+    if (n > cuda_host_memory - cuda_host_used) return cudaErrorMemoryAllocation;
+    char *base = (char *)aligned_alloc(HOST_FENCE, (n + 3 * HOST_FENCE - 1) / HOST_FENCE * HOST_FENCE);
+    if (!base) return cudaErrorMemoryAllocation;
+    memset(base, 0xfe, HOST_FENCE), memset(base + HOST_FENCE, 0xff, n), memset(base + HOST_FENCE + n, 0xfe, HOST_FENCE);
+    memcpy(base, &n, sizeof n);
+    cuda_host_used += n;
+    *p = (T *)(void *)(base + HOST_FENCE);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFree(void *p) {
+    if (!p) return cudaSuccess;
+    char *base = (char *)p - HOST_FENCE;
+    size_t n;
+    memcpy(&n, base, sizeof n);
+    for (int i = sizeof n; i < HOST_FENCE; i++)
+        if ((unsigned char)base[i] != 0xfe || (unsigned char)base[HOST_FENCE + n + (size_t)i] != 0xfe)
+            host_stop("memory beside an allocation was written");
+    cuda_host_used -= n;
+    free(base);
+    return cudaSuccess;
+}
+template <class T> static cudaError_t cudaMallocHost(T **p, size_t n) {
+    HOST_CALL();
+    *p = (T *)malloc(n ? n : 1);
+    if (*p) memset((void *)*p, 0xff, n);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+static inline cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
+    HOST_CALL();
+    *s = new host_stream();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { HOST_CALL(); return cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    HOST_CALL();
+    *e = new host_event();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { HOST_CALL(); return cudaSuccess; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { HOST_CALL(); return cudaSuccess; }
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 1; return cudaSuccess; }
+static inline void host_do(cudaStream_t s, const std::function<void()> &call) {
+    if (s && s->capture) s->capture->push_back(call);
+    else call();
+}
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t s) {
+    HOST_CALL();
+    host_do(s, [=] { memcpy(to, from, n); });
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemsetAsync(void *to, int byte, size_t n, cudaStream_t s) {
+    HOST_CALL();
+    host_do(s, [=] { memset(to, byte, n); });
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+    HOST_CALL();
+    s->capture = new host_calls();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) {
+    *g = s->capture, s->capture = NULL;
+    HOST_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) {
+    HOST_CALL();
+    *e = new host_calls(*g);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
+    HOST_CALL();
+    for (auto &call : *e) call();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
+template <class F> static cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) {
+    HOST_CALL();
+    return cudaSuccess;
+}
+
+template <class P> static void host_run(void (*kernel)(P), dim3 grid, dim3 block, size_t shared, const P &p) {
+    if (block.x > HOST_THREADS || shared > HOST_SHARED) host_stop("too many threads or too much shared memory");
+    cuda_host_launches++;
+    host.kernel = [kernel, p] { kernel(p); };
+    host.grid_dim = grid, host.block_dim = block;
+    for (unsigned y = 0; y < grid.y; y++)
+        for (unsigned x = 0; x < grid.x; x++) {
+            memset(host.shared, 0xff, shared);
+            host.block = dim3(x, y);
+            host_block((int)block.x);
+        }
+}
+template <class P>
+static cudaError_t host_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t s, void (*kernel)(P), const P &p) {
+    HOST_CALL();
+    host_do(s, [=] { host_run(kernel, grid, block, shared, p); });
+    return cudaSuccess;
+}
+#endif
