@@ -4135,6 +4135,9 @@ typedef struct {
     dspark__costs costs;
 } dspark__batch;
 
+// What drafting has brought of late: a_k, and the drafts that a cycle's schedule hoped for against those it got.
+typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; } dspark__experience;
+
 struct dspark_model {
     dspark__checkpoint checkpoint;
     dspark_tokenizer *tokenizer;
@@ -4147,7 +4150,7 @@ struct dspark_model {
     dspark_stats stats;         // the same
     dspark_profile profile;
     float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
-    float survival[DSPARK_MAX_BLOCK];       // a_k of late: what a new session's drafts are expected to bring
+    dspark__experience experience;          // of all sessions; a new one begins with it
     dspark__batch batch;
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
@@ -4259,7 +4262,8 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
-    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = m->survival[k] = 1;
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = m->experience.survival[k] = 1;
+    m->experience.hoped = m->experience.got = 1;
     m->row = (float *)dspark__alloc((size_t)c->vocab_size, sizeof *m->row);
     m->bytes += (size_t)c->vocab_size * sizeof *m->row;
     if (!m->row) return DSPARK_ERROR_MEMORY;
@@ -4366,7 +4370,7 @@ struct dspark_session {
     uint64_t cycle;                 // never goes back
     int has_account;
     dspark_account account;
-    float survival[DSPARK_MAX_BLOCK];       // a_k of late
+    dspark__experience experience;
     float past[2][DSPARK_MAX_BLOCK];        // confidences of one step before and of two, ..
     int n_past[2];                          // .. so many
     dspark_stats stats;
@@ -4533,7 +4537,7 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
         s->memory ? m->backend->state_open(&s->state, m->device, s->desc.max_context) : DSPARK_ERROR_MEMORY;
     if (status) return dspark_session_close(s), status;
     dspark__session_layout(s, m, desc, s->memory);
-    memcpy(s->survival, m->survival, sizeof s->survival);
+    s->experience = m->experience;
     s->bytes = bytes - (m->backend->bytes(m->device) - before);     // the device's workspace may have grown
     m->session_bytes += s->bytes;
     *out = s;
@@ -5349,13 +5353,13 @@ static int dspark__is_forced(const dspark_session *s) {
     return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
 }
 
-// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft. survival: a_k,
-// [limit]; NULL: as if every draft were accepted.
-static double dspark__gain(const dspark_model *m, const dspark__lane *a, const float *survival) {
+// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft. e NULL: as if
+// every draft were accepted.
+static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e) {
     const dspark__costs *c = &m->batch.costs;
-    double tokens = 0, best = 0;
+    double tokens = 0, best = 0, kept = e ? (double)e->got / (double)e->hoped : 1;
     for (int l = 1; l <= a->limit; l++) {
-        tokens += survival ? (double)survival[l - 1] : 1;
+        tokens += e ? fmin(1, kept * (double)e->survival[l - 1]) : 1;
         best = fmax(best, tokens * c->plain_us - c->growth[l]);
     }
     return best - dspark__draft_time(m, dspark__max(1, c->drafting)) - a->extra_us;
@@ -5391,7 +5395,7 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
         dspark_account_open(&s->account, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
     s->has_account = 1;
     while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
-    return dspark__gain(m, a, s->survival) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
+    return dspark__gain(m, a, &s->experience) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
 }
 
 static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
@@ -5442,16 +5446,6 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, dspa
     }
 }
 
-// The survivals of a lane's drafts become part of what is expected of the next.
-static void dspark__expect(const dspark__lane *a) {
-    float survival = 1;
-    for (int k = 0; k < a->n_drafted; k++) {
-        survival *= a->r->confidence[k];
-        a->s->survival[k] += (survival - a->s->survival[k]) / 8;
-        a->s->model->survival[k] += (survival - a->s->model->survival[k]) / 64;
-    }
-}
-
 static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
@@ -5484,7 +5478,6 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n) 
         a->r->n_drafted = a->n_drafted;
         a->limit = dspark__min(a->limit, a->n_drafted);
         extra += a->extra_us;
-        dspark__expect(a);
     }
     if (m->profile.learn) dspark__learn_draft(&m->profile, pass.n_segments, fmax(dspark__now_us() - start - extra, 1));
     return DSPARK_OK;
@@ -5657,6 +5650,19 @@ static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
 
+// A cycle's confidences, and what came of those that were verified.
+static void dspark__experience_add(dspark__experience *e, const dspark_step_result *r, float rate) {
+    float survival = 1, hoped = 0;
+    for (int k = 0; k < r->n_drafted; k++) {
+        survival *= r->confidence[k];
+        e->survival[k] += rate * (survival - e->survival[k]);
+        if (k < r->n_scheduled) hoped += survival;
+    }
+    if (!r->n_scheduled) return;
+    e->hoped = fmaxf(e->hoped + rate * (hoped - e->hoped), 1e-3f);
+    e->got += rate * ((float)r->n_accepted - e->got);
+}
+
 // In modelled time: what this cycle cost the session, and what its tokens would have cost plainly. `drafts` are
 // verified in all, of `drafted` sessions.
 static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
@@ -5682,6 +5688,8 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
                                        p_draft ? p_draft + (size_t)a->draft_row * V : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
+    dspark__experience_add(&s->experience, a->r, 1.0f / 8);
+    dspark__experience_add(&s->model->experience, a->r, 1.0f / 64);
 }
 
 // ---- a step
