@@ -479,8 +479,8 @@ typedef void (*dspark_adjust)(void *user, const int32_t *prefix, int n, float *l
 
 typedef struct {
     int plain;              // 1: no drafting
-    int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled REJECTION,
-                            // which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one, never slower;
+    int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled
+                            // REJECTION, which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one, never slower;
                             // _BLOCK: all drafts; _THRESHOLD: those before the first confidence below threshold
     int verify;             // DSPARK_VERIFY_COUPLED (0): the text of plain decoding; DSPARK_VERIFY_REJECTION;
                             // DSPARK_VERIFY_GREEDY: the argmax, as both are at temperature 0
@@ -539,10 +539,10 @@ typedef struct {
     int64_t steps;                      // with a pass of the target
     int64_t cycles;                     // of them with drafts
     int64_t drafted, accepted, emitted;
-    int64_t scheduled;                  // verified; drafts behind the token that ended a text were not looked at: left out
+    int64_t scheduled;                  // verified, but for drafts behind the token that ended a text: nobody looked
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     double draft_us, verify_us;
-    int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, step_us shared by its tokens; last: more
+    int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, their share of step_us; last: more
 } dspark_stats;
 
 typedef struct {
@@ -555,8 +555,8 @@ DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *);
 
 // Text into text[cap], zero-ended where it fits: its length, though it be over cap.
 // Counters for Prometheus, under the names that engines share: dspark_spec_decode_num_drafts_total (cycles),
-// _num_draft_tokens_total (scheduled), _num_accepted_tokens_total, _num_accepted_tokens_per_pos_total, and more. labels:
-// `model="x"`, of every sample; NULL: none.
+// _num_draft_tokens_total (scheduled), _num_accepted_tokens_total, _num_accepted_tokens_per_pos_total, and more.
+// labels: `model="x"`, of every sample; NULL: none.
 DSPARK_API int dspark_stats_prometheus(const dspark_stats *, const char *labels, char *text, int cap);
 // A step of a session as one line of JSON, newline and all; id is the caller's name for it.
 DSPARK_API int dspark_step_json(const dspark_step_result *, int64_t id, char *text, int cap);
@@ -4421,8 +4421,8 @@ static dspark_status dspark__policy_check(const dspark_model *m, const dspark_po
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0 to %d", p->schedule,
                             DSPARK_SCHEDULE_GLOBAL);
     if (p->schedule == DSPARK_SCHEDULE_GLOBAL && p->verify == DSPARK_VERIFY_REJECTION && temperature > 0)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule GLOBAL looks at drafts: with rejection at temperature "
-                            "%g the text would not be the target's", (double)temperature);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule GLOBAL looks at drafts: with rejection at "
+                            "temperature %g the text would not be the target's", (double)temperature);
     if (!(p->share >= 0 && p->share <= FLT_MAX))
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: share %g: expected 0 or more", (double)p->share);
     if (p->verify < DSPARK_VERIFY_COUPLED || p->verify > DSPARK_VERIFY_GREEDY)
