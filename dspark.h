@@ -490,8 +490,8 @@ typedef void (*dspark_adjust)(void *user, const int32_t *prefix, int n, float *l
 
 typedef struct {
     int plain;              // 1: no drafting
-    int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled REJECTION,
-                            // which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one, never slower;
+    int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled
+                            // REJECTION, which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one, never slower;
                             // _BLOCK: all drafts; _THRESHOLD: those before the first confidence below threshold
     int verify;             // DSPARK_VERIFY_COUPLED (0): the text of plain decoding; DSPARK_VERIFY_REJECTION;
                             // DSPARK_VERIFY_GREEDY: the argmax, as both are at temperature 0
@@ -550,10 +550,10 @@ typedef struct {
     int64_t steps;                      // with a pass of the target
     int64_t cycles;                     // of them with drafts
     int64_t drafted, accepted, emitted;
-    int64_t scheduled;                  // verified; drafts behind the token that ended a text were not looked at: left out
+    int64_t scheduled;                  // verified, but for drafts behind the token that ended a text: nobody looked
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     double draft_us, verify_us;
-    int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, step_us shared by its tokens; last: more
+    int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, their share of step_us; last: more
 } dspark_stats;
 
 typedef struct {
@@ -566,8 +566,8 @@ DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *);
 
 // Text into text[cap], zero-ended where it fits: its length, though it be over cap.
 // Counters for Prometheus, under the names that engines share: dspark_spec_decode_num_drafts_total (cycles),
-// _num_draft_tokens_total (scheduled), _num_accepted_tokens_total, _num_accepted_tokens_per_pos_total, and more. labels:
-// `model="x"`, of every sample; NULL: none.
+// _num_draft_tokens_total (scheduled), _num_accepted_tokens_total, _num_accepted_tokens_per_pos_total, and more.
+// labels: `model="x"`, of every sample; NULL: none.
 DSPARK_API int dspark_stats_prometheus(const dspark_stats *, const char *labels, char *text, int cap);
 // A step of a session as one line of JSON, newline and all; id is the caller's name for it.
 DSPARK_API int dspark_step_json(const dspark_step_result *, int64_t id, char *text, int cap);
@@ -4140,7 +4140,6 @@ static size_t dspark__state_layout(dspark__state *s, const dspark_config *c) {
 // A checkpoint, its tokenizer and a device that runs it.
 
 // One session's part in a step.
-enum { DSPARK__MANNERS = 7 };       // dspark__manner
 typedef struct {
     dspark_session *s;
     dspark_step_result *r;
@@ -4175,6 +4174,13 @@ typedef struct {
     dspark__costs costs;
 } dspark__batch;
 
+// What drafting has brought of late: a_k, and the drafts that a cycle's schedule hoped for against those it got.
+typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; } dspark__experience;
+// What all sessions share whose drafts fare alike: those at temperature 0, and those with a verifier in a band of
+// temperatures. account: limit 0 if not opened since the profile was set.
+enum { DSPARK__MANNERS = 7 };
+typedef struct { dspark_account account; dspark__experience experience; } dspark__manner;
+
 struct dspark_model {
     dspark__checkpoint checkpoint;
     dspark_tokenizer *tokenizer;
@@ -4183,11 +4189,10 @@ struct dspark_model {
     int max_rows, max_token_bytes;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
-    dspark_account account[DSPARK__MANNERS];    // of all sessions of a manner; limit 0: not opened since the profile was set
+    dspark__manner manner[DSPARK__MANNERS];
     dspark_stats stats;         // the same
     dspark_profile profile;
     float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
-    float survival[DSPARK_MAX_BLOCK];       // a_k of late: what a new session's drafts are expected to bring
     dspark__batch batch;
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
@@ -4302,7 +4307,12 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
-    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = m->survival[k] = 1;
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = 1;
+    for (int i = 0; i < DSPARK__MANNERS; i++) {
+        dspark__experience *e = &m->manner[i].experience;
+        for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] = 1;
+        e->hoped = e->got = 1;
+    }
     m->row = (float *)dspark__alloc((size_t)c->vocab_size, sizeof *m->row);
     m->bytes += (size_t)c->vocab_size * sizeof *m->row;
     if (!m->row) return DSPARK_ERROR_MEMORY;
@@ -4413,7 +4423,7 @@ struct dspark_session {
     uint64_t cycle;                 // never goes back
     int has_account;
     dspark_account account;
-    float survival[DSPARK_MAX_BLOCK];       // a_k of late
+    dspark__experience experience;
     float past[2][DSPARK_MAX_BLOCK];        // confidences of one step before and of two, ..
     int n_past[2];                          // .. so many
     dspark_stats stats;
@@ -4464,8 +4474,8 @@ static dspark_status dspark__policy_check(const dspark_model *m, const dspark_po
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule %d: expected 0 to %d", p->schedule,
                             DSPARK_SCHEDULE_GLOBAL);
     if (p->schedule == DSPARK_SCHEDULE_GLOBAL && p->verify == DSPARK_VERIFY_REJECTION && temperature > 0)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule GLOBAL looks at drafts: with rejection at temperature "
-                            "%g the text would not be the target's", (double)temperature);
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: schedule GLOBAL looks at drafts: with rejection at "
+                            "temperature %g the text would not be the target's", (double)temperature);
     if (!(p->share >= 0 && p->share <= FLT_MAX))
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: share %g: expected 0 or more", (double)p->share);
     if (p->verify < DSPARK_VERIFY_COUPLED || p->verify > DSPARK_VERIFY_GREEDY)
@@ -4580,7 +4590,6 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
         s->memory ? m->backend->state_open(&s->state, m->device, s->desc.max_context) : DSPARK_ERROR_MEMORY;
     if (status) return dspark_session_close(s), status;
     dspark__session_layout(s, m, desc, s->memory);
-    memcpy(s->survival, m->survival, sizeof s->survival);
     s->bytes = bytes - (m->backend->bytes(m->device) - before);     // the device's workspace may have grown
     m->session_bytes += s->bytes;
     *out = s;
@@ -5244,7 +5253,7 @@ static float *dspark__profile_cost(const dspark_profile *p, int i) {
 }
 
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
-    memset(m->account, 0, sizeof m->account);
+    for (int i = 0; i < DSPARK__MANNERS; i++) m->manner[i].account.limit_us = 0;
     if (!p) {
         memset(&m->profile, 0, sizeof m->profile);
         return m->profile.learn = m->has_profile = 1, DSPARK_OK;
@@ -5392,13 +5401,13 @@ static int dspark__is_forced(const dspark_session *s) {
     return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
 }
 
-// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft. survival: a_k,
-// [limit]; NULL: as if every draft were accepted.
-static double dspark__gain(const dspark_model *m, const dspark__lane *a, const float *survival) {
+// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft. e NULL: as if
+// every draft were accepted.
+static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e) {
     const dspark__costs *c = &m->batch.costs;
-    double tokens = 0, best = 0;
+    double tokens = 0, best = 0, kept = e ? (double)e->got / (double)e->hoped : 1;
     for (int l = 1; l <= a->limit; l++) {
-        tokens += survival ? (double)survival[l - 1] : 1;
+        tokens += e ? fmin(1, kept * (double)e->survival[l - 1]) : 1;
         best = fmax(best, tokens * c->plain_us - c->growth[l]);
     }
     return best - dspark__draft_time(m, dspark__max(1, c->drafting)) - a->extra_us;
@@ -5407,27 +5416,28 @@ static double dspark__gain(const dspark_model *m, const dspark__lane *a, const f
 // To be found out again now and then: texts change.
 enum { DSPARK__PROBE = 64, DSPARK__TRIALS = 3, DSPARK__TRIAL_SESSIONS = 4 };
 
-// Where drafts fare alike: at temperature 0, and with a verifier in a band of temperatures.
-static int dspark__manner(const dspark_session *s) {
-    if (dspark__greedy(s)) return 0;
-    return 1 + 3 * (dspark__mode(s) == DSPARK_VERIFY_REJECTION) + (s->desc.temperature > .5f) + (s->desc.temperature > .85f);
+static dspark__manner *dspark__manner_of(const dspark_session *s) {
+    float t = s->desc.temperature;
+    int band = (t > .5f) + (t > .85f), rejection = dspark__mode(s) == DSPARK_VERIFY_REJECTION;
+    return &s->model->manner[dspark__greedy(s) ? 0 : 1 + 3 * rejection + band];
 }
 
 // A session begins with nothing of its own, and may lose three worst outcomes of what its manner has: that begins with
 // one, and keeps what all sessions gain. So where drafts do not pay, only the first text tries at length, and where they
 // do, an unlucky beginning keeps no text from them.
 static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
-    dspark_account *all = &s->model->account[dspark__manner(s)];
-    if (all->limit_us <= 0) dspark_account_open(all, plain_us, worst_us);
-    if (!s->has_account) s->account = *all, s->account.balance_us = 0;
+    dspark__manner *all = dspark__manner_of(s);
+    if (all->account.limit_us <= 0) dspark_account_open(&all->account, plain_us, worst_us);
+    if (s->experience.hoped <= 0) s->experience = all->experience;
+    if (!s->has_account) s->account = all->account, s->account.balance_us = 0;
     s->has_account = 1;
 }
 static int dspark__affords(const dspark_session *s, double plain_us, double worst_us) {
-    const dspark_account *all = &s->model->account[dspark__manner(s)];
     dspark_account credit = s->account;
     if (dspark_account_affords(&credit, plain_us, worst_us)) return 1;
     credit.balance_us += credit.limit_us * 3 / 16;
-    return dspark_account_affords(all, plain_us, worst_us) && dspark_account_affords(&credit, plain_us, worst_us);
+    return dspark_account_affords(&dspark__manner_of(s)->account, plain_us, worst_us) &&
+           dspark_account_affords(&credit, plain_us, worst_us);
 }
 
 // Does this lane draft? It looks at the past only, so a rejection verifier may ask. While the costs are not known, a
@@ -5445,7 +5455,7 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     a->plain_us = c->plain_us;
     dspark__account_begin(s, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
     while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
-    return dspark__gain(m, a, s->survival) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
+    return dspark__gain(m, a, &s->experience) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
 }
 
 static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
@@ -5494,16 +5504,6 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int 
         lanes[i].draft_row = pass->n_rows, lanes[i].drafted = 1;
         for (int k = 0; k < c->dspark_block_size; k++)
             b->ids[pass->n_rows++] = k ? c->dspark_noise_token_id : s->tokens[s->n_run];
-    }
-}
-
-// The survivals of a lane's drafts become part of what is expected of the next.
-static void dspark__expect(const dspark__lane *a) {
-    float survival = 1;
-    for (int k = 0; k < a->n_drafted; k++) {
-        survival *= a->r->confidence[k];
-        a->s->survival[k] += (survival - a->s->survival[k]) / 8;
-        a->s->model->survival[k] += (survival - a->s->model->survival[k]) / 64;
     }
 }
 
@@ -5565,7 +5565,6 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n, 
         a->r->n_drafted = a->n_drafted;
         a->limit = dspark__min(a->limit, a->n_drafted);
         extra += a->extra_us;
-        dspark__expect(a);
     }
     if (m->profile.learn) dspark__learn_draft(&m->profile, pass.n_segments, fmax(dspark__now_us() - start - extra, 1));
     return DSPARK_OK;
@@ -5752,6 +5751,19 @@ static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
 
+// A cycle's confidences, and what came of those that were verified.
+static void dspark__experience_add(dspark__experience *e, const dspark_step_result *r, float rate) {
+    float survival = 1, hoped = 0;
+    for (int k = 0; k < r->n_drafted; k++) {
+        survival *= r->confidence[k];
+        e->survival[k] += rate * (survival - e->survival[k]);
+        if (k < r->n_scheduled) hoped += survival;
+    }
+    if (!r->n_scheduled) return;
+    e->hoped = fmaxf(e->hoped + rate * (hoped - e->hoped), 1e-3f);
+    e->got += rate * ((float)r->n_accepted - e->got);
+}
+
 // In modelled time: what this cycle cost the session, and what its tokens would have cost plainly. `drafts` are
 // verified in all, of `drafted` sessions.
 static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
@@ -5763,7 +5775,7 @@ static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
     if (a->length)
         cycle += (dspark__pass_time(m, R + drafts) - dspark__pass_time(m, R)) * a->length / (double)drafts;
     dspark_account_settle(&a->s->account, a->plain_us, cycle, tau);
-    dspark_account_settle(&m->account[dspark__manner(a->s)], a->plain_us, cycle, tau);
+    dspark_account_settle(&dspark__manner_of(a->s)->account, a->plain_us, cycle, tau);
 }
 
 static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const float *p_draft, int drafts,
@@ -5777,6 +5789,8 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
                                        dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
+    dspark__experience_add(&s->experience, a->r, 1.0f / 8);
+    dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 1.0f / 64);
 }
 
 // ---- a step

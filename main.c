@@ -149,7 +149,7 @@ static int parse(settings *s, int argc, char **argv) {
         return error(BAD_CALL, "%s '%s': expected %g to %g", o->name, argv[i], o->low, o->high);
     }
     if (s->json + s->show + s->compare > 1) return error(BAD_CALL, "of --json, --show, --compare only one");
-    if (s->preset && !dspark_preset(s->preset)) return error(BAD_CALL, "--preset %s: there is no such preset", s->preset);
+    if (s->preset && !dspark_preset(s->preset)) return error(BAD_CALL, "--preset %s: there is none", s->preset);
     if (s->plain && s->compare) return error(BAD_CALL, "--compare runs --plain itself");
     if (s->schedule == DSPARK_SCHEDULE_THRESHOLD && s->threshold <= 0)
         return error(BAD_CALL, "--schedule threshold wants a --threshold");
@@ -641,7 +641,8 @@ static int leave(const settings *o, dspark_model *m) {
     if (o->log_to && fclose(o->log_to)) return error(FAILED, "%s: %s", o->log, strerror(errno));
     if (!o->metrics) return 0;
     f = fopen(o->metrics, "w");
-    if (!f || n >= (int)sizeof text || fputs(text, f) < 0 || fclose(f)) return error(FAILED, "%s: %s", o->metrics, strerror(errno));
+    if (!f || n >= (int)sizeof text || fputs(text, f) < 0 || fclose(f))
+        return error(FAILED, "%s: %s", o->metrics, strerror(errno));
     return 0;
 }
 
