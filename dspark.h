@@ -5372,7 +5372,7 @@ static void dspark__costs_open(dspark_model *m, const dspark__lane *lanes, int n
     }
     if (!p->n || !c->R) return;
     c->base_us = (double)p->session_us * (c->R - 1);
-    c->context_us = (double)p->context_us * (depth / c->R - DSPARK__DEPTH) / 1024;
+    c->context_us = (double)p->context_us * (depth / c->R - (double)DSPARK__DEPTH) / 1024;
     c->row_us = c->context_us + draws / c->R;
     T = dspark__pass_time(m, c->R), c->plain_us = T / c->R, others = (c->R - 1) * gamma;
     for (int rows = 1; rows <= gamma + others && c->drafting; rows++) {
@@ -5983,7 +5983,7 @@ DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels
     dspark__write(&w, "# TYPE dspark_time_per_output_token_seconds histogram\n");
     for (int i = 0; i < DSPARK_BUCKETS; i++, top *= 1.4142135623730951) {
         below += (double)t->token_us[i];
-        if (i < DSPARK_BUCKETS - 1 && (i % 2 || !below)) continue;
+        if (i < DSPARK_BUCKETS - 1 && (i % 2 || below <= 0)) continue;
         dspark__write(&w, "dspark_time_per_output_token_seconds_bucket{%s%sle=\"", labels, comma);
         if (i == DSPARK_BUCKETS - 1) dspark__write(&w, "+Inf\"} %.15g\n", below);
         else dspark__write(&w, "%.6g\"} %.15g\n", 1e-6 * top, below);
@@ -6220,6 +6220,9 @@ static void dspark__float_mode_restore(uint64_t old) {
 #define DSPARK__TARGET_END DSPARK__PRAGMA(GCC pop_options)
 #pragma GCC push_options
 #pragma GCC optimize("O1", "expensive-optimizations", "fp-contract=off")
+#pragma GCC diagnostic push     // of GCC's own intrinsics (bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #define DSPARK__PATH 1
 #include "dspark.h"
@@ -6247,6 +6250,7 @@ DSPARK__TARGET_END
 #undef DSPARK__PATH
 #endif
 #if defined __GNUC__ && !defined __clang__
+#pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif
 
