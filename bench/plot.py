@@ -17,7 +17,7 @@ SHOWN = {"plain": "#888888", "block 1": "#c6dbef", "block 3": "#6baed6", "block 
 
 def save(figure, out, name):
     for kind in "svg", "png":
-        figure.savefig(os.path.join(out, f"{name}.{kind}"), dpi=150, bbox_inches="tight",
+        figure.savefig(os.path.join(out, f"{name}.{kind}"), dpi=110, bbox_inches="tight",
                        metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
 
