@@ -2241,7 +2241,7 @@ static void record(cuda *d, uint64_t calls) {
     if (graph) cudaGraphDestroy(graph);
 }
 
-// Runs what was noted: from its recording, which is made on the second occasion at the earliest; or call by call.
+// Runs what was noted: from its recording, made where there is none yet; or, of many rows, call by call.
 static void play(cuda *d) {
     uint64_t calls = 1469598103934665603u;
     recording *r;
