@@ -5,15 +5,6 @@
 #include "tap.h"
 #include "tensors.h"
 
-static double relative_l2(const float *a, const float *b, size_t n) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) {
-        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
-        norm += (double)b[i] * b[i];
-    }
-    return sqrt(difference / (norm > 0 ? norm : 1));
-}
-
 static int argmax(const float *x, int n) {
     int best = 0;
     for (int i = 1; i < n; i++) if (x[i] > x[best]) best = i;
