@@ -2,6 +2,7 @@
    the host (cuda_host.h: the same kernels, thread by thread) as build/tests/cuda, for a device as
    build/tests/cuda_device. */
 #include "heads.h"
+#include "near.h"
 #include "tap.h"
 
 #ifdef DSPARK_CUDA_HOST

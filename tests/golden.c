@@ -2,6 +2,7 @@
    exact implementation, at its recommended tolerances, at every position it gives. */
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
+#include "near.h"
 #include "tap.h"
 #include "tensors.h"
 

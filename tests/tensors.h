@@ -46,17 +46,4 @@ static void *tensors_get(const tensors *t, const char *name, int *n_dims, int64_
     copy = malloc((size_t)(end - begin) + 1);
     return memcpy(copy, t->bytes + t->data + begin, (size_t)(end - begin));
 }
-
-/* How far a is from b, as a share of b. */
-#ifdef __GNUC__
-__attribute__((unused))
-#endif
-static double relative_l2(const float *a, const float *b, size_t n) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) {
-        difference += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
-        norm += (double)b[i] * (double)b[i];
-    }
-    return sqrt(difference / (norm > 0 ? norm : 1));
-}
 #endif
