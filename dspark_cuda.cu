@@ -597,7 +597,6 @@ typedef struct {
     const int *n;
     const int *list;                // rows; NULL: all
     const float *partial, *stream, *scale, *base, *norm;
-    int n_out;                      // MIX, or COPIES for a head
     float *mixes;                   // [rows][MIX]; NULL: a head's, of which nothing is left to do
     float *hidden;                  // [rows][h] before the norm, or NULL
     input x;
@@ -1422,7 +1421,7 @@ typedef struct {
     int y_stride, tiles;
 } experts_args;
 
-typedef struct { const int *list; int n, first_slot; } members;        // list NULL: all rows, slot K
+typedef struct { const int *list; int n; } members;        // list NULL: all rows, slot K
 
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const matrix &w,
                                                                      const members &m, int i0, int m0, int tiles,
@@ -1453,7 +1452,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     int of_shared = p.shared ? (p.shared->w[p.which].rows + span - 1) / span * p.n_which : 0;
     for (int item = (int)blockIdx.x; item < n_active * of_routed + of_shared; item += (int)gridDim.x) {
         int a = item / of_routed, each = of_routed / p.n_which, part = item - a * of_routed;
-        members m = { NULL, n, 0 };
+        members m = { NULL, n };
         const expert *e = p.shared;
         if (a < n_active) {
             int of = p.active[1 + a];
@@ -1892,7 +1891,7 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
     p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
-    p.n_out = head ? COPIES : MIX, p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
+    p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
     LAUNCH(mix, grid_of(head ? d->grid_logits : d->grid_rows, 1), THREADS, (size_t)d->s.h * sizeof(float), p);
     d->now = *m;
 }
@@ -2241,7 +2240,7 @@ static void record(cuda *d, uint64_t calls) {
     if (graph) cudaGraphDestroy(graph);
 }
 
-// Runs what was noted: from its recording, which is made on the second occasion at the earliest; or call by call.
+// Runs what was noted: from its recording, made where there is none yet; or, of many rows, call by call.
 static void play(cuda *d) {
     uint64_t calls = 1469598103934665603u;
     recording *r;

@@ -186,6 +186,10 @@ __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 static void host_mma_all(host_warp *w) {
     alignas(64) double A[16][16], B[16][8];
+    uint32_t any = 0;
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) any |= w->in[lane][i] & 0x7fff7fffu;
+    if (!any) return;    // padding
     for (int lane = 0; lane < 32; lane++) {
         const uint32_t *f = w->in[lane];
         int g = lane / 4, t = lane % 4;

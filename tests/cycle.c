@@ -5,6 +5,7 @@
    prompts.jsonl: 50 prompts of the corpus' held-out split, 12 or 13 of each domain, from the sources that each line
    names (README.md, Credits); questions go in the chat form ("chat": 1), the others are beginnings of texts. */
 #include "sessions.h"
+#include "heads.h"
 #include "tap.h"
 
 /* ================================================================================================
@@ -933,27 +934,6 @@ static void test_logprobs(dspark_model *m, const int32_t *ids) {
 
 /* ================================================================================================
    The sequential heads, against a straightforward computation */
-
-enum { H = 288, RANK = 40, GAMMA = 3, VOCAB = 301 };     /* of golden b */
-#define B_CONFIDENCE "\"mtp.0.confidence_head.proj.weight\""
-#define B_W1 "\"mtp.0.markov_head.markov_w1.weight\""
-
-static float joint[3 * RANK * (2 * RANK + H) + 3 * RANK];    /* the largest matrix of a head, and its bias */
-static void set_joint(void) {
-    for (int i = 0; i < COUNT(joint); i++) joint[i] = (float)(dspark_uniform(9, 0, 0, 0, (uint32_t)i) - .5) * .4f;
-}
-
-static const variant no_head = { golden_b, { { "\"dspark_markov_rank\": 40", "\"dspark_markov_rank\": 0" } },
-                                 { { B_CONFIDENCE, "\"unused.0\"" }, { B_W1, "\"unused.1\"" },
-                                   { "\"mtp.0.markov_head.markov_w2.weight\"", "\"unused.2\"" } }, NULL, 0 };
-static const variant gated = { golden_b, { { NULL, NULL } },
-    { { B_W1, "\"mtp.0.markov_head.gate_proj.weight\":{\"dtype\":\"F32\",\"shape\":[40,328],\"data_offsets\":[6345295,6397775]},"
-              "\"mtp.0.markov_head.gate_proj.bias\":{\"dtype\":\"F32\",\"shape\":[40],\"data_offsets\":[6397775,6397935]}," B_W1 } },
-    joint, RANK * (RANK + H) + RANK };
-static const variant rnn = { golden_b, { { NULL, NULL } },
-    { { B_W1, "\"mtp.0.markov_head.joint_proj.weight\":{\"dtype\":\"F32\",\"shape\":[120,368],\"data_offsets\":[6345295,6521935]},"
-              "\"mtp.0.markov_head.joint_proj.bias\":{\"dtype\":\"F32\",\"shape\":[120],\"data_offsets\":[6521935,6522415]}," B_W1 } },
-    joint, 3 * RANK * (2 * RANK + H) + 3 * RANK };
 
 /* What the backbone gives, of the model without a head: logits and hidden rows. */
 typedef struct { float logits[GAMMA][VOCAB], hidden[GAMMA][H]; } backbone;

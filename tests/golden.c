@@ -2,17 +2,9 @@
    exact implementation, at its recommended tolerances, at every position it gives. */
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
+#include "near.h"
 #include "tap.h"
 #include "tensors.h"
-
-static double relative_l2(const float *a, const float *b, size_t n) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) {
-        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
-        norm += (double)b[i] * b[i];
-    }
-    return sqrt(difference / (norm > 0 ? norm : 1));
-}
 
 static int argmax(const float *x, int n) {
     int best = 0;

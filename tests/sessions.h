@@ -153,15 +153,16 @@ HELPER void variant_unmap(void *user, const void *data, uint64_t size) {
 }
 
 /* v must outlive the model. */
-HELPER dspark_model *open_variant(const variant *v) {
+HELPER dspark_model *open_variant_on(const variant *v, const dspark_backend *backend) {
     dspark_model *m;
     dspark_model_desc desc;
     memset(&desc, 0, sizeof desc);
-    desc.n_threads = 1;
+    desc.n_threads = 1, desc.backend = backend;
     desc.files.map = variant_map, desc.files.unmap = variant_unmap, desc.files.user = (void *)(uintptr_t)v;
     must(dspark_model_open(&m, v->dir, &desc));
     return m;
 }
+HELPER dspark_model *open_variant(const variant *v) { return open_variant_on(v, NULL); }
 
 /* The 300 tokens of a golden case; the caller frees them. */
 HELPER int32_t *golden_text(const char *dir) {
