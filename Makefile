@@ -16,7 +16,8 @@ FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
 BENCHES := $(filter-out cuda,$(patsubst bench/%.c,%,$(wildcard bench/*.c)))     # cuda needs nvcc: make bench-cuda
 HEADERS := dspark.h $(wildcard tests/*.h)
 export CC
-MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)    # programs are built side by side, tests run in turn
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+MAKEFLAGS += -j$(JOBS)
 
 dspark: main.c dspark.h     ## build ./dspark (the default)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) main.c -o $@ -lm $(LDFLAGS)
@@ -38,7 +39,7 @@ run: dspark     ## build, and let the small model solve a problem; colours show 
 	those cards are uncommon. How many uncommon cards did he get?"
 
 # Tests print TAP, programs and scripts alike. prove runs them, or these few lines.
-RUN_TESTS = if command -v prove >/dev/null; then prove --exec '' $(1) $(2); else passed=0 failed=0; \
+RUN_TESTS = if command -v prove >/dev/null; then OMP_WAIT_POLICY=passive prove -j$(JOBS) --exec '' $(2) $(1); else passed=0 failed=0; \
   for t in $(1) $(2); do echo "== $$t"; $$t > build/tap 2>&1; status=$$?; cat build/tap; \
     bad=$$(grep -c '^not ok' build/tap); passed=$$((passed + $$(grep -c '^ok' build/tap))); \
     if [ $$status -ne 0 ] && [ $$bad -eq 0 ]; then echo "not ok - $$t: exit status $$status"; bad=1; fi; \
