@@ -296,6 +296,26 @@ static void check_log_sum_exp(const dspark__kernels *k) {
        "%s: log_sum_exp of infinities and NaN", k->name);
 }
 
+/* Copies mixed in place, and to one without y: each number is one chain of fused multiply-adds. */
+static void check_mix(const dspark__kernels *k) {
+    static const int sizes[] = { 1, 7, 16, 33, 100 };
+    static float x[400], in[400], w[16], post[4], y[100];
+    int wrong = 0;
+    for (int i = 0; i < 10; i++) {
+        int n = sizes[i / 2], K = i % 2 ? 1 : 4;
+        random_floats(x, 400, 3), random_floats(w, 16, 1), random_floats(post, 4, 1), random_floats(y, 100, 2);
+        memcpy(in, x, sizeof x);
+        k->mix(x, 4, n, w, K, K > 1 ? y : NULL, K > 1 ? post : NULL, x);
+        for (int o = 0; o < K * n; o++) {
+            float v = K > 1 ? fmaf(post[o / n], y[o % n], 0) : 0;
+            for (int j = 0; j < 4; j++) v = fmaf(w[j * K + o / n], in[j * n + o % n], v);
+            wrong += v != x[o];
+        }
+        wrong += memcmp(x + K * n, in + K * n, (size_t)(400 - K * n) * sizeof *x) != 0;
+    }
+    ok(!wrong, "%s: mix of four copies, in place and to one, to the bit", k->name);
+}
+
 /* softmax with a sink in double */
 static void check_attend(const dspark__kernels *k) {
     enum { H = 7, D = 96, N = 133 };
@@ -350,7 +370,7 @@ int main(void) {
     printf("# best here: %s\n", best->name);
     if (!ok(tensors_open(&t, "tests/golden/ops.safetensors"), "ops.safetensors can be read")) return tap_done();
     for (int path = DSPARK_PATH_PLAIN; path < DSPARK_PATHS; path++) {
-        static const char *const names[] = { "", "plain C", "AVX2", "AVX-512", "NEON" };
+        static const char *const names[] = { "", "plain C", "AVX2", "AVX-512", "NEON", "AVX-512 BF16" };
         const dspark__kernels *k = dspark__kernels_choose(path);
         if (!k) {
             skip("not on this machine", names[path]);
@@ -364,6 +384,7 @@ int main(void) {
         check_function(k, "tanh", k->tanh, exact_tanh);
         check_function(k, "sqrt_softplus", k->sqrt_softplus, exact_sqrt_softplus);
         check_log_sum_exp(k);
+        check_mix(k);
         check_attend(k);
     }
     check_float_mode();
