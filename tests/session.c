@@ -232,7 +232,7 @@ static uint64_t life_hash(const char *dir, int threads, int path, const int32_t 
 static int path_is_here(int path) { return dspark__kernels_choose(path) != NULL; }
 
 static void test_paths(const char *dir, const int32_t *text, int prompt, int steps) {
-    static const char *const names[] = { "best", "plain C", "AVX2", "AVX-512", "NEON" };
+    static const char *const names[] = { "best", "plain C", "AVX2", "AVX-512", "NEON", "AVX-512 BF16" };
     uint64_t expected = life_hash(dir, 1, DSPARK_PATH_BEST, text, prompt, steps);
     for (int path = DSPARK_PATH_PLAIN; path < DSPARK_PATHS; path++)
         if (!path_is_here(path)) skip("not this machine", names[path]);
