@@ -22,7 +22,7 @@ typedef struct {
     dspark_sps sps;
     float passes[32], threshold[MAX_R], weight[MAX_R];
     int cap[MAX_R];
-    char scratch[256];
+    double scratch[32];
 } world;
 
 static int after(const world *w, int prefix, int token) { return prefix * (w->V + 1) + token + 1; }
