@@ -374,8 +374,8 @@ typedef struct {
 } dspark_files;
 
 enum {
-    DSPARK_PATH_BEST, DSPARK_PATH_PLAIN, DSPARK_PATH_AVX2, DSPARK_PATH_AVX512, DSPARK_PATH_NEON, DSPARK_PATH_AVX512_BF16,
-    DSPARK_PATHS
+    DSPARK_PATH_BEST, DSPARK_PATH_PLAIN, DSPARK_PATH_AVX2, DSPARK_PATH_AVX512, DSPARK_PATH_NEON,
+    DSPARK_PATH_AVX512_BF16, DSPARK_PATHS
 };
 
 typedef struct {
@@ -491,8 +491,9 @@ typedef void (*dspark_adjust)(void *user, const int32_t *prefix, int n, float *l
 typedef struct {
     int plain;              // 1: no drafting
     int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled
-                            // REJECTION, which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one, never slower;
-                            // _BLOCK: all drafts; _THRESHOLD: those before the first confidence below threshold
+                            // REJECTION, which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one,
+                            // never slower; _BLOCK: all drafts; _THRESHOLD: those before the first confidence
+                            // below threshold
     int verify;             // DSPARK_VERIFY_COUPLED (0): the text of plain decoding; DSPARK_VERIFY_REJECTION;
                             // DSPARK_VERIFY_GREEDY: the argmax, as both are at temperature 0
     float threshold;        // of confidence, 0: none. Cuts in every schedule but BLOCK.
@@ -5422,9 +5423,9 @@ static dspark__manner *dspark__manner_of(const dspark_session *s) {
     return &s->model->manner[dspark__greedy(s) ? 0 : 1 + 3 * rejection + band];
 }
 
-// A session begins with nothing of its own, and may lose three worst outcomes of what its manner has: that begins with
-// one, and keeps what all sessions gain. So where drafts do not pay, only the first text tries at length, and where they
-// do, an unlucky beginning keeps no text from them.
+// A session begins with nothing of its own, and may lose three worst outcomes of what its manner has: that begins
+// with one, and keeps what all sessions gain. So where drafts do not pay, only the first text tries at length, and
+// where they do, an unlucky beginning keeps no text from them.
 static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
     dspark__manner *all = dspark__manner_of(s);
     if (all->account.limit_us <= 0) dspark_account_open(&all->account, plain_us, worst_us);
@@ -5520,11 +5521,12 @@ static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, c
     status = m->backend->draft_steps(m->device, gamma, b->previous, b->drawn);
     for (int i = 0; i < pass->n_segments && !status; i++) {
         dspark__lane *a = &lanes[b->lane_of[i]];
+        const float *temperature = dspark__calibration_of(a->s);
         for (int k = 0; k < gamma; k++) {
             int32_t token = b->drawn[a->draft_row + k];
             if (token < 0 && k < a->n_drafted) a->n_drafted = k;
             a->s->tokens[a->s->n_tokens + k] = a->r->draft[k] = k < a->n_drafted ? token : 0;
-            a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], dspark__calibration_of(a->s)[k]);
+            a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], temperature[k]);
         }
     }
     return status;
@@ -7848,13 +7850,15 @@ DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p tab
 }
 DSPARK__INLINE void DSPARK__AT(zip)(float *y, __m256 even, __m256 odd) {
     __m256 a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
-    _mm256_storeu_ps(y, _mm256_permute2f128_ps(a, b, 0x20)), _mm256_storeu_ps(y + 8, _mm256_permute2f128_ps(a, b, 0x31));
+    _mm256_storeu_ps(y, _mm256_permute2f128_ps(a, b, 0x20));
+    _mm256_storeu_ps(y + 8, _mm256_permute2f128_ps(a, b, 0x31));
 }
 DSPARK__INLINE void dspark__v_zip(float *y, dspark__v even, dspark__v odd) {
     DSPARK__AT(zip)(y, even.a, odd.a), DSPARK__AT(zip)(y + 16, even.b, odd.b);
 }
 DSPARK__INLINE void DSPARK__AT(unzip)(float *y, __m256 a, __m256 b) {
-    __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
     _mm256_storeu_ps(y, _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8)));
     _mm256_storeu_ps(y + 16, _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)));
 }
@@ -7883,7 +7887,8 @@ DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
 #elif DSPARK__PATH == 3 || DSPARK__PATH == 5     // AVX-512: one register. 5: what products of bfloat16 take
 typedef struct { __m512 a; } dspark__v;
 typedef struct { __m512i a; } dspark__i;
-enum { DSPARK__AT(rows) = 6, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 4, DSPARK__AT(piece) = DSPARK__PATH == 5 ? 32 : 16 };
+enum { DSPARK__AT(rows) = 6, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 4 };
+enum { DSPARK__AT(piece) = DSPARK__PATH == 5 ? 32 : 16 };
 DSPARK__INLINE dspark__v DSPARK__AT(v_of)(__m512 a) { dspark__v y; y.a = a; return y; }
 DSPARK__INLINE dspark__i DSPARK__AT(i_of)(__m512i a) { dspark__i y; y.a = a; return y; }
 #define DSPARK__V1(operation) DSPARK__AT(v_of)(operation(x.a, y.a))
@@ -7995,14 +8000,17 @@ static int DSPARK__AT(is_bf16)(const float *x, int n) {
     for (int k = 0; k < n; k += 16) {
         __m512i u = _mm512_loadu_si512(x + k), a = _mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff));
         __mmask16 in = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(a, least), range);
-        if (_mm512_test_epi32_mask(u, _mm512_set1_epi32(0xffff)) | (_mm512_test_epi32_mask(a, a) & ~(unsigned)in)) return 0;
+        if (_mm512_test_epi32_mask(u, _mm512_set1_epi32(0xffff))) return 0;
+        if (_mm512_test_epi32_mask(a, a) & ~(unsigned)in) return 0;
     }
     return 1;
 }
 // n of them, from floats to pairs.
 static void DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
-    for (int k = 0; k < n; k += 16)
-        _mm256_storeu_si256((__m256i *)(void *)(y + k), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_loadu_si512(x + k), 16)));
+    for (int k = 0; k < n; k += 16) {
+        __m512i u = _mm512_srli_epi32(_mm512_loadu_si512(x + k), 16);
+        _mm256_storeu_si256((__m256i *)(void *)(y + k), _mm512_cvtepi32_epi16(u));
+    }
 }
 // y = x times the scales of a row of FP8 blocks: their power of two is added where x is not 0.
 static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, const uint8_t *scale, uint16_t *y) {
@@ -8318,7 +8326,8 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
 #define DSPARK__JOIN(r, q) dspark__v_join(acc[r][q][0], acc[r][q][1])
 #define DSPARK__SUM(r) \
     if (Q > 3) { \
-        dspark__v_sum4(p->y[r] + Q * g, DSPARK__JOIN(r, 0), DSPARK__JOIN(r, 1), DSPARK__JOIN(r, 2), DSPARK__JOIN(r, 3)); \
+        dspark__v_sum4(p->y[r] + Q * g, DSPARK__JOIN(r, 0), DSPARK__JOIN(r, 1), DSPARK__JOIN(r, 2), \
+                       DSPARK__JOIN(r, 3)); \
     } else { \
         p->y[r][Q * g] = dspark__v_sum(DSPARK__JOIN(r, 0)); \
         if (Q > 1) p->y[r][Q * g + 1] = dspark__v_sum(DSPARK__JOIN(r, 1)); \
@@ -8429,7 +8438,7 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
     for (int k = 0; k < n; k += 32) {
         dspark__v a = dspark__v_load_n(x + k, n - k, 0), b = dspark__v_load_n(x + k + 16, n - k - 16, 0);
         if (m->dtype == DSPARK_FP8 && k % 128 == 0) s = dspark__v_set(dspark__exp2i(dspark__fp8_power(scale[k / 128])));
-        if (m->dtype == DSPARK_FP8 || m->dtype == DSPARK_FP4) dspark__v_unzip(y + k, dspark__v_mul(a, s), dspark__v_mul(b, s));
+        if (m->dtype >= DSPARK_FP8) dspark__v_unzip(y + k, dspark__v_mul(a, s), dspark__v_mul(b, s));
         else dspark__v_store(y + k, a), dspark__v_store(y + k + 16, b);
     }
 }
@@ -8485,8 +8494,8 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 }
 
 #if DSPARK__PATH == 3
-// n rows of inputs, if they are exact in bfloat16, to pairs of those in `copy`: of a row cols of them, and behind it room
-// for as many, which a row of FP8 blocks scales.
+// n rows of inputs, if they are exact in bfloat16, to pairs of those in `copy`: of a row cols of them, and behind it
+// room for as many, which a row of FP8 blocks scales.
 static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x) {
     int cols = job->w->cols;
     if (job->w->dtype < DSPARK_FP8 || cols % 64) return 0;
@@ -8521,8 +8530,9 @@ static void DSPARK__AT(linear_by)(const dspark__job *job, int begin, int end, fl
                 float *to = copy + (size_t)j * stride;
 #if DSPARK__PATH == 3
                 if (exact) {
-                    DSPARK__AT(scale_bf16)((const uint16_t *)(void *)to, m->cols,
-                        m->scale + (size_t)block * (size_t)((m->cols + 127) / 128), (uint16_t *)(void *)(to + m->cols / 2));
+                    const uint8_t *scale = m->scale + (size_t)block * (size_t)((m->cols + 127) / 128);
+                    DSPARK__AT(scale_bf16)((const uint16_t *)(void *)to, m->cols, scale,
+                                           (uint16_t *)(void *)(to + m->cols / 2));
                     continue;
                 }
 #endif
@@ -9028,7 +9038,8 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
 
 #define DSPARK__KERNELS(name, linear) { \
         name, linear, DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4), \
-        DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), DSPARK__AT(sum_squares), \
+        DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), \
+        DSPARK__AT(sum_squares), \
         DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), \
         DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_score), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
     }
