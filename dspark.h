@@ -779,6 +779,19 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+// Of what stands between these no speed is asked, but that it compiles soon: a quarter of the time.
+#define DSPARK__PRAGMA(x) _Pragma(#x)
+#ifdef __clang__
+#define DSPARK__SOON DSPARK__PRAGMA(clang attribute push(__attribute__((minsize)), apply_to = function))
+#define DSPARK__SOON_END DSPARK__PRAGMA(clang attribute pop)
+#elif defined __GNUC__
+#define DSPARK__SOON DSPARK__PRAGMA(GCC push_options) DSPARK__PRAGMA(GCC optimize("O1", "fp-contract=off"))
+#define DSPARK__SOON_END DSPARK__PRAGMA(GCC pop_options)
+#else
+#define DSPARK__SOON
+#define DSPARK__SOON_END
+#endif
+
 // >>base
 // Failures, memory, sizes, files, time. A failure is a status and a message of its thread; memory comes from
 // DSPARK_MALLOC alone; a size that a file gave is compared before it is added or multiplied.
@@ -1611,10 +1624,7 @@ DSPARK_API void dspark_account_settle(dspark_account *a, double plain_us, double
     a->balance_us = balance < a->limit_us ? balance : a->limit_us;
 }
 
-#if defined __GNUC__ && !defined __clang__      // no speed is asked of what follows, but that it compiles soon
-#pragma GCC push_options
-#pragma GCC optimize("O1", "fp-contract=off")
-#endif
+DSPARK__SOON
 // >>json
 // JSON (RFC 8259, strictly) as an array of nodes in document order: config.json, the header of a safetensors
 // file, tokenizer.json. The children of node i begin at i + 1, an object's as key, value, key, value; the
@@ -4347,9 +4357,7 @@ DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *m, const flo
     return DSPARK_OK;
 }
 
-#if defined __GNUC__ && !defined __clang__
-#pragma GCC pop_options
-#endif
+DSPARK__SOON_END
 
 // >>forward
 // The target, an operation a line; the arithmetic stands in >>cpu under the same names. n rows, h hidden, C
@@ -4401,10 +4409,7 @@ static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *
     return b->pass_end(d, result);
 }
 
-#if defined __GNUC__ && !defined __clang__      // what follows up to >>kernels calls and seldom computes
-#pragma GCC push_options
-#pragma GCC optimize("O1", "fp-contract=off")
-#endif
+DSPARK__SOON    // what follows up to >>kernels calls and seldom computes
 // >>session
 // Committed tokens, of which the first n_run have been run: their rows are in the state, indexed by position.
 // Between calls n_run is n_tokens (and the logits for the next are there) or less (the rest is pending).
@@ -6041,9 +6046,7 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
     return DSPARK_OK;
 }
 
-#if defined __GNUC__ && !defined __clang__
-#pragma GCC pop_options
-#endif
+DSPARK__SOON_END
 
 // >>kernels
 // The arithmetic on vectors, written once, at the end of this file, and compiled once a path: plain C, AVX2,
@@ -6113,22 +6116,20 @@ typedef struct {
     size_t ahead;               // and from a row of them to the one that is fetched meanwhile
 } dspark__product;
 
-// Many rows go in even groups of at most this many, whose inputs (scaled, for FP8) stay in the second cache.
-enum { DSPARK__LINEAR_ROWS = 24 };
-static int dspark__linear_rows(int n) {     // the size of the next group when n are left
-    int groups = (n + DSPARK__LINEAR_ROWS - 1) / DSPARK__LINEAR_ROWS;
-    return groups ? (n + groups - 1) / groups : 0;
-}
+// Many rows go in groups of at most this many, whose inputs (scaled, for FP8) stay in the second cache.
+enum { DSPARK__LINEAR_ROWS = 48 };
+static int dspark__linear_rows(int n) { return n < DSPARK__LINEAR_ROWS ? n : DSPARK__LINEAR_ROWS; }
 
 // How many bytes of weights are fetched before they are used: into the second cache, for what is on its way to the
 // first holds one of its few miss buffers.
 enum { DSPARK__AHEAD = 8192 };
 // 16 more, so that rows do not fall on the same lines of the first cache.
 static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
-// Floats of scratch for a thread: rows of inputs; four of weights; their scales.
+// Floats of scratch for a thread: rows of inputs; four of weights; their scales; those four decoded; the inputs, a lane
+// a row.
 static size_t dspark__linear_scratch(int cols, int n_rows) {
-    size_t rows = (size_t)(n_rows < DSPARK__LINEAR_ROWS ? n_rows : DSPARK__LINEAR_ROWS);
-    return dspark__input_stride(cols) * (rows + 5) + 64;
+    size_t rows = (size_t)dspark__linear_rows(n_rows);
+    return dspark__input_stride(cols) * (rows + 9 + (rows + 15) / 16 * 16) + 64;
 }
 
 static size_t dspark__row_bytes(const dspark_matrix *m) {
@@ -6213,11 +6214,9 @@ static void dspark__float_mode_restore(uint64_t old) {
 // written out: at O1 GCC takes half the time, and the code is as fast. (Its expensive optimizations put a vzeroupper
 // behind AVX: SSE instructions after it would wait for the upper halves, three times as long for a draw.)
 #ifdef __clang__
-#define DSPARK__PRAGMA(x) _Pragma(#x)
 #define DSPARK__TARGET(x) DSPARK__PRAGMA(clang attribute push(__attribute__((target(x))), apply_to = function))
 #define DSPARK__TARGET_END DSPARK__PRAGMA(clang attribute pop)
 #elif defined __GNUC__
-#define DSPARK__PRAGMA(x) _Pragma(#x)
 #define DSPARK__TARGET(x) DSPARK__PRAGMA(GCC push_options) DSPARK__PRAGMA(GCC target(x))
 #define DSPARK__TARGET_END DSPARK__PRAGMA(GCC pop_options)
 #pragma GCC push_options
@@ -6226,9 +6225,11 @@ static void dspark__float_mode_restore(uint64_t old) {
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
+DSPARK__SOON
 #define DSPARK__PATH 1
 #include "dspark.h"
 #undef DSPARK__PATH
+DSPARK__SOON_END
 #ifdef DSPARK__X86
 DSPARK__TARGET("avx2,fma,f16c")
 #define DSPARK__PATH 2
@@ -7994,23 +7995,18 @@ DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
 DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
-// Whether n inputs are bfloat16, and 0 or of a size that no scale takes to an underflow.
-static int DSPARK__AT(is_bf16)(const float *x, int n) {
+// n inputs as pairs of bfloat16; returns whether they are such, and 0 or of a size that no scale takes to an underflow.
+static int DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
     const __m512i least = _mm512_set1_epi32(0x2b800000), range = _mm512_set1_epi32(0x28000000);      // 2^-40 .. 2^40
+    unsigned bad = 0;
     for (int k = 0; k < n; k += 16) {
         __m512i u = _mm512_loadu_si512(x + k), a = _mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff));
-        __mmask16 in = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(a, least), range);
-        if (_mm512_test_epi32_mask(u, _mm512_set1_epi32(0xffff))) return 0;
-        if (_mm512_test_epi32_mask(a, a) & ~(unsigned)in) return 0;
+        __mmask16 some = _mm512_test_epi32_mask(a, a);
+        bad |= _mm512_test_epi32_mask(u, _mm512_set1_epi32(0xffff));
+        bad |= _mm512_mask_cmpge_epu32_mask(some, _mm512_sub_epi32(a, least), range);
+        _mm256_storeu_si256((__m256i *)(void *)(y + k), _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16)));
     }
-    return 1;
-}
-// n of them, from floats to pairs.
-static void DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
-    for (int k = 0; k < n; k += 16) {
-        __m512i u = _mm512_srli_epi32(_mm512_loadu_si512(x + k), 16);
-        _mm256_storeu_si256((__m256i *)(void *)(y + k), _mm512_cvtepi32_epi16(u));
-    }
+    return !bad;
 }
 // y = x times the scales of a row of FP8 blocks: their power of two is added where x is not 0.
 static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, const uint8_t *scale, uint16_t *y) {
@@ -8248,6 +8244,14 @@ DSPARK__WORD void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c
 }
 #endif
 // The first n lanes (16 if n is more); the others are `fill`, or left alone.
+#if DSPARK__PATH == 3 || DSPARK__PATH == 5
+DSPARK__CALLED dspark__v DSPARK__AT(load_some)(const float *p, int n, float fill) {
+    return DSPARK__AT(v_of)(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)(n > 0 ? (1u << n) - 1 : 0), p));
+}
+DSPARK__CALLED void DSPARK__AT(store_some)(float *p, int n, dspark__v x) {
+    _mm512_mask_storeu_ps(p, (__mmask16)(n > 0 ? (1u << n) - 1 : 0), x.a);
+}
+#else
 DSPARK__CALLED dspark__v DSPARK__AT(load_some)(const float *p, int n, float fill) {
     float some[16];
     for (int i = 0; i < 16; i++) some[i] = i < n ? p[i] : fill;
@@ -8258,6 +8262,7 @@ DSPARK__CALLED void DSPARK__AT(store_some)(float *p, int n, dspark__v x) {
     dspark__v_store(some, x);
     memcpy(p, some, (size_t)n * sizeof(float));
 }
+#endif
 DSPARK__WORD dspark__v dspark__v_load_n(const float *p, int n, float fill) {
     return n >= 16 ? dspark__v_load(p) : DSPARK__AT(load_some)(p, n, fill);
 }
@@ -8371,8 +8376,8 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
     }
 #if DSPARK__PATH == 5
 #define DSPARK__PRODUCTS(R) \
-    DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
-#define DSPARK__PRODUCT_ROW(R) { NULL, DSPARK__AT(bf16_##R), NULL, DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
+    DSPARK__PRODUCT(fp8_, DSPARK_FP8, R) DSPARK__PRODUCT(fp4_, DSPARK_FP4, R)
+#define DSPARK__PRODUCT_ROW(R) { NULL, NULL, NULL, DSPARK__AT(fp8_##R), DSPARK__AT(fp4_##R) }
 #else
 #define DSPARK__PRODUCTS(R) \
     DSPARK__PRODUCT(f32_, DSPARK_F32, R) DSPARK__PRODUCT(bf16_, DSPARK_BF16, R) \
@@ -8402,22 +8407,90 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
 #undef DSPARK__PRODUCT_ROW
 #endif
 
-#if DSPARK__PATH == 5
-// Four rows of weights as bfloat16, at `tile` from here on: what more rows of inputs than a product takes pay for once.
-static void dspark__decode_bf16(dspark__product *p, int dtype, uint16_t *tile) {
+#if DSPARK__PATH == 3 || DSPARK__PATH == 5
+// ---- Sixteen rows at once: a lane of a register is a row, and a register one lane of its sums, which then add
+// without being turned. Columns are of 4 bytes: floats, or pairs of bfloat16.
+
+// In each quarter of a register, 4 x 4: element j of v[i] becomes element i of v[j].
+DSPARK__INLINE void DSPARK__AT(turn)(__m512 *v) {
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+    __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+    v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)), v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)), v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+}
+
+#if DSPARK__PATH == 3
+// n columns of up to 16 rows to y [n][16]; for those that are missing stands the last.
+static void DSPARK__AT(pack)(const float *const *x, int rows, int n, float *y) {
+    const float *from[16];
+    __m512 v[4];
+    for (int j = 0; j < 16; j++) from[j] = x[j < rows ? j : rows - 1];
+    for (int k = 0; k < n; k += 4) {
+#define DSPARK__QUARTERS(i) \
+        v[i] = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + k)); \
+        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[4 + i] + k), 1); \
+        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[8 + i] + k), 2); \
+        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[12 + i] + k), 3);
+        DSPARK__QUARTERS(0) DSPARK__QUARTERS(1) DSPARK__QUARTERS(2) DSPARK__QUARTERS(3)
+        DSPARK__AT(turn)(v);
+        _mm512_storeu_ps(y + 16 * k, v[0]), _mm512_storeu_ps(y + 16 * k + 16, v[1]);
+        _mm512_storeu_ps(y + 16 * k + 32, v[2]), _mm512_storeu_ps(y + 16 * k + 48, v[3]);
+    }
+}
+#endif
+
+// Four rows of weights as pieces of a product, at `tile` from here on: decoded once for all rows of inputs.
+static void DSPARK__AT(decode)(dspark__product *p, int dtype, float *tile) {
+    enum { next = DSPARK__AT(piece) == 32 ? 32 : 16, step = 2 * next, each = DSPARK__AT(piece) / 16 };
     const float *scale = p->scale;
     if (dtype == DSPARK_FP4) DSPARK__AT(scales)(p->codes, p->n / 8, p->end, p->scale);
     for (int q = 0; q < 4; q++) {
-        for (int k = 0; k < p->n; k += 64) {
-            dspark__p low = dspark__p_zero(), high = low;
-            if (dtype == DSPARK_FP4) low = dspark__p_table(*scale++), high = dspark__p_table(*scale++);
-            dspark__prefetch((const void *)((uintptr_t)(p->w[q] + DSPARK__AT(bytes)(dtype, (size_t)k)) + p->ahead));
-            _mm512_storeu_ps(tile + k, dspark__p_decode(dtype, p->w[q], (size_t)k, 0, low));
-            _mm512_storeu_ps(tile + k + 32, dspark__p_decode(dtype, p->w[q], (size_t)k, 32, high));
-        }
+        const uint8_t *w = p->w[q];
         p->w[q] = (const uint8_t *)tile;
-        tile += p->n;
+        for (int k = 0; k < p->n; k += step, tile += step / each) {
+            dspark__p low = dspark__p_zero(), high;
+            if (dtype == DSPARK_FP4) low = dspark__p_table(*scale++);
+            high = dtype == DSPARK_FP4 && each == 2 ? dspark__p_table(*scale++) : low;
+            dspark__prefetch((const void *)((uintptr_t)(w + DSPARK__AT(bytes)(dtype, (size_t)k)) + p->ahead));
+            _mm512_storeu_ps(tile, dspark__p_decode(dtype, w, (size_t)k, 0, low));
+            _mm512_storeu_ps(tile + next / each, dspark__p_decode(dtype, w, (size_t)k, next, high));
+        }
     }
+}
+
+// A column of inputs times one of weights, for all rows. GCC would take two instructions for a pair.
+DSPARK__INLINE __m512 DSPARK__AT(column)(__m512 x, const float *w, __m512 sum) {
+#if DSPARK__PATH == 3
+    return _mm512_fmadd_ps(x, _mm512_set1_ps(*w), sum);
+#else
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*w));
+    return sum;
+#endif
+}
+
+// y[r % 4], lane 4 (r / 4) + q = the product of row r and weights q; x [n][16], as pack() leaves it. Four lanes at a time: those
+// of one sum, 4 apart.
+static void DSPARK__AT(across)(const float *x, const uint8_t *const *w, int n, __m512 *y) {
+    const float *w0 = (const float *)(const void *)w[0], *w1 = (const float *)(const void *)w[1];
+    const float *w2 = (const float *)(const void *)w[2], *w3 = (const float *)(const void *)w[3];
+    __m512 part[4][4];
+    for (int j = 0; j < 4; j++) {
+        __m512 acc[4][4], v;
+#define DSPARK__LANE_ZERO(i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = _mm512_setzero_ps();
+#define DSPARK__LANE(i) \
+        v = dspark__p_keep(_mm512_loadu_ps(x + 16 * (k + 4 * i))); \
+        acc[i][0] = DSPARK__AT(column)(v, w0 + k + 4 * i, acc[i][0]); \
+        acc[i][1] = DSPARK__AT(column)(v, w1 + k + 4 * i, acc[i][1]); \
+        acc[i][2] = DSPARK__AT(column)(v, w2 + k + 4 * i, acc[i][2]); \
+        acc[i][3] = DSPARK__AT(column)(v, w3 + k + 4 * i, acc[i][3]);
+#define DSPARK__SUM4(a, b, c, d) _mm512_add_ps(_mm512_add_ps(a, c), _mm512_add_ps(b, d))
+#define DSPARK__LANE_SUM(q) part[q][j] = DSPARK__SUM4(acc[0][q], acc[1][q], acc[2][q], acc[3][q]);
+        DSPARK__LANE_ZERO(0) DSPARK__LANE_ZERO(1) DSPARK__LANE_ZERO(2) DSPARK__LANE_ZERO(3)
+        for (int k = j; k < n; k += 16) { DSPARK__LANE(0) DSPARK__LANE(1) DSPARK__LANE(2) DSPARK__LANE(3) }
+        DSPARK__LANE_SUM(0) DSPARK__LANE_SUM(1) DSPARK__LANE_SUM(2) DSPARK__LANE_SUM(3)
+    }
+    for (int q = 0; q < 4; q++) y[q] = DSPARK__SUM4(part[q][0], part[q][1], part[q][2], part[q][3]);
+    DSPARK__AT(turn)(y);
 }
 #endif
 
@@ -8458,35 +8531,72 @@ static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__pro
     }
 }
 
+#if DSPARK__PATH == 3
+// How many of n rows go by sixteens; ten or more are worth a sixteen of their own.
+static int dspark__across_rows(int n) { return n % 16 >= 10 ? n : n - n % 16; }
+
+// Outputs i .. i + 3 (those below end) of these rows. packed: of each sixteen n columns.
+static void dspark__across_block(const dspark__product *from, int dtype, int i, int end, const float *packed,
+                                 float *const *y, int rows, float *tile, int bf16) {
+    dspark__product p = *from;
+    int n = bf16 ? p.n / 2 : p.n;
+    if (bf16) dspark__decode_5(&p, dtype, tile);
+    else dspark__decode_3(&p, dtype, tile);
+    for (int r = 0; r < rows; r += 16, packed += 16 * n) {
+        __m512 all[4];
+        if (bf16) dspark__across_5(packed, p.w, n, all);
+        else dspark__across_3(packed, p.w, n, all);
+        if (rows - r >= 16 && end - i >= 4) {
+#define DSPARK__FOURS(j) \
+            _mm_storeu_ps(y[r + j] + i, _mm512_castps512_ps128(all[j])); \
+            _mm_storeu_ps(y[r + 4 + j] + i, _mm512_extractf32x4_ps(all[j], 1)); \
+            _mm_storeu_ps(y[r + 8 + j] + i, _mm512_extractf32x4_ps(all[j], 2)); \
+            _mm_storeu_ps(y[r + 12 + j] + i, _mm512_extractf32x4_ps(all[j], 3));
+            DSPARK__FOURS(0) DSPARK__FOURS(1) DSPARK__FOURS(2) DSPARK__FOURS(3)
+        } else for (int j = 0; j < 16 && r + j < rows; j++)
+            memcpy(y[r + j] + i, (const float *)&all[j % 4] + j / 4 * 4,
+                   (size_t)(end - i < 4 ? end - i : 4) * sizeof(float));
+    }
+}
+#endif
+
 // Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs: all outputs at once if the rows are one
 // group; else few at a time, whose weights stay in the first cache for all rows. bf16: inputs are pairs of those.
-// spare: four rows of weights; four rows' FP4 scales.
+// spare: four rows of weights; their FP4 scales; those rows decoded; rows of inputs.
 static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end, const float *const *x,
                                      float *const *y, int n, float *spare, int bf16) {
     const dspark_matrix *m = job->w;
     int single = n == 1 || m->dtype == DSPARK_F16, Q = single ? DSPARK__AT(wide) : DSPARK__AT(outputs);
-    int once = n <= (single ? 1 : DSPARK__AT(rows)) && m->cols % 32 == 0;
+    int once = n <= (single ? 1 : DSPARK__AT(rows)) && m->cols % 32 == 0, first = 0;
+    size_t stride = dspark__input_stride(m->cols);
     dspark__product p;
     p.n = (m->cols + 31) / 32 * 32, p.step = dspark__row_bytes(m) * (size_t)Q;
-    p.scale = spare + 4 * dspark__input_stride(m->cols);
+    p.scale = spare + 4 * stride;
     if (m->dtype == DSPARK_FP4) p.end = m->scale + (size_t)m->rows * (size_t)(m->cols / 32);
+#if DSPARK__PATH == 3
+    float *packed = spare + 9 * stride;
+    int columns = bf16 ? p.n / 2 : p.n;
+    first = dspark__across_rows(n);
+    for (int r = 0; r < first; r += 16)
+        dspark__pack_3(x + r, first - r < 16 ? first - r : 16, columns, packed + r * columns);
+#endif
     for (int i = begin; i < end; i += p.groups * Q) {
         float some[6][4];
-        int whole = end - i >= Q, dtype = m->dtype;
+        int whole = end - i >= Q;
         DSPARK__AT(take)(job, i, end, &p, m->cols % 32 ? (uint8_t *)spare : NULL);
         p.groups = once && whole ? (end - i) / Q : 1;
         p.ahead = (DSPARK__AHEAD + p.step - 1) / p.step * p.step;
 #if DSPARK__PATH == 3
-        if (bf16 && !once) dspark__decode_bf16(&p, dtype, (uint16_t *)(void *)spare), dtype = DSPARK_BF16;
+        if (first) dspark__across_block(&p, m->dtype, i, end, packed, y, first, spare + 5 * stride, bf16), p.ahead = 0;
 #endif
-        for (int r = 0, R; r < n; r += R, p.ahead = 0, p.codes = NULL) {
+        for (int r = first, R; r < n; r += R, p.ahead = 0, p.codes = NULL) {
             R = single ? 1 : DSPARK__AT(group)(n - r);
             for (int j = 0; j < R; j++) p.x[j] = x[r + j], p.y[j] = whole ? y[r + j] + i : some[j];
 #if DSPARK__PATH == 3
-            if (bf16) dspark__multiply_5(dtype, R, &p);
+            if (bf16) dspark__multiply_5(m->dtype, R, &p);
             else
 #endif
-            dspark__multiply(dtype, R, &p);
+            dspark__multiply(m->dtype, R, &p);
             for (int j = 0; j < R && !whole; j++) memcpy(y[r + j] + i, some[j], (size_t)(end - i) * sizeof(float));
         }
     }
@@ -8499,9 +8609,8 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x) {
     int cols = job->w->cols;
     if (job->w->dtype < DSPARK_FP8 || cols % 64) return 0;
-    for (int j = 0; j < n; j++) if (!DSPARK__AT(is_bf16)(job->x[r + j], cols)) return 0;
     for (int j = 0; j < n; j++, copy += stride) {
-        DSPARK__AT(to_bf16)(job->x[r + j], cols, (uint16_t *)(void *)copy);
+        if (!DSPARK__AT(to_bf16)(job->x[r + j], cols, (uint16_t *)(void *)copy)) return 0;
         x[j] = copy + (job->w->dtype == DSPARK_FP8 ? cols / 2 : 0);
     }
     return 1;
@@ -8711,18 +8820,33 @@ static void DSPARK__AT(axpy)(float *y, float a, const float *x, int n) {
     }
 }
 
+#define DSPARK__EACH_COPY(what) \
+    what(0) if (K > 1) { what(1) } if (K > 2) { what(2) } if (K > 3) { what(3) } \
+    if (K > 4) { what(4) } if (K > 5) { what(5) } if (K > 6) { what(6) } if (K > 7) { what(7) }
+#define DSPARK__MIX_Y(k) v[k] = dspark__v_fma(dspark__v_set(post[k]), u, v[k]);
+#define DSPARK__MIX_X(k) v[k] = dspark__v_fma(dspark__v_set(w[j * K + k]), u, v[k]);
+#define DSPARK__MIX_OUT(k) dspark__v_store_n(out + k * n + i, n - i, v[k]);
+DSPARK__INLINE void DSPARK__AT(mix_of)(const float *x, int C, int n, const float *w, const int K, const float *y,
+                                       const float *post, float *out) {
+    for (int i = 0; i < n; i += 16) {
+        dspark__v v[8], u = dspark__v_zero();
+        v[0] = v[1] = v[2] = v[3] = v[4] = v[5] = v[6] = v[7] = u;
+        if (y) {
+            u = dspark__v_load_n(y + i, n - i, 0);
+            DSPARK__EACH_COPY(DSPARK__MIX_Y)
+        }
+        for (int j = 0; j < C; j++) {
+            u = dspark__v_load_n(x + j * n + i, n - i, 0);
+            DSPARK__EACH_COPY(DSPARK__MIX_X)
+        }
+        DSPARK__EACH_COPY(DSPARK__MIX_OUT)
+    }
+}
 static void DSPARK__AT(mix)(const float *x, int C, int n, const float *w, int K, const float *y, const float *post,
                             float *out) {
-    for (int i = 0; i < n; i += 16) {
-        dspark__v v[8];
-        for (int k = 0; k < K; k++) {
-            v[k] = dspark__v_zero();
-            if (y) v[k] = dspark__v_fma(dspark__v_set(post[k]), dspark__v_load_n(y + i, n - i, 0), v[k]);
-            for (int j = 0; j < C; j++)
-                v[k] = dspark__v_fma(dspark__v_set(w[j * K + k]), dspark__v_load_n(x + j * n + i, n - i, 0), v[k]);
-        }
-        for (int k = 0; k < K; k++) dspark__v_store_n(out + k * n + i, n - i, v[k]);
-    }
+    if (K == 1) DSPARK__AT(mix_of)(x, C, n, w, 1, y, post, out);
+    else if (K == 4) DSPARK__AT(mix_of)(x, C, n, w, 4, y, post, out);
+    else DSPARK__AT(mix_of)(x, C, n, w, K, y, post, out);
 }
 
 static float DSPARK__AT(sum_squares)(const float *x, int n) { return DSPARK__AT(dot)(x, x, n); }

@@ -20,9 +20,10 @@ static void check_cases(const dspark__kernels *k, const kernel_case *expected, i
 /* A row alone, and among 2 to 27 others; an output alone, and among others. */
 static void check_company(const dspark__kernels *k) {
     for (int kind = DSPARK_F32; kind <= DSPARK_FP4; kind++) {
-        int differ = 0, cols = kind == DSPARK_FP4 ? 96 : 91, n = 141;
+        int differ = 0, cols = kind >= DSPARK_FP8 ? 128 : 91, n = 141;
         test_matrix m = random_matrix(kind, n, cols, 1);
         test_rows all = random_rows(27, cols, n);
+        if (kind >= DSPARK_FP8) change_inputs(k, ROUNDED_INPUTS, kind, &m, &all, cols);
         run_linear(k, &m.m, &all, 0, 0, n);
         for (int count = 1; count < 27; count++) {
             test_rows some = all;
