@@ -7946,6 +7946,32 @@ DSPARK__INLINE __m256 DSPARK__AT(fold)(dspark__v x) {
 DSPARK__INLINE void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c, dspark__v d) {
     DSPARK__AT(sum4)(y, DSPARK__AT(fold)(a), DSPARK__AT(fold)(b), DSPARK__AT(fold)(c), DSPARK__AT(fold)(d));
 }
+// In each quarter of a register, 4 x 4: element j of v[i] becomes element i of v[j].
+DSPARK__INLINE void DSPARK__AT(turn)(__m512 *v) {
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+    __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+    v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)), v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)), v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+}
+// y[r][q] = v_sum of v[r][q] for four rows. Halves, then quarters of a row's four beside each other; then rows too.
+#define DSPARK__QUARTERS_SUM(r) { \
+        __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(v[r][0][0], v[r][1][0], 0x44), \
+                                  _mm512_shuffle_f32x4(v[r][0][0], v[r][1][0], 0xee)); \
+        __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(v[r][2][0], v[r][3][0], 0x44), \
+                                  _mm512_shuffle_f32x4(v[r][2][0], v[r][3][0], 0xee)); \
+        t[r] = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd)); \
+    }
+DSPARK__INLINE void DSPARK__AT(sum16)(float *const *y, int at, __m512 (*v)[4][2]) {
+    const __m512i rows = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512 t[4];
+    DSPARK__QUARTERS_SUM(0) DSPARK__QUARTERS_SUM(1) DSPARK__QUARTERS_SUM(2) DSPARK__QUARTERS_SUM(3)
+    DSPARK__AT(turn)(t);
+    t[0] = _mm512_permutexvar_ps(rows, _mm512_add_ps(_mm512_add_ps(t[0], t[2]), _mm512_add_ps(t[1], t[3])));
+    _mm_storeu_ps(y[0] + at, _mm512_castps512_ps128(t[0]));
+    _mm_storeu_ps(y[1] + at, _mm512_extractf32x4_ps(t[0], 1));
+    _mm_storeu_ps(y[2] + at, _mm512_extractf32x4_ps(t[0], 2));
+    _mm_storeu_ps(y[3] + at, _mm512_extractf32x4_ps(t[0], 3));
+}
 DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     __m512i u = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p));
     u = _mm512_max_epi32(_mm512_slli_epi32(u, 23), _mm512_set1_epi32(0x400000));
@@ -8358,7 +8384,14 @@ DSPARK__INLINE void dspark__product_of(const dspark__product *of, const int dtyp
             DSPARK__STEP(DSPARK__AT(piece) == 32 ? 32 : 16, 0)
             if (DSPARK__AT(piece) == 8) DSPARK__STEP(24, 1)
         }
-        DSPARK__EACH_ROW(DSPARK__SUM)
+#if DSPARK__PATH == 3 || DSPARK__PATH == 5
+        if (R > 3) {
+            DSPARK__AT(sum16)(p->y, Q * g, acc);
+            if (R > 4) { DSPARK__SUM(4) }
+            if (R > 5) { DSPARK__SUM(5) }
+        } else
+#endif
+        { DSPARK__EACH_ROW(DSPARK__SUM) }
     }
 }
 
@@ -8410,14 +8443,6 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
 #if DSPARK__PATH == 3 || DSPARK__PATH == 5
 // ---- Sixteen rows at once: a lane of a register is a row, and a register one lane of its sums, which then add
 // without being turned. Columns are of 4 bytes: floats, or pairs of bfloat16.
-
-// In each quarter of a register, 4 x 4: element j of v[i] becomes element i of v[j].
-DSPARK__INLINE void DSPARK__AT(turn)(__m512 *v) {
-    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
-    __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
-    v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)), v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-    v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)), v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
-}
 
 #if DSPARK__PATH == 3
 // n columns of up to 16 rows to y [n][16]; for those that are missing stands the last.
@@ -9059,7 +9084,7 @@ static float DSPARK__AT(soften)(float *s, int n, float sink) {
 
 static void DSPARK__AT(attend)(const float *q, int H, int d, const float *const *rows, int n, float scale,
                                const float *sink, float *scratch, float *o) {
-    enum { R = DSPARK__AT(rows), W = DSPARK__AT(outputs) };
+    enum { R = DSPARK__AT(outputs), W = DSPARK__AT(outputs) };     // heads at a time: they come in fours
     DSPARK__AT(scores)(q, H, d, rows, n, scale, scratch);
     for (int h = 0; h < H; h += R) {
         const float *p[R] = { NULL };
