@@ -1561,12 +1561,90 @@ static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
     }
     if (threadIdx.x % WARP == 0) atomicMax(&p.best[r], best);
 }
-typedef struct { const int *n; const unsigned long long *best; int *tokens; } drawn_args;
+// Leaves zeros for the next draws.
+typedef struct { const int *n; unsigned long long *best; int *tokens; } drawn_args;
 static __global__ void __launch_bounds__(THREADS) drawn(const drawn_args p) {
     int i = (int)(blockIdx.x * THREADS + threadIdx.x);
     grid_wait();
     grid_go();
-    if (i < *p.n) p.tokens[i] = token_of(p.best[i]);
+    if (i < *p.n) p.tokens[i] = token_of(p.best[i]), p.best[i] = 0;
+}
+
+// ---- which drafts are verified ----------------------------------------------------------------
+// dspark_schedule's ASYNC: of all drafts the `budget` largest in weight * survival, the earlier and then the lower
+// segment of equals, which is a prefix of each segment's; then the rows of the target pass that has them.
+
+typedef struct {
+    uint8_t *const *state;
+    int id, position, draft_row, limit;     // of the anchor; the first draft's row of the draft pass, -1: none
+    float weight, threshold, temperature[DSPARK_MAX_BLOCK];
+    draw_row draw;
+} pick;
+typedef struct { int n, budget; } picking;
+typedef struct {
+    const picking *what;
+    const pick *picks;
+    const int *drafted;                     // [draft pass' rows]
+    const float *confidence;                // logits, the same
+    double *value;                          // [picks][DSPARK_MAX_BLOCK]
+    int *candidates, *lengths;              // [picks]
+    counts *n;
+    row *rows;
+    int *logit_rows;
+    draw_row *draws;
+} choose_args;
+
+// How many drafts of a pick may be chosen: up to its limit, to one that is none, to the threshold.
+static __device__ int candidates_of(const choose_args &p, int i) {
+    const pick &a = p.picks[i];
+    double survival = 1;
+    int k = 0;
+    for (; a.draft_row >= 0 && k < a.limit && p.drafted[a.draft_row + k] >= 0; k++) {
+        float c = (float)(1 / (1 + exp(-(double)p.confidence[a.draft_row + k] / (double)a.temperature[k])));
+        if (!(c >= a.threshold)) break;
+        survival *= (double)c;
+        p.value[i * DSPARK_MAX_BLOCK + k] = (double)a.weight * survival;
+        if (!(p.value[i * DSPARK_MAX_BLOCK + k] > 0)) break;
+    }
+    return k;
+}
+// How many candidates come before draft k of pick i.
+static __device__ int rank_of(const choose_args &p, int i, int k) {
+    double value = p.value[i * DSPARK_MAX_BLOCK + k];
+    int before = 0;
+    for (int j = 0; j < p.what->n; j++)
+        for (int m = 0; m < p.candidates[j]; m++) {
+            double other = p.value[j * DSPARK_MAX_BLOCK + m];
+            before += other > value || (other == value && (m < k || (m == k && j < i)));
+        }
+    return before;
+}
+static __device__ void choose_rows(const choose_args &p, int i) {
+    const pick &a = p.picks[i];
+    int first = i, n = 1 + p.lengths[i];
+    for (int j = 0; j < i; j++) first += p.lengths[j];
+    for (int k = 0; k < n; k++) {
+        row r = { a.state, k ? p.drafted[a.draft_row + k - 1] : a.id, a.position + k, 0, first, a.position, n };
+        draw_row d = a.draw;
+        d.position[0] += (unsigned)k, d.position[1] += d.position[0] < (unsigned)k;
+        p.rows[first + k] = r, p.logit_rows[first + k] = first + k, p.draws[first + k] = d;
+    }
+    if (i + 1 < p.what->n) return;
+    counts all = { first + n, first + n, i + 1, 0, 0 };
+    *p.n = all;
+}
+// One block, a thread a pick: 256 picks of 5 drafts take some 30 us, six rows nothing beside the launch.
+static __global__ void __launch_bounds__(THREADS) choose(const choose_args p) {
+    grid_wait();
+    grid_go();
+    for (int i = (int)threadIdx.x; i < p.what->n; i += THREADS) p.candidates[i] = candidates_of(p, i);
+    __syncthreads();
+    for (int i = (int)threadIdx.x, k; i < p.what->n; i += THREADS) {
+        for (k = 0; k < p.candidates[i] && rank_of(p, i, k) < p.what->budget;) k++;
+        p.lengths[i] = k;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < p.what->n; i += THREADS) choose_rows(p, i);
 }
 
 // ---- the drafter's own ------------------------------------------------------------------------
@@ -1692,24 +1770,29 @@ typedef struct {
     const expert *experts;                  // on the device: E, then the shared one
 } layer_weights;
 
-enum { OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD, OP_DRAW };
+enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD, OP_STEPS,
+       OP_CHOOSE, OP_DRAW };
 typedef struct { unsigned char op, sub; short layer; } operation;
 
-// A pass that was recorded: what was called, in grids for so many rows.
-typedef struct {
-    uint64_t calls;
-    int rows, logits, injected, drafts;
-    cudaGraphExec_t exec;
-} recording;
+// A pass' kind, and how many rows, .. its grids are made for.
+typedef struct { int drafts, rows, logits, injected, segments; } extent;
+
+// What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
+typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
 enum { MAX_RECORDINGS = 64, RECORDED_ROWS = 64, STAGE_BYTES = 8 << 20 };
 
-// What changes from pass to pass: filled in on the host, copied at its begin.
+// What changes from pass to pass: filled in on the host, copied at its begin; and, from `tokens` on, what comes back in
+// one piece at its end.
 typedef struct {
     counts *n;
     row *rows;
-    int *logit_rows, *segment_row, *previous, *tokens;
+    int *logit_rows, *segment_row, *previous;
     injection *injected;
     draw_row *draws;
+    picking *what;
+    pick *picks;
+    int *tokens, *drafted, *lengths;
+    float *confidence;
 } pass_block;
 
 typedef struct {
@@ -1730,27 +1813,32 @@ typedef struct {
 
     pass_block host, dev;                   // pinned, and its twin on the device
     uint8_t *host_block;
-    float *host_logits, *host_drafts, *host_confidence;
+    float *host_logits, *host_drafts;
 
     float *residual, *mixes, *post_comb, *partial, *y, *qr, *kv, *q, *low, *pool_kv, *pool_gate, *index_kv, *index_gate,
         *index_q, *index_w, *gate, *route_weight, *up[2], *down, *hidden, *logits, *draft_logits, *stage_kv, *e, *rnn,
-        *z, *confidence;
+        *z;
     input x, qr_in, o, low_in, act, main, markov_in, markov_out;
     uint16_t *query;
     float *query_w, *scores, *part;
     int *chosen, *route, *first, *list, *active;
-    unsigned long long *best;
+    unsigned long long *best;               // zeros between passes
+    double *value;
+    int *candidates;
 
     // a pass in the making
-    int drafts, n_rows, n_logits, n_segments, n_injected, grid_rows, grid_logits, grid_injected;
+    int n_rows, n_logits, n_segments;
     int draws;                              // the pass gives tokens, not logits
+    int choice;                             // which rows it has is not known here
+    int pending;                            // a draft whose steps are to come is noted, and not run
     operation *ops;
-    int n_ops, max_ops;
+    int n_ops, max_ops, n_passes;
+    extent passes[2], grid;                 // those noted; that of the operation that runs
     int from, tap, slots;                   // of the stream, what is put off until the next mix
     const float *from_y;
     mixer now;                              // the mix whose post and comb are still to be made
     recording recordings[MAX_RECORDINGS];
-    int n_recordings;
+    int n_recordings, oldest;
 } cuda;
 
 static void fail(cuda *d, dspark_status status, const char *format, ...) {
@@ -1883,7 +1971,7 @@ static void run_stream(cuda *d, const float *fn, int n_out) {
     p.slots = d->slots;
     p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
-    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid_rows, 2 * WARPS)), THREADS, 0, p);
+    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
 }
 static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
@@ -1892,7 +1980,7 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
     p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
     p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
-    LAUNCH(mix, grid_of(head ? d->grid_logits : d->grid_rows, 1), THREADS, (size_t)d->s.h * sizeof(float), p);
+    LAUNCH(mix, grid_of(head ? d->grid.logits : d->grid.rows, 1), THREADS, (size_t)d->s.h * sizeof(float), p);
     d->now = *m;
 }
 static post_comb_args post_comb_of(const cuda *d) {
@@ -1918,7 +2006,7 @@ static void op_tap(cuda *d, int index) {
 static void attention_project(cuda *d, const layer_weights *w, int l) {
     linears_args p;
     project_args a;
-    int target = !d->drafts, tasks = 3;
+    int target = !d->grid.drafts, tasks = 3;
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.freqs = d->freqs[w->ratio > 0],
     a.freqs_compressed = d->freqs[1];
@@ -1939,11 +2027,11 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     if (target && w->ratio == 4) job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
     job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
-    LAUNCH(project, grid_of(d->grid_rows, tasks), THREADS, (size_t)larger(d->s.q_lora, d->s.D) * sizeof(float), a);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
+    LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.q_lora, d->s.D) * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
     if (target && w->ratio == 4) job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
 static void attention_index(cuda *d, int l, int row0, int rows) {
@@ -1965,11 +2053,11 @@ static void op_attention(cuda *d, int l) {
     commit_args *o = &r.commit;
     attention_project(d, w, l);
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
-    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->drafts ? 0 : w->ratio,
+    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.freqs = d->freqs[w->ratio > 0];
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
-    for (a.row0 = 0; a.row0 < d->grid_rows; a.row0 += ATTEND_ROWS) {
-        int rows = smaller(ATTEND_ROWS, d->grid_rows - a.row0);
+    for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
+        int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
         if (a.ratio == 4) attention_index(d, l, a.row0, rows);
         LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
         LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
@@ -1977,7 +2065,7 @@ static void op_attention(cuda *d, int l) {
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
     p.jobs[0].x.x = d->o.plain, p.jobs[0].x.planes = 3;        // wo_a takes its input as it is
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = w->wo_a.cols;
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
     o->rows = d->dev.rows, o->layer = l, o->ratio = w->ratio;
     o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
     for (int i = 0; i < 2 && w->ratio; i++) {
@@ -1987,16 +2075,16 @@ static void op_attention(cuda *d, int l) {
         o->width[i ? INDEX_KV : KV] = o->width[i ? INDEX_GATE : GATE] = w->pool[i].w;
     }
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
-    LAUNCH(round_rows, grid_of(d->grid_rows, d->drafts ? 1 : 2), THREADS, (size_t)r.n * sizeof(float), r);
+    LAUNCH(round_rows, grid_of(d->grid.rows, d->grid.drafts ? 1 : 2), THREADS, (size_t)r.n * sizeof(float), r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
 // Rows spread over experts: few of them have more than a quarter of them.
 static void experts_run(cuda *d, const experts_args &e) {
     dim3 grid = grid_of(2 * d->sms, 1);
-    if (d->grid_rows <= 8) LAUNCH(experts<1>, grid, THREADS, 0, e);
-    else if (d->grid_rows <= 32) LAUNCH(experts<2>, grid, THREADS, 0, e);
+    if (d->grid.rows <= 8) LAUNCH(experts<1>, grid, THREADS, 0, e);
+    else if (d->grid.rows <= 32) LAUNCH(experts<2>, grid, THREADS, 0, e);
     else LAUNCH(experts<4>, grid, THREADS, 0, e);
 }
 
@@ -2010,17 +2098,17 @@ static void op_moe(cuda *d, int l) {
     memset(&p, 0, sizeof p), memset(&r, 0, sizeof r), memset(&e, 0, sizeof e), memset(&a, 0, sizeof a);
     job_add(&p, w->gate, d->x, d->gate, d->s.E);
     for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
     r.mix = post_comb_of(d);
-    LAUNCH(route, grid_of(1 + d->grid_rows, 1), smaller(1024, WARP * larger(8, d->grid_rows)), 0, r);
+    LAUNCH(route, grid_of(1 + d->grid.rows, 1), smaller(1024, WARP * larger(8, d->grid.rows)), 0, r);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width, e.tiles = 2;
     experts_run(d, e);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
-    LAUNCH(swiglu, grid_of(d->grid_rows, K + 1), THREADS, 0, a);
+    LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down,
     e.y_stride = d->s.h;
     experts_run(d, e);
@@ -2030,19 +2118,19 @@ static void op_head(cuda *d, int drafts) {
     const mixer *m = drafts ? &d->draft_hc_head : &d->hc_head;
     linears_args p;
     memset(&p, 0, sizeof p);
-    if (!d->grid_logits) {
+    if (!d->grid.logits) {
         if (d->tap >= 0) run_stream(d, NULL, 0);
         return;
     }
     run_stream(d, m->fn, COPIES);
     run_mix(d, m, drafts ? d->draft_norm : d->norm, 1);
     job_add(&p, d->head, d->x, drafts ? d->draft_logits : d->logits, d->s.V);
-    jobs_run(d, &p, d->grid_logits, &d->dev.n->n_logits);
+    jobs_run(d, &p, d->grid.logits, &d->dev.n->n_logits);
 }
 
 // Taps of positions [inject_from, position) -> main_x = main_norm(main_proj taps) -> a row for each stage's window.
 static void op_inject(cuda *d) {
-    int n = d->grid_injected, stages = d->c->n_stages;
+    int n = d->grid.injected, stages = d->c->n_stages;
     const int *n_rows = &d->dev.n->n_injected;
     linears_args p;
     taps_args t;
@@ -2078,13 +2166,53 @@ static void run_draw(cuda *d, const float *logits, int n, const int *n_rows, con
 }
 static void op_draw(cuda *d) {
     drawn_args p = { &d->dev.n->n_logits, d->best, d->dev.tokens };
-    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
-    run_draw(d, d->logits, d->grid_logits, p.n, NULL, 0);
-    LAUNCH(drawn, grid_of(blocks_of(d->grid_logits, THREADS), 1), THREADS, 0, p);
+    run_draw(d, d->logits, d->grid.logits, p.n, NULL, 0);
+    LAUNCH(drawn, grid_of(blocks_of(d->grid.logits, THREADS), 1), THREADS, 0, p);
+}
+
+static void draft_step(cuda *d, int k, int drawn_here) {
+    int n = d->grid.segments, rank = d->s.rank, kind = d->w->head_kind;
+    linears_args p;
+    markov_args m;
+    memset(&p, 0, sizeof p), memset(&m, 0, sizeof m);
+    m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k,
+    m.kind = kind;
+    m.best = drawn_here && k ? d->best : NULL;
+    m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
+    m.confidence = d->dev.confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in,
+    m.out = d->markov_out;
+    LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
+    if (kind == DSPARK_HEAD_NONE) return;
+    if (kind != DSPARK_HEAD_VANILLA) {
+        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
+        p.jobs[0].x.x = d->markov_in.plain, p.jobs[0].x.planes = 3;
+        jobs_run(d, &p, n, &d->dev.n->n_segments);
+        LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
+    }
+    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
+    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
+    p.jobs[0].y_rows = d->dev.segment_row;
+    jobs_run(d, &p, n, &d->dev.n->n_segments);
+}
+
+// All steps, each token drawn from the logits before the next step needs it.
+static void op_steps(cuda *d, int n_steps) {
+    drawn_args p = { &d->dev.n->n_rows, d->best, d->dev.drafted };
+    for (int k = 0; k < n_steps; k++) {
+        draft_step(d, k, 1);
+        run_draw(d, d->draft_logits, d->grid.segments, &d->dev.n->n_segments, d->dev.segment_row, k);
+    }
+    LAUNCH(drawn, grid_of(blocks_of(d->grid.rows, THREADS), 1), THREADS, 0, p);
+}
+static void op_choose(cuda *d) {
+    choose_args p = { d->dev.what, d->dev.picks, d->dev.drafted, d->dev.confidence, d->value, d->candidates,
+                      d->dev.lengths, d->dev.n, d->dev.rows, d->dev.logit_rows, d->dev.draws };
+    LAUNCH(choose, grid_of(1, 1), THREADS, 0, p);
 }
 
 static void run_op(cuda *d, const operation *o) {
     switch (o->op) {
+    case OP_PASS: d->grid = d->passes[o->sub], d->from = STREAM_EMBED, d->tap = -1; break;
     case OP_MIX_IN: op_mix_in(d, o->layer, o->sub); break;
     case OP_ATTENTION: op_attention(d, o->layer); break;
     case OP_MOE: op_moe(d, o->layer); break;
@@ -2092,6 +2220,8 @@ static void run_op(cuda *d, const operation *o) {
     case OP_TAP: op_tap(d, o->layer); break;
     case OP_HEAD: op_head(d, 0); break;
     case OP_INJECT: op_inject(d); break;
+    case OP_STEPS: op_steps(d, o->layer); break;
+    case OP_CHOOSE: op_choose(d); break;
     case OP_DRAW: op_draw(d); break;
     default: op_head(d, 1);
     }
@@ -2099,7 +2229,8 @@ static void run_op(cuda *d, const operation *o) {
 
 // ---- a pass, from begin to end ----------------------------------------------------------------
 // Operations are noted, and run when the pass ends: the same calls in grids of the same size are one recording, played
-// at once.
+// at once. A draft that asks for draws waits for its steps; if the device is to choose among them, for the pass that
+// verifies it: a whole cycle is one recording then, and has one read-back.
 
 static void note(void *device, int op, int l, int sub) {
     cuda *d = (cuda *)device;
@@ -2150,7 +2281,7 @@ static int inject_all(cuda *d, const dspark_pass *pass) {
         for (int p = pass->segments[i].inject_from; p < pass->segments[i].position; p++) {
             injection one = { ((const state *)pass->segments[i].state)->table, p };
             if (n == d->max_rows) {
-                d->host.n->n_injected = d->grid_injected = n;
+                d->host.n->n_injected = d->grid.injected = n;
                 block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->dev.n);
                 block_copy(d, d->dev.injected, d->host.injected, (size_t)n, sizeof one);
                 op_inject(d);
@@ -2162,48 +2293,81 @@ static int inject_all(cuda *d, const dspark_pass *pass) {
     return n;
 }
 
+static draw_row draw_of(const dspark_device_draw *d) {
+    draw_row r = { d->temperature, { (unsigned)d->seed, (unsigned)(d->seed >> 32) },
+                   { (unsigned)d->position, (unsigned)(d->position >> 32) } };
+    return r;
+}
 static void draws_copy(cuda *d, const dspark_device_draw *from, int n) {
-    for (int i = 0; i < n; i++) {
-        draw_row r = { from[i].temperature, { (unsigned)from[i].seed, (unsigned)(from[i].seed >> 32) },
-                       { (unsigned)from[i].position, (unsigned)(from[i].position >> 32) } };
-        d->host.draws[i] = r;
-    }
+    for (int i = 0; i < n; i++) d->host.draws[i] = draw_of(&from[i]);
     block_copy(d, d->dev.draws, d->host.draws, (size_t)n, sizeof(draw_row));
+}
+
+// Begins the noting of a pass, by itself or behind a draft.
+static void pass_note(cuda *d, const dspark_pass *pass, int n_logits, int n_injected) {
+    extent *e;
+    if (!d->pending) d->n_ops = d->n_passes = 0;
+    e = &d->passes[d->n_passes];
+    e->drafts = pass->kind == DSPARK_PASS_DRAFT, e->rows = smaller(bucket(pass->n_rows), d->max_rows);
+    e->logits = smaller(bucket(n_logits), e->rows), e->injected = smaller(bucket(n_injected), d->max_rows);
+    e->segments = smaller(bucket(pass->n_segments), e->rows);
+    d->draws = pass->draws != NULL, d->choice = pass->choice != NULL;
+    d->n_rows = pass->n_rows, d->n_segments = pass->n_segments, d->n_logits = n_logits;
+    note(d, OP_PASS, 0, d->n_passes++);
+}
+
+// The steps of the draft that waits, and the choice among them.
+static void choice_begin(cuda *d, const dspark_pass *pass) {
+    const dspark_choice *c = pass->choice;
+    for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = d->host.rows[d->host.segment_row[i]].id;
+    block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
+    note(d, OP_STEPS, c->n_steps, 0), note(d, OP_CHOOSE, 0, 0);
+    for (int i = 0; i < pass->n_segments; i++) {
+        const dspark_segment *g = &pass->segments[i];
+        pick *p = &d->host.picks[i];
+        p->state = ((const state *)g->state)->table, p->id = pass->ids[i], p->position = g->position;
+        p->draft_row = c->draft_row[i], p->limit = g->n_rows - 1, p->weight = c->weight[i],
+        p->threshold = c->threshold[i], p->draw = draw_of(&pass->draws[i]);
+        for (int k = 0; k < c->n_steps; k++) p->temperature[k] = c->temperature[i * c->n_steps + k];
+    }
+    d->host.what->n = pass->n_segments, d->host.what->budget = c->budget;
+    block_copy(d, d->dev.picks, d->host.picks, (size_t)pass->n_segments, sizeof(pick));
+    block_copy(d, d->dev.what, d->host.what, 1, sizeof(picking));
+    pass_note(d, pass, pass->n_rows, 0);
 }
 
 static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     cuda *d = (cuda *)device;
     counts *n = d->host.n;
+    int n_logits = 0, n_injected;
     if (d->status) return result(d);        // of a step of the head, after its pass
-    if (pass->n_rows < 1 || pass->n_rows > d->max_rows) {
-        fail(d, DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d", pass->n_rows, d->max_rows);
+    if (pass->n_rows < 1 || pass->n_rows > d->max_rows || (pass->choice && !d->pending)) {
+        fail(d, DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d, and to choose a draft before",
+             pass->n_rows, d->max_rows);
         return result(d);
     }
-    d->n_ops = 0, d->from = STREAM_EMBED, d->tap = -1;
-    d->draws = pass->draws != NULL;
-    d->drafts = pass->kind == DSPARK_PASS_DRAFT, d->n_rows = pass->n_rows, d->n_segments = pass->n_segments,
-    d->n_logits = 0;
-    memset(n, 0, sizeof *n);
-    for (int i = 0; i < pass->n_segments; i++) segment_rows(d, pass, i, &d->n_logits);
-    d->n_injected = inject_all(d, pass);
-    n->n_rows = d->n_rows, n->n_logits = d->n_logits, n->n_segments = d->n_segments, n->n_injected = d->n_injected,
-    n->drafts = d->drafts;
-    d->grid_rows = smaller(bucket(d->n_rows), d->max_rows), d->grid_logits = smaller(bucket(d->n_logits), d->grid_rows);
-    d->grid_injected = smaller(bucket(d->n_injected), d->max_rows);
+    if (pass->choice) return choice_begin(d, pass), result(d);
+    if (d->pending) TRY(cudaStreamSynchronize(d->stream));      // a draft that came to nothing
+    d->pending = 0;
+    for (int i = 0; i < pass->n_segments; i++) segment_rows(d, pass, i, &n_logits);
+    n_injected = inject_all(d, pass);
+    pass_note(d, pass, n_logits, n_injected);
+    n->n_rows = pass->n_rows, n->n_logits = n_logits, n->n_segments = pass->n_segments, n->n_injected = n_injected;
+    n->drafts = pass->kind == DSPARK_PASS_DRAFT;
     block_copy(d, d->dev.n, n, 1, sizeof *n);
-    block_copy(d, d->dev.rows, d->host.rows, (size_t)d->n_rows, sizeof *d->host.rows);
-    block_copy(d, d->dev.logit_rows, d->host.logit_rows, (size_t)d->n_logits, sizeof(int));
-    block_copy(d, d->dev.segment_row, d->host.segment_row, (size_t)d->n_segments, sizeof(int));
-    block_copy(d, d->dev.injected, d->host.injected, (size_t)d->n_injected, sizeof(injection));
-    if (d->draws) draws_copy(d, pass->draws, d->drafts ? d->n_segments : d->n_logits);
+    block_copy(d, d->dev.rows, d->host.rows, (size_t)n->n_rows, sizeof *d->host.rows);
+    block_copy(d, d->dev.logit_rows, d->host.logit_rows, (size_t)n_logits, sizeof(int));
+    block_copy(d, d->dev.segment_row, d->host.segment_row, (size_t)n->n_segments, sizeof(int));
+    block_copy(d, d->dev.injected, d->host.injected, (size_t)n_injected, sizeof(injection));
+    if (d->draws) draws_copy(d, pass->draws, n->drafts ? n->n_segments : n_logits);
     return result(d);
 }
 
 // Each in a range of its name, for a profiler.
 static void run_ops(cuda *d) {
 #ifndef DSPARK_CUDA_HOST
-    static const char *const names[] = { "mix_in", "attention", "moe",        "mix_out", "tap",
-                                         "head",   "inject",    "draft_head", "draw" };
+    static const char *const names[] = { "pass", "mix_in", "attention",  "moe",         "mix_out", "tap",
+                                         "head", "inject", "draft_head", "draft_steps", "choose",  "draw" };
 #endif
     for (int i = 0; i < d->n_ops && !d->status; i++) {
 #ifndef DSPARK_CUDA_HOST
@@ -2216,58 +2380,68 @@ static void run_ops(cuda *d) {
     }
 }
 
-static recording *recording_find(cuda *d, uint64_t calls) {
-    for (int i = 0; i < d->n_recordings; i++) {
-        recording *r = &d->recordings[i];
-        if (r->calls == calls && r->rows == d->grid_rows && r->logits == d->grid_logits &&
-            r->injected == d->grid_injected && r->drafts == d->drafts)
-            return r;
-    }
-    return NULL;
-}
-
-static void record(cuda *d, uint64_t calls) {
-    recording *r = &d->recordings[d->n_recordings];
+static void record(cuda *d, recording *r, uint64_t calls) {
     cudaGraph_t graph = NULL;
     memset(r, 0, sizeof *r);
-    r->calls = calls, r->rows = d->grid_rows, r->logits = d->grid_logits, r->injected = d->grid_injected,
-    r->drafts = d->drafts;
     if (!TRY(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal))) return;
     run_ops(d);
     cudaError_t ended = cudaStreamEndCapture(d->stream, &graph);        // also after a failure
     good(d, ended, "cudaStreamEndCapture");
-    if (TRY(cudaGraphInstantiate(&r->exec, graph, 0))) d->n_recordings++;
+    if (TRY(cudaGraphInstantiate(&r->exec, graph, 0))) r->calls = calls;
     if (graph) cudaGraphDestroy(graph);
 }
 
-// Runs what was noted: from its recording, made where there is none yet; or, of many rows, call by call.
-static void play(cuda *d) {
+static uint64_t calls_of(const cuda *d) {
     uint64_t calls = 1469598103934665603u;
-    recording *r;
-    if (d->status || !d->n_ops) return;
     for (int i = 0; i < d->n_ops; i++) {
         const operation *o = &d->ops[i];
         calls = (calls ^ (uint64_t)(o->op | o->sub << 8 | (int)o->layer << 16)) * 1099511628211u;
     }
-    if (TIMED) return run_ops(d);
-    if (!(r = recording_find(d, calls)) && d->grid_rows <= RECORDED_ROWS && d->n_recordings < MAX_RECORDINGS) {
-        record(d, calls);
-        r = recording_find(d, calls);
+    for (int i = 0; i < d->n_passes; i++) {
+        const extent *e = &d->passes[i];
+        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments };
+        for (int k = 0; k < 5; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
     }
-    if (r) TRY(cudaGraphLaunch(r->exec, d->stream));
-    else run_ops(d);
+    return calls;
+}
+
+// Runs what was noted: from its recording, made where there is none yet, in place of the oldest; or, of many rows, call
+// by call.
+static void play(cuda *d) {
+    uint64_t calls = calls_of(d);
+    int i = 0, rows = 0;
+    for (int k = 0; k < d->n_passes; k++) rows = larger(rows, d->passes[k].rows);
+    if (d->status || d->n_ops < 2) return;      // nothing but OP_PASS
+    d->grid = d->passes[d->n_passes - 1];       // of steps that the host asks for one by one
+    if (TIMED || rows > RECORDED_ROWS) return run_ops(d);
+    while (i < d->n_recordings && d->recordings[i].calls != calls) i++;
+    if (i == d->n_recordings) {
+        if (i == MAX_RECORDINGS) i = d->oldest, d->oldest = (i + 1) % MAX_RECORDINGS;
+        else d->n_recordings++;
+        if (d->recordings[i].exec) cudaGraphExecDestroy(d->recordings[i].exec);
+        record(d, &d->recordings[i], calls);
+    }
+    TRY(cudaGraphLaunch(d->recordings[i].exec, d->stream));
+}
+
+// The part of the block that comes back.
+static void answer_copy(cuda *d) {
+    size_t n = (size_t)((uint8_t *)(d->dev.confidence + d->max_rows) - (uint8_t *)d->dev.tokens);
+    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, n, cudaMemcpyDeviceToHost, d->stream));
 }
 
 static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
     cuda *d = (cuda *)device;
     size_t V = (size_t)d->s.V;
-    int drawn_here = d->draws && !d->drafts && d->n_logits;
+    int drafts = d->passes[d->n_passes - 1].drafts, drawn_here = d->draws && !drafts && d->n_logits;
+    out->logits = drafts ? d->host_drafts : d->host_logits, out->n_logits = d->n_logits;
+    out->tokens = drawn_here ? d->host.tokens : NULL, out->lengths = out->drafts = NULL;
+    out->confidence_logits = drafts || d->choice ? d->host.confidence : NULL;
+    if (drafts && d->draws) return d->pending = 1, result(d);       // the steps follow
     if (drawn_here) note(d, OP_DRAW, 0, 0);
     play(d);
-    if (drawn_here)
-        TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_logits * sizeof(int), cudaMemcpyDeviceToHost,
-                            d->stream));
-    for (int i = 0, n; i < d->n_logits && !d->drafts; i += n) {     // logits: runs of rows that are not drawn here
+    if (drawn_here) answer_copy(d);
+    for (int i = 0, n; i < d->n_logits && !drafts && !d->choice; i += n) {  // logits: runs of rows not drawn here
         for (n = 0; i + n < d->n_logits && (!d->draws || d->host.draws[i + n].temperature < 0);) n++;
         if (n)
             TRY(cudaMemcpyAsync(d->host_logits + (size_t)i * V, d->logits + (size_t)i * V,
@@ -2275,38 +2449,14 @@ static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
         else n = 1;
     }
     TRY(cudaStreamSynchronize(d->stream));
-    out->logits = d->drafts ? d->host_drafts : d->host_logits, out->n_logits = d->n_logits;
-    out->tokens = drawn_here ? d->host.tokens : NULL;
-    out->confidence_logits = d->drafts ? d->host_confidence : NULL;
+    d->pending = 0;
+    if (!d->choice) return result(d);
+    out->lengths = d->host.lengths, out->drafts = d->host.drafted, out->n_logits = d->n_segments;
+    for (int i = 0; i < d->n_segments && !d->status; i++) out->n_logits += d->host.lengths[i];
     return result(d);
 }
 
 // ---- the sequential head ----------------------------------------------------------------------
-
-static void draft_step(cuda *d, int k, int drawn_here) {
-    int n = d->n_segments, rank = d->s.rank, kind = d->w->head_kind;
-    linears_args p;
-    markov_args m;
-    memset(&p, 0, sizeof p), memset(&m, 0, sizeof m);
-    m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k,
-    m.kind = kind;
-    m.best = drawn_here && k ? d->best : NULL;
-    m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
-    m.confidence = d->confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in,
-    m.out = d->markov_out;
-    LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
-    if (kind == DSPARK_HEAD_NONE) return;
-    if (kind != DSPARK_HEAD_VANILLA) {
-        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
-        p.jobs[0].x.x = d->markov_in.plain, p.jobs[0].x.planes = 3;
-        jobs_run(d, &p, n, &d->dev.n->n_segments);
-        LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
-    }
-    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
-    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
-    p.jobs[0].y_rows = d->dev.segment_row;
-    jobs_run(d, &p, n, &d->dev.n->n_segments);
-}
 
 // The logits of rows k to the host; a failure shows as NaN, which is no draft, and is given by the next pass_begin.
 static void cuda_draft_step(void *device, int k, const int32_t *previous) {
@@ -2320,29 +2470,21 @@ static void cuda_draft_step(void *device, int k, const int32_t *previous) {
         TRY(cudaMemcpyAsync(d->host_drafts + r * V, d->draft_logits + r * V, V * sizeof(float), cudaMemcpyDeviceToHost,
                             d->stream));
     }
-    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
-                        d->stream));
+    answer_copy(d);
     TRY(cudaStreamSynchronize(d->stream));
     for (int i = 0; d->status && i < d->n_segments; i++) d->host_drafts[(size_t)(d->host.segment_row[i] + k) * V] = NAN;
 }
-// All steps, each token drawn here from the logits before the next step needs it.
+// All steps, with the draft that waits for them.
 static dspark_status cuda_draft_steps(void *device, int n_steps, const int32_t *previous, int32_t *tokens) {
     cuda *d = (cuda *)device;
-    drawn_args p = { &d->dev.n->n_rows, d->best, d->dev.tokens };
     for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = previous[i];
     block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
-    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
-    for (int k = 0; k < n_steps; k++) {
-        draft_step(d, k, 1);
-        run_draw(d, d->draft_logits, d->n_segments, &d->dev.n->n_segments, d->dev.segment_row, k);
-    }
-    LAUNCH(drawn, grid_of(blocks_of(d->n_rows, THREADS), 1), THREADS, 0, p);
-    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_rows * sizeof(int), cudaMemcpyDeviceToHost,
-                        d->stream));
-    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
-                        d->stream));
+    note(d, OP_STEPS, n_steps, 0);
+    play(d);
+    answer_copy(d);
     TRY(cudaStreamSynchronize(d->stream));
-    for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.tokens[r];
+    d->pending = 0;
+    for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.drafted[r];
     return result(d);
 }
 // From logits of the caller's: through the same kernel as all others, and so the same token.
@@ -2350,7 +2492,7 @@ static dspark_status cuda_draw(void *device, const float *logits, const dspark_d
     cuda *d = (cuda *)device;
     if (d->status) return result(d);
     memset(d->host.n, 0, sizeof *d->host.n);
-    d->host.n->n_logits = d->grid_logits = 1;
+    d->host.n->n_logits = d->grid.logits = 1, d->n_ops = d->pending = 0;
     memcpy(d->host_logits, logits, (size_t)d->s.V * sizeof *logits);
     block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->host.n);
     block_copy(d, d->logits, d->host_logits, (size_t)d->s.V, sizeof *logits);
@@ -2632,8 +2774,11 @@ static void carve_block(cuda *d, pass_block *b, carver *v) {
     size_t n = (size_t)d->max_rows;
     b->n = (counts *)carve(v, 1, sizeof(counts)), b->rows = (row *)carve(v, n, sizeof(row));
     b->logit_rows = (int *)carve(v, n, sizeof(int)), b->segment_row = (int *)carve(v, n, sizeof(int));
-    b->tokens = (int *)carve(v, n, sizeof(int)), b->draws = (draw_row *)carve(v, n, sizeof(draw_row));
     b->previous = (int *)carve(v, n, sizeof(int)), b->injected = (injection *)carve(v, n, sizeof(injection));
+    b->draws = (draw_row *)carve(v, n, sizeof(draw_row)), b->picks = (pick *)carve(v, n, sizeof(pick));
+    b->what = (picking *)carve(v, 1, sizeof(picking)), b->tokens = (int *)carve(v, n, sizeof(int));
+    b->drafted = (int *)carve(v, n, sizeof(int)), b->lengths = (int *)carve(v, n, sizeof(int));
+    b->confidence = (float *)carve(v, n, sizeof(float));
 }
 
 static void carve_attention(cuda *d, carver *v, int n) {
@@ -2662,7 +2807,8 @@ static void carve_drafter(cuda *d, carver *v, int n) {
     int rank = d->s.rank, h = d->s.h;
     if (!d->c->n_stages) return;
     d->main = carve_input(v, n, d->s.n_taps * h), d->stage_kv = carve_rows(v, d->c->n_stages * d->max_rows, d->s.D);
-    d->draft_logits = carve_rows(v, n, d->s.V), d->confidence = carve_rows(v, n, 1);
+    d->draft_logits = carve_rows(v, n, d->s.V), d->candidates = carve_ints(v, n, 1);
+    d->value = (double *)carve(v, (size_t)n * DSPARK_MAX_BLOCK, sizeof *d->value);
     d->e = carve_rows(v, n, rank), d->rnn = carve_rows(v, n, rank), d->z = carve_rows(v, n, 3 * rank);
     d->markov_in = carve_input(v, n, 2 * rank + h), d->markov_out = carve_input(v, n, rank);
 }
@@ -2686,15 +2832,15 @@ static size_t carve_host(cuda *d, uint8_t *base) {
     carver v = { base, 0 };
     carve_block(d, &d->host, &v);
     d->host_logits = carve_rows(&v, d->max_rows, d->s.V);
-    if (d->c->n_stages)
-        d->host_drafts = carve_rows(&v, d->max_rows, d->s.V), d->host_confidence = carve_rows(&v, d->max_rows, 1);
+    if (d->c->n_stages) d->host_drafts = carve_rows(&v, d->max_rows, d->s.V);
     return v.n;
 }
 
 // ---- opening ----------------------------------------------------------------------------------
 
 static void forget_recordings(cuda *d) {
-    for (int i = 0; i < d->n_recordings; i++) cudaGraphExecDestroy(d->recordings[i].exec);
+    for (int i = 0; i < d->n_recordings; i++)
+        if (d->recordings[i].exec) cudaGraphExecDestroy(d->recordings[i].exec);
     d->n_recordings = 0;
 }
 
@@ -2749,7 +2895,7 @@ static void set_shape(cuda *d) {
     s->eps = c->rms_norm_eps, s->hc_eps = c->hc_eps, s->limit = c->swiglu_limit,
     s->routed_scale = c->routed_scaling_factor;
     s->sinkhorn_iters = c->hc_sinkhorn_iters;
-    d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 8;
+    d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 16;
 }
 
 // The largest block of shared memory that each kernel may ask for.

@@ -7,7 +7,7 @@
 
 #ifdef DSPARK_CUDA_HOST
 extern size_t cuda_host_memory, cuda_host_used;
-extern long cuda_host_calls, cuda_host_fail_at;
+extern long cuda_host_calls, cuda_host_fail_at, cuda_host_waits;
 void cuda_host_backwards(int on);
 #endif
 
@@ -209,6 +209,68 @@ static void check_draws(const char *dir) {
     dspark_model_close(m), free(logits), free(p);
 }
 
+/* Would dspark_schedule have chosen these, of the first two of three sessions? */
+static int chosen_well(const dspark_step_result *r, int gamma) {
+    float confidence[3 * DSPARK_MAX_BLOCK];
+    int cap[3], lengths[3], same = 1;
+    double scratch[32];
+    dspark_schedule_desc d;
+    memset(&d, 0, sizeof d);
+    for (int i = 0; i < 3; i++) {
+        memcpy(confidence + i * gamma, r[i].confidence, (size_t)gamma * sizeof *confidence);
+        cap[i] = r[i].n_drafted, d.budget += r[i].n_scheduled;
+    }
+    d.confidence = confidence, d.cap = cap, d.n_requests = 3, d.gamma = gamma, d.mode = DSPARK_SCHEDULE_ASYNC;
+    d.scratch = scratch;
+    must(dspark_schedule(&d, lengths));
+    for (int i = 0; i < 3; i++) same &= lengths[i] == r[i].n_scheduled;
+    return same;
+}
+/* Three sessions under ASYNC, of which the last does not draft. From the third cycle on, when there are confidences of
+   two steps before, the device chooses what is verified; on the host the passes' waits are counted. */
+static void check_choice(const char *dir) {
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *plain[3], *drafted[3];
+    dspark_policy async;
+    int32_t *tokens = golden_text(dir);
+    int same_text = 0, chosen = 0, well = 0, gamma = dspark_model_config(m)->dspark_block_size;
+    static float us[] = { 1000, 1001, 1002, 1403 };
+    static int rows[] = { 1, 2, 6, 7 };
+    dspark_profile profile;
+    memset(&async, 0, sizeof async), memset(&profile, 0, sizeof profile);
+    profile.n = 4, memcpy(profile.us, us, sizeof us), memcpy(profile.rows, rows, sizeof rows);
+    profile.draft_us = 1;
+    must(dspark_model_set_profile(m, &profile));
+    async.schedule = DSPARK_SCHEDULE_ASYNC;
+    for (int i = 0; i < 3; i++) {
+        plain[i] = open_for_text(m, tokens, i ? 2 : 0, 1), drafted[i] = open_for_text(m, tokens, i ? 2 : 0, 0);
+        async.plain = i == 2;
+        must(dspark_session_set_policy(drafted[i], &async));
+    }
+    for (int cycle = 0; cycle < 4; cycle++) {
+        dspark_step_result r[3];
+        int scheduled = 0;
+#ifdef DSPARK_CUDA_HOST
+        cuda_host_waits = 0;
+#endif
+        must(dspark_step(drafted, 3, NULL, r));
+        for (int i = 0; i < 3; i++) scheduled += r[i].n_scheduled, must(r[i].status);
+        chosen += cycle > 1 ? scheduled : 0, well += cycle < 2 || chosen_well(r, gamma);
+#ifdef DSPARK_CUDA_HOST
+        if (cycle) ok(cuda_host_waits == (cycle > 1 ? 1 : 2), "%s: cycle %d waits for the device %s", dir, cycle,
+                      cycle > 1 ? "once: it chooses the drafts" : "twice");
+#endif
+    }
+    for (int i = 0; i < 3; i++) {
+        while (plain[i]->n_tokens < drafted[i]->n_tokens) step(plain[i]);
+        same_text += !memcmp(plain[i]->tokens, drafted[i]->tokens, (size_t)drafted[i]->n_tokens * sizeof *tokens);
+        dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
+    }
+    ok(well == 4, "%s: it chooses what dspark_schedule would", dir);
+    ok(same_text == 3 && chosen, "%s: drafts chosen on the device (%d) leave the texts of plain decoding", dir, chosen);
+    dspark_model_close(m), free(tokens);
+}
+
 /* ---- sessions that go and come */
 
 static void check_copies(const char *dir) {
@@ -284,6 +346,7 @@ int main(void) {
     check_chunks(golden_a, 33, chunks_a, COUNT(chunks_a));
     check_chunks(golden_b, 41, chunks_b, COUNT(chunks_b));
     check_texts(golden_b);
+    check_choice(golden_b);
     check_draws(golden_b);
     check_copies(golden_b);
 #ifdef DSPARK_CUDA_HOST
