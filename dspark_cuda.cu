@@ -521,18 +521,17 @@ typedef struct {
     float *partial;                 // [rows][h / SLICE][WARP]: sums of fn z, the last of z^2
 } stream_args;
 
-// v[i] of all lanes summed, in lane i: halves go over and over.
-static __device__ __forceinline__ float scatter_sums(float *v) {
-    int lane = (int)threadIdx.x % WARP;
+// v[i] of all lanes summed, in lane i: halves go over and over. Indices are constants, so that v stays in registers.
+template <int HALF> static __device__ __forceinline__ float scatter_sums(float *v) {
+    int upper = (int)threadIdx.x & HALF;
     UNROLL
-    for (int half = 16; half; half /= 2)
-        UNROLL
-        for (int i = 0; i < half; i++) {
-            float mine = lane & half ? v[i + half] : v[i], other = lane & half ? v[i] : v[i + half];
-            v[i] = mine + __shfl_xor_sync(ALL, other, half);
-        }
-    return v[0];
+    for (int i = 0; i < HALF; i++) {
+        float mine = upper ? v[i + HALF] : v[i], other = upper ? v[i] : v[i + HALF];
+        v[i] = mine + __shfl_xor_sync(ALL, other, HALF);
+    }
+    return scatter_sums<HALF / 2>(v);
 }
+template <> __device__ __forceinline__ float scatter_sums<0>(float *v) { return v[0]; }
 
 static __device__ __forceinline__ float plain_number(const matrix &w, int r, int i) {
     const uint8_t *p = w.data + (size_t)r * (size_t)w.pitch;
@@ -586,7 +585,7 @@ static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
             if (o < MIX && o < p.n_out) for (int j = 0; j < COPIES; j++) v[o] = fmaf(fn[o][j][lane], z[j], v[o]);
             if (o == WARP - 1) for (int j = 0; j < COPIES; j++) v[o] = fmaf(z[j], z[j], v[o]);
         }
-        p.partial[((size_t)r * (size_t)slices + blockIdx.x) * WARP + (size_t)lane] = scatter_sums(v);
+        p.partial[((size_t)r * (size_t)slices + blockIdx.x) * WARP + (size_t)lane] = scatter_sums<WARP / 2>(v);
     }
 }
 
@@ -896,6 +895,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
     for (int m0 = (int)(blockIdx.x * WARPS + threadIdx.x / WARP) * TILE; m0 < n; m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
         float sum[2] = { 0, 0 };
+        UNROLL
         for (int half = 0; half < 2; half++) {
             size_t key = (size_t)least(m0 + g + 8 * half, n - 1);
             const uint32_t *from = (const uint32_t *)(const void *)(codes + key * (size_t)(I / 2)) + t * each;
@@ -916,8 +916,10 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
                     mma(acc, a[0][e][0], a[1][e][0], a[0][e][1], a[1][e][1], b.x, b.y);
                     mma(acc, a[0][e][2], a[1][e][2], a[0][e][3], a[1][e][3], b.z, b.w);
                 }
+            UNROLL
             for (int k = 0; k < 4; k++) sum[k / 2] = fmaf(fmaxf(acc[k], 0), w[k % 2], sum[k / 2]);
         }
+        UNROLL
         for (int half = 0; half < 2; half++) {
             sum[half] += __shfl_xor_sync(ALL, sum[half], 1);
             sum[half] += __shfl_xor_sync(ALL, sum[half], 2);
