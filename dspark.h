@@ -402,6 +402,7 @@ DSPARK_API const dspark_weights *dspark_model_weights(const dspark_model *);
 // NULL: skip.
 DSPARK_API size_t dspark_model_bytes(const dspark_model *, size_t *mapped);
 DSPARK_API const char *dspark_model_path_name(const dspark_model *);    // "AVX-512", ...
+DSPARK_API const char *dspark_model_placement(const dspark_model *);    // weights by where a device has them; NULL: mapped
 DSPARK_API int dspark_model_threads(const dspark_model *);
 
 // ---- tokenizer: text to ids and back, as DeepSeek-V4's tokenizer.json says. An open tokenizer is never
@@ -735,6 +736,7 @@ struct dspark_backend {
     // backend that draws also chooses (dspark_choice).
     dspark_status (*draft_steps)(void *device, int n_steps, const int32_t *previous, int32_t *tokens);
     dspark_status (*draw)(void *device, const float *logits, const dspark_device_draw *, int32_t *token);
+    const char *(*placement)(const void *device);       // what lies where, a line; NULL: it is all in memory
 };
 DSPARK_API const dspark_backend *dspark_cpu_backend(void);
 #ifdef __cplusplus
@@ -4236,6 +4238,9 @@ DSPARK_API const dspark_tokenizer *dspark_model_tokenizer(const dspark_model *m)
 DSPARK_API const char *dspark_model_path_name(const dspark_model *m) {
     return m->backend->path_name(m->device);
 }
+DSPARK_API const char *dspark_model_placement(const dspark_model *m) {
+    return m->backend->placement ? m->backend->placement(m->device) : NULL;
+}
 DSPARK_API int dspark_model_threads(const dspark_model *m) { return m->backend->threads(m->device); }
 DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
     if (mapped) *mapped = m->checkpoint.mapped;
@@ -7623,6 +7628,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
                                         dspark__cpu_draft_step,
                                         dspark__cpu_draft_logits,
                                         dspark__cpu_pass_end,
+                                        NULL,
                                         NULL,
                                         NULL };
     return &cpu;

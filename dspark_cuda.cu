@@ -1467,6 +1467,75 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     grid_go();
 }
 
+// ---- experts that lie in host memory ----------------------------------------------------------
+// Where not all of them fit, the routed experts have their home in pinned host memory, and `slots` of them a copy on
+// the device. Before a layer's products the experts that it has chosen get one: a hand goes round the slots, passes over
+// what this layer uses, gives what was used since it last came by another round, and takes the rest. All of it happens
+// on the device, so that a pass stays one recording. Bytes are copied as they are: no bit changes. Bound: bytes over
+// PCIe, 13.4 MB a miss at V4-Flash's shape, 270 us at 50 GB/s.
+
+enum { CACHE_HAND, CACHE_NOW, CACHE_MOVES };    // where the hand stands, layers so far, how many move
+typedef struct {
+    const int *active;
+    expert *experts;                // [E] of the layer, as `experts` reads them
+    const expert *home;             // [E], in host memory
+    const uint8_t *base;            // of expert 0 there; the next follow each slot_bytes
+    uint8_t *cache;
+    size_t slot_bytes;
+    int slots, first;               // first: the layer's expert 0 among those of all layers
+    int *slot_of, *owner;           // [all experts], [slots]: one more than the other's number, 0: none
+    int *used, *spared;             // [slots]: in which layer last; is there another round?
+    int *state, *moves;             // CACHE_*; [E]: experts
+} cache_args;
+
+static __device__ int free_slot(const cache_args &p, int now) {
+    for (;;) {
+        int s = p.state[CACHE_HAND];
+        p.state[CACHE_HAND] = s + 1 < p.slots ? s + 1 : 0;
+        if (p.used[s] == now) continue;
+        if (!p.spared[s]) return s;
+        p.spared[s] = 0;
+    }
+}
+static __device__ void move_in(const cache_args &p, int e, int now) {
+    int s = free_slot(p, now);
+    if (p.owner[s]) p.slot_of[p.owner[s] - 1] = 0;
+    p.owner[s] = p.first + e + 1, p.slot_of[p.first + e] = s + 1, p.used[s] = now, p.spared[s] = 1;
+    for (int i = 0; i < 3; i++) {
+        const matrix &m = p.home[e].w[i];
+        const uint8_t *from = p.base + (size_t)e * p.slot_bytes;
+        uint8_t *to = p.cache + (size_t)s * p.slot_bytes;
+        p.experts[e].w[i].data = to + (m.data - from);
+        p.experts[e].w[i].scale = m.scale ? to + (m.scale - from) : NULL;
+    }
+}
+static __global__ void __launch_bounds__(THREADS) cache_choose(const cache_args p) {
+    int now, n_moves = 0;
+    grid_wait();
+    now = p.state[CACHE_NOW] + 1;
+    for (int a = (int)threadIdx.x; a < p.active[0]; a += THREADS) {
+        int s = p.slot_of[p.first + p.active[1 + a]] - 1;
+        if (s >= 0) p.used[s] = now, p.spared[s] = 1;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int a = 0; a < p.active[0]; a++) {
+        int e = p.active[1 + a];
+        if (!p.slot_of[p.first + e]) move_in(p, e, now), p.moves[n_moves++] = e;
+    }
+    p.state[CACHE_NOW] = now, p.state[CACHE_MOVES] = n_moves;
+}
+static __global__ void __launch_bounds__(THREADS) cache_fill(const cache_args p) {
+    size_t each = p.slot_bytes / sizeof(uint4), step = (size_t)gridDim.x * THREADS;
+    grid_wait();
+    for (int i = 0; i < p.state[CACHE_MOVES]; i++) {
+        int e = p.moves[i];
+        const uint4 *from = (const uint4 *)(const void *)(p.base + (size_t)e * p.slot_bytes);
+        uint4 *to = (uint4 *)(void *)(p.cache + (size_t)(p.slot_of[p.first + e] - 1) * p.slot_bytes);
+        for (size_t k = blockIdx.x * THREADS + threadIdx.x; k < each; k += step) to[k] = from[k];
+    }
+}
+
 // weight * silu(gate) * up of a slot, as w2's input. A block a slot.
 typedef struct {
     shape c;
@@ -1769,7 +1838,8 @@ typedef struct {
     compressor pool[2];                     // the attention's; the indexer's
     const int *tid2eid;
     expert shared;
-    const expert *experts;                  // on the device: E, then the shared one
+    expert *experts;                        // on the device: E, then the shared one
+    const expert *home;                     // the same, in host memory; NULL: all lie on the device
 } layer_weights;
 
 enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD, OP_STEPS,
@@ -1807,6 +1877,11 @@ typedef struct {
     cudaStream_t stream;
     uint8_t *slab, *work, *scores_memory;   // weights, workspace, index scores
     size_t slab_bytes, work_bytes, scores_bytes, host_bytes;
+    int n_slots;                            // for experts that have their home in host memory; 0: all are in the slab
+    size_t slot_bytes;
+    uint8_t *cache, *home[DSPARK_MAX_LAYERS];
+    int *slot_of, *owner, *used, *spared, *cache_state, *moves;
+    char placement[384];
     layer_weights *layer;                           // [layers]
     matrix embed, head, main_proj, w1, w2, joint;
     mixer hc_head, draft_hc_head;
@@ -1913,7 +1988,8 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared,
     config.stream = d->stream;
-    config.attrs = &early, config.numAttrs = d->major >= 9;
+    // where experts move, weights are written while their reader might have begun
+    config.attrs = &early, config.numAttrs = d->major >= 9 && !d->n_slots;
     good(d, cudaLaunchKernelEx(&config, kernel, p), name);
 #endif
     time_end(d, name);
@@ -2082,6 +2158,14 @@ static void op_attention(cuda *d, int l) {
     jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
+static void cache_run(cuda *d, int l) {
+    const layer_weights *w = &d->layer[l];
+    cache_args p = { d->active, w->experts, w->home, d->home[l], d->cache, d->slot_bytes, d->n_slots, l * d->s.E,
+                     d->slot_of, d->owner, d->used, d->spared, d->cache_state, d->moves };
+    LAUNCH(cache_choose, grid_of(1, 1), THREADS, 0, p);
+    LAUNCH(cache_fill, grid_of(2 * d->sms, 1), THREADS, 0, p);
+}
+
 // Rows spread over experts: few of them have more than a quarter of them.
 static void experts_run(cuda *d, const experts_args &e) {
     dim3 grid = grid_of(2 * d->sms, 1);
@@ -2105,6 +2189,7 @@ static void op_moe(cuda *d, int l) {
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
     r.mix = post_comb_of(d);
     LAUNCH(route, grid_of(1 + d->grid.rows, 1), smaller(1024, WARP * larger(8, d->grid.rows)), 0, r);
+    if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width, e.tiles = 2;
     experts_run(d, e);
@@ -2516,12 +2601,19 @@ typedef struct {
     cuda *d;
     uint8_t *slab;              // NULL: counting
     size_t n, total, flushed, filled;
+    size_t at_home;             // bytes of experts put into host memory
+    int home;                   // 1: slab is host memory
     uint8_t *stage[2];
     cudaEvent_t event[2];
     int which, used[2];
     const dspark_model_desc *desc;
 } uploader;
 
+static void up_progress(const uploader *u) {
+    double done = (double)(u->flushed + u->at_home) / (double)u->total;
+    if (u->desc->progress && !u->desc->progress(u->desc->user, (float)done))
+        fail(u->d, DSPARK_ERROR_CANCELLED, "cuda: cancelled by the progress callback");
+}
 static void up_flush(uploader *u) {
     cuda *d = u->d;
     if (!u->filled) return;
@@ -2529,13 +2621,16 @@ static void up_flush(uploader *u) {
     TRY(cudaEventRecord(u->event[u->which], d->stream));
     u->used[u->which] = 1, u->flushed += u->filled, u->filled = 0, u->which ^= 1;
     if (u->used[u->which]) TRY(cudaEventSynchronize(u->event[u->which]));
-    if (u->desc->progress && !u->desc->progress(u->desc->user, (float)((double)u->flushed / (double)u->total)))
-        fail(d, DSPARK_ERROR_CANCELLED, "cuda: cancelled by the progress callback");
+    up_progress(u);
 }
 // n bytes more; p NULL: zeros
 static void up_put(uploader *u, const void *p, size_t n) {
+    if (u->home && u->slab) {
+        if (p) memcpy(u->slab + u->n, p, n);
+        else memset(u->slab + u->n, 0, n);
+    }
     u->n += n;
-    while (u->slab && n && !u->d->status) {
+    while (u->slab && !u->home && n && !u->d->status) {
         size_t some = n < STAGE_BYTES - u->filled ? n : STAGE_BYTES - u->filled;
         if (p) memcpy(u->stage[u->which] + u->filled, p, some), p = (const char *)p + some;
         else memset(u->stage[u->which] + u->filled, 0, some);
@@ -2649,6 +2744,18 @@ static expert up_expert(uploader *u, const dspark_expert *e) {
     expert out = { { up_matrix(u, &e->w1), up_matrix(u, &e->w3), up_matrix(u, &e->w2) } };
     return out;
 }
+// A routed expert: into the slab, or where there are slots to its home. Counting, slot_bytes become what the largest needs.
+static expert up_routed(uploader *u, int l, int e, const dspark_expert *from) {
+    cuda *d = u->d;
+    uploader home = *u;
+    expert out;
+    if (!d->n_slots) return up_expert(u, from);
+    home.home = 1, home.n = 0, home.slab = u->slab ? d->home[l] + (size_t)e * d->slot_bytes : NULL;
+    out = up_expert(&home, from), up_begin(&home);
+    if (!u->slab) d->slot_bytes = home.n > d->slot_bytes ? home.n : d->slot_bytes;
+    else u->at_home += home.n, up_progress(u);
+    return out;
+}
 static const int *up_hash(uploader *u, const dspark_layer *l) {
     size_t n = (size_t)u->d->s.V * (size_t)u->d->s.K;
     const uint8_t *at = up_begin(u);
@@ -2673,8 +2780,10 @@ static void up_attention(uploader *u, layer_weights *o, const dspark_layer *l) {
     o->index_wq_b = up_matrix(u, &l->index_wq_b), o->index_weights = up_matrix(u, &l->index_weights);
     o->pool[1] = up_compressor(u, &l->index_compressor);
 }
-static void up_layer(uploader *u, layer_weights *o, const dspark_layer *l) {
+static void up_layer(uploader *u, int number) {
     cuda *d = u->d;
+    layer_weights *o = &d->layer[number];
+    const dspark_layer *l = &d->w->layers[number];
     int E = d->s.E;
     expert *all = (expert *)malloc((size_t)(E + 1) * sizeof *all);
     if (!all) {
@@ -2687,8 +2796,9 @@ static void up_layer(uploader *u, layer_weights *o, const dspark_layer *l) {
     o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
     o->gate = up_matrix(u, &l->gate), o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
     all[E] = o->shared = up_expert(u, &l->shared);
-    for (int e = 0; e < E; e++) all[e] = up_expert(u, &l->experts[e]);
-    o->experts = (const expert *)up_array(u, all, (size_t)(E + 1), sizeof *all);
+    for (int e = 0; e < E && !d->status; e++) all[e] = up_routed(u, number, e, &l->experts[e]);
+    o->experts = (expert *)(uintptr_t)up_array(u, all, (size_t)(E + 1), sizeof *all);
+    if (d->n_slots) o->home = (const expert *)up_array(u, all, (size_t)(E + 1), sizeof *all);
     free(all);
 }
 
@@ -2730,14 +2840,15 @@ static void up_all(uploader *u) {
     d->embed = up_matrix(u, &w->embed), d->head = up_matrix(u, &w->head),
     d->norm = up_floats(u, w->norm, (size_t)d->s.h);
     d->hc_head = up_mix(u, &w->hc_head, COPIES);
-    for (int l = 0; l < d->layers && !d->status; l++) up_layer(u, &d->layer[l], &w->layers[l]);
+    for (int l = 0; l < d->layers && !d->status; l++) up_layer(u, l);
     up_drafter(u);
     up_begin(u);
 }
 static void up_run(cuda *d, const dspark_model_desc *desc) {
     uploader u;
     memset(&u, 0, sizeof u);
-    u.d = d, u.slab = d->slab, u.total = d->slab_bytes, u.desc = desc;
+    u.d = d, u.slab = d->slab, u.desc = desc;
+    u.total = d->slab_bytes + (d->n_slots ? (size_t)(d->layers * d->s.E) * d->slot_bytes : 0);
     for (int i = 0; i < 2; i++) {
         TRY(cudaMallocHost(&u.stage[i], STAGE_BYTES));
         TRY(cudaEventCreateWithFlags(&u.event[i], cudaEventDisableTiming));
@@ -2805,6 +2916,12 @@ static void carve_experts(cuda *d, carver *v, int n) {
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
 }
+static void carve_cache(cuda *d, carver *v) {
+    if (!d->n_slots) return;
+    d->slot_of = carve_ints(v, d->layers, d->s.E), d->moves = carve_ints(v, 1, d->s.E);
+    d->owner = carve_ints(v, 1, d->n_slots), d->used = carve_ints(v, 1, d->n_slots), d->spared = carve_ints(v, 1, d->n_slots);
+    d->cache_state = carve_ints(v, 1, CACHE_MOVES + 1);
+}
 static void carve_drafter(cuda *d, carver *v, int n) {
     int rank = d->s.rank, h = d->s.h;
     if (!d->c->n_stages) return;
@@ -2827,6 +2944,7 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
     carve_attention(d, &v, n);
     carve_experts(d, &v, n);
+    carve_cache(d, &v);
     carve_drafter(d, &v, n);
     return v.n;
 }
@@ -2851,8 +2969,9 @@ static void cuda_close(void *device) {
     if (!d) return;
     if (d->stream) cudaStreamSynchronize(d->stream);
     forget_recordings(d);
-    cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory);
+    cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory), cudaFree(d->cache);
     cudaFreeHost(d->host_block);
+    for (int l = 0; l < d->layers; l++) if (d->home[l]) cudaFreeHost(d->home[l]);
     if (d->stream) cudaStreamDestroy(d->stream);
     free(d->layer), free(d->ops), free(d);
 }
@@ -2931,22 +3050,56 @@ static void open_device(cuda *d) {
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: compute capability %d, expected 8.0 or newer", d->major);
 }
 
-// Room for weights and workspace, or a failure that says how much of each there would have to be.
-static void open_memory(cuda *d) {
+static size_t cuda_state_bytes(const void *device, int max_context);
+
+// What the slab takes; where experts have their home elsewhere, slot_bytes with it.
+static size_t slab_bytes_of(cuda *d) {
     uploader u;
-    size_t free_bytes = 0, total = 0;
     memset(&u, 0, sizeof u);
-    u.d = d;
+    u.d = d, d->slot_bytes = 0;
     up_all(&u);
-    d->slab_bytes = u.n, d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
+    return u.n;
+}
+
+// All weights on the device if they fit beside the workspace and the states of max_sessions; else as many experts as
+// do, at least those that one layer may ask for at once. Or a failure that says how much of each there would have to be.
+static void place(cuda *d, const dspark_model_desc *desc) {
+    size_t free_bytes = 0, total = 0, room, states, all, experts;
+    int context = smaller(4096, d->c->max_position_embeddings), n = d->layers * d->s.E, least;
     TRY(cudaMemGetInfo(&free_bytes, &total));
-    if (!d->status && d->slab_bytes + d->work_bytes > free_bytes)
+    states = (size_t)larger(1, desc->max_sessions) * cuda_state_bytes(d, context);
+    all = d->slab_bytes = slab_bytes_of(d), d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
+    room = free_bytes > d->work_bytes + states ? free_bytes - d->work_bytes - states : 0;
+    snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %zu of workspace, %zu for states",
+             all, d->work_bytes, states);
+    if (d->status || all <= room) return;
+    d->n_slots = n, d->slab_bytes = slab_bytes_of(d), experts = (size_t)n * d->slot_bytes;
+    room = room > d->slab_bytes ? (room - d->slab_bytes) / (d->slot_bytes + 64) : 0;      // 64: a slot's share of lists
+    least = d->max_rows < n / d->s.K ? smaller(d->s.E, d->max_rows * d->s.K) : d->s.E;
+    d->n_slots = room < (size_t)n ? (int)room : n;
+    if (d->n_slots < least)
         fail(d, DSPARK_ERROR_MEMORY,
-             "cuda: weights take %zu bytes, passes of %d rows %zu: the device has %zu free of %zu", d->slab_bytes,
-             d->max_rows, d->work_bytes, free_bytes, total);
+             "cuda: weights take %zu bytes, passes of %d rows %zu, states %zu: the device has %zu free of %zu; with the "
+             "experts in host memory (%zu bytes), %zu and %d slots of %zu bytes", all, d->max_rows, d->work_bytes,
+             states, free_bytes, total, experts, d->slab_bytes, least, d->slot_bytes);
+    d->work_bytes = carve_all(d, NULL);
+    snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %d of %d experts (%zu), %zu of "
+             "workspace, %zu for states; in host memory the experts, %zu", d->slab_bytes, d->n_slots, n,
+             (size_t)d->n_slots * d->slot_bytes, d->work_bytes, states, experts);
+}
+
+static void open_memory(cuda *d, const dspark_model_desc *desc) {
+    size_t home;
+    place(d, desc);
+    home = (size_t)d->s.E * d->slot_bytes;
     TRY(cudaMalloc(&d->slab, d->slab_bytes));
     TRY(cudaMalloc(&d->work, d->work_bytes));
     TRY(cudaMallocHost(&d->host_block, d->host_bytes));
+    if (d->n_slots) TRY(cudaMalloc(&d->cache, (size_t)d->n_slots * d->slot_bytes));
+    for (int l = 0; l < d->layers && d->n_slots; l++) {
+        TRY(cudaMallocHost(&d->home[l], home));
+        d->host_bytes += home;
+    }
     if (d->status) return;
     carve_all(d, d->work), carve_host(d, d->host_block);
     TRY(cudaMemsetAsync(d->work, 0, d->work_bytes, d->stream));     // inputs are zeros behind their rows
@@ -2965,7 +3118,7 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
     if (!d->layer || !d->ops) fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d layers", d->layers);
     if (!d->status) open_device(d);
     if (!d->status) allow_shared(d);
-    if (!d->status) open_memory(d);
+    if (!d->status) open_memory(d, desc);
     if (!d->status) up_run(d, desc);
     if ((status = result(d)) != DSPARK_OK) return cuda_close(d), status;
     *device = d;
@@ -2974,9 +3127,11 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
 
 static size_t cuda_bytes(const void *device) {
     const cuda *d = (const cuda *)device;
-    return sizeof *d + d->slab_bytes + d->work_bytes + d->scores_bytes + d->host_bytes;
+    return sizeof *d + d->slab_bytes + d->work_bytes + d->scores_bytes + d->host_bytes +
+           (size_t)d->n_slots * d->slot_bytes;
 }
 static const char *cuda_path_name(const void *device) { (void)device; return "CUDA"; }
+static const char *cuda_placement(const void *device) { return ((const cuda *)device)->placement; }
 static int cuda_threads(const void *device) { (void)device; return 1; }
 static int cuda_max_rows(const void *device) { return ((const cuda *)device)->max_rows; }
 
@@ -3155,6 +3310,6 @@ extern "C" const dspark_backend *dspark_cuda_backend(void) {
                                           cuda_pass_begin,  cuda_mix_in,      cuda_attention,    cuda_moe,
                                           cuda_mix_out,     cuda_tap,         cuda_head,         cuda_inject,
                                           cuda_draft_head,  cuda_draft_step,  cuda_draft_logits, cuda_pass_end,
-                                          cuda_draft_steps, cuda_draw };
+                                          cuda_draft_steps, cuda_draw,        cuda_placement };
     return &table;
 }

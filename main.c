@@ -516,6 +516,7 @@ static int check(const settings *o, dspark_model *m) {
     printf("memory      %.1f MiB of weights mapped, %.1f MiB model, %.1f MiB session; %.1f MiB in all: %s\n",
            (double)mapped / MiB, (double)model / MiB, (double)session / MiB, all / MiB,
            all < memory ? "fits" : "does not fit, weights will be paged");
+    if (dspark_model_placement(m)) printf("device      %s\n", dspark_model_placement(m));
     return all < memory ? check_profile(m) : 0;
 }
 

@@ -338,6 +338,35 @@ static void check_failures(void) {
 }
 #endif
 
+#ifdef DSPARK_CUDA_HOST
+/* The same bits where experts move in and out: as few slots as the device's memory can be made to leave. */
+static void check_cache(const char *dir) {
+    dspark_model *m = open_on_device(dir, 8), *few = NULL, *next;
+    dspark_model_desc desc;
+    int32_t *tokens = golden_text(dir);
+    uint64_t h = in_chunks(m, tokens, 41, 8);
+    size_t step = cuda_host_used / 64, least = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = 8;
+    dspark_model_close(m);
+    for (cuda_host_memory = 80 * step;; cuda_host_memory -= step) {
+        if (dspark_model_open(&next, dir, &desc)) break;
+        least = cuda_host_memory;
+        dspark_model_close(next);
+    }
+    ok(strstr(dspark_last_error(), "weights take") && strstr(dspark_last_error(), "slots of") && !cuda_host_used,
+       "%s: not even a layer's experts fit beside the rest: refused with byte counts", dir);
+    printf("# %s\n", dspark_last_error());
+    cuda_host_memory = least;
+    must(dspark_model_open(&few, dir, &desc));
+    printf("# %s\n", dspark_model_placement(few));
+    ok(strstr(dspark_model_placement(few), "in host memory") && in_chunks(few, tokens, 41, 8) == h,
+       "%s: experts in host memory leave the bits of those on the device: logits, state, drafts", dir);
+    dspark_model_close(few), free(tokens);
+    cuda_host_memory = (size_t)1 << 31;
+}
+#endif
+
 int main(void) {
     static const int chunks_a[] = { 16 }, chunks_b[] = { 5, 17 };
     check_golden(golden_a, 64);
@@ -350,6 +379,7 @@ int main(void) {
     check_draws(golden_b);
     check_copies(golden_b);
 #ifdef DSPARK_CUDA_HOST
+    check_cache(golden_b);
     check_failures();
 #endif
     return sessions_done();
