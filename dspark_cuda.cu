@@ -144,6 +144,20 @@ static __device__ float block_sum(float x, float *scratch /* [warps] */) {
     return sum;
 }
 
+// Is this the last of n blocks to come here? What the others wrote is seen then, if it is read past the first cache.
+static __device__ int last_block(int *arrived, int n) {
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrived, 1) == n - 1;
+        if (last) *arrived = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
 // ---- rounding (deepseek-v4.md, Storage) -------------------------------------------------------
 
 // e of the smallest 2^e with amax / 2^e within the format, from the bits: 448 = 1.75 * 2^8, 6 = 1.5 * 2^2.
@@ -841,6 +855,7 @@ typedef struct {
     float *w;                       // [ATTEND_ROWS][heads to whole eights]
     float *scores;                  // [ATTEND_ROWS][n_scores]
     size_t n_scores;
+    int *arrived;                   // [ATTEND_ROWS], zeros between kernels: blocks that are done with a row
     int *chosen;                    // [ATTEND_ROWS][index_topk]
 } index_args;
 
@@ -877,6 +892,53 @@ static __global__ void __launch_bounds__(THREADS) index_query(const index_args p
     if (lane == 0)
         p.w[(size_t)i * (size_t)eights(H) + (size_t)h] =
             h < H ? p.index_w[(size_t)r * (size_t)H + (size_t)h] * (1 / sqrtf((float)I) * (1 / sqrtf((float)H))) : 0;
+}
+
+// A float's bits as an integer of the same order.
+static __device__ __forceinline__ uint32_t ordered(float x) {
+    uint32_t u = __float_as_uint(x == 0 ? 0.0f : x);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
+// counting, then those above it, and the first of those equal to it, are written in order.
+static __device__ void index_top(const index_args &p, int i, int n) {
+    __shared__ int counts_of[256], before[2][WARPS], found[2];
+    int k = p.c.index_topk, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    int equal = k, n_above = 0, n_equal = 0;
+    uint32_t kth = 0;
+    const float *scores = p.scores + (size_t)i * p.n_scores;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        counts_of[threadIdx.x] = 0;
+        __syncthreads();
+        for (int j = (int)threadIdx.x; j < n; j += THREADS) {
+            uint32_t u = ordered(__ldcg(scores + j));
+            if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int digit = 255, left = equal;
+            while (counts_of[digit] < left) left -= counts_of[digit--];
+            found[0] = digit, found[1] = left;
+        }
+        __syncthreads();
+        kth |= (uint32_t)found[0] << shift, equal = found[1];
+    }
+    for (int j0 = 0; j0 < n; j0 += THREADS) {
+        int j = j0 + (int)threadIdx.x, above, same, a, b;
+        uint32_t u = j < n ? ordered(__ldcg(scores + j)) : 0;
+        above = j < n && u > kth, same = j < n && u == kth;
+        unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
+        __syncthreads();
+        if (lane == 0) before[0][warp] = __popc(aboves), before[1][warp] = __popc(sames);
+        __syncthreads();
+        a = n_above + __popc(aboves & lower), b = n_equal + __popc(sames & lower);
+        for (int w = 0; w < WARPS; w++) {
+            if (w < warp) a += before[0][w], b += before[1][w];
+            n_above += before[0][w], n_equal += before[1][w];
+        }
+        if (above || (same && b < equal)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, equal))] = j;
+    }
 }
 
 // sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights. Bound: bytes of keys, I / 2 + I / 32
@@ -927,57 +989,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
                 p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(WEIGHT_SHIFT);
         }
     }
-}
-
-// A float's bits as an integer of the same order.
-static __device__ __forceinline__ uint32_t ordered(float x) {
-    uint32_t u = __float_as_uint(x == 0 ? 0.0f : x);
-    return u >> 31 ? ~u : u | 0x80000000u;
-}
-
-// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
-// counting, then those above it, and the first of those equal to it, are written in order.
-static __global__ void __launch_bounds__(THREADS) index_top(const index_args p) {
-    __shared__ int counts_of[256], before[2][WARPS], found[2];
-    int i = (int)blockIdx.x, r = p.row0 + i, k = p.c.index_topk, lane = (int)threadIdx.x % WARP,
-        warp = (int)threadIdx.x / WARP;
-    int n, equal = k, n_above = 0, n_equal = 0;
-    uint32_t kth = 0;
-    grid_wait();
-    grid_go();
-    if (r >= p.n->n_rows || (n = keys_of(p.rows[r])) <= k) return;
-    const float *scores = p.scores + (size_t)i * p.n_scores;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        counts_of[threadIdx.x] = 0;
-        __syncthreads();
-        for (int j = (int)threadIdx.x; j < n; j += THREADS) {
-            uint32_t u = ordered(scores[j]);
-            if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = 255, left = equal;
-            while (counts_of[digit] < left) left -= counts_of[digit--];
-            found[0] = digit, found[1] = left;
-        }
-        __syncthreads();
-        kth |= (uint32_t)found[0] << shift, equal = found[1];
-    }
-    for (int j0 = 0; j0 < n; j0 += THREADS) {
-        int j = j0 + (int)threadIdx.x, above, same, a, b;
-        uint32_t u = j < n ? ordered(scores[j]) : 0;
-        above = j < n && u > kth, same = j < n && u == kth;
-        unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
-        __syncthreads();
-        if (lane == 0) before[0][warp] = __popc(aboves), before[1][warp] = __popc(sames);
-        __syncthreads();
-        a = n_above + __popc(aboves & lower), b = n_equal + __popc(sames & lower);
-        for (int w = 0; w < WARPS; w++) {
-            if (w < warp) a += before[0][w], b += before[1][w];
-            n_above += before[0][w], n_equal += before[1][w];
-        }
-        if (above || (same && b < equal)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, equal))] = j;
-    }
+    if (last_block(&p.arrived[i], (int)gridDim.x)) index_top(p, i, n);
 }
 
 // ---- attention --------------------------------------------------------------------------------
@@ -1847,7 +1859,7 @@ enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP
 typedef struct { unsigned char op, sub; short layer; } operation;
 
 // A pass' kind, and how many rows, .. its grids are made for.
-typedef struct { int drafts, rows, logits, injected, segments; } extent;
+typedef struct { int drafts, rows, logits, injected, segments, indexed; } extent;    // indexed: a row has keys to choose
 
 // What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
 typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
@@ -1898,7 +1910,7 @@ typedef struct {
     input x, qr_in, o, low_in, act, main, markov_in, markov_out;
     uint16_t *query;
     float *query_w, *scores, *part;
-    int *chosen, *route, *first, *list, *active;
+    int *arrived, *chosen, *route, *first, *list, *active;
     unsigned long long *best;               // zeros between passes
     double *value;
     int *candidates;
@@ -2102,13 +2114,15 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         job_add(&p, o->wgate, d->x, q->gate, o->w);
         tasks++;
     }
-    if (target && w->ratio == 4) job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
+    if (target && w->ratio == 4 && d->grid.indexed)
+        job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
     job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
     jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.q_lora, d->s.D) * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
-    if (target && w->ratio == 4) job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
+    if (target && w->ratio == 4 && d->grid.indexed)
+        job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
     jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
@@ -2117,10 +2131,10 @@ static void attention_index(cuda *d, int l, int row0, int rows) {
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.freqs = d->freqs[1];
     p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
-    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen;
+    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen,
+    p.arrived = d->arrived;
     LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads + 7, WARPS), rows), THREADS, 0, p);
     LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS, 0, p);
-    LAUNCH(index_top, grid_of(rows, 1), THREADS, 0, p);
 }
 
 static void op_attention(cuda *d, int l) {
@@ -2136,7 +2150,7 @@ static void op_attention(cuda *d, int l) {
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
-        if (a.ratio == 4) attention_index(d, l, a.row0, rows);
+        if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
         LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
         LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
     }
@@ -2397,7 +2411,9 @@ static void pass_note(cuda *d, const dspark_pass *pass, int n_logits, int n_inje
     e = &d->passes[d->n_passes];
     e->drafts = pass->kind == DSPARK_PASS_DRAFT, e->rows = smaller(bucket(pass->n_rows), d->max_rows);
     e->logits = smaller(bucket(n_logits), e->rows), e->injected = smaller(bucket(n_injected), d->max_rows);
-    e->segments = smaller(bucket(pass->n_segments), e->rows);
+    e->segments = smaller(bucket(pass->n_segments), e->rows), e->indexed = 0;
+    for (int i = 0; i < pass->n_segments; i++)
+        e->indexed |= (pass->segments[i].position + pass->segments[i].n_rows) / 4 > d->s.index_topk;
     d->draws = pass->draws != NULL, d->choice = pass->choice != NULL;
     d->n_rows = pass->n_rows, d->n_segments = pass->n_segments, d->n_logits = n_logits;
     note(d, OP_PASS, 0, d->n_passes++);
@@ -2486,8 +2502,8 @@ static uint64_t calls_of(const cuda *d) {
     }
     for (int i = 0; i < d->n_passes; i++) {
         const extent *e = &d->passes[i];
-        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments };
-        for (int k = 0; k < 5; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
+        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments, e->indexed };
+        for (int k = 0; k < 6; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
     }
     return calls;
 }
@@ -2906,6 +2922,7 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->query =
         (uint16_t *)carve(v, (size_t)ATTEND_ROWS * (size_t)(c->index_heads + 7) * (size_t)c->I, sizeof *d->query);
     d->query_w = carve_rows(v, ATTEND_ROWS, c->index_heads + 7), d->chosen = carve_ints(v, ATTEND_ROWS, c->index_topk);
+    d->arrived = carve_ints(v, ATTEND_ROWS, 1);
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
@@ -3067,7 +3084,7 @@ static void place(cuda *d, const dspark_model_desc *desc) {
     size_t free_bytes = 0, total = 0, room, states, all, experts;
     int context = smaller(4096, d->c->max_position_embeddings), n = d->layers * d->s.E, least;
     TRY(cudaMemGetInfo(&free_bytes, &total));
-    states = (size_t)larger(1, desc->max_sessions) * cuda_state_bytes(d, context);
+    states = (size_t)larger(1, desc->max_sessions) * cuda_state_bytes(d, context) + total / 64;     // and for graphs
     all = d->slab_bytes = slab_bytes_of(d), d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
     room = free_bytes > d->work_bytes + states ? free_bytes - d->work_bytes - states : 0;
     snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %zu of workspace, %zu for states",
