@@ -132,11 +132,18 @@ build/bench/cuda: bench/cuda.c bench/bench.h tools/synth.h build/bench/dspark_cu
 	$(CC) $(STD) $(CFLAGS) $(WARN) -I. -c bench/cuda.c -o $@.o
 	$(NVCC) $@.o build/bench/dspark_cuda.o -o $@ -lm
 
+SANITIZER ?= compute-sanitizer
+sanitize-cuda:      ## the CUDA backend under compute-sanitizer, memcheck and racecheck, on the small model; needs a device
+	@if ! command -v $(SANITIZER) >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
+	  echo "skipped: there is no $(SANITIZER), or no CUDA device"; exit 0; fi; \
+	$(MAKE) cuda && for t in memcheck racecheck; do \
+	  $(SANITIZER) --tool $$t --error-exitcode 1 ./dspark --backend cuda --compare -n 24 -p "Once upon a time" || exit 1; done
+
 clean:      ## remove what was built
 	rm -rf build dspark
 
 help:       ## this list
-	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1	/p' Makefile
 
-.PHONY: run cuda test asan soak fuzz bench calibrate clean help
+.PHONY: run cuda sanitize-cuda test asan soak fuzz bench calibrate clean help
 .PRECIOUS: build/fuzz/%.exe build/bench/%

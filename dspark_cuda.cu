@@ -16,17 +16,20 @@
 // three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
 // 16, 32 or 64 rows.
 //
-// operation     kernel                what bounds it at few rows; V4-Flash, one row: MB (us at 3.0 TB/s) a layer
-// mix_out, tap  stream                bytes of hc_fn, 1.6 twice (1), 32 dims a block; the next mix's products with it
-// mix_in        mix                   latency: one block a row
-// attention     linears, project      wq_a, wkv, compressors 27.8 (9)
-//               linears               wq_b, index wq_b 41.9 (14)
-//               index_query, index_scores, index_top, attend, attend_merge      latency; keys 0.5
-//               linears               wo_a 33.6 (11), wo_b 33.6 (11)
-// moe           linears, route        gate, shared w1 w3 18.1 (6)
-//               experts, swiglu, experts                    6 x 13.4 + shared w2 8.4 (30)
-// head          mix, linears          1059 once a pass (350)
-// draft_step    markov, linears       66 each (22)
+// operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
+// mix_in        stream (what mix_out and tap have put off, and the sums of this mix), mix
+// attention     linears, project, linears, [index_query, index_scores,] attend, attend_merge, linears, round_rows,
+//               linears
+// moe           linears, route, [cache_choose, cache_fill,] experts, swiglu, experts
+// head          stream, mix, linears
+// inject        take_taps, linears, round_rows, linears, inject_rows
+// a step        markov_begin, [linears, markov_gate,] linears, draw
+// 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. The
+// floors of one row add up to 3.7 ms. Between kernels that depend on each other a graph loses about 1.4 us; a launch
+// ahead of its turn (griddepcontrol) hides that for `linears`, five of a layer, which ask for their weights before
+// they wait; the other fourteen are small and take 1 to 2 us each beside it. That makes 1.5 to 2 ms: 65 to 70 % of the
+// floor, if `linears` and `experts` reach what a copy does. NOTHING OF THIS HAS BEEN MEASURED: no GPU has run this
+// file.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -277,8 +280,10 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 // Weights as the M side: a block takes 1 to 4 tiles of 16 outputs, a warp of it every eighth unit of each. A lane reads
 // 16 bytes of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both
 // sides agree. No shared memory on the way in: 4 pieces a lane are in flight, 2 KB each a warp, 128 KB an SM with two
-// blocks. Bound: bytes of weights; at 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes, three planes
-// take 39.
+// blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors, index weights 27.8
+// (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059
+// (353) once a pass; markov_w2 66 (22) a step. At 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes,
+// three planes take 39: wo_a and the head are bound by products from 32 rows on.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
@@ -515,8 +520,8 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
 
 // ---- the residual stream: mHC -----------------------------------------------------------------
 // A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies its part of the
-// next mix's matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes of fn, 24 * 16
-// KB * 4 at 4096 dims.
+// next mix's matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes, of fn 1.6 MB
+// and of a row's copies .13 twice: .6 us for one row, .8 for six, so latency.
 
 enum { STREAM_AS_IS, STREAM_EMBED, STREAM_ADD };
 typedef struct {
@@ -604,7 +609,7 @@ static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
 }
 
 // The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow
-// elsewhere.
+// elsewhere. Bound: latency, 80 KB a row through one SM (1 us), two barriers.
 typedef struct {
     shape c;
     const int *n;
@@ -817,6 +822,7 @@ static __device__ void compress(const project_args &p, const row &s, int which, 
     }
 }
 
+// Bound: latency; a compressor's group is 8 or 128 rows of 4 KB twice, 1 MB where it is completed (.3 us).
 // A block a row and task: 0 queries' input, 1 the window's row, 2 post and comb of the sub-layer, 3 and 4 the
 // compressors.
 static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
@@ -862,7 +868,7 @@ typedef struct {
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
 static __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
-// RoPE, Hadamard, FP4: a warp a head.
+// RoPE, Hadamard, FP4: a warp a head. Bound: latency, 32 KB a row.
 static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
     int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP,
         h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP);
@@ -941,8 +947,9 @@ static __device__ void index_top(const index_args &p, int i, int n) {
     }
 }
 
-// sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights. Bound: bytes of keys, I / 2 + I / 32
-// each, to 100,000 keys of 64 heads; beyond, products.
+// sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights; the last block of a row chooses.
+// Bound: at 1,024 keys (4,096 tokens) latency: .07 MB a row; at 262,144 keys bytes, 18 MB (6 us) for one row, and
+// products for six: 26 GFLOP, 43 us at 600 TFLOP/s.
 static __global__ void __launch_bounds__(THREADS) index_scores(const index_args p) {
     int I = p.c.I, H = eights(p.c.index_heads), lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         each = I / 32;
@@ -1209,8 +1216,9 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
     }
 }
 
-// A split of a row's keys for 16 heads, 32 keys at a time. Bound at few rows: latency, about 900 products of 16 x 8 x
-// 16 a time in eight warps and 36 KB of keys; 6 rows of 640 keys are 480 blocks, two waves.
+// A split of a row's keys for 16 heads, 32 keys at a time. Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows
+// 3.8 MB, 1.3 us), products 1.2 us a row at three planes; so latency: about 900 products of 16 x 8 x 16 a time in
+// eight warps and 36 KB of keys. 6 rows of 640 keys are 480 blocks, two waves.
 static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     __shared__ float scale[TILE], part[WARPS * TILE];
     SHARED_BYTES(bytes);
@@ -1260,7 +1268,8 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
         to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
 }
 
-// Splits in order, the sink, the turn back; eight dims a thread.
+// Splits in order, the sink, the turn back; eight dims a thread. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
+// six rows 5). In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
 static __device__ void merge_heads(const attend_args &p, const row &s, const view &v, int i, int r) {
     int D = p.c.D, R = p.c.R, groups = p.c.H * D / 8;
     for (int first = (int)(blockIdx.y * THREADS); first < groups; first += (int)gridDim.y * THREADS) {
@@ -1308,6 +1317,7 @@ static __device__ void commit(const shape &c, const commit_args &p, int r) {
 }
 
 // Rows of floats as inputs: [rows][n], normed first where there is a norm. Blocks of y 1 commit a row beside that.
+// Bound: latency, 32 KB a row.
 typedef struct { shape c; const int *n_rows; const float *x, *norm; int n; input out; commit_args commit; } round_args;
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
     __shared__ float scratch[WARPS];
@@ -1405,7 +1415,7 @@ static __device__ void group_by_expert(const route_args &p, int n) {
             if (p.route[i] == e) p.list[at++] = i;
 }
 
-// Block 0 routes; the others make post and comb of a row each.
+// Block 0 routes; the others make post and comb of a row each. Bound: latency, six rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
     int n;
     grid_wait();
@@ -1421,7 +1431,9 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
 }
 
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
-// all rows. An expert's weights are read once for NT * 8 rows.
+// all rows. An expert's weights are read once for NT * 8 rows. Bound: bytes, MB (us): w1 w3 53.5 (18) for one row, 292
+// (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52). A prompt's 2,048 rows are 77
+// an expert of 160: three readings, of which two come from L2; products bound it, 2 a clock of 256 x 8 and SM.
 typedef struct {
     shape c;
     const counts *n;
@@ -1481,10 +1493,10 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
 
 // ---- experts that lie in host memory ----------------------------------------------------------
 // Where not all of them fit, the routed experts have their home in pinned host memory, and `slots` of them a copy on
-// the device. Before a layer's products the experts that it has chosen get one: a hand goes round the slots, passes over
-// what this layer uses, gives what was used since it last came by another round, and takes the rest. All of it happens
-// on the device, so that a pass stays one recording. Bytes are copied as they are: no bit changes. Bound: bytes over
-// PCIe, 13.4 MB a miss at V4-Flash's shape, 270 us at 50 GB/s.
+// the device. Before a layer's products the experts that it has chosen get one: a hand goes round the slots, passes
+// over what this layer uses, gives what was used since it last came by another round, and takes the rest. All of it
+// happens on the device, so that a pass stays one recording. Bytes are copied as they are: no bit changes. Bound:
+// bytes over PCIe, 13.4 MB a miss at V4-Flash's shape, 270 us at 50 GB/s.
 
 enum { CACHE_HAND, CACHE_NOW, CACHE_MOVES };    // where the hand stands, layers so far, how many move
 typedef struct {
@@ -1548,7 +1560,7 @@ static __global__ void __launch_bounds__(THREADS) cache_fill(const cache_args p)
     }
 }
 
-// weight * silu(gate) * up of a slot, as w2's input. A block a slot.
+// weight * silu(gate) * up of a slot, as w2's input. A block a slot. Bound: latency, 16 KB a slot.
 typedef struct {
     shape c;
     const counts *n;
@@ -1579,7 +1591,7 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 // ---- draws ------------------------------------------------------------------------------------
 // argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; the lower token of
 // equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with NaN, +inf or
-// nothing finite gives none.
+// nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
 
 typedef struct { float temperature; unsigned seed[2], position[2]; } draw_row;
 typedef struct {
@@ -1732,7 +1744,8 @@ static __global__ void __launch_bounds__(THREADS) choose(const choose_args p) {
 
 // ---- the drafter's own ------------------------------------------------------------------------
 
-// Taps of a position as an input: [n_taps * h].
+// Taps of a position as an input: [n_taps * h]. Bound: latency, as of what follows: 48 KB a position, 2 KB a stage, 20
+// KB a segment and step.
 typedef struct { shape c; const counts *n; const injection *list; int taps_at; input x; } taps_args;
 static __global__ void __launch_bounds__(THREADS) take_taps(const taps_args p) {
     int r = (int)blockIdx.x, n = p.c.n_taps * p.c.h;
@@ -1859,7 +1872,7 @@ enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP
 typedef struct { unsigned char op, sub; short layer; } operation;
 
 // A pass' kind, and how many rows, .. its grids are made for.
-typedef struct { int drafts, rows, logits, injected, segments, indexed; } extent;    // indexed: a row has keys to choose
+typedef struct { int drafts, rows, logits, injected, segments, indexed; } extent;   // indexed: a row has keys to choose
 
 // What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
 typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
@@ -2760,7 +2773,8 @@ static expert up_expert(uploader *u, const dspark_expert *e) {
     expert out = { { up_matrix(u, &e->w1), up_matrix(u, &e->w3), up_matrix(u, &e->w2) } };
     return out;
 }
-// A routed expert: into the slab, or where there are slots to its home. Counting, slot_bytes become what the largest needs.
+// A routed expert: into the slab, or where there are slots to its home. Counting, slot_bytes become what the largest
+// needs.
 static expert up_routed(uploader *u, int l, int e, const dspark_expert *from) {
     cuda *d = u->d;
     uploader home = *u;
@@ -3079,7 +3093,8 @@ static size_t slab_bytes_of(cuda *d) {
 }
 
 // All weights on the device if they fit beside the workspace and the states of max_sessions; else as many experts as
-// do, at least those that one layer may ask for at once. Or a failure that says how much of each there would have to be.
+// do, at least those that one layer may ask for at once. Or a failure that says how much of each there would have to
+// be.
 static void place(cuda *d, const dspark_model_desc *desc) {
     size_t free_bytes = 0, total = 0, room, states, all, experts;
     int context = smaller(4096, d->c->max_position_embeddings), n = d->layers * d->s.E, least;
