@@ -385,6 +385,11 @@ typedef struct {
     int max_rows;                       // rows of one pass, 0: 128. Bounds the workspace; a text does not depend on it.
     int max_sessions;                   // at least so many with whole blocks fit into one pass; 0: what max_rows give
     size_t memory_limit;                // bytes that the model and its sessions may allocate; 0: no limit
+    int fast_prefill;                   // 1: where an append holds all of positions [512 i, 512 (i + 1)), a device may
+                                        // run them by a library's products (CUDA: cuBLASLt, FP8 sums): faster, in
+                                        // other bits. A text then depends on how its prompt was cut into appends, and
+                                        // rows run again after a long truncation are the usual ones. 0: never. The CPU
+                                        // has no other products.
     dspark_files files;
     int (*progress)(void *user, float done);    // 0..1, while opening; returns 0 to cancel
     void *user;
@@ -682,6 +687,7 @@ typedef struct {
 } dspark_choice;
 
 enum { DSPARK_PASS_TARGET, DSPARK_PASS_DRAFT };
+enum { DSPARK_PROMPT_BLOCK = 512 };
 typedef struct {
     int kind;                   // DSPARK_PASS_*
     int n_rows, n_segments;
@@ -689,6 +695,7 @@ typedef struct {
     const dspark_segment *segments;
     const dspark_device_draw *draws;    // NULL: logits are wanted; else, where the backend draws, one for each row of
                                         // logits, or drafting for each segment, for its first draft's position
+    int whole;                  // 1: rows are whole blocks of DSPARK_PROMPT_BLOCK of one prompt (fast_prefill)
     const dspark_choice *choice;        // NULL: the rows are as the segments say; else n_rows is the most there may be,
                                         // and draws are the segments', for the token behind the anchor
 } dspark_pass;
@@ -4202,7 +4209,7 @@ struct dspark_model {
     dspark_tokenizer *tokenizer;
     const dspark_backend *backend;
     void *device;
-    int max_rows, max_token_bytes;
+    int max_rows, max_token_bytes, fast_prefill;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
     dspark__manner manner[DSPARK__MANNERS];
@@ -4323,6 +4330,8 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_sessions %d: expected 0 to %d", desc->max_sessions, 1 << 16);
     d.max_rows = desc->max_rows > 0 ? desc->max_rows : 128;
     d.max_rows = dspark__max(d.max_rows, desc->max_sessions * (1 + c->dspark_block_size));
+    m->fast_prefill = desc->fast_prefill;
+    if (m->fast_prefill) d.max_rows = dspark__max(d.max_rows, DSPARK_PROMPT_BLOCK);
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
@@ -4638,6 +4647,7 @@ static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, in
     memset(&pass, 0, sizeof pass);
     g.keep_rows = keep_rows, g.logits_from = logits_from;
     pass.kind = DSPARK_PASS_TARGET, pass.n_rows = n, pass.n_segments = 1, pass.ids = ids, pass.segments = &g;
+    pass.whole = s->model->fast_prefill && !keep_rows && n % DSPARK_PROMPT_BLOCK + position % DSPARK_PROMPT_BLOCK == 0;
     return dspark__forward(s->model, &pass, result);
 }
 
@@ -4666,12 +4676,20 @@ static dspark_status dspark__refill(dspark_session *s) {
     return DSPARK_OK;
 }
 
+// How many of n pending tokens a pass runs: with fast_prefill whole blocks, or none of the next.
+static int dspark__cut(const dspark_model *m, int position, int n) {
+    int into = position % DSPARK_PROMPT_BLOCK;
+    n = dspark__min(m->max_rows, n);
+    if (!m->fast_prefill) return n;
+    return into || n < DSPARK_PROMPT_BLOCK ? dspark__min(n, DSPARK_PROMPT_BLOCK - into) : n - n % DSPARK_PROMPT_BLOCK;
+}
+
 // Runs what is pending up to n_tokens, a pass of at most max_rows at a time; the last row's logits are kept.
 static dspark_status dspark__run_pending(dspark_session *s) {
     int first = s->n_run, V = dspark__config(s)->vocab_size;
     dspark_status status = dspark__refill(s);
     while (!status && s->n_run < s->n_tokens) {
-        int n = dspark__min(s->model->max_rows, s->n_tokens - s->n_run), last = s->n_run + n == s->n_tokens;
+        int n = dspark__cut(s->model, s->n_run, s->n_tokens - s->n_run), last = s->n_run + n == s->n_tokens;
         dspark_pass_result result;
         if (s->desc.progress && !s->desc.progress(s->desc.user, s->n_run - first, s->n_tokens - first))
             return dspark__fail(DSPARK_ERROR_CANCELLED, "append: cancelled after %d of %d tokens",

@@ -34,6 +34,7 @@
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
 #else
+#include <cublasLt.h>
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 #endif
@@ -288,6 +289,7 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
     const uint8_t *scale;    // FP8: [rows / 128][units]; FP4: [tiles][units][lane][4], a lane's four blocks of a unit
+    const float *block_scale;       // FP8, where the library may take it: [rows / 128][cols / 128 to whole fours]
     int rows, cols, pitch, dtype;
 } matrix;
 
@@ -516,6 +518,35 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     }
     if (wait) grid_wait();
     grid_go();
+}
+
+// Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays.
+typedef struct {
+    const uint16_t *x;              // [rows][stride], as input.rounded
+    int stride, n;
+    uint8_t *codes;                 // [rows][n]
+    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]
+} codes_args;
+static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
+    int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
+    grid_wait();
+    grid_go();
+    for (int at = 0; at < p.n; at += THREADS * 8) {
+        int mine = at + (int)threadIdx.x * 8, live = mine < p.n, e;
+        uint4 w = make_uint4(0, 0, 0, 0);
+        uint32_t code[2] = { 0, 0 };
+        if (live) w = *(const uint4 *)(const void *)(p.x + (size_t)r * (size_t)p.stride + (size_t)mine);
+        float v[8];
+        for (int i = 0; i < 4; i++)
+            v[i] = __uint_as_float(word(w, i) << 16), v[4 + i] = __uint_as_float(word(w, i) & 0xffff0000u);
+        e = fp8_exponent(group_max(largest_of(v), 16));
+        if (!live) continue;
+        for (int i = 0; i < 8; i++) code[i / 4] |= e4m3_code(nearest_e4m3(v[i] * exp2i(-e))) << i % 4 * 8;
+        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)mine) = { code[0], code[1] };
+        if (mine % 128 == 0)
+            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(mine / 128)) * DSPARK_PROMPT_BLOCK +
+                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = exp2i(e);
+    }
 }
 
 // ---- the residual stream: mHC -----------------------------------------------------------------
@@ -1872,7 +1903,7 @@ enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP
 typedef struct { unsigned char op, sub; short layer; } operation;
 
 // A pass' kind, and how many rows, .. its grids are made for.
-typedef struct { int drafts, rows, logits, injected, segments, indexed; } extent;   // indexed: a row has keys to choose
+typedef struct { int drafts, rows, logits, injected, segments, indexed, whole; } extent;   // indexed: a row has keys to choose
 
 // What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
 typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
@@ -1891,6 +1922,17 @@ typedef struct {
     int *tokens, *drafted, *lengths;
     float *confidence;
 } pass_block;
+
+// A product of the library's: of a block of a prompt with a matrix of this size, and the way that was chosen for it.
+typedef struct {
+    int rows, cols, pitch, y_stride, possible;
+#ifndef DSPARK_CUDA_HOST
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulAlgo_t algo;
+#endif
+} product;
+enum { MAX_PRODUCTS = 32, LIBRARY_BYTES = 32 << 20 };
 
 typedef struct {
     const dspark_config *c;
@@ -1939,6 +1981,14 @@ typedef struct {
     int from, tap, slots;                   // of the stream, what is put off until the next mix
     const float *from_y;
     mixer now;                              // the mix whose post and comb are still to be made
+    int fast_prefill;                       // blocks of prompts may go through the library
+    product products[MAX_PRODUCTS];
+    int n_products;
+    uint8_t *codes, *library_room;
+    float *code_scales;
+#ifndef DSPARK_CUDA_HOST
+    cublasLtHandle_t library;
+#endif
     recording recordings[MAX_RECORDINGS];
     int n_recordings, oldest;
 } cuda;
@@ -2046,9 +2096,130 @@ static int tiles_of(const cuda *d, const job *j, int nt) {
     while (tiles > 1 && (n / tiles < 2 * d->sms || (j->group && j->group % (tiles * TILE)))) tiles /= 2;
     return tiles;
 }
+// ---- blocks of prompts through cuBLASLt
+// Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
+// take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on bf16 needs
+// some 60. Its sums keep fewer bits, and the way it takes follows the shape: so the rows are always 512, and the first
+// choice of a shape stays. The routed experts, wo_a and bf16 matrices remain with the kernels above.
+
+#ifdef DSPARK_CUDA_HOST
+extern "C" { long cuda_host_products; }
+static void product_open(cuda *, product *p) { p->possible = 1; }
+// y [512][y_stride] = codes [512][cols] times w, each 128 summed alone.
+static void product_run(cuda *, const product *p, const matrix &w, const uint8_t *codes, const float *scales, float *y) {
+    int blocks = blocks_of(p->cols, 128), stride = blocks_of(blocks, 4) * 4;
+    float value[256];
+    for (int i = 0; i < 256; i++) value[i] = e4m3_value((uint32_t)i);
+    cuda_host_products++;
+    for (int r = 0; r < DSPARK_PROMPT_BLOCK; r++)
+        for (int o = 0; o < p->rows; o++) {
+            const uint8_t *a = w.data + (size_t)o * (size_t)p->pitch, *x = codes + (size_t)r * (size_t)p->cols;
+            float all = 0;
+            for (int b = 0; b < blocks; b++) {
+                float sum = 0, scale = w.block_scale[o / 128 * stride + b] * scales[b * DSPARK_PROMPT_BLOCK + r];
+                for (int k = b * 128; k < smaller(p->cols, b * 128 + 128); k++) sum += value[a[k]] * value[x[k]];
+                all = fmaf(sum, scale, all);
+            }
+            y[(size_t)r * (size_t)p->y_stride + (size_t)o] = all;
+        }
+}
+static void library_open(cuda *) {}
+static void library_close(cuda *) {}
+#else
+static int good_lt(cuda *d, cublasStatus_t e, const char *call) {
+    if (e == CUBLAS_STATUS_SUCCESS) return 1;
+    fail(d, DSPARK_ERROR_BACKEND, "%.*s: %s", (int)strcspn(call, "("), call, cublasLtGetStatusString(e));
+    return 0;
+}
+#define TRY_LT(call) (!d->status && good_lt(d, call, #call))
+static void library_open(cuda *d) { TRY_LT(cublasLtCreate(&d->library)); }
+static void library_close(cuda *d) {
+    for (int i = 0; i < d->n_products; i++) {
+        product *p = &d->products[i];
+        if (p->desc) cublasLtMatmulDescDestroy(p->desc);
+        if (p->w) cublasLtMatrixLayoutDestroy(p->w);
+        if (p->x) cublasLtMatrixLayoutDestroy(p->x);
+        if (p->y) cublasLtMatrixLayoutDestroy(p->y);
+    }
+    if (d->library) cublasLtDestroy(d->library);
+}
+// Column-major, as the library counts: y [rows x 512] = (w [cols x rows])^T x [cols x 512].
+static void product_open(cuda *d, product *p) {
+    cublasLtMatmulPreference_t wish = NULL;
+    cublasLtMatmulHeuristicResult_t found;
+    cublasOperation_t turned = CUBLAS_OP_T;
+    cublasLtMatmulMatrixScale_t w_mode = CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F,
+                                x_mode = CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
+    uint32_t no_splits = CUBLASLT_REDUCTION_SCHEME_NONE;
+    size_t room = LIBRARY_BYTES;
+    int n = 0;
+    TRY_LT(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &turned, sizeof turned));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &w_mode, sizeof w_mode));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &x_mode, sizeof x_mode));
+    TRY_LT(cublasLtMatrixLayoutCreate(&p->w, CUDA_R_8F_E4M3, (uint64_t)p->cols, (uint64_t)p->rows, p->pitch));
+    TRY_LT(cublasLtMatrixLayoutCreate(&p->x, CUDA_R_8F_E4M3, (uint64_t)p->cols, DSPARK_PROMPT_BLOCK, p->cols));
+    TRY_LT(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, (uint64_t)p->rows, DSPARK_PROMPT_BLOCK, p->y_stride));
+    if (TRY_LT(cublasLtMatmulPreferenceCreate(&wish))) {
+        TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
+        TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &no_splits,
+                                                    sizeof no_splits));
+    }
+    // no way to do it is not a failure: the kernels have one
+    if (!d->status && !cublasLtMatmulAlgoGetHeuristic(d->library, p->desc, p->w, p->x, p->y, p->y, wish, 1, &found, &n))
+        p->possible = n > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+    if (p->possible) p->algo = found.algo;
+    if (wish) cublasLtMatmulPreferenceDestroy(wish);
+}
+static void product_run(cuda *d, const product *p, const matrix &w, const uint8_t *codes, const float *scales, float *y) {
+    const float one = 1, none = 0;
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &w.block_scale,
+                                          sizeof w.block_scale));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales, sizeof scales));
+    TRY_LT(cublasLtMatmul(d->library, p->desc, &one, w.data, p->w, codes, p->x, &none, y, p->y, y, p->y, &p->algo,
+                          d->library_room, LIBRARY_BYTES, d->stream));
+}
+#endif
+
+// The product for a job of a block, the same each time; NULL: the library has none.
+static const product *product_of(cuda *d, const job *j) {
+    product *p = d->products;
+    if (!j->w.block_scale || j->group || j->add || j->y_rows || j->w.cols % 16 || j->w.rows % 16) return NULL;
+    for (; p < d->products + d->n_products; p++)
+        if (p->rows == j->w.rows && p->cols == j->w.cols && p->y_stride == j->y_stride) return p->possible ? p : NULL;
+    if (d->n_products == MAX_PRODUCTS) return NULL;
+    d->n_products++;
+    p->rows = j->w.rows, p->cols = j->w.cols, p->pitch = j->w.pitch, p->y_stride = j->y_stride;
+    product_open(d, p);
+    return p->possible ? p : NULL;
+}
+// Runs the jobs that the library takes, and leaves the others.
+static void jobs_by_library(cuda *d, linears_args *p) {
+    const uint16_t *last = NULL;
+    int left = 0;
+    for (int i = 0; i < p->n_jobs && !d->status; i++) {
+        const job *j = &p->jobs[i];
+        const product *with = product_of(d, j);
+        int n = j->w.cols, scales = blocks_of(n, 128) * DSPARK_PROMPT_BLOCK;
+        if (!with) {
+            p->jobs[left++] = *j;
+            continue;
+        }
+        codes_args c = { j->x.x, j->x_stride, n, d->codes, d->code_scales };
+        if (last != j->x.x) LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
+        last = j->x.x;
+        for (int b = 0; b < d->n_rows / DSPARK_PROMPT_BLOCK; b++)
+            product_run(d, with, j->w, d->codes + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)n,
+                        d->code_scales + (size_t)b * (size_t)scales,
+                        j->y + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)j->y_stride);
+    }
+    p->n_jobs = left;
+}
+
 static void jobs_run(cuda *d, linears_args *p, int rows, const int *n_rows) {
     int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
     dim3 grid;
+    if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
     p->n_rows = n_rows, p->n_items = 0;
     for (int i = 0; i < p->n_jobs; i++) {
         job *j = &p->jobs[i];
@@ -2425,6 +2596,7 @@ static void pass_note(cuda *d, const dspark_pass *pass, int n_logits, int n_inje
     e->drafts = pass->kind == DSPARK_PASS_DRAFT, e->rows = smaller(bucket(pass->n_rows), d->max_rows);
     e->logits = smaller(bucket(n_logits), e->rows), e->injected = smaller(bucket(n_injected), d->max_rows);
     e->segments = smaller(bucket(pass->n_segments), e->rows), e->indexed = 0;
+    e->whole = pass->whole && d->fast_prefill;
     for (int i = 0; i < pass->n_segments; i++)
         e->indexed |= (pass->segments[i].position + pass->segments[i].n_rows) / 4 > d->s.index_topk;
     d->draws = pass->draws != NULL, d->choice = pass->choice != NULL;
@@ -2515,8 +2687,8 @@ static uint64_t calls_of(const cuda *d) {
     }
     for (int i = 0; i < d->n_passes; i++) {
         const extent *e = &d->passes[i];
-        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments, e->indexed };
-        for (int k = 0; k < 6; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
+        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments, e->indexed, e->whole };
+        for (int k = 0; k < 7; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
     }
     return calls;
 }
@@ -2706,6 +2878,16 @@ static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
         }
 }
 
+static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
+    const uint8_t *at = up_begin(u);
+    int rows = blocks_of(m->rows, 128), cols = blocks_of(m->cols, 128);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < blocks_of(cols, 4) * 4; j++) {
+            float scale = u->slab && j < cols ? ldexpf(1, m->scale[i * cols + j] - 127) : 1;
+            up_put(u, &scale, sizeof scale);
+        }
+    return (const float *)(const void *)at;
+}
 static matrix up_matrix(uploader *u, const dspark_matrix *m) {
     size_t each = (size_t)m->cols * (m->dtype == DSPARK_F32 ? 4 : m->dtype >= DSPARK_FP8 ? 1 : 2);
     matrix out;
@@ -2726,6 +2908,7 @@ static matrix up_matrix(uploader *u, const dspark_matrix *m) {
         size_t n = (size_t)blocks_of(m->rows, 128) * (size_t)blocks_of(m->cols, 128);
         for (size_t i = 0; u->slab && i < n; i++) check_scale(u, m, m->scale[i]);
         up_put(u, m->scale, n);
+        if (u->d->fast_prefill && !u->home) out.block_scale = up_block_scales(u, m);
     }
     return out;
 }
@@ -2947,6 +3130,12 @@ static void carve_experts(cuda *d, carver *v, int n) {
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
 }
+static void carve_library(cuda *d, carver *v, int n) {
+    int most = larger(larger(d->s.h, d->s.q_lora), d->c->o_groups * d->c->o_lora_rank);
+    if (!d->fast_prefill) return;
+    d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)most, 1), d->code_scales = carve_rows(v, n, blocks_of(most, 128));
+    d->library_room = (uint8_t *)carve(v, LIBRARY_BYTES, 1);
+}
 static void carve_cache(cuda *d, carver *v) {
     if (!d->n_slots) return;
     d->slot_of = carve_ints(v, d->layers, d->s.E), d->moves = carve_ints(v, 1, d->s.E);
@@ -2975,6 +3164,7 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
     carve_attention(d, &v, n);
     carve_experts(d, &v, n);
+    carve_library(d, &v, n);
     carve_cache(d, &v);
     carve_drafter(d, &v, n);
     return v.n;
@@ -2999,7 +3189,7 @@ static void cuda_close(void *device) {
     cuda *d = (cuda *)device;
     if (!d) return;
     if (d->stream) cudaStreamSynchronize(d->stream);
-    forget_recordings(d);
+    forget_recordings(d), library_close(d);
     cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory), cudaFree(d->cache);
     cudaFreeHost(d->host_block);
     for (int l = 0; l < d->layers; l++) if (d->home[l]) cudaFreeHost(d->home[l]);
@@ -3149,6 +3339,8 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
     d->ops = (operation *)calloc((size_t)d->max_ops, sizeof *d->ops);
     if (!d->layer || !d->ops) fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d layers", d->layers);
     if (!d->status) open_device(d);
+    d->fast_prefill = desc->fast_prefill && d->major == 9;      // elsewhere the library has no products with such scales
+    if (!d->status && d->fast_prefill) library_open(d);
     if (!d->status) allow_shared(d);
     if (!d->status) open_memory(d, desc);
     if (!d->status) up_run(d, desc);
