@@ -407,7 +407,7 @@ DSPARK_API const dspark_weights *dspark_model_weights(const dspark_model *);
 // NULL: skip.
 DSPARK_API size_t dspark_model_bytes(const dspark_model *, size_t *mapped);
 DSPARK_API const char *dspark_model_path_name(const dspark_model *);    // "AVX-512", ...
-DSPARK_API const char *dspark_model_placement(const dspark_model *);    // weights by where a device has them; NULL: mapped
+DSPARK_API const char *dspark_model_placement(const dspark_model *);    // what a device has where; NULL: all is mapped
 DSPARK_API int dspark_model_threads(const dspark_model *);
 
 // ---- tokenizer: text to ids and back, as DeepSeek-V4's tokenizer.json says. An open tokenizer is never
@@ -677,9 +677,9 @@ typedef struct {
 // temperature 0 of the logit; -1 from a row that is no distribution. Temperature -1: no token, the logits.
 typedef struct { float temperature; uint64_t seed, position; } dspark_device_draw;
 
-// Drafts that the device chooses, ASYNC: of those of the draft pass before, which asked for draws and whose steps are yet
-// to come, the `budget` best verify. Each segment of the target pass is an anchor, ids [n_segments], and at most
-// n_rows - 1 drafts; all rows are drawn. Arrays [n_segments].
+// Drafts that the device chooses, ASYNC: of those of the draft pass before, which asked for draws and whose n_steps are
+// yet to come, the `budget` best are verified. Each segment of the target pass is an anchor, ids [n_segments], and at
+// most n_rows - 1 drafts; all rows are drawn. Arrays [n_segments].
 typedef struct {
     int n_steps, budget;
     const int *draft_row;               // of its first draft in the draft pass; -1: it has none

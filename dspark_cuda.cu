@@ -1902,8 +1902,9 @@ enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP
        OP_CHOOSE, OP_DRAW };
 typedef struct { unsigned char op, sub; short layer; } operation;
 
-// A pass' kind, and how many rows, .. its grids are made for.
-typedef struct { int drafts, rows, logits, injected, segments, indexed, whole; } extent;   // indexed: a row has keys to choose
+// A pass' kind, and how many rows, .. its grids are made for. indexed: a row has keys to choose among; whole: blocks of a
+// prompt.
+typedef struct { int drafts, rows, logits, injected, segments, indexed, whole; } extent;
 
 // What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
 typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
@@ -2104,9 +2105,10 @@ static int tiles_of(const cuda *d, const job *j, int nt) {
 
 #ifdef DSPARK_CUDA_HOST
 extern "C" { long cuda_host_products; }
-static void product_open(cuda *, product *p) { p->possible = 1; }
+static void product_open(cuda *, product *p, const matrix &) { p->possible = 1; }
 // y [512][y_stride] = codes [512][cols] times w, each 128 summed alone.
-static void product_run(cuda *, const product *p, const matrix &w, const uint8_t *codes, const float *scales, float *y) {
+static void product_run(cuda *, const product *p, const matrix &w, const uint8_t *codes, const float *scales,
+                        float *y) {
     int blocks = blocks_of(p->cols, 128), stride = blocks_of(blocks, 4) * 4;
     float value[256];
     for (int i = 0; i < 256; i++) value[i] = e4m3_value((uint32_t)i);
@@ -2143,8 +2145,13 @@ static void library_close(cuda *d) {
     }
     if (d->library) cublasLtDestroy(d->library);
 }
+static void product_scales(cuda *d, const product *p, const matrix &w, const float *scales) {
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &w.block_scale,
+                                          sizeof w.block_scale));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales, sizeof scales));
+}
 // Column-major, as the library counts: y [rows x 512] = (w [cols x rows])^T x [cols x 512].
-static void product_open(cuda *d, product *p) {
+static void product_open(cuda *d, product *p, const matrix &w) {
     cublasLtMatmulPreference_t wish = NULL;
     cublasLtMatmulHeuristicResult_t found;
     cublasOperation_t turned = CUBLAS_OP_T;
@@ -2157,11 +2164,13 @@ static void product_open(cuda *d, product *p) {
     TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &turned, sizeof turned));
     TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &w_mode, sizeof w_mode));
     TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &x_mode, sizeof x_mode));
+    product_scales(d, p, w, d->code_scales);
     TRY_LT(cublasLtMatrixLayoutCreate(&p->w, CUDA_R_8F_E4M3, (uint64_t)p->cols, (uint64_t)p->rows, p->pitch));
     TRY_LT(cublasLtMatrixLayoutCreate(&p->x, CUDA_R_8F_E4M3, (uint64_t)p->cols, DSPARK_PROMPT_BLOCK, p->cols));
     TRY_LT(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, (uint64_t)p->rows, DSPARK_PROMPT_BLOCK, p->y_stride));
     if (TRY_LT(cublasLtMatmulPreferenceCreate(&wish))) {
-        TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
+        TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room,
+                                                    sizeof room));
         TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &no_splits,
                                                     sizeof no_splits));
     }
@@ -2171,11 +2180,10 @@ static void product_open(cuda *d, product *p) {
     if (p->possible) p->algo = found.algo;
     if (wish) cublasLtMatmulPreferenceDestroy(wish);
 }
-static void product_run(cuda *d, const product *p, const matrix &w, const uint8_t *codes, const float *scales, float *y) {
+static void product_run(cuda *d, const product *p, const matrix &w, const uint8_t *codes, const float *scales,
+                        float *y) {
     const float one = 1, none = 0;
-    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &w.block_scale,
-                                          sizeof w.block_scale));
-    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales, sizeof scales));
+    product_scales(d, p, w, scales);
     TRY_LT(cublasLtMatmul(d->library, p->desc, &one, w.data, p->w, codes, p->x, &none, y, p->y, y, p->y, &p->algo,
                           d->library_room, LIBRARY_BYTES, d->stream));
 }
@@ -2190,7 +2198,7 @@ static const product *product_of(cuda *d, const job *j) {
     if (d->n_products == MAX_PRODUCTS) return NULL;
     d->n_products++;
     p->rows = j->w.rows, p->cols = j->w.cols, p->pitch = j->w.pitch, p->y_stride = j->y_stride;
-    product_open(d, p);
+    product_open(d, p, j->w);
     return p->possible ? p : NULL;
 }
 // Runs the jobs that the library takes, and leaves the others.
@@ -2464,8 +2472,8 @@ static void draft_step(cuda *d, int k, int drawn_here) {
     m.kind = kind;
     m.best = drawn_here && k ? d->best : NULL;
     m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
-    m.confidence = d->dev.confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in,
-    m.out = d->markov_out;
+    m.confidence = d->dev.confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias,
+    m.in = d->markov_in, m.out = d->markov_out;
     LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
     if (kind == DSPARK_HEAD_NONE) return;
     if (kind != DSPARK_HEAD_VANILLA) {
@@ -3133,13 +3141,15 @@ static void carve_experts(cuda *d, carver *v, int n) {
 static void carve_library(cuda *d, carver *v, int n) {
     int most = larger(larger(d->s.h, d->s.q_lora), d->c->o_groups * d->c->o_lora_rank);
     if (!d->fast_prefill) return;
-    d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)most, 1), d->code_scales = carve_rows(v, n, blocks_of(most, 128));
+    d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)most, 1);
+    d->code_scales = carve_rows(v, n, blocks_of(most, 128));
     d->library_room = (uint8_t *)carve(v, LIBRARY_BYTES, 1);
 }
 static void carve_cache(cuda *d, carver *v) {
     if (!d->n_slots) return;
     d->slot_of = carve_ints(v, d->layers, d->s.E), d->moves = carve_ints(v, 1, d->s.E);
-    d->owner = carve_ints(v, 1, d->n_slots), d->used = carve_ints(v, 1, d->n_slots), d->spared = carve_ints(v, 1, d->n_slots);
+    d->owner = carve_ints(v, 1, d->n_slots), d->used = carve_ints(v, 1, d->n_slots);
+    d->spared = carve_ints(v, 1, d->n_slots);
     d->cache_state = carve_ints(v, 1, CACHE_MOVES + 1);
 }
 static void carve_drafter(cuda *d, carver *v, int n) {
@@ -3301,8 +3311,8 @@ static void place(cuda *d, const dspark_model_desc *desc) {
     d->n_slots = room < (size_t)n ? (int)room : n;
     if (d->n_slots < least)
         fail(d, DSPARK_ERROR_MEMORY,
-             "cuda: weights take %zu bytes, passes of %d rows %zu, states %zu: the device has %zu free of %zu; with the "
-             "experts in host memory (%zu bytes), %zu and %d slots of %zu bytes", all, d->max_rows, d->work_bytes,
+             "cuda: weights take %zu bytes, passes of %d rows %zu, states %zu: the device has %zu free of %zu; with "
+             "the experts in host memory (%zu bytes), %zu and %d slots of %zu bytes", all, d->max_rows, d->work_bytes,
              states, free_bytes, total, experts, d->slab_bytes, least, d->slot_bytes);
     d->work_bytes = carve_all(d, NULL);
     snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %d of %d experts (%zu), %zu of "
@@ -3339,7 +3349,7 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
     d->ops = (operation *)calloc((size_t)d->max_ops, sizeof *d->ops);
     if (!d->layer || !d->ops) fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d layers", d->layers);
     if (!d->status) open_device(d);
-    d->fast_prefill = desc->fast_prefill && d->major == 9;      // elsewhere the library has no products with such scales
+    d->fast_prefill = desc->fast_prefill && d->major == 9;      // elsewhere the library has no such scales
     if (!d->status && d->fast_prefill) library_open(d);
     if (!d->status) allow_shared(d);
     if (!d->status) open_memory(d, desc);

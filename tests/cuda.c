@@ -370,7 +370,8 @@ static void check_prompt_block(const char *dir) {
     s = open_session_as(m, &d), last = open_session_as(m, &d);
     must(dspark_session_append(s, tokens, N));
 #ifdef DSPARK_CUDA_HOST
-    ok(cuda_host_products == 4 * 5 + 1, "%s: a block of 512 runs its FP8 matrices by the library (%ld products)", dir,
+    /* wq_a, wq_b, wkv, wo_b and the shared w1, w3 of four layers, but for the three that are no FP8 there */
+    ok(cuda_host_products == 21, "%s: a block of 512 runs its FP8 matrices by the library (%ld products)", dir,
        cuda_host_products);
 #endif
     memcpy(last->tokens, tokens, (N - LAST) * sizeof *tokens), last->n_tokens = last->n_run = N - LAST;
