@@ -1902,8 +1902,8 @@ enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP
        OP_CHOOSE, OP_DRAW };
 typedef struct { unsigned char op, sub; short layer; } operation;
 
-// A pass' kind, and how many rows, .. its grids are made for. indexed: a row has keys to choose among; whole: blocks of a
-// prompt.
+// A pass' kind, and how many rows, .. its grids are made for. indexed: a row has keys to choose among; whole: blocks of
+// a prompt.
 typedef struct { int drafts, rows, logits, injected, segments, indexed, whole; } extent;
 
 // What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
