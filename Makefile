@@ -32,7 +32,7 @@ build/dspark_cuda.o: dspark_cuda.cu dspark.h
 
 cuda: build/dspark_cuda.o main.c dspark.h       ## build ./dspark with the CUDA backend: --backend cuda; needs nvcc
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) -DDSPARK_CUDA -c main.c -o build/main_cuda.o
-	$(NVCC) build/main_cuda.o build/dspark_cuda.o -o dspark $(OPENMP:%=-Xcompiler %) -lm $(LDFLAGS)
+	$(NVCC) build/main_cuda.o build/dspark_cuda.o -o dspark $(OPENMP:%=-Xcompiler %) -lcublasLt -lm $(LDFLAGS)
 
 run: dspark     ## build, and let the small model solve a problem; colours show who made each token
 	./dspark --chat --show --stats -t .6 -n 120 -p "John buys 10 packs of magic cards. Each pack has 20 cards and 1/4 of \
@@ -61,7 +61,7 @@ build/tests/cuda: tests/cuda.c build/tests/cuda_host.o $(HEADERS)
 build/tests/cuda_device: tests/cuda.c build/dspark_cuda.o $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) -O1 -g $(WARN) -Werror -I. -Itests -c tests/cuda.c -o $@.o
-	$(NVCC) $@.o build/dspark_cuda.o -o $@ -lm
+	$(NVCC) $@.o build/dspark_cuda.o -o $@ -lcublasLt -lm
 
 build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
@@ -130,13 +130,20 @@ build/bench/dspark_cuda.o: dspark_cuda.cu dspark.h
 
 build/bench/cuda: bench/cuda.c bench/bench.h tools/synth.h build/bench/dspark_cuda.o $(HEADERS)
 	$(CC) $(STD) $(CFLAGS) $(WARN) -I. -c bench/cuda.c -o $@.o
-	$(NVCC) $@.o build/bench/dspark_cuda.o -o $@ -lm
+	$(NVCC) $@.o build/bench/dspark_cuda.o -o $@ -lcublasLt -lm
+
+SANITIZER ?= compute-sanitizer
+sanitize-cuda:      ## the CUDA backend under compute-sanitizer, memcheck and racecheck, on the small model; needs a device
+	@if ! command -v $(SANITIZER) >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
+	  echo "skipped: there is no $(SANITIZER), or no CUDA device"; exit 0; fi; \
+	$(MAKE) cuda && for t in memcheck racecheck; do \
+	  $(SANITIZER) --tool $$t --error-exitcode 1 ./dspark --backend cuda --compare -n 24 -p "Once upon a time" || exit 1; done
 
 clean:      ## remove what was built
 	rm -rf build dspark
 
 help:       ## this list
-	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1	/p' Makefile
 
-.PHONY: run cuda test asan soak fuzz bench calibrate clean help
+.PHONY: run cuda sanitize-cuda test asan soak fuzz bench calibrate clean help
 .PRECIOUS: build/fuzz/%.exe build/bench/%

@@ -385,6 +385,11 @@ typedef struct {
     int max_rows;                       // rows of one pass, 0: 128. Bounds the workspace; a text does not depend on it.
     int max_sessions;                   // at least so many with whole blocks fit into one pass; 0: what max_rows give
     size_t memory_limit;                // bytes that the model and its sessions may allocate; 0: no limit
+    int fast_prefill;                   // 1: where an append holds all of positions [512 i, 512 (i + 1)), a device may
+                                        // run them by a library's products (CUDA: cuBLASLt, FP8 sums): faster, in
+                                        // other bits. A text then depends on how its prompt was cut into appends, and
+                                        // rows run again after a long truncation are the usual ones. 0: never. The CPU
+                                        // has no other products.
     dspark_files files;
     int (*progress)(void *user, float done);    // 0..1, while opening; returns 0 to cancel
     void *user;
@@ -402,6 +407,7 @@ DSPARK_API const dspark_weights *dspark_model_weights(const dspark_model *);
 // NULL: skip.
 DSPARK_API size_t dspark_model_bytes(const dspark_model *, size_t *mapped);
 DSPARK_API const char *dspark_model_path_name(const dspark_model *);    // "AVX-512", ...
+DSPARK_API const char *dspark_model_placement(const dspark_model *);    // what a device has where; NULL: all is mapped
 DSPARK_API int dspark_model_threads(const dspark_model *);
 
 // ---- tokenizer: text to ids and back, as DeepSeek-V4's tokenizer.json says. An open tokenizer is never
@@ -671,7 +677,17 @@ typedef struct {
 // temperature 0 of the logit; -1 from a row that is no distribution. Temperature -1: no token, the logits.
 typedef struct { float temperature; uint64_t seed, position; } dspark_device_draw;
 
+// Drafts that the device chooses, ASYNC: of those of the draft pass before, which asked for draws and whose n_steps are
+// yet to come, the `budget` best are verified. Each segment of the target pass is an anchor, ids [n_segments], and at
+// most n_rows - 1 drafts; all rows are drawn. Arrays [n_segments].
+typedef struct {
+    int n_steps, budget;
+    const int *draft_row;               // of its first draft in the draft pass; -1: it has none
+    const float *weight, *threshold, *temperature;      // temperature [n_segments][n_steps]: of its confidences
+} dspark_choice;
+
 enum { DSPARK_PASS_TARGET, DSPARK_PASS_DRAFT };
+enum { DSPARK_PROMPT_BLOCK = 512 };
 typedef struct {
     int kind;                   // DSPARK_PASS_*
     int n_rows, n_segments;
@@ -679,6 +695,9 @@ typedef struct {
     const dspark_segment *segments;
     const dspark_device_draw *draws;    // NULL: logits are wanted; else, where the backend draws, one for each row of
                                         // logits, or drafting for each segment, for its first draft's position
+    int whole;                  // 1: rows are whole blocks of DSPARK_PROMPT_BLOCK of one prompt (fast_prefill)
+    const dspark_choice *choice;        // NULL: the rows are as the segments say; else n_rows is the most there may be,
+                                        // and draws are the segments', for the token behind the anchor
 } dspark_pass;
 
 typedef struct {
@@ -686,6 +705,7 @@ typedef struct {
     int n_logits;
     const float *confidence_logits;     // draft: [n_rows]
     const int32_t *tokens;      // [n_logits], where the pass asked for draws; their logits then mean nothing
+    const int32_t *lengths, *drafts;    // of a choice: drafts chosen, [n_segments]; and [draft pass' rows], -1: none
 } dspark_pass_result;
 
 // A state as pieces of bytes, in a fixed order, for save and restore; called with each piece of n_tokens. data is valid
@@ -719,9 +739,11 @@ struct dspark_backend {
     float *(*draft_logits)(void *device);                           // [rows][vocab] of the last draft pass
     dspark_status (*pass_end)(void *device, dspark_pass_result *);  // drafting: before the steps, which fill it in
     // Both NULL: the backend does not draw. After a draft pass that asked for draws, in place of n_steps draft_step's:
-    // tokens [n_rows], -1: none; and the confidence of each row. And a token from logits [vocab] of the caller's.
+    // tokens [n_rows], -1: none; and the confidence of each row. And a token from logits [vocab] of the caller's. A
+    // backend that draws also chooses (dspark_choice).
     dspark_status (*draft_steps)(void *device, int n_steps, const int32_t *previous, int32_t *tokens);
     dspark_status (*draw)(void *device, const float *logits, const dspark_device_draw *, int32_t *token);
+    const char *(*placement)(const void *device);       // what lies where, a line; NULL: it is all in memory
 };
 DSPARK_API const dspark_backend *dspark_cpu_backend(void);
 #ifdef __cplusplus
@@ -4197,7 +4219,7 @@ struct dspark_model {
     dspark_tokenizer *tokenizer;
     const dspark_backend *backend;
     void *device;
-    int max_rows, max_token_bytes;
+    int max_rows, max_token_bytes, fast_prefill;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
     dspark__manner manner[DSPARK__MANNERS];
@@ -4232,6 +4254,9 @@ DSPARK_API const dspark_weights *dspark_model_weights(const dspark_model *m) {
 DSPARK_API const dspark_tokenizer *dspark_model_tokenizer(const dspark_model *m) { return m->tokenizer; }
 DSPARK_API const char *dspark_model_path_name(const dspark_model *m) {
     return m->backend->path_name(m->device);
+}
+DSPARK_API const char *dspark_model_placement(const dspark_model *m) {
+    return m->backend->placement ? m->backend->placement(m->device) : NULL;
 }
 DSPARK_API int dspark_model_threads(const dspark_model *m) { return m->backend->threads(m->device); }
 DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
@@ -4315,6 +4340,8 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_sessions %d: expected 0 to %d", desc->max_sessions, 1 << 16);
     d.max_rows = desc->max_rows > 0 ? desc->max_rows : 128;
     d.max_rows = dspark__max(d.max_rows, desc->max_sessions * (1 + c->dspark_block_size));
+    m->fast_prefill = desc->fast_prefill;
+    if (m->fast_prefill) d.max_rows = dspark__max(d.max_rows, DSPARK_PROMPT_BLOCK);
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
@@ -4625,6 +4652,7 @@ static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, in
     memset(&pass, 0, sizeof pass);
     g.keep_rows = keep_rows, g.logits_from = logits_from;
     pass.kind = DSPARK_PASS_TARGET, pass.n_rows = n, pass.n_segments = 1, pass.ids = ids, pass.segments = &g;
+    pass.whole = s->model->fast_prefill && !keep_rows && n % DSPARK_PROMPT_BLOCK + position % DSPARK_PROMPT_BLOCK == 0;
     return dspark__forward(s->model, &pass, result);
 }
 
@@ -4653,12 +4681,20 @@ static dspark_status dspark__refill(dspark_session *s) {
     return DSPARK_OK;
 }
 
+// How many of n pending tokens a pass runs: with fast_prefill whole blocks, or none of the next.
+static int dspark__cut(const dspark_model *m, int position, int n) {
+    int into = position % DSPARK_PROMPT_BLOCK;
+    n = dspark__min(m->max_rows, n);
+    if (!m->fast_prefill) return n;
+    return into || n < DSPARK_PROMPT_BLOCK ? dspark__min(n, DSPARK_PROMPT_BLOCK - into) : n - n % DSPARK_PROMPT_BLOCK;
+}
+
 // Runs what is pending up to n_tokens, a pass of at most max_rows at a time; the last row's logits are kept.
 static dspark_status dspark__run_pending(dspark_session *s) {
     int first = s->n_run, V = dspark__config(s)->vocab_size;
     dspark_status status = dspark__refill(s);
     while (!status && s->n_run < s->n_tokens) {
-        int n = dspark__min(s->model->max_rows, s->n_tokens - s->n_run), last = s->n_run + n == s->n_tokens;
+        int n = dspark__cut(s->model, s->n_run, s->n_tokens - s->n_run), last = s->n_run + n == s->n_tokens;
         dspark_pass_result result;
         if (s->desc.progress && !s->desc.progress(s->desc.user, s->n_run - first, s->n_tokens - first))
             return dspark__fail(DSPARK_ERROR_CANCELLED, "append: cancelled after %d of %d tokens",
@@ -5132,10 +5168,13 @@ static dspark_status dspark__time_pass(dspark_session **s, int n, int B, double 
         b->segments[i] = B ? dspark__segment(s[i], i * rows, rows, s[i]->n_run)
                            : dspark__draft_segment(s[i], i * rows, rows);
         b->segments[i].logits_from = 0, b->previous[i] = s[i]->tokens[0];
+        for (int k = 0; k < rows; k++) b->draws[i * rows + k] = dspark__draw_there(s[i], k);
         memcpy(b->ids + i * rows, s[i]->tokens + i, (size_t)rows * sizeof *b->ids);
     }
+    if (m->backend->draft_steps) pass.draws = b->draws;     // as in a step: no logits come back
     status = B ? dspark__forward(m, &pass, &result) : dspark__draft_backbone(m, &pass, &result);
-    for (int k = 0; k < rows && !B && !status; k++) m->backend->draft_step(m->device, k, b->previous);
+    if (!B && !status && pass.draws) status = m->backend->draft_steps(m->device, rows, b->previous, b->drawn);
+    for (int k = 0; k < rows && !B && !status && !pass.draws; k++) m->backend->draft_step(m->device, k, b->previous);
     *us = dspark__now_us() - start;
     return status;
 }
@@ -5472,7 +5511,7 @@ static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
         dspark__lane *a = &lanes[i];
         if (a->limit) a->extra_us = dspark__draft_extra(a->s);
         if (!dspark__decides_to_draft(a, &trials)) a->limit = 0;
-        a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0;
+        a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0, a->drafted = a->limit > 0;
     }
 }
 
@@ -5507,33 +5546,36 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int 
         b->draws[pass->n_segments] = dspark__draw_there(s, 0);
         b->lane_of[pass->n_segments++] = i;
         *g = dspark__draft_segment(s, pass->n_rows, c->dspark_block_size);
-        lanes[i].draft_row = pass->n_rows, lanes[i].drafted = 1;
+        lanes[i].draft_row = pass->n_rows;
         for (int k = 0; k < c->dspark_block_size; k++)
             b->ids[pass->n_rows++] = k ? c->dspark_noise_token_id : s->tokens[s->n_run];
     }
+}
+
+// A lane's drafts and their confidences, as the device gives them.
+static void dspark__take_drafts(dspark__lane *a, const int32_t *drafts, const float *confidence) {
+    const float *temperature = dspark__calibration_of(a->s);
+    for (int k = 0; k < dspark__config(a->s)->dspark_block_size; k++) {
+        int32_t token = drafts[a->draft_row + k];
+        if (token < 0 && k < a->n_drafted) a->n_drafted = k;
+        a->s->tokens[a->s->n_tokens + k] = a->r->draft[k] = k < a->n_drafted ? token : 0;
+        a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], temperature[k]);
+    }
+    a->r->n_drafted = a->n_drafted;
 }
 
 // All steps on the device: tokens and confidences come back.
 static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass,
                                          const float *confidence) {
     dspark__batch *b = &m->batch;
-    int gamma = m->checkpoint.config.dspark_block_size;
     dspark_status status;
     for (int i = 0; i < pass->n_segments; i++) {
         const dspark_session *s = lanes[b->lane_of[i]].s;
         b->previous[i] = s->tokens[s->n_tokens - 1];
     }
-    status = m->backend->draft_steps(m->device, gamma, b->previous, b->drawn);
-    for (int i = 0; i < pass->n_segments && !status; i++) {
-        dspark__lane *a = &lanes[b->lane_of[i]];
-        const float *temperature = dspark__calibration_of(a->s);
-        for (int k = 0; k < gamma; k++) {
-            int32_t token = b->drawn[a->draft_row + k];
-            if (token < 0 && k < a->n_drafted) a->n_drafted = k;
-            a->s->tokens[a->s->n_tokens + k] = a->r->draft[k] = k < a->n_drafted ? token : 0;
-            a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], temperature[k]);
-        }
-    }
+    status = m->backend->draft_steps(m->device, m->checkpoint.config.dspark_block_size, b->previous, b->drawn);
+    for (int i = 0; i < pass->n_segments && !status; i++)
+        dspark__take_drafts(&lanes[b->lane_of[i]], b->drawn, confidence);
     return status;
 }
 
@@ -5603,16 +5645,13 @@ static dspark_status dspark__async_budget(dspark__batch *b, const dspark__lane *
     return status;
 }
 
-// Lengths of the lanes whose schedule is `mode`. All that decode are its requests, for each brings a token; *rows, so
-// far without the drafts of this mode, are the pass'. PREFIX, Algorithm 1, is for sessions that verify by rejection,
-// since its admissions look at nothing that a draft may change; GLOBAL, its maximum, where that is lossless.
-static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes, int n, int mode, int *rows) {
+// What the schedule `mode` asks, all but the confidences: all that decode are its requests, for each brings a token;
+// `rows`, so far without the drafts of this mode, are the pass'. How many drafts there are to choose from.
+static int dspark__schedule_open(dspark_model *m, const dspark__lane *lanes, int n, int mode, int rows,
+                                 dspark_schedule_desc *d, dspark_sps *sps) {
     dspark__batch *b = &m->batch;
-    int gamma = m->checkpoint.config.dspark_block_size, R = 0, candidates = 0, drafted = 0;
-    dspark_schedule_desc d;
+    int R = 0, candidates = 0, drafted = 0;
     double extra = 0;
-    dspark_sps sps;
-    dspark_status status;
     for (int i = 0; i < n; i++) {
         const dspark_session *s = lanes[i].s;
         if (lanes[i].n_prompt) continue;
@@ -5621,19 +5660,31 @@ static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes,
         b->weight[R] = s->desc.policy.share > 0 ? s->desc.policy.share : 1;
         b->threshold[R] = s->desc.policy.threshold, b->lane_of[R++] = i;
     }
-    if (!candidates) return DSPARK_OK;
-    memset(&d, 0, sizeof d);
-    sps.sps = b->sps, sps.n = *rows + candidates;
-    if (mode >= DSPARK_SCHEDULE_PREFIX)     // rows below what the pass has anyway are never asked for
-        for (int B = 1; B <= sps.n; B++) b->sps[B - 1] = (float)(1e6 / dspark__pass_time(m, dspark__max(B, *rows)));
-    d.confidence = b->confidence, d.cap = b->limit, d.threshold = b->threshold, d.weight = b->weight;
-    d.n_requests = R, d.gamma = gamma, d.mode = mode, d.other_rows = *rows - R, d.sps = &sps, d.scratch = b->scratch;
-    d.draft_us = (float)(drafted ? drafted * dspark__draft_time(m, drafted) + extra : 0);
+    memset(d, 0, sizeof *d);
+    sps->sps = b->sps, sps->n = rows + candidates;
+    if (mode >= DSPARK_SCHEDULE_PREFIX && candidates)   // rows below what the pass has anyway are never asked for
+        for (int B = 1; B <= sps->n; B++) b->sps[B - 1] = (float)(1e6 / dspark__pass_time(m, dspark__max(B, rows)));
+    d->confidence = b->confidence, d->cap = b->limit, d->threshold = b->threshold, d->weight = b->weight;
+    d->n_requests = R, d->gamma = m->checkpoint.config.dspark_block_size, d->mode = mode, d->other_rows = rows - R;
+    d->sps = sps, d->scratch = b->scratch;
+    d->draft_us = (float)(drafted ? drafted * dspark__draft_time(m, drafted) + extra : 0);
+    return candidates;
+}
+
+// Lengths of the lanes whose schedule is `mode`; their rows go into *rows. PREFIX, Algorithm 1, is for sessions that
+// verify by rejection, since its admissions look at nothing that a draft may change; GLOBAL, its maximum, where that is
+// lossless.
+static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes, int n, int mode, int *rows) {
+    dspark__batch *b = &m->batch;
+    dspark_schedule_desc d;
+    dspark_sps sps;
+    dspark_status status;
+    if (!dspark__schedule_open(m, lanes, n, mode, *rows, &d, &sps)) return DSPARK_OK;
     if (mode == DSPARK_SCHEDULE_ASYNC && (status = dspark__async_budget(b, lanes, &d)) != DSPARK_OK) return status;
-    for (int i = 0; i < R; i++)
-        memcpy(b->confidence + i * gamma, lanes[b->lane_of[i]].r->confidence, (size_t)gamma * sizeof *b->confidence);
+    for (int i = 0; i < d.n_requests; i++)
+        memcpy(b->confidence + i * d.gamma, lanes[b->lane_of[i]].r->confidence, (size_t)d.gamma * sizeof(float));
     if ((status = dspark_schedule(&d, b->lengths)) != DSPARK_OK) return status;
-    for (int i = 0; i < R; i++)
+    for (int i = 0; i < d.n_requests; i++)
         if (b->limit[i]) lanes[b->lane_of[i]].length = b->lengths[i], *rows += b->lengths[i];
     return DSPARK_OK;
 }
@@ -5688,6 +5739,52 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
     for (int i = 0; i < n; i++) lanes[i].r->verify_us = (float)(us * b->segments[i].n_rows / pass.n_rows);
     us -= b->costs.base_us + b->costs.context_us * pass.n_rows;
     if (!status && m->profile.learn && b->costs.R == n && us > 0) dspark__learn_pass(&m->profile, pass.n_rows, us);
+    return status;
+}
+
+// Draft, choice and verification in one go, with one read-back at the end. ASYNC knows its budget before the drafts: if
+// all tokens of the step are drawn on the device, so are the lengths. *done 0: this step cannot; nothing has happened.
+static dspark_status dspark__cycle_there(dspark_model *m, dspark__lane *lanes, int n, dspark_pass_result *out,
+                                         int *done) {
+    dspark__batch *b = &m->batch;
+    int gamma = m->checkpoint.config.dspark_block_size, most = 0, logits = 0;
+    double start = dspark__now_us();
+    dspark_schedule_desc d;
+    dspark_sps sps;
+    dspark_pass pass;
+    dspark_choice choice;
+    dspark_status status;
+    for (int i = 0; i < n; i++)
+        if (lanes[i].n_prompt || !dspark__drawn_there(lanes[i].s) ||
+            (lanes[i].limit && dspark__mode_of(&lanes[i]) != DSPARK_SCHEDULE_ASYNC))
+            return DSPARK_OK;
+    most = dspark__schedule_open(m, lanes, n, DSPARK_SCHEDULE_ASYNC, n, &d, &sps);
+    if (!most || (status = dspark__async_budget(b, lanes, &d)) != DSPARK_OK) return most ? status : DSPARK_OK;
+    if (d.mode != DSPARK_SCHEDULE_ASYNC) return DSPARK_OK;
+    dspark__draft_rows(m, lanes, n, 1, &pass);
+    pass.draws = b->draws, *done = 1;
+    if ((status = dspark__draft_backbone(m, &pass, out)) != DSPARK_OK) return status;
+    memset(&pass, 0, sizeof pass), memset(&choice, 0, sizeof choice);
+    for (int i = 0; i < n; i++) {
+        dspark_session *s = lanes[i].s;
+        b->segments[i] = dspark__segment(s, i, 1 + lanes[i].limit, s->n_run), b->segments[i].logits_from = 0;
+        b->ids[i] = s->tokens[s->n_run], b->draws[i] = dspark__draw_there(s, 0);
+        b->n_past[i] = lanes[i].drafted ? lanes[i].draft_row : -1;
+        memcpy(b->confidence + i * gamma, dspark__calibration_of(s), (size_t)gamma * sizeof *b->confidence);
+        dspark__mark_run(s, s->n_run + 1 + lanes[i].limit);
+    }
+    choice.n_steps = gamma, choice.budget = d.budget, choice.draft_row = b->n_past, choice.weight = b->weight;
+    choice.threshold = b->threshold, choice.temperature = b->confidence;
+    pass.kind = DSPARK_PASS_TARGET, pass.n_rows = n + dspark__min(most, d.budget), pass.n_segments = n;
+    pass.ids = b->ids, pass.segments = b->segments, pass.draws = b->draws, pass.choice = &choice;
+    status = dspark__forward(m, &pass, out);
+    for (int i = 0; i < n && !status; i++) {
+        dspark__lane *a = &lanes[i];
+        if (a->drafted) dspark__take_drafts(a, out->drafts, out->confidence_logits);
+        a->length = out->lengths[i], a->logits_row = logits, logits += 1 + a->length;
+        a->r->verify_us = (float)((dspark__now_us() - start) / n);      // the draft's time is in it
+        dspark__remember(a);
+    }
     return status;
 }
 
@@ -5865,13 +5962,14 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     dspark_pass_result out;
     dspark_status status;
     float *p_draft = NULL;
-    int drafts = 0, drafted = 0;
+    int drafts = 0, drafted = 0, done = 0;
     double start = dspark__now_us();
     dspark__decide(m, lanes, n);
-    status = dspark__draft(m, lanes, n, 1);
-    if (!status) status = dspark__draft(m, lanes, n, 0);
-    if (!status) status = dspark__schedule(m, lanes, n);
-    if (!status) status = dspark__target(m, lanes, n, &out);
+    status = dspark__cycle_there(m, lanes, n, &out, &done);
+    if (!status && !done) status = dspark__draft(m, lanes, n, 1);
+    if (!status && !done) status = dspark__draft(m, lanes, n, 0);
+    if (!status && !done) status = dspark__schedule(m, lanes, n);
+    if (!status && !done) status = dspark__target(m, lanes, n, &out);
     if (status) return status;
     if (m->checkpoint.config.n_stages) p_draft = m->backend->draft_logits(m->device);
     for (int i = 0; i < n; i++) drafts += lanes[i].length, drafted += lanes[i].drafted;
@@ -7549,6 +7647,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
                                         dspark__cpu_draft_step,
                                         dspark__cpu_draft_logits,
                                         dspark__cpu_pass_end,
+                                        NULL,
                                         NULL,
                                         NULL };
     return &cpu;

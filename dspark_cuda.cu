@@ -16,21 +16,25 @@
 // three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
 // 16, 32 or 64 rows.
 //
-// operation     kernel                what bounds it at few rows; V4-Flash, one row: MB (us at 3.0 TB/s) a layer
-// mix_out, tap  stream                bytes of hc_fn, 1.6 twice (1), 32 dims a block; the next mix's products with it
-// mix_in        mix                   latency: one block a row
-// attention     linears, project      wq_a, wkv, compressors 27.8 (9)
-//               linears               wq_b, index wq_b 41.9 (14)
-//               index_query, index_scores, index_top, attend, attend_merge      latency; keys 0.5
-//               linears               wo_a 33.6 (11), wo_b 33.6 (11)
-// moe           linears, route        gate, shared w1 w3 18.1 (6)
-//               experts, swiglu, experts                    6 x 13.4 + shared w2 8.4 (30)
-// head          mix, linears          1059 once a pass (350)
-// draft_step    markov, linears       66 each (22)
+// operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
+// mix_in        stream (what mix_out and tap have put off, and the sums of this mix), mix
+// attention     linears, project, linears, [index_query, index_scores,] attend, attend_merge, linears, round_rows,
+//               linears
+// moe           linears, route, [cache_choose, cache_fill,] experts, swiglu, experts
+// head          stream, mix, linears
+// inject        take_taps, linears, round_rows, linears, inject_rows
+// a step        markov_begin, [linears, markov_gate,] linears, draw
+// 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. The
+// floors of one row add up to 3.7 ms. Between kernels that depend on each other a graph loses about 1.4 us; a launch
+// ahead of its turn (griddepcontrol) hides that for `linears`, five of a layer, which ask for their weights before
+// they wait; the other fourteen are small and take 1 to 2 us each beside it. That makes 1.5 to 2 ms: 65 to 70 % of the
+// floor, if `linears` and `experts` reach what a copy does. NOTHING OF THIS HAS BEEN MEASURED: no GPU has run this
+// file.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
 #else
+#include <cublasLt.h>
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 #endif
@@ -142,6 +146,20 @@ static __device__ float block_sum(float x, float *scratch /* [warps] */) {
     __syncthreads();
     for (unsigned i = 0; i < blockDim.x / WARP; i++) sum += scratch[i];
     return sum;
+}
+
+// Is this the last of n blocks to come here? What the others wrote is seen then, if it is read past the first cache.
+static __device__ int last_block(int *arrived, int n) {
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrived, 1) == n - 1;
+        if (last) *arrived = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    return last;
 }
 
 // ---- rounding (deepseek-v4.md, Storage) -------------------------------------------------------
@@ -263,12 +281,15 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 // Weights as the M side: a block takes 1 to 4 tiles of 16 outputs, a warp of it every eighth unit of each. A lane reads
 // 16 bytes of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both
 // sides agree. No shared memory on the way in: 4 pieces a lane are in flight, 2 KB each a warp, 128 KB an SM with two
-// blocks. Bound: bytes of weights; at 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes, three planes
-// take 39.
+// blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors, index weights 27.8
+// (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059
+// (353) once a pass; markov_w2 66 (22) a step. At 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes,
+// three planes take 39: wo_a and the head are bound by products from 32 rows on.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
     const uint8_t *scale;    // FP8: [rows / 128][units]; FP4: [tiles][units][lane][4], a lane's four blocks of a unit
+    const float *block_scale;       // FP8, where the library may take it: [rows / 128][cols / 128 to whole fours]
     int rows, cols, pitch, dtype;
 } matrix;
 
@@ -499,10 +520,39 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     grid_go();
 }
 
+// Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays.
+typedef struct {
+    const uint16_t *x;              // [rows][stride], as input.rounded
+    int stride, n;
+    uint8_t *codes;                 // [rows][n]
+    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]
+} codes_args;
+static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
+    int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
+    grid_wait();
+    grid_go();
+    for (int at = 0; at < p.n; at += THREADS * 8) {
+        int mine = at + (int)threadIdx.x * 8, live = mine < p.n, e;
+        uint4 w = make_uint4(0, 0, 0, 0);
+        uint32_t code[2] = { 0, 0 };
+        if (live) w = *(const uint4 *)(const void *)(p.x + (size_t)r * (size_t)p.stride + (size_t)mine);
+        float v[8];
+        for (int i = 0; i < 4; i++)
+            v[i] = __uint_as_float(word(w, i) << 16), v[4 + i] = __uint_as_float(word(w, i) & 0xffff0000u);
+        e = fp8_exponent(group_max(largest_of(v), 16));
+        if (!live) continue;
+        for (int i = 0; i < 8; i++) code[i / 4] |= e4m3_code(nearest_e4m3(v[i] * exp2i(-e))) << i % 4 * 8;
+        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)mine) = { code[0], code[1] };
+        if (mine % 128 == 0)
+            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(mine / 128)) * DSPARK_PROMPT_BLOCK +
+                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = exp2i(e);
+    }
+}
+
 // ---- the residual stream: mHC -----------------------------------------------------------------
 // A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies its part of the
-// next mix's matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes of fn, 24 * 16
-// KB * 4 at 4096 dims.
+// next mix's matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes, of fn 1.6 MB
+// and of a row's copies .13 twice: .6 us for one row, .8 for six, so latency.
 
 enum { STREAM_AS_IS, STREAM_EMBED, STREAM_ADD };
 typedef struct {
@@ -521,18 +571,17 @@ typedef struct {
     float *partial;                 // [rows][h / SLICE][WARP]: sums of fn z, the last of z^2
 } stream_args;
 
-// v[i] of all lanes summed, in lane i: halves go over and over.
-static __device__ __forceinline__ float scatter_sums(float *v) {
-    int lane = (int)threadIdx.x % WARP;
+// v[i] of all lanes summed, in lane i: halves go over and over. Indices are constants, so that v stays in registers.
+template <int HALF> static __device__ __forceinline__ float scatter_sums(float *v) {
+    int upper = (int)threadIdx.x & HALF;
     UNROLL
-    for (int half = 16; half; half /= 2)
-        UNROLL
-        for (int i = 0; i < half; i++) {
-            float mine = lane & half ? v[i + half] : v[i], other = lane & half ? v[i] : v[i + half];
-            v[i] = mine + __shfl_xor_sync(ALL, other, half);
-        }
-    return v[0];
+    for (int i = 0; i < HALF; i++) {
+        float mine = upper ? v[i + HALF] : v[i], other = upper ? v[i] : v[i + HALF];
+        v[i] = mine + __shfl_xor_sync(ALL, other, HALF);
+    }
+    return scatter_sums<HALF / 2>(v);
 }
+template <> __device__ __forceinline__ float scatter_sums<0>(float *v) { return v[0]; }
 
 static __device__ __forceinline__ float plain_number(const matrix &w, int r, int i) {
     const uint8_t *p = w.data + (size_t)r * (size_t)w.pitch;
@@ -586,12 +635,12 @@ static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
             if (o < MIX && o < p.n_out) for (int j = 0; j < COPIES; j++) v[o] = fmaf(fn[o][j][lane], z[j], v[o]);
             if (o == WARP - 1) for (int j = 0; j < COPIES; j++) v[o] = fmaf(z[j], z[j], v[o]);
         }
-        p.partial[((size_t)r * (size_t)slices + blockIdx.x) * WARP + (size_t)lane] = scatter_sums(v);
+        p.partial[((size_t)r * (size_t)slices + blockIdx.x) * WARP + (size_t)lane] = scatter_sums<WARP / 2>(v);
     }
 }
 
 // The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow
-// elsewhere.
+// elsewhere. Bound: latency, 80 KB a row through one SM (1 us), two barriers.
 typedef struct {
     shape c;
     const int *n;
@@ -804,6 +853,7 @@ static __device__ void compress(const project_args &p, const row &s, int which, 
     }
 }
 
+// Bound: latency; a compressor's group is 8 or 128 rows of 4 KB twice, 1 MB where it is completed (.3 us).
 // A block a row and task: 0 queries' input, 1 the window's row, 2 post and comb of the sub-layer, 3 and 4 the
 // compressors.
 static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
@@ -842,13 +892,14 @@ typedef struct {
     float *w;                       // [ATTEND_ROWS][heads to whole eights]
     float *scores;                  // [ATTEND_ROWS][n_scores]
     size_t n_scores;
+    int *arrived;                   // [ATTEND_ROWS], zeros between kernels: blocks that are done with a row
     int *chosen;                    // [ATTEND_ROWS][index_topk]
 } index_args;
 
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
 static __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
-// RoPE, Hadamard, FP4: a warp a head.
+// RoPE, Hadamard, FP4: a warp a head. Bound: latency, 32 KB a row.
 static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
     int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP,
         h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP);
@@ -880,8 +931,56 @@ static __global__ void __launch_bounds__(THREADS) index_query(const index_args p
             h < H ? p.index_w[(size_t)r * (size_t)H + (size_t)h] * (1 / sqrtf((float)I) * (1 / sqrtf((float)H))) : 0;
 }
 
-// sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights. Bound: bytes of keys, I / 2 + I / 32
-// each, to 100,000 keys of 64 heads; beyond, products.
+// A float's bits as an integer of the same order.
+static __device__ __forceinline__ uint32_t ordered(float x) {
+    uint32_t u = __float_as_uint(x == 0 ? 0.0f : x);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
+// counting, then those above it, and the first of those equal to it, are written in order.
+static __device__ void index_top(const index_args &p, int i, int n) {
+    __shared__ int counts_of[256], before[2][WARPS], found[2];
+    int k = p.c.index_topk, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    int equal = k, n_above = 0, n_equal = 0;
+    uint32_t kth = 0;
+    const float *scores = p.scores + (size_t)i * p.n_scores;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        counts_of[threadIdx.x] = 0;
+        __syncthreads();
+        for (int j = (int)threadIdx.x; j < n; j += THREADS) {
+            uint32_t u = ordered(__ldcg(scores + j));
+            if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int digit = 255, left = equal;
+            while (counts_of[digit] < left) left -= counts_of[digit--];
+            found[0] = digit, found[1] = left;
+        }
+        __syncthreads();
+        kth |= (uint32_t)found[0] << shift, equal = found[1];
+    }
+    for (int j0 = 0; j0 < n; j0 += THREADS) {
+        int j = j0 + (int)threadIdx.x, above, same, a, b;
+        uint32_t u = j < n ? ordered(__ldcg(scores + j)) : 0;
+        above = j < n && u > kth, same = j < n && u == kth;
+        unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
+        __syncthreads();
+        if (lane == 0) before[0][warp] = __popc(aboves), before[1][warp] = __popc(sames);
+        __syncthreads();
+        a = n_above + __popc(aboves & lower), b = n_equal + __popc(sames & lower);
+        for (int w = 0; w < WARPS; w++) {
+            if (w < warp) a += before[0][w], b += before[1][w];
+            n_above += before[0][w], n_equal += before[1][w];
+        }
+        if (above || (same && b < equal)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, equal))] = j;
+    }
+}
+
+// sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights; the last block of a row chooses.
+// Bound: at 1,024 keys (4,096 tokens) latency: .07 MB a row; at 262,144 keys bytes, 18 MB (6 us) for one row, and
+// products for six: 26 GFLOP, 43 us at 600 TFLOP/s.
 static __global__ void __launch_bounds__(THREADS) index_scores(const index_args p) {
     int I = p.c.I, H = eights(p.c.index_heads), lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         each = I / 32;
@@ -896,6 +995,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
     for (int m0 = (int)(blockIdx.x * WARPS + threadIdx.x / WARP) * TILE; m0 < n; m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
         float sum[2] = { 0, 0 };
+        UNROLL
         for (int half = 0; half < 2; half++) {
             size_t key = (size_t)least(m0 + g + 8 * half, n - 1);
             const uint32_t *from = (const uint32_t *)(const void *)(codes + key * (size_t)(I / 2)) + t * each;
@@ -916,8 +1016,10 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
                     mma(acc, a[0][e][0], a[1][e][0], a[0][e][1], a[1][e][1], b.x, b.y);
                     mma(acc, a[0][e][2], a[1][e][2], a[0][e][3], a[1][e][3], b.z, b.w);
                 }
+            UNROLL
             for (int k = 0; k < 4; k++) sum[k / 2] = fmaf(fmaxf(acc[k], 0), w[k % 2], sum[k / 2]);
         }
+        UNROLL
         for (int half = 0; half < 2; half++) {
             sum[half] += __shfl_xor_sync(ALL, sum[half], 1);
             sum[half] += __shfl_xor_sync(ALL, sum[half], 2);
@@ -925,57 +1027,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
                 p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(WEIGHT_SHIFT);
         }
     }
-}
-
-// A float's bits as an integer of the same order.
-static __device__ __forceinline__ uint32_t ordered(float x) {
-    uint32_t u = __float_as_uint(x == 0 ? 0.0f : x);
-    return u >> 31 ? ~u : u | 0x80000000u;
-}
-
-// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
-// counting, then those above it, and the first of those equal to it, are written in order.
-static __global__ void __launch_bounds__(THREADS) index_top(const index_args p) {
-    __shared__ int counts_of[256], before[2][WARPS], found[2];
-    int i = (int)blockIdx.x, r = p.row0 + i, k = p.c.index_topk, lane = (int)threadIdx.x % WARP,
-        warp = (int)threadIdx.x / WARP;
-    int n, equal = k, n_above = 0, n_equal = 0;
-    uint32_t kth = 0;
-    grid_wait();
-    grid_go();
-    if (r >= p.n->n_rows || (n = keys_of(p.rows[r])) <= k) return;
-    const float *scores = p.scores + (size_t)i * p.n_scores;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        counts_of[threadIdx.x] = 0;
-        __syncthreads();
-        for (int j = (int)threadIdx.x; j < n; j += THREADS) {
-            uint32_t u = ordered(scores[j]);
-            if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = 255, left = equal;
-            while (counts_of[digit] < left) left -= counts_of[digit--];
-            found[0] = digit, found[1] = left;
-        }
-        __syncthreads();
-        kth |= (uint32_t)found[0] << shift, equal = found[1];
-    }
-    for (int j0 = 0; j0 < n; j0 += THREADS) {
-        int j = j0 + (int)threadIdx.x, above, same, a, b;
-        uint32_t u = j < n ? ordered(scores[j]) : 0;
-        above = j < n && u > kth, same = j < n && u == kth;
-        unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
-        __syncthreads();
-        if (lane == 0) before[0][warp] = __popc(aboves), before[1][warp] = __popc(sames);
-        __syncthreads();
-        a = n_above + __popc(aboves & lower), b = n_equal + __popc(sames & lower);
-        for (int w = 0; w < WARPS; w++) {
-            if (w < warp) a += before[0][w], b += before[1][w];
-            n_above += before[0][w], n_equal += before[1][w];
-        }
-        if (above || (same && b < equal)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, equal))] = j;
-    }
+    if (last_block(&p.arrived[i], (int)gridDim.x)) index_top(p, i, n);
 }
 
 // ---- attention --------------------------------------------------------------------------------
@@ -1195,8 +1247,9 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
     }
 }
 
-// A split of a row's keys for 16 heads, 32 keys at a time. Bound at few rows: latency, about 900 products of 16 x 8 x
-// 16 a time in eight warps and 36 KB of keys; 6 rows of 640 keys are 480 blocks, two waves.
+// A split of a row's keys for 16 heads, 32 keys at a time. Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows
+// 3.8 MB, 1.3 us), products 1.2 us a row at three planes; so latency: about 900 products of 16 x 8 x 16 a time in
+// eight warps and 36 KB of keys. 6 rows of 640 keys are 480 blocks, two waves.
 static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     __shared__ float scale[TILE], part[WARPS * TILE];
     SHARED_BYTES(bytes);
@@ -1246,7 +1299,8 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
         to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
 }
 
-// Splits in order, the sink, the turn back; eight dims a thread.
+// Splits in order, the sink, the turn back; eight dims a thread. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
+// six rows 5). In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
 static __device__ void merge_heads(const attend_args &p, const row &s, const view &v, int i, int r) {
     int D = p.c.D, R = p.c.R, groups = p.c.H * D / 8;
     for (int first = (int)(blockIdx.y * THREADS); first < groups; first += (int)gridDim.y * THREADS) {
@@ -1294,6 +1348,7 @@ static __device__ void commit(const shape &c, const commit_args &p, int r) {
 }
 
 // Rows of floats as inputs: [rows][n], normed first where there is a norm. Blocks of y 1 commit a row beside that.
+// Bound: latency, 32 KB a row.
 typedef struct { shape c; const int *n_rows; const float *x, *norm; int n; input out; commit_args commit; } round_args;
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
     __shared__ float scratch[WARPS];
@@ -1391,7 +1446,7 @@ static __device__ void group_by_expert(const route_args &p, int n) {
             if (p.route[i] == e) p.list[at++] = i;
 }
 
-// Block 0 routes; the others make post and comb of a row each.
+// Block 0 routes; the others make post and comb of a row each. Bound: latency, six rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
     int n;
     grid_wait();
@@ -1407,7 +1462,9 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
 }
 
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
-// all rows. An expert's weights are read once for NT * 8 rows.
+// all rows. An expert's weights are read once for NT * 8 rows. Bound: bytes, MB (us): w1 w3 53.5 (18) for one row, 292
+// (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52). A prompt's 2,048 rows are 77
+// an expert of 160: three readings, of which two come from L2; products bound it, 2 a clock of 256 x 8 and SM.
 typedef struct {
     shape c;
     const counts *n;
@@ -1465,7 +1522,76 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     grid_go();
 }
 
-// weight * silu(gate) * up of a slot, as w2's input. A block a slot.
+// ---- experts that lie in host memory ----------------------------------------------------------
+// Where not all of them fit, the routed experts have their home in pinned host memory, and `slots` of them a copy on
+// the device. Before a layer's products the experts that it has chosen get one: a hand goes round the slots, passes
+// over what this layer uses, gives what was used since it last came by another round, and takes the rest. All of it
+// happens on the device, so that a pass stays one recording. Bytes are copied as they are: no bit changes. Bound:
+// bytes over PCIe, 13.4 MB a miss at V4-Flash's shape, 270 us at 50 GB/s.
+
+enum { CACHE_HAND, CACHE_NOW, CACHE_MOVES };    // where the hand stands, layers so far, how many move
+typedef struct {
+    const int *active;
+    expert *experts;                // [E] of the layer, as `experts` reads them
+    const expert *home;             // [E], in host memory
+    const uint8_t *base;            // of expert 0 there; the next follow each slot_bytes
+    uint8_t *cache;
+    size_t slot_bytes;
+    int slots, first;               // first: the layer's expert 0 among those of all layers
+    int *slot_of, *owner;           // [all experts], [slots]: one more than the other's number, 0: none
+    int *used, *spared;             // [slots]: in which layer last; is there another round?
+    int *state, *moves;             // CACHE_*; [E]: experts
+} cache_args;
+
+static __device__ int free_slot(const cache_args &p, int now) {
+    for (;;) {
+        int s = p.state[CACHE_HAND];
+        p.state[CACHE_HAND] = s + 1 < p.slots ? s + 1 : 0;
+        if (p.used[s] == now) continue;
+        if (!p.spared[s]) return s;
+        p.spared[s] = 0;
+    }
+}
+static __device__ void move_in(const cache_args &p, int e, int now) {
+    int s = free_slot(p, now);
+    if (p.owner[s]) p.slot_of[p.owner[s] - 1] = 0;
+    p.owner[s] = p.first + e + 1, p.slot_of[p.first + e] = s + 1, p.used[s] = now, p.spared[s] = 1;
+    for (int i = 0; i < 3; i++) {
+        const matrix &m = p.home[e].w[i];
+        const uint8_t *from = p.base + (size_t)e * p.slot_bytes;
+        uint8_t *to = p.cache + (size_t)s * p.slot_bytes;
+        p.experts[e].w[i].data = to + (m.data - from);
+        p.experts[e].w[i].scale = m.scale ? to + (m.scale - from) : NULL;
+    }
+}
+static __global__ void __launch_bounds__(THREADS) cache_choose(const cache_args p) {
+    int now, n_moves = 0;
+    grid_wait();
+    now = p.state[CACHE_NOW] + 1;
+    for (int a = (int)threadIdx.x; a < p.active[0]; a += THREADS) {
+        int s = p.slot_of[p.first + p.active[1 + a]] - 1;
+        if (s >= 0) p.used[s] = now, p.spared[s] = 1;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int a = 0; a < p.active[0]; a++) {
+        int e = p.active[1 + a];
+        if (!p.slot_of[p.first + e]) move_in(p, e, now), p.moves[n_moves++] = e;
+    }
+    p.state[CACHE_NOW] = now, p.state[CACHE_MOVES] = n_moves;
+}
+static __global__ void __launch_bounds__(THREADS) cache_fill(const cache_args p) {
+    size_t each = p.slot_bytes / sizeof(uint4), step = (size_t)gridDim.x * THREADS;
+    grid_wait();
+    for (int i = 0; i < p.state[CACHE_MOVES]; i++) {
+        int e = p.moves[i];
+        const uint4 *from = (const uint4 *)(const void *)(p.base + (size_t)e * p.slot_bytes);
+        uint4 *to = (uint4 *)(void *)(p.cache + (size_t)(p.slot_of[p.first + e] - 1) * p.slot_bytes);
+        for (size_t k = blockIdx.x * THREADS + threadIdx.x; k < each; k += step) to[k] = from[k];
+    }
+}
+
+// weight * silu(gate) * up of a slot, as w2's input. A block a slot. Bound: latency, 16 KB a slot.
 typedef struct {
     shape c;
     const counts *n;
@@ -1496,7 +1622,7 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 // ---- draws ------------------------------------------------------------------------------------
 // argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; the lower token of
 // equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with NaN, +inf or
-// nothing finite gives none.
+// nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
 
 typedef struct { float temperature; unsigned seed[2], position[2]; } draw_row;
 typedef struct {
@@ -1561,17 +1687,96 @@ static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
     }
     if (threadIdx.x % WARP == 0) atomicMax(&p.best[r], best);
 }
-typedef struct { const int *n; const unsigned long long *best; int *tokens; } drawn_args;
+// Leaves zeros for the next draws.
+typedef struct { const int *n; unsigned long long *best; int *tokens; } drawn_args;
 static __global__ void __launch_bounds__(THREADS) drawn(const drawn_args p) {
     int i = (int)(blockIdx.x * THREADS + threadIdx.x);
     grid_wait();
     grid_go();
-    if (i < *p.n) p.tokens[i] = token_of(p.best[i]);
+    if (i < *p.n) p.tokens[i] = token_of(p.best[i]), p.best[i] = 0;
+}
+
+// ---- which drafts are verified ----------------------------------------------------------------
+// dspark_schedule's ASYNC: of all drafts the `budget` largest in weight * survival, the earlier and then the lower
+// segment of equals, which is a prefix of each segment's; then the rows of the target pass that has them.
+
+typedef struct {
+    uint8_t *const *state;
+    int id, position, draft_row, limit;     // of the anchor; the first draft's row of the draft pass, -1: none
+    float weight, threshold, temperature[DSPARK_MAX_BLOCK];
+    draw_row draw;
+} pick;
+typedef struct { int n, budget; } picking;
+typedef struct {
+    const picking *what;
+    const pick *picks;
+    const int *drafted;                     // [draft pass' rows]
+    const float *confidence;                // logits, the same
+    double *value;                          // [picks][DSPARK_MAX_BLOCK]
+    int *candidates, *lengths;              // [picks]
+    counts *n;
+    row *rows;
+    int *logit_rows;
+    draw_row *draws;
+} choose_args;
+
+// How many drafts of a pick may be chosen: up to its limit, to one that is none, to the threshold.
+static __device__ int candidates_of(const choose_args &p, int i) {
+    const pick &a = p.picks[i];
+    double survival = 1;
+    int k = 0;
+    for (; a.draft_row >= 0 && k < a.limit && p.drafted[a.draft_row + k] >= 0; k++) {
+        float c = (float)(1 / (1 + exp(-(double)p.confidence[a.draft_row + k] / (double)a.temperature[k])));
+        if (!(c >= a.threshold)) break;
+        survival *= (double)c;
+        p.value[i * DSPARK_MAX_BLOCK + k] = (double)a.weight * survival;
+        if (!(p.value[i * DSPARK_MAX_BLOCK + k] > 0)) break;
+    }
+    return k;
+}
+// How many candidates come before draft k of pick i.
+static __device__ int rank_of(const choose_args &p, int i, int k) {
+    double value = p.value[i * DSPARK_MAX_BLOCK + k];
+    int before = 0;
+    for (int j = 0; j < p.what->n; j++)
+        for (int m = 0; m < p.candidates[j]; m++) {
+            double other = p.value[j * DSPARK_MAX_BLOCK + m];
+            before += other > value || (other == value && (m < k || (m == k && j < i)));
+        }
+    return before;
+}
+static __device__ void choose_rows(const choose_args &p, int i) {
+    const pick &a = p.picks[i];
+    int first = i, n = 1 + p.lengths[i];
+    for (int j = 0; j < i; j++) first += p.lengths[j];
+    for (int k = 0; k < n; k++) {
+        row r = { a.state, k ? p.drafted[a.draft_row + k - 1] : a.id, a.position + k, 0, first, a.position, n };
+        draw_row d = a.draw;
+        d.position[0] += (unsigned)k, d.position[1] += d.position[0] < (unsigned)k;
+        p.rows[first + k] = r, p.logit_rows[first + k] = first + k, p.draws[first + k] = d;
+    }
+    if (i + 1 < p.what->n) return;
+    counts all = { first + n, first + n, i + 1, 0, 0 };
+    *p.n = all;
+}
+// One block, a thread a pick: 256 picks of 5 drafts take some 30 us, six rows nothing beside the launch.
+static __global__ void __launch_bounds__(THREADS) choose(const choose_args p) {
+    grid_wait();
+    grid_go();
+    for (int i = (int)threadIdx.x; i < p.what->n; i += THREADS) p.candidates[i] = candidates_of(p, i);
+    __syncthreads();
+    for (int i = (int)threadIdx.x, k; i < p.what->n; i += THREADS) {
+        for (k = 0; k < p.candidates[i] && rank_of(p, i, k) < p.what->budget;) k++;
+        p.lengths[i] = k;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < p.what->n; i += THREADS) choose_rows(p, i);
 }
 
 // ---- the drafter's own ------------------------------------------------------------------------
 
-// Taps of a position as an input: [n_taps * h].
+// Taps of a position as an input: [n_taps * h]. Bound: latency, as of what follows: 48 KB a position, 2 KB a stage, 20
+// KB a segment and step.
 typedef struct { shape c; const counts *n; const injection *list; int taps_at; input x; } taps_args;
 static __global__ void __launch_bounds__(THREADS) take_taps(const taps_args p) {
     int r = (int)blockIdx.x, n = p.c.n_taps * p.c.h;
@@ -1689,28 +1894,46 @@ typedef struct {
     compressor pool[2];                     // the attention's; the indexer's
     const int *tid2eid;
     expert shared;
-    const expert *experts;                  // on the device: E, then the shared one
+    expert *experts;                        // on the device: E, then the shared one
+    const expert *home;                     // the same, in host memory; NULL: all lie on the device
 } layer_weights;
 
-enum { OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD, OP_DRAW };
+enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP_INJECT, OP_DRAFT_HEAD, OP_STEPS,
+       OP_CHOOSE, OP_DRAW };
 typedef struct { unsigned char op, sub; short layer; } operation;
 
-// A pass that was recorded: what was called, in grids for so many rows.
-typedef struct {
-    uint64_t calls;
-    int rows, logits, injected, drafts;
-    cudaGraphExec_t exec;
-} recording;
+// A pass' kind, and how many rows, .. its grids are made for. indexed: a row has keys to choose among; whole: blocks of
+// a prompt.
+typedef struct { int drafts, rows, logits, injected, segments, indexed, whole; } extent;
+
+// What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
+typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
 enum { MAX_RECORDINGS = 64, RECORDED_ROWS = 64, STAGE_BYTES = 8 << 20 };
 
-// What changes from pass to pass: filled in on the host, copied at its begin.
+// What changes from pass to pass: filled in on the host, copied at its begin; and, from `tokens` on, what comes back in
+// one piece at its end.
 typedef struct {
     counts *n;
     row *rows;
-    int *logit_rows, *segment_row, *previous, *tokens;
+    int *logit_rows, *segment_row, *previous;
     injection *injected;
     draw_row *draws;
+    picking *what;
+    pick *picks;
+    int *tokens, *drafted, *lengths;
+    float *confidence;
 } pass_block;
+
+// A product of the library's: of a block of a prompt with a matrix of this size, and the way that was chosen for it.
+typedef struct {
+    int rows, cols, pitch, y_stride, possible;
+#ifndef DSPARK_CUDA_HOST
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulAlgo_t algo;
+#endif
+} product;
+enum { MAX_PRODUCTS = 32, LIBRARY_BYTES = 32 << 20 };
 
 typedef struct {
     const dspark_config *c;
@@ -1722,6 +1945,11 @@ typedef struct {
     cudaStream_t stream;
     uint8_t *slab, *work, *scores_memory;   // weights, workspace, index scores
     size_t slab_bytes, work_bytes, scores_bytes, host_bytes;
+    int n_slots;                            // for experts that have their home in host memory; 0: all are in the slab
+    size_t slot_bytes;
+    uint8_t *cache, *home[DSPARK_MAX_LAYERS];
+    int *slot_of, *owner, *used, *spared, *cache_state, *moves;
+    char placement[384];
     layer_weights *layer;                           // [layers]
     matrix embed, head, main_proj, w1, w2, joint;
     mixer hc_head, draft_hc_head;
@@ -1730,27 +1958,40 @@ typedef struct {
 
     pass_block host, dev;                   // pinned, and its twin on the device
     uint8_t *host_block;
-    float *host_logits, *host_drafts, *host_confidence;
+    float *host_logits, *host_drafts;
 
     float *residual, *mixes, *post_comb, *partial, *y, *qr, *kv, *q, *low, *pool_kv, *pool_gate, *index_kv, *index_gate,
         *index_q, *index_w, *gate, *route_weight, *up[2], *down, *hidden, *logits, *draft_logits, *stage_kv, *e, *rnn,
-        *z, *confidence;
+        *z;
     input x, qr_in, o, low_in, act, main, markov_in, markov_out;
     uint16_t *query;
     float *query_w, *scores, *part;
-    int *chosen, *route, *first, *list, *active;
-    unsigned long long *best;
+    int *arrived, *chosen, *route, *first, *list, *active;
+    unsigned long long *best;               // zeros between passes
+    double *value;
+    int *candidates;
 
     // a pass in the making
-    int drafts, n_rows, n_logits, n_segments, n_injected, grid_rows, grid_logits, grid_injected;
+    int n_rows, n_logits, n_segments;
     int draws;                              // the pass gives tokens, not logits
+    int choice;                             // which rows it has is not known here
+    int pending;                            // a draft whose steps are to come is noted, and not run
     operation *ops;
-    int n_ops, max_ops;
+    int n_ops, max_ops, n_passes;
+    extent passes[2], grid;                 // those noted; that of the operation that runs
     int from, tap, slots;                   // of the stream, what is put off until the next mix
     const float *from_y;
     mixer now;                              // the mix whose post and comb are still to be made
+    int fast_prefill;                       // blocks of prompts may go through the library
+    product products[MAX_PRODUCTS];
+    int n_products;
+    uint8_t *codes, *library_room;
+    float *code_scales;
+#ifndef DSPARK_CUDA_HOST
+    cublasLtHandle_t library;
+#endif
     recording recordings[MAX_RECORDINGS];
-    int n_recordings;
+    int n_recordings, oldest;
 } cuda;
 
 static void fail(cuda *d, dspark_status status, const char *format, ...) {
@@ -1823,7 +2064,8 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared,
     config.stream = d->stream;
-    config.attrs = &early, config.numAttrs = d->major >= 9;
+    // where experts move, weights are written while their reader might have begun
+    config.attrs = &early, config.numAttrs = d->major >= 9 && !d->n_slots;
     good(d, cudaLaunchKernelEx(&config, kernel, p), name);
 #endif
     time_end(d, name);
@@ -1855,9 +2097,137 @@ static int tiles_of(const cuda *d, const job *j, int nt) {
     while (tiles > 1 && (n / tiles < 2 * d->sms || (j->group && j->group % (tiles * TILE)))) tiles /= 2;
     return tiles;
 }
+// ---- blocks of prompts through cuBLASLt
+// Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
+// take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on bf16 needs
+// some 60. Its sums keep fewer bits, and the way it takes follows the shape: so the rows are always 512, and the first
+// choice of a shape stays. The routed experts, wo_a and bf16 matrices remain with the kernels above.
+
+#ifdef DSPARK_CUDA_HOST
+extern "C" { long cuda_host_products; }
+static void product_open(cuda *, product *p, const matrix &) { p->possible = 1; }
+// y [512][y_stride] = codes [512][cols] times w, each 128 summed alone.
+static void product_run(cuda *, const product *p, const matrix &w, const uint8_t *codes, const float *scales,
+                        float *y) {
+    int blocks = blocks_of(p->cols, 128), stride = blocks_of(blocks, 4) * 4;
+    float value[256];
+    for (int i = 0; i < 256; i++) value[i] = e4m3_value((uint32_t)i);
+    cuda_host_products++;
+    for (int r = 0; r < DSPARK_PROMPT_BLOCK; r++)
+        for (int o = 0; o < p->rows; o++) {
+            const uint8_t *a = w.data + (size_t)o * (size_t)p->pitch, *x = codes + (size_t)r * (size_t)p->cols;
+            float all = 0;
+            for (int b = 0; b < blocks; b++) {
+                float sum = 0, scale = w.block_scale[o / 128 * stride + b] * scales[b * DSPARK_PROMPT_BLOCK + r];
+                for (int k = b * 128; k < smaller(p->cols, b * 128 + 128); k++) sum += value[a[k]] * value[x[k]];
+                all = fmaf(sum, scale, all);
+            }
+            y[(size_t)r * (size_t)p->y_stride + (size_t)o] = all;
+        }
+}
+static void library_open(cuda *) {}
+static void library_close(cuda *) {}
+#else
+static int good_lt(cuda *d, cublasStatus_t e, const char *call) {
+    if (e == CUBLAS_STATUS_SUCCESS) return 1;
+    fail(d, DSPARK_ERROR_BACKEND, "%.*s: %s", (int)strcspn(call, "("), call, cublasLtGetStatusString(e));
+    return 0;
+}
+#define TRY_LT(call) (!d->status && good_lt(d, call, #call))
+static void library_open(cuda *d) { TRY_LT(cublasLtCreate(&d->library)); }
+static void library_close(cuda *d) {
+    for (int i = 0; i < d->n_products; i++) {
+        product *p = &d->products[i];
+        if (p->desc) cublasLtMatmulDescDestroy(p->desc);
+        if (p->w) cublasLtMatrixLayoutDestroy(p->w);
+        if (p->x) cublasLtMatrixLayoutDestroy(p->x);
+        if (p->y) cublasLtMatrixLayoutDestroy(p->y);
+    }
+    if (d->library) cublasLtDestroy(d->library);
+}
+static void product_scales(cuda *d, const product *p, const matrix &w, const float *scales) {
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &w.block_scale,
+                                          sizeof w.block_scale));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales, sizeof scales));
+}
+// Column-major, as the library counts: y [rows x 512] = (w [cols x rows])^T x [cols x 512].
+static void product_open(cuda *d, product *p, const matrix &w) {
+    cublasLtMatmulPreference_t wish = NULL;
+    cublasLtMatmulHeuristicResult_t found;
+    cublasOperation_t turned = CUBLAS_OP_T;
+    cublasLtMatmulMatrixScale_t w_mode = CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F,
+                                x_mode = CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
+    uint32_t no_splits = CUBLASLT_REDUCTION_SCHEME_NONE;
+    size_t room = LIBRARY_BYTES;
+    int n = 0;
+    TRY_LT(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &turned, sizeof turned));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &w_mode, sizeof w_mode));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &x_mode, sizeof x_mode));
+    product_scales(d, p, w, d->code_scales);
+    TRY_LT(cublasLtMatrixLayoutCreate(&p->w, CUDA_R_8F_E4M3, (uint64_t)p->cols, (uint64_t)p->rows, p->pitch));
+    TRY_LT(cublasLtMatrixLayoutCreate(&p->x, CUDA_R_8F_E4M3, (uint64_t)p->cols, DSPARK_PROMPT_BLOCK, p->cols));
+    TRY_LT(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, (uint64_t)p->rows, DSPARK_PROMPT_BLOCK, p->y_stride));
+    if (TRY_LT(cublasLtMatmulPreferenceCreate(&wish))) {
+        TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room,
+                                                    sizeof room));
+        TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &no_splits,
+                                                    sizeof no_splits));
+    }
+    // no way to do it is not a failure: the kernels have one
+    if (!d->status && !cublasLtMatmulAlgoGetHeuristic(d->library, p->desc, p->w, p->x, p->y, p->y, wish, 1, &found, &n))
+        p->possible = n > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+    if (p->possible) p->algo = found.algo;
+    if (wish) cublasLtMatmulPreferenceDestroy(wish);
+}
+static void product_run(cuda *d, const product *p, const matrix &w, const uint8_t *codes, const float *scales,
+                        float *y) {
+    const float one = 1, none = 0;
+    product_scales(d, p, w, scales);
+    TRY_LT(cublasLtMatmul(d->library, p->desc, &one, w.data, p->w, codes, p->x, &none, y, p->y, y, p->y, &p->algo,
+                          d->library_room, LIBRARY_BYTES, d->stream));
+}
+#endif
+
+// The product for a job of a block, the same each time; NULL: the library has none.
+static const product *product_of(cuda *d, const job *j) {
+    product *p = d->products;
+    if (!j->w.block_scale || j->group || j->add || j->y_rows || j->w.cols % 16 || j->w.rows % 16) return NULL;
+    for (; p < d->products + d->n_products; p++)
+        if (p->rows == j->w.rows && p->cols == j->w.cols && p->y_stride == j->y_stride) return p->possible ? p : NULL;
+    if (d->n_products == MAX_PRODUCTS) return NULL;
+    d->n_products++;
+    p->rows = j->w.rows, p->cols = j->w.cols, p->pitch = j->w.pitch, p->y_stride = j->y_stride;
+    product_open(d, p, j->w);
+    return p->possible ? p : NULL;
+}
+// Runs the jobs that the library takes, and leaves the others.
+static void jobs_by_library(cuda *d, linears_args *p) {
+    const uint16_t *last = NULL;
+    int left = 0;
+    for (int i = 0; i < p->n_jobs && !d->status; i++) {
+        const job *j = &p->jobs[i];
+        const product *with = product_of(d, j);
+        int n = j->w.cols, scales = blocks_of(n, 128) * DSPARK_PROMPT_BLOCK;
+        if (!with) {
+            p->jobs[left++] = *j;
+            continue;
+        }
+        codes_args c = { j->x.x, j->x_stride, n, d->codes, d->code_scales };
+        if (last != j->x.x) LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
+        last = j->x.x;
+        for (int b = 0; b < d->n_rows / DSPARK_PROMPT_BLOCK; b++)
+            product_run(d, with, j->w, d->codes + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)n,
+                        d->code_scales + (size_t)b * (size_t)scales,
+                        j->y + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)j->y_stride);
+    }
+    p->n_jobs = left;
+}
+
 static void jobs_run(cuda *d, linears_args *p, int rows, const int *n_rows) {
     int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
     dim3 grid;
+    if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
     p->n_rows = n_rows, p->n_items = 0;
     for (int i = 0; i < p->n_jobs; i++) {
         job *j = &p->jobs[i];
@@ -1883,7 +2253,7 @@ static void run_stream(cuda *d, const float *fn, int n_out) {
     p.slots = d->slots;
     p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
-    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid_rows, 2 * WARPS)), THREADS, 0, p);
+    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
 }
 static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
@@ -1892,7 +2262,7 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
     p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
     p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
-    LAUNCH(mix, grid_of(head ? d->grid_logits : d->grid_rows, 1), THREADS, (size_t)d->s.h * sizeof(float), p);
+    LAUNCH(mix, grid_of(head ? d->grid.logits : d->grid.rows, 1), THREADS, (size_t)d->s.h * sizeof(float), p);
     d->now = *m;
 }
 static post_comb_args post_comb_of(const cuda *d) {
@@ -1918,7 +2288,7 @@ static void op_tap(cuda *d, int index) {
 static void attention_project(cuda *d, const layer_weights *w, int l) {
     linears_args p;
     project_args a;
-    int target = !d->drafts, tasks = 3;
+    int target = !d->grid.drafts, tasks = 3;
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.freqs = d->freqs[w->ratio > 0],
     a.freqs_compressed = d->freqs[1];
@@ -1936,14 +2306,16 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         job_add(&p, o->wgate, d->x, q->gate, o->w);
         tasks++;
     }
-    if (target && w->ratio == 4) job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
+    if (target && w->ratio == 4 && d->grid.indexed)
+        job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
     job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
-    LAUNCH(project, grid_of(d->grid_rows, tasks), THREADS, (size_t)larger(d->s.q_lora, d->s.D) * sizeof(float), a);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
+    LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.q_lora, d->s.D) * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
-    if (target && w->ratio == 4) job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    if (target && w->ratio == 4 && d->grid.indexed)
+        job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
 static void attention_index(cuda *d, int l, int row0, int rows) {
@@ -1951,10 +2323,10 @@ static void attention_index(cuda *d, int l, int row0, int rows) {
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.freqs = d->freqs[1];
     p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
-    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen;
+    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen,
+    p.arrived = d->arrived;
     LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads + 7, WARPS), rows), THREADS, 0, p);
     LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS, 0, p);
-    LAUNCH(index_top, grid_of(rows, 1), THREADS, 0, p);
 }
 
 static void op_attention(cuda *d, int l) {
@@ -1965,19 +2337,19 @@ static void op_attention(cuda *d, int l) {
     commit_args *o = &r.commit;
     attention_project(d, w, l);
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
-    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->drafts ? 0 : w->ratio,
+    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.freqs = d->freqs[w->ratio > 0];
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
-    for (a.row0 = 0; a.row0 < d->grid_rows; a.row0 += ATTEND_ROWS) {
-        int rows = smaller(ATTEND_ROWS, d->grid_rows - a.row0);
-        if (a.ratio == 4) attention_index(d, l, a.row0, rows);
+    for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
+        int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
+        if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
         LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
         LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
     }
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
     p.jobs[0].x.x = d->o.plain, p.jobs[0].x.planes = 3;        // wo_a takes its input as it is
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = w->wo_a.cols;
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
     o->rows = d->dev.rows, o->layer = l, o->ratio = w->ratio;
     o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
     for (int i = 0; i < 2 && w->ratio; i++) {
@@ -1987,16 +2359,24 @@ static void op_attention(cuda *d, int l) {
         o->width[i ? INDEX_KV : KV] = o->width[i ? INDEX_GATE : GATE] = w->pool[i].w;
     }
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
-    LAUNCH(round_rows, grid_of(d->grid_rows, d->drafts ? 1 : 2), THREADS, (size_t)r.n * sizeof(float), r);
+    LAUNCH(round_rows, grid_of(d->grid.rows, d->grid.drafts ? 1 : 2), THREADS, (size_t)r.n * sizeof(float), r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
+}
+
+static void cache_run(cuda *d, int l) {
+    const layer_weights *w = &d->layer[l];
+    cache_args p = { d->active, w->experts, w->home, d->home[l], d->cache, d->slot_bytes, d->n_slots, l * d->s.E,
+                     d->slot_of, d->owner, d->used, d->spared, d->cache_state, d->moves };
+    LAUNCH(cache_choose, grid_of(1, 1), THREADS, 0, p);
+    LAUNCH(cache_fill, grid_of(2 * d->sms, 1), THREADS, 0, p);
 }
 
 // Rows spread over experts: few of them have more than a quarter of them.
 static void experts_run(cuda *d, const experts_args &e) {
     dim3 grid = grid_of(2 * d->sms, 1);
-    if (d->grid_rows <= 8) LAUNCH(experts<1>, grid, THREADS, 0, e);
-    else if (d->grid_rows <= 32) LAUNCH(experts<2>, grid, THREADS, 0, e);
+    if (d->grid.rows <= 8) LAUNCH(experts<1>, grid, THREADS, 0, e);
+    else if (d->grid.rows <= 32) LAUNCH(experts<2>, grid, THREADS, 0, e);
     else LAUNCH(experts<4>, grid, THREADS, 0, e);
 }
 
@@ -2010,17 +2390,18 @@ static void op_moe(cuda *d, int l) {
     memset(&p, 0, sizeof p), memset(&r, 0, sizeof r), memset(&e, 0, sizeof e), memset(&a, 0, sizeof a);
     job_add(&p, w->gate, d->x, d->gate, d->s.E);
     for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
-    jobs_run(d, &p, d->grid_rows, &d->dev.n->n_rows);
+    jobs_run(d, &p, d->grid.rows, &d->dev.n->n_rows);
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
     r.mix = post_comb_of(d);
-    LAUNCH(route, grid_of(1 + d->grid_rows, 1), smaller(1024, WARP * larger(8, d->grid_rows)), 0, r);
+    LAUNCH(route, grid_of(1 + d->grid.rows, 1), smaller(1024, WARP * larger(8, d->grid.rows)), 0, r);
+    if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width, e.tiles = 2;
     experts_run(d, e);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
-    LAUNCH(swiglu, grid_of(d->grid_rows, K + 1), THREADS, 0, a);
+    LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down,
     e.y_stride = d->s.h;
     experts_run(d, e);
@@ -2030,19 +2411,19 @@ static void op_head(cuda *d, int drafts) {
     const mixer *m = drafts ? &d->draft_hc_head : &d->hc_head;
     linears_args p;
     memset(&p, 0, sizeof p);
-    if (!d->grid_logits) {
+    if (!d->grid.logits) {
         if (d->tap >= 0) run_stream(d, NULL, 0);
         return;
     }
     run_stream(d, m->fn, COPIES);
     run_mix(d, m, drafts ? d->draft_norm : d->norm, 1);
     job_add(&p, d->head, d->x, drafts ? d->draft_logits : d->logits, d->s.V);
-    jobs_run(d, &p, d->grid_logits, &d->dev.n->n_logits);
+    jobs_run(d, &p, d->grid.logits, &d->dev.n->n_logits);
 }
 
 // Taps of positions [inject_from, position) -> main_x = main_norm(main_proj taps) -> a row for each stage's window.
 static void op_inject(cuda *d) {
-    int n = d->grid_injected, stages = d->c->n_stages;
+    int n = d->grid.injected, stages = d->c->n_stages;
     const int *n_rows = &d->dev.n->n_injected;
     linears_args p;
     taps_args t;
@@ -2078,13 +2459,53 @@ static void run_draw(cuda *d, const float *logits, int n, const int *n_rows, con
 }
 static void op_draw(cuda *d) {
     drawn_args p = { &d->dev.n->n_logits, d->best, d->dev.tokens };
-    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
-    run_draw(d, d->logits, d->grid_logits, p.n, NULL, 0);
-    LAUNCH(drawn, grid_of(blocks_of(d->grid_logits, THREADS), 1), THREADS, 0, p);
+    run_draw(d, d->logits, d->grid.logits, p.n, NULL, 0);
+    LAUNCH(drawn, grid_of(blocks_of(d->grid.logits, THREADS), 1), THREADS, 0, p);
+}
+
+static void draft_step(cuda *d, int k, int drawn_here) {
+    int n = d->grid.segments, rank = d->s.rank, kind = d->w->head_kind;
+    linears_args p;
+    markov_args m;
+    memset(&p, 0, sizeof p), memset(&m, 0, sizeof m);
+    m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k,
+    m.kind = kind;
+    m.best = drawn_here && k ? d->best : NULL;
+    m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
+    m.confidence = d->dev.confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias,
+    m.in = d->markov_in, m.out = d->markov_out;
+    LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
+    if (kind == DSPARK_HEAD_NONE) return;
+    if (kind != DSPARK_HEAD_VANILLA) {
+        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
+        p.jobs[0].x.x = d->markov_in.plain, p.jobs[0].x.planes = 3;
+        jobs_run(d, &p, n, &d->dev.n->n_segments);
+        LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
+    }
+    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
+    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
+    p.jobs[0].y_rows = d->dev.segment_row;
+    jobs_run(d, &p, n, &d->dev.n->n_segments);
+}
+
+// All steps, each token drawn from the logits before the next step needs it.
+static void op_steps(cuda *d, int n_steps) {
+    drawn_args p = { &d->dev.n->n_rows, d->best, d->dev.drafted };
+    for (int k = 0; k < n_steps; k++) {
+        draft_step(d, k, 1);
+        run_draw(d, d->draft_logits, d->grid.segments, &d->dev.n->n_segments, d->dev.segment_row, k);
+    }
+    LAUNCH(drawn, grid_of(blocks_of(d->grid.rows, THREADS), 1), THREADS, 0, p);
+}
+static void op_choose(cuda *d) {
+    choose_args p = { d->dev.what, d->dev.picks, d->dev.drafted, d->dev.confidence, d->value, d->candidates,
+                      d->dev.lengths, d->dev.n, d->dev.rows, d->dev.logit_rows, d->dev.draws };
+    LAUNCH(choose, grid_of(1, 1), THREADS, 0, p);
 }
 
 static void run_op(cuda *d, const operation *o) {
     switch (o->op) {
+    case OP_PASS: d->grid = d->passes[o->sub], d->from = STREAM_EMBED, d->tap = -1; break;
     case OP_MIX_IN: op_mix_in(d, o->layer, o->sub); break;
     case OP_ATTENTION: op_attention(d, o->layer); break;
     case OP_MOE: op_moe(d, o->layer); break;
@@ -2092,6 +2513,8 @@ static void run_op(cuda *d, const operation *o) {
     case OP_TAP: op_tap(d, o->layer); break;
     case OP_HEAD: op_head(d, 0); break;
     case OP_INJECT: op_inject(d); break;
+    case OP_STEPS: op_steps(d, o->layer); break;
+    case OP_CHOOSE: op_choose(d); break;
     case OP_DRAW: op_draw(d); break;
     default: op_head(d, 1);
     }
@@ -2099,7 +2522,8 @@ static void run_op(cuda *d, const operation *o) {
 
 // ---- a pass, from begin to end ----------------------------------------------------------------
 // Operations are noted, and run when the pass ends: the same calls in grids of the same size are one recording, played
-// at once.
+// at once. A draft that asks for draws waits for its steps; if the device is to choose among them, for the pass that
+// verifies it: a whole cycle is one recording then, and has one read-back.
 
 static void note(void *device, int op, int l, int sub) {
     cuda *d = (cuda *)device;
@@ -2150,7 +2574,7 @@ static int inject_all(cuda *d, const dspark_pass *pass) {
         for (int p = pass->segments[i].inject_from; p < pass->segments[i].position; p++) {
             injection one = { ((const state *)pass->segments[i].state)->table, p };
             if (n == d->max_rows) {
-                d->host.n->n_injected = d->grid_injected = n;
+                d->host.n->n_injected = d->grid.injected = n;
                 block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->dev.n);
                 block_copy(d, d->dev.injected, d->host.injected, (size_t)n, sizeof one);
                 op_inject(d);
@@ -2162,48 +2586,84 @@ static int inject_all(cuda *d, const dspark_pass *pass) {
     return n;
 }
 
+static draw_row draw_of(const dspark_device_draw *d) {
+    draw_row r = { d->temperature, { (unsigned)d->seed, (unsigned)(d->seed >> 32) },
+                   { (unsigned)d->position, (unsigned)(d->position >> 32) } };
+    return r;
+}
 static void draws_copy(cuda *d, const dspark_device_draw *from, int n) {
-    for (int i = 0; i < n; i++) {
-        draw_row r = { from[i].temperature, { (unsigned)from[i].seed, (unsigned)(from[i].seed >> 32) },
-                       { (unsigned)from[i].position, (unsigned)(from[i].position >> 32) } };
-        d->host.draws[i] = r;
-    }
+    for (int i = 0; i < n; i++) d->host.draws[i] = draw_of(&from[i]);
     block_copy(d, d->dev.draws, d->host.draws, (size_t)n, sizeof(draw_row));
+}
+
+// Begins the noting of a pass, by itself or behind a draft.
+static void pass_note(cuda *d, const dspark_pass *pass, int n_logits, int n_injected) {
+    extent *e;
+    if (!d->pending) d->n_ops = d->n_passes = 0;
+    e = &d->passes[d->n_passes];
+    e->drafts = pass->kind == DSPARK_PASS_DRAFT, e->rows = smaller(bucket(pass->n_rows), d->max_rows);
+    e->logits = smaller(bucket(n_logits), e->rows), e->injected = smaller(bucket(n_injected), d->max_rows);
+    e->segments = smaller(bucket(pass->n_segments), e->rows), e->indexed = 0;
+    e->whole = pass->whole && d->fast_prefill;
+    for (int i = 0; i < pass->n_segments; i++)
+        e->indexed |= (pass->segments[i].position + pass->segments[i].n_rows) / 4 > d->s.index_topk;
+    d->draws = pass->draws != NULL, d->choice = pass->choice != NULL;
+    d->n_rows = pass->n_rows, d->n_segments = pass->n_segments, d->n_logits = n_logits;
+    note(d, OP_PASS, 0, d->n_passes++);
+}
+
+// The steps of the draft that waits, and the choice among them.
+static void choice_begin(cuda *d, const dspark_pass *pass) {
+    const dspark_choice *c = pass->choice;
+    for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = d->host.rows[d->host.segment_row[i]].id;
+    block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
+    note(d, OP_STEPS, c->n_steps, 0), note(d, OP_CHOOSE, 0, 0);
+    for (int i = 0; i < pass->n_segments; i++) {
+        const dspark_segment *g = &pass->segments[i];
+        pick *p = &d->host.picks[i];
+        p->state = ((const state *)g->state)->table, p->id = pass->ids[i], p->position = g->position;
+        p->draft_row = c->draft_row[i], p->limit = g->n_rows - 1, p->weight = c->weight[i],
+        p->threshold = c->threshold[i], p->draw = draw_of(&pass->draws[i]);
+        for (int k = 0; k < c->n_steps; k++) p->temperature[k] = c->temperature[i * c->n_steps + k];
+    }
+    d->host.what->n = pass->n_segments, d->host.what->budget = c->budget;
+    block_copy(d, d->dev.picks, d->host.picks, (size_t)pass->n_segments, sizeof(pick));
+    block_copy(d, d->dev.what, d->host.what, 1, sizeof(picking));
+    pass_note(d, pass, pass->n_rows, 0);
 }
 
 static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     cuda *d = (cuda *)device;
     counts *n = d->host.n;
+    int n_logits = 0, n_injected;
     if (d->status) return result(d);        // of a step of the head, after its pass
-    if (pass->n_rows < 1 || pass->n_rows > d->max_rows) {
-        fail(d, DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d", pass->n_rows, d->max_rows);
+    if (pass->n_rows < 1 || pass->n_rows > d->max_rows || (pass->choice && !d->pending)) {
+        fail(d, DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d, and to choose a draft before",
+             pass->n_rows, d->max_rows);
         return result(d);
     }
-    d->n_ops = 0, d->from = STREAM_EMBED, d->tap = -1;
-    d->draws = pass->draws != NULL;
-    d->drafts = pass->kind == DSPARK_PASS_DRAFT, d->n_rows = pass->n_rows, d->n_segments = pass->n_segments,
-    d->n_logits = 0;
-    memset(n, 0, sizeof *n);
-    for (int i = 0; i < pass->n_segments; i++) segment_rows(d, pass, i, &d->n_logits);
-    d->n_injected = inject_all(d, pass);
-    n->n_rows = d->n_rows, n->n_logits = d->n_logits, n->n_segments = d->n_segments, n->n_injected = d->n_injected,
-    n->drafts = d->drafts;
-    d->grid_rows = smaller(bucket(d->n_rows), d->max_rows), d->grid_logits = smaller(bucket(d->n_logits), d->grid_rows);
-    d->grid_injected = smaller(bucket(d->n_injected), d->max_rows);
+    if (pass->choice) return choice_begin(d, pass), result(d);
+    if (d->pending) TRY(cudaStreamSynchronize(d->stream));      // a draft that came to nothing
+    d->pending = 0;
+    for (int i = 0; i < pass->n_segments; i++) segment_rows(d, pass, i, &n_logits);
+    n_injected = inject_all(d, pass);
+    pass_note(d, pass, n_logits, n_injected);
+    n->n_rows = pass->n_rows, n->n_logits = n_logits, n->n_segments = pass->n_segments, n->n_injected = n_injected;
+    n->drafts = pass->kind == DSPARK_PASS_DRAFT;
     block_copy(d, d->dev.n, n, 1, sizeof *n);
-    block_copy(d, d->dev.rows, d->host.rows, (size_t)d->n_rows, sizeof *d->host.rows);
-    block_copy(d, d->dev.logit_rows, d->host.logit_rows, (size_t)d->n_logits, sizeof(int));
-    block_copy(d, d->dev.segment_row, d->host.segment_row, (size_t)d->n_segments, sizeof(int));
-    block_copy(d, d->dev.injected, d->host.injected, (size_t)d->n_injected, sizeof(injection));
-    if (d->draws) draws_copy(d, pass->draws, d->drafts ? d->n_segments : d->n_logits);
+    block_copy(d, d->dev.rows, d->host.rows, (size_t)n->n_rows, sizeof *d->host.rows);
+    block_copy(d, d->dev.logit_rows, d->host.logit_rows, (size_t)n_logits, sizeof(int));
+    block_copy(d, d->dev.segment_row, d->host.segment_row, (size_t)n->n_segments, sizeof(int));
+    block_copy(d, d->dev.injected, d->host.injected, (size_t)n_injected, sizeof(injection));
+    if (d->draws) draws_copy(d, pass->draws, n->drafts ? n->n_segments : n_logits);
     return result(d);
 }
 
 // Each in a range of its name, for a profiler.
 static void run_ops(cuda *d) {
 #ifndef DSPARK_CUDA_HOST
-    static const char *const names[] = { "mix_in", "attention", "moe",        "mix_out", "tap",
-                                         "head",   "inject",    "draft_head", "draw" };
+    static const char *const names[] = { "pass", "mix_in", "attention",  "moe",         "mix_out", "tap",
+                                         "head", "inject", "draft_head", "draft_steps", "choose",  "draw" };
 #endif
     for (int i = 0; i < d->n_ops && !d->status; i++) {
 #ifndef DSPARK_CUDA_HOST
@@ -2216,58 +2676,68 @@ static void run_ops(cuda *d) {
     }
 }
 
-static recording *recording_find(cuda *d, uint64_t calls) {
-    for (int i = 0; i < d->n_recordings; i++) {
-        recording *r = &d->recordings[i];
-        if (r->calls == calls && r->rows == d->grid_rows && r->logits == d->grid_logits &&
-            r->injected == d->grid_injected && r->drafts == d->drafts)
-            return r;
-    }
-    return NULL;
-}
-
-static void record(cuda *d, uint64_t calls) {
-    recording *r = &d->recordings[d->n_recordings];
+static void record(cuda *d, recording *r, uint64_t calls) {
     cudaGraph_t graph = NULL;
     memset(r, 0, sizeof *r);
-    r->calls = calls, r->rows = d->grid_rows, r->logits = d->grid_logits, r->injected = d->grid_injected,
-    r->drafts = d->drafts;
     if (!TRY(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal))) return;
     run_ops(d);
     cudaError_t ended = cudaStreamEndCapture(d->stream, &graph);        // also after a failure
     good(d, ended, "cudaStreamEndCapture");
-    if (TRY(cudaGraphInstantiate(&r->exec, graph, 0))) d->n_recordings++;
+    if (TRY(cudaGraphInstantiate(&r->exec, graph, 0))) r->calls = calls;
     if (graph) cudaGraphDestroy(graph);
 }
 
-// Runs what was noted: from its recording, made where there is none yet; or, of many rows, call by call.
-static void play(cuda *d) {
+static uint64_t calls_of(const cuda *d) {
     uint64_t calls = 1469598103934665603u;
-    recording *r;
-    if (d->status || !d->n_ops) return;
     for (int i = 0; i < d->n_ops; i++) {
         const operation *o = &d->ops[i];
         calls = (calls ^ (uint64_t)(o->op | o->sub << 8 | (int)o->layer << 16)) * 1099511628211u;
     }
-    if (TIMED) return run_ops(d);
-    if (!(r = recording_find(d, calls)) && d->grid_rows <= RECORDED_ROWS && d->n_recordings < MAX_RECORDINGS) {
-        record(d, calls);
-        r = recording_find(d, calls);
+    for (int i = 0; i < d->n_passes; i++) {
+        const extent *e = &d->passes[i];
+        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments, e->indexed, e->whole };
+        for (int k = 0; k < 7; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
     }
-    if (r) TRY(cudaGraphLaunch(r->exec, d->stream));
-    else run_ops(d);
+    return calls;
+}
+
+// Runs what was noted: from its recording, made where there is none yet, in place of the oldest; or, of many rows, call
+// by call.
+static void play(cuda *d) {
+    uint64_t calls = calls_of(d);
+    int i = 0, rows = 0;
+    for (int k = 0; k < d->n_passes; k++) rows = larger(rows, d->passes[k].rows);
+    if (d->status || d->n_ops < 2) return;      // nothing but OP_PASS
+    d->grid = d->passes[d->n_passes - 1];       // of steps that the host asks for one by one
+    if (TIMED || rows > RECORDED_ROWS) return run_ops(d);
+    while (i < d->n_recordings && d->recordings[i].calls != calls) i++;
+    if (i == d->n_recordings) {
+        if (i == MAX_RECORDINGS) i = d->oldest, d->oldest = (i + 1) % MAX_RECORDINGS;
+        else d->n_recordings++;
+        if (d->recordings[i].exec) cudaGraphExecDestroy(d->recordings[i].exec);
+        record(d, &d->recordings[i], calls);
+    }
+    TRY(cudaGraphLaunch(d->recordings[i].exec, d->stream));
+}
+
+// The part of the block that comes back.
+static void answer_copy(cuda *d) {
+    size_t n = (size_t)((uint8_t *)(d->dev.confidence + d->max_rows) - (uint8_t *)d->dev.tokens);
+    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, n, cudaMemcpyDeviceToHost, d->stream));
 }
 
 static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
     cuda *d = (cuda *)device;
     size_t V = (size_t)d->s.V;
-    int drawn_here = d->draws && !d->drafts && d->n_logits;
+    int drafts = d->passes[d->n_passes - 1].drafts, drawn_here = d->draws && !drafts && d->n_logits;
+    out->logits = drafts ? d->host_drafts : d->host_logits, out->n_logits = d->n_logits;
+    out->tokens = drawn_here ? d->host.tokens : NULL, out->lengths = out->drafts = NULL;
+    out->confidence_logits = drafts || d->choice ? d->host.confidence : NULL;
+    if (drafts && d->draws) return d->pending = 1, result(d);       // the steps follow
     if (drawn_here) note(d, OP_DRAW, 0, 0);
     play(d);
-    if (drawn_here)
-        TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_logits * sizeof(int), cudaMemcpyDeviceToHost,
-                            d->stream));
-    for (int i = 0, n; i < d->n_logits && !d->drafts; i += n) {     // logits: runs of rows that are not drawn here
+    if (drawn_here) answer_copy(d);
+    for (int i = 0, n; i < d->n_logits && !drafts && !d->choice; i += n) {  // logits: runs of rows not drawn here
         for (n = 0; i + n < d->n_logits && (!d->draws || d->host.draws[i + n].temperature < 0);) n++;
         if (n)
             TRY(cudaMemcpyAsync(d->host_logits + (size_t)i * V, d->logits + (size_t)i * V,
@@ -2275,38 +2745,14 @@ static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
         else n = 1;
     }
     TRY(cudaStreamSynchronize(d->stream));
-    out->logits = d->drafts ? d->host_drafts : d->host_logits, out->n_logits = d->n_logits;
-    out->tokens = drawn_here ? d->host.tokens : NULL;
-    out->confidence_logits = d->drafts ? d->host_confidence : NULL;
+    d->pending = 0;
+    if (!d->choice) return result(d);
+    out->lengths = d->host.lengths, out->drafts = d->host.drafted, out->n_logits = d->n_segments;
+    for (int i = 0; i < d->n_segments && !d->status; i++) out->n_logits += d->host.lengths[i];
     return result(d);
 }
 
 // ---- the sequential head ----------------------------------------------------------------------
-
-static void draft_step(cuda *d, int k, int drawn_here) {
-    int n = d->n_segments, rank = d->s.rank, kind = d->w->head_kind;
-    linears_args p;
-    markov_args m;
-    memset(&p, 0, sizeof p), memset(&m, 0, sizeof m);
-    m.c = d->s, m.n = d->dev.n, m.segment_row = d->dev.segment_row, m.previous = d->dev.previous, m.k = k,
-    m.kind = kind;
-    m.best = drawn_here && k ? d->best : NULL;
-    m.w1 = d->w1, m.hidden = d->hidden, m.confidence_w = d->confidence_w, m.confidence_bias = d->w->confidence_bias;
-    m.confidence = d->confidence, m.e = d->e, m.rnn = d->rnn, m.z = d->z, m.bias = d->joint_bias, m.in = d->markov_in,
-    m.out = d->markov_out;
-    LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
-    if (kind == DSPARK_HEAD_NONE) return;
-    if (kind != DSPARK_HEAD_VANILLA) {
-        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
-        p.jobs[0].x.x = d->markov_in.plain, p.jobs[0].x.planes = 3;
-        jobs_run(d, &p, n, &d->dev.n->n_segments);
-        LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
-    }
-    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
-    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
-    p.jobs[0].y_rows = d->dev.segment_row;
-    jobs_run(d, &p, n, &d->dev.n->n_segments);
-}
 
 // The logits of rows k to the host; a failure shows as NaN, which is no draft, and is given by the next pass_begin.
 static void cuda_draft_step(void *device, int k, const int32_t *previous) {
@@ -2320,29 +2766,21 @@ static void cuda_draft_step(void *device, int k, const int32_t *previous) {
         TRY(cudaMemcpyAsync(d->host_drafts + r * V, d->draft_logits + r * V, V * sizeof(float), cudaMemcpyDeviceToHost,
                             d->stream));
     }
-    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
-                        d->stream));
+    answer_copy(d);
     TRY(cudaStreamSynchronize(d->stream));
     for (int i = 0; d->status && i < d->n_segments; i++) d->host_drafts[(size_t)(d->host.segment_row[i] + k) * V] = NAN;
 }
-// All steps, each token drawn here from the logits before the next step needs it.
+// All steps, with the draft that waits for them.
 static dspark_status cuda_draft_steps(void *device, int n_steps, const int32_t *previous, int32_t *tokens) {
     cuda *d = (cuda *)device;
-    drawn_args p = { &d->dev.n->n_rows, d->best, d->dev.tokens };
     for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = previous[i];
     block_copy(d, d->dev.previous, d->host.previous, (size_t)d->n_segments, sizeof(int));
-    TRY(cudaMemsetAsync(d->best, 0, (size_t)d->max_rows * sizeof *d->best, d->stream));
-    for (int k = 0; k < n_steps; k++) {
-        draft_step(d, k, 1);
-        run_draw(d, d->draft_logits, d->n_segments, &d->dev.n->n_segments, d->dev.segment_row, k);
-    }
-    LAUNCH(drawn, grid_of(blocks_of(d->n_rows, THREADS), 1), THREADS, 0, p);
-    TRY(cudaMemcpyAsync(d->host.tokens, d->dev.tokens, (size_t)d->n_rows * sizeof(int), cudaMemcpyDeviceToHost,
-                        d->stream));
-    TRY(cudaMemcpyAsync(d->host_confidence, d->confidence, (size_t)d->n_rows * sizeof(float), cudaMemcpyDeviceToHost,
-                        d->stream));
+    note(d, OP_STEPS, n_steps, 0);
+    play(d);
+    answer_copy(d);
     TRY(cudaStreamSynchronize(d->stream));
-    for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.tokens[r];
+    d->pending = 0;
+    for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.drafted[r];
     return result(d);
 }
 // From logits of the caller's: through the same kernel as all others, and so the same token.
@@ -2350,7 +2788,7 @@ static dspark_status cuda_draw(void *device, const float *logits, const dspark_d
     cuda *d = (cuda *)device;
     if (d->status) return result(d);
     memset(d->host.n, 0, sizeof *d->host.n);
-    d->host.n->n_logits = d->grid_logits = 1;
+    d->host.n->n_logits = d->grid.logits = 1, d->n_ops = d->pending = 0;
     memcpy(d->host_logits, logits, (size_t)d->s.V * sizeof *logits);
     block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->host.n);
     block_copy(d, d->logits, d->host_logits, (size_t)d->s.V, sizeof *logits);
@@ -2372,12 +2810,19 @@ typedef struct {
     cuda *d;
     uint8_t *slab;              // NULL: counting
     size_t n, total, flushed, filled;
+    size_t at_home;             // bytes of experts put into host memory
+    int home;                   // 1: slab is host memory
     uint8_t *stage[2];
     cudaEvent_t event[2];
     int which, used[2];
     const dspark_model_desc *desc;
 } uploader;
 
+static void up_progress(const uploader *u) {
+    double done = (double)(u->flushed + u->at_home) / (double)u->total;
+    if (u->desc->progress && !u->desc->progress(u->desc->user, (float)done))
+        fail(u->d, DSPARK_ERROR_CANCELLED, "cuda: cancelled by the progress callback");
+}
 static void up_flush(uploader *u) {
     cuda *d = u->d;
     if (!u->filled) return;
@@ -2385,13 +2830,16 @@ static void up_flush(uploader *u) {
     TRY(cudaEventRecord(u->event[u->which], d->stream));
     u->used[u->which] = 1, u->flushed += u->filled, u->filled = 0, u->which ^= 1;
     if (u->used[u->which]) TRY(cudaEventSynchronize(u->event[u->which]));
-    if (u->desc->progress && !u->desc->progress(u->desc->user, (float)((double)u->flushed / (double)u->total)))
-        fail(d, DSPARK_ERROR_CANCELLED, "cuda: cancelled by the progress callback");
+    up_progress(u);
 }
 // n bytes more; p NULL: zeros
 static void up_put(uploader *u, const void *p, size_t n) {
+    if (u->home && u->slab) {
+        if (p) memcpy(u->slab + u->n, p, n);
+        else memset(u->slab + u->n, 0, n);
+    }
     u->n += n;
-    while (u->slab && n && !u->d->status) {
+    while (u->slab && !u->home && n && !u->d->status) {
         size_t some = n < STAGE_BYTES - u->filled ? n : STAGE_BYTES - u->filled;
         if (p) memcpy(u->stage[u->which] + u->filled, p, some), p = (const char *)p + some;
         else memset(u->stage[u->which] + u->filled, 0, some);
@@ -2438,6 +2886,16 @@ static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
         }
 }
 
+static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
+    const uint8_t *at = up_begin(u);
+    int rows = blocks_of(m->rows, 128), cols = blocks_of(m->cols, 128);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < blocks_of(cols, 4) * 4; j++) {
+            float scale = u->slab && j < cols ? ldexpf(1, m->scale[i * cols + j] - 127) : 1;
+            up_put(u, &scale, sizeof scale);
+        }
+    return (const float *)(const void *)at;
+}
 static matrix up_matrix(uploader *u, const dspark_matrix *m) {
     size_t each = (size_t)m->cols * (m->dtype == DSPARK_F32 ? 4 : m->dtype >= DSPARK_FP8 ? 1 : 2);
     matrix out;
@@ -2458,6 +2916,7 @@ static matrix up_matrix(uploader *u, const dspark_matrix *m) {
         size_t n = (size_t)blocks_of(m->rows, 128) * (size_t)blocks_of(m->cols, 128);
         for (size_t i = 0; u->slab && i < n; i++) check_scale(u, m, m->scale[i]);
         up_put(u, m->scale, n);
+        if (u->d->fast_prefill && !u->home) out.block_scale = up_block_scales(u, m);
     }
     return out;
 }
@@ -2505,6 +2964,19 @@ static expert up_expert(uploader *u, const dspark_expert *e) {
     expert out = { { up_matrix(u, &e->w1), up_matrix(u, &e->w3), up_matrix(u, &e->w2) } };
     return out;
 }
+// A routed expert: into the slab, or where there are slots to its home. Counting, slot_bytes become what the largest
+// needs.
+static expert up_routed(uploader *u, int l, int e, const dspark_expert *from) {
+    cuda *d = u->d;
+    uploader home = *u;
+    expert out;
+    if (!d->n_slots) return up_expert(u, from);
+    home.home = 1, home.n = 0, home.slab = u->slab ? d->home[l] + (size_t)e * d->slot_bytes : NULL;
+    out = up_expert(&home, from), up_begin(&home);
+    if (!u->slab) d->slot_bytes = home.n > d->slot_bytes ? home.n : d->slot_bytes;
+    else u->at_home += home.n, up_progress(u);
+    return out;
+}
 static const int *up_hash(uploader *u, const dspark_layer *l) {
     size_t n = (size_t)u->d->s.V * (size_t)u->d->s.K;
     const uint8_t *at = up_begin(u);
@@ -2529,8 +3001,10 @@ static void up_attention(uploader *u, layer_weights *o, const dspark_layer *l) {
     o->index_wq_b = up_matrix(u, &l->index_wq_b), o->index_weights = up_matrix(u, &l->index_weights);
     o->pool[1] = up_compressor(u, &l->index_compressor);
 }
-static void up_layer(uploader *u, layer_weights *o, const dspark_layer *l) {
+static void up_layer(uploader *u, int number) {
     cuda *d = u->d;
+    layer_weights *o = &d->layer[number];
+    const dspark_layer *l = &d->w->layers[number];
     int E = d->s.E;
     expert *all = (expert *)malloc((size_t)(E + 1) * sizeof *all);
     if (!all) {
@@ -2543,8 +3017,9 @@ static void up_layer(uploader *u, layer_weights *o, const dspark_layer *l) {
     o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
     o->gate = up_matrix(u, &l->gate), o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
     all[E] = o->shared = up_expert(u, &l->shared);
-    for (int e = 0; e < E; e++) all[e] = up_expert(u, &l->experts[e]);
-    o->experts = (const expert *)up_array(u, all, (size_t)(E + 1), sizeof *all);
+    for (int e = 0; e < E && !d->status; e++) all[e] = up_routed(u, number, e, &l->experts[e]);
+    o->experts = (expert *)(uintptr_t)up_array(u, all, (size_t)(E + 1), sizeof *all);
+    if (d->n_slots) o->home = (const expert *)up_array(u, all, (size_t)(E + 1), sizeof *all);
     free(all);
 }
 
@@ -2586,14 +3061,15 @@ static void up_all(uploader *u) {
     d->embed = up_matrix(u, &w->embed), d->head = up_matrix(u, &w->head),
     d->norm = up_floats(u, w->norm, (size_t)d->s.h);
     d->hc_head = up_mix(u, &w->hc_head, COPIES);
-    for (int l = 0; l < d->layers && !d->status; l++) up_layer(u, &d->layer[l], &w->layers[l]);
+    for (int l = 0; l < d->layers && !d->status; l++) up_layer(u, l);
     up_drafter(u);
     up_begin(u);
 }
 static void up_run(cuda *d, const dspark_model_desc *desc) {
     uploader u;
     memset(&u, 0, sizeof u);
-    u.d = d, u.slab = d->slab, u.total = d->slab_bytes, u.desc = desc;
+    u.d = d, u.slab = d->slab, u.desc = desc;
+    u.total = d->slab_bytes + (d->n_slots ? (size_t)(d->layers * d->s.E) * d->slot_bytes : 0);
     for (int i = 0; i < 2; i++) {
         TRY(cudaMallocHost(&u.stage[i], STAGE_BYTES));
         TRY(cudaEventCreateWithFlags(&u.event[i], cudaEventDisableTiming));
@@ -2632,8 +3108,11 @@ static void carve_block(cuda *d, pass_block *b, carver *v) {
     size_t n = (size_t)d->max_rows;
     b->n = (counts *)carve(v, 1, sizeof(counts)), b->rows = (row *)carve(v, n, sizeof(row));
     b->logit_rows = (int *)carve(v, n, sizeof(int)), b->segment_row = (int *)carve(v, n, sizeof(int));
-    b->tokens = (int *)carve(v, n, sizeof(int)), b->draws = (draw_row *)carve(v, n, sizeof(draw_row));
     b->previous = (int *)carve(v, n, sizeof(int)), b->injected = (injection *)carve(v, n, sizeof(injection));
+    b->draws = (draw_row *)carve(v, n, sizeof(draw_row)), b->picks = (pick *)carve(v, n, sizeof(pick));
+    b->what = (picking *)carve(v, 1, sizeof(picking)), b->tokens = (int *)carve(v, n, sizeof(int));
+    b->drafted = (int *)carve(v, n, sizeof(int)), b->lengths = (int *)carve(v, n, sizeof(int));
+    b->confidence = (float *)carve(v, n, sizeof(float));
 }
 
 static void carve_attention(cuda *d, carver *v, int n) {
@@ -2648,6 +3127,7 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->query =
         (uint16_t *)carve(v, (size_t)ATTEND_ROWS * (size_t)(c->index_heads + 7) * (size_t)c->I, sizeof *d->query);
     d->query_w = carve_rows(v, ATTEND_ROWS, c->index_heads + 7), d->chosen = carve_ints(v, ATTEND_ROWS, c->index_topk);
+    d->arrived = carve_ints(v, ATTEND_ROWS, 1);
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
@@ -2658,11 +3138,26 @@ static void carve_experts(cuda *d, carver *v, int n) {
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
 }
+static void carve_library(cuda *d, carver *v, int n) {
+    int most = larger(larger(d->s.h, d->s.q_lora), d->c->o_groups * d->c->o_lora_rank);
+    if (!d->fast_prefill) return;
+    d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)most, 1);
+    d->code_scales = carve_rows(v, n, blocks_of(most, 128));
+    d->library_room = (uint8_t *)carve(v, LIBRARY_BYTES, 1);
+}
+static void carve_cache(cuda *d, carver *v) {
+    if (!d->n_slots) return;
+    d->slot_of = carve_ints(v, d->layers, d->s.E), d->moves = carve_ints(v, 1, d->s.E);
+    d->owner = carve_ints(v, 1, d->n_slots), d->used = carve_ints(v, 1, d->n_slots);
+    d->spared = carve_ints(v, 1, d->n_slots);
+    d->cache_state = carve_ints(v, 1, CACHE_MOVES + 1);
+}
 static void carve_drafter(cuda *d, carver *v, int n) {
     int rank = d->s.rank, h = d->s.h;
     if (!d->c->n_stages) return;
     d->main = carve_input(v, n, d->s.n_taps * h), d->stage_kv = carve_rows(v, d->c->n_stages * d->max_rows, d->s.D);
-    d->draft_logits = carve_rows(v, n, d->s.V), d->confidence = carve_rows(v, n, 1);
+    d->draft_logits = carve_rows(v, n, d->s.V), d->candidates = carve_ints(v, n, 1);
+    d->value = (double *)carve(v, (size_t)n * DSPARK_MAX_BLOCK, sizeof *d->value);
     d->e = carve_rows(v, n, rank), d->rnn = carve_rows(v, n, rank), d->z = carve_rows(v, n, 3 * rank);
     d->markov_in = carve_input(v, n, 2 * rank + h), d->markov_out = carve_input(v, n, rank);
 }
@@ -2679,6 +3174,8 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
     carve_attention(d, &v, n);
     carve_experts(d, &v, n);
+    carve_library(d, &v, n);
+    carve_cache(d, &v);
     carve_drafter(d, &v, n);
     return v.n;
 }
@@ -2686,15 +3183,15 @@ static size_t carve_host(cuda *d, uint8_t *base) {
     carver v = { base, 0 };
     carve_block(d, &d->host, &v);
     d->host_logits = carve_rows(&v, d->max_rows, d->s.V);
-    if (d->c->n_stages)
-        d->host_drafts = carve_rows(&v, d->max_rows, d->s.V), d->host_confidence = carve_rows(&v, d->max_rows, 1);
+    if (d->c->n_stages) d->host_drafts = carve_rows(&v, d->max_rows, d->s.V);
     return v.n;
 }
 
 // ---- opening ----------------------------------------------------------------------------------
 
 static void forget_recordings(cuda *d) {
-    for (int i = 0; i < d->n_recordings; i++) cudaGraphExecDestroy(d->recordings[i].exec);
+    for (int i = 0; i < d->n_recordings; i++)
+        if (d->recordings[i].exec) cudaGraphExecDestroy(d->recordings[i].exec);
     d->n_recordings = 0;
 }
 
@@ -2702,9 +3199,10 @@ static void cuda_close(void *device) {
     cuda *d = (cuda *)device;
     if (!d) return;
     if (d->stream) cudaStreamSynchronize(d->stream);
-    forget_recordings(d);
-    cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory);
+    forget_recordings(d), library_close(d);
+    cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory), cudaFree(d->cache);
     cudaFreeHost(d->host_block);
+    for (int l = 0; l < d->layers; l++) if (d->home[l]) cudaFreeHost(d->home[l]);
     if (d->stream) cudaStreamDestroy(d->stream);
     free(d->layer), free(d->ops), free(d);
 }
@@ -2749,7 +3247,7 @@ static void set_shape(cuda *d) {
     s->eps = c->rms_norm_eps, s->hc_eps = c->hc_eps, s->limit = c->swiglu_limit,
     s->routed_scale = c->routed_scaling_factor;
     s->sinkhorn_iters = c->hc_sinkhorn_iters;
-    d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 8;
+    d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 16;
 }
 
 // The largest block of shared memory that each kernel may ask for.
@@ -2783,22 +3281,57 @@ static void open_device(cuda *d) {
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: compute capability %d, expected 8.0 or newer", d->major);
 }
 
-// Room for weights and workspace, or a failure that says how much of each there would have to be.
-static void open_memory(cuda *d) {
+static size_t cuda_state_bytes(const void *device, int max_context);
+
+// What the slab takes; where experts have their home elsewhere, slot_bytes with it.
+static size_t slab_bytes_of(cuda *d) {
     uploader u;
-    size_t free_bytes = 0, total = 0;
     memset(&u, 0, sizeof u);
-    u.d = d;
+    u.d = d, d->slot_bytes = 0;
     up_all(&u);
-    d->slab_bytes = u.n, d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
+    return u.n;
+}
+
+// All weights on the device if they fit beside the workspace and the states of max_sessions; else as many experts as
+// do, at least those that one layer may ask for at once. Or a failure that says how much of each there would have to
+// be.
+static void place(cuda *d, const dspark_model_desc *desc) {
+    size_t free_bytes = 0, total = 0, room, states, all, experts;
+    int context = smaller(4096, d->c->max_position_embeddings), n = d->layers * d->s.E, least;
     TRY(cudaMemGetInfo(&free_bytes, &total));
-    if (!d->status && d->slab_bytes + d->work_bytes > free_bytes)
+    states = (size_t)larger(1, desc->max_sessions) * cuda_state_bytes(d, context) + total / 64;     // and for graphs
+    all = d->slab_bytes = slab_bytes_of(d), d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
+    room = free_bytes > d->work_bytes + states ? free_bytes - d->work_bytes - states : 0;
+    snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %zu of workspace, %zu for states",
+             all, d->work_bytes, states);
+    if (d->status || all <= room) return;
+    d->n_slots = n, d->slab_bytes = slab_bytes_of(d), experts = (size_t)n * d->slot_bytes;
+    room = room > d->slab_bytes ? (room - d->slab_bytes) / (d->slot_bytes + 64) : 0;      // 64: a slot's share of lists
+    least = d->max_rows < n / d->s.K ? smaller(d->s.E, d->max_rows * d->s.K) : d->s.E;
+    d->n_slots = room < (size_t)n ? (int)room : n;
+    if (d->n_slots < least)
         fail(d, DSPARK_ERROR_MEMORY,
-             "cuda: weights take %zu bytes, passes of %d rows %zu: the device has %zu free of %zu", d->slab_bytes,
-             d->max_rows, d->work_bytes, free_bytes, total);
+             "cuda: weights take %zu bytes, passes of %d rows %zu, states %zu: the device has %zu free of %zu; with "
+             "the experts in host memory (%zu bytes), %zu and %d slots of %zu bytes", all, d->max_rows, d->work_bytes,
+             states, free_bytes, total, experts, d->slab_bytes, least, d->slot_bytes);
+    d->work_bytes = carve_all(d, NULL);
+    snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %d of %d experts (%zu), %zu of "
+             "workspace, %zu for states; in host memory the experts, %zu", d->slab_bytes, d->n_slots, n,
+             (size_t)d->n_slots * d->slot_bytes, d->work_bytes, states, experts);
+}
+
+static void open_memory(cuda *d, const dspark_model_desc *desc) {
+    size_t home;
+    place(d, desc);
+    home = (size_t)d->s.E * d->slot_bytes;
     TRY(cudaMalloc(&d->slab, d->slab_bytes));
     TRY(cudaMalloc(&d->work, d->work_bytes));
     TRY(cudaMallocHost(&d->host_block, d->host_bytes));
+    if (d->n_slots) TRY(cudaMalloc(&d->cache, (size_t)d->n_slots * d->slot_bytes));
+    for (int l = 0; l < d->layers && d->n_slots; l++) {
+        TRY(cudaMallocHost(&d->home[l], home));
+        d->host_bytes += home;
+    }
     if (d->status) return;
     carve_all(d, d->work), carve_host(d, d->host_block);
     TRY(cudaMemsetAsync(d->work, 0, d->work_bytes, d->stream));     // inputs are zeros behind their rows
@@ -2816,8 +3349,10 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
     d->ops = (operation *)calloc((size_t)d->max_ops, sizeof *d->ops);
     if (!d->layer || !d->ops) fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d layers", d->layers);
     if (!d->status) open_device(d);
+    d->fast_prefill = desc->fast_prefill && d->major == 9;      // elsewhere the library has no such scales
+    if (!d->status && d->fast_prefill) library_open(d);
     if (!d->status) allow_shared(d);
-    if (!d->status) open_memory(d);
+    if (!d->status) open_memory(d, desc);
     if (!d->status) up_run(d, desc);
     if ((status = result(d)) != DSPARK_OK) return cuda_close(d), status;
     *device = d;
@@ -2826,9 +3361,11 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
 
 static size_t cuda_bytes(const void *device) {
     const cuda *d = (const cuda *)device;
-    return sizeof *d + d->slab_bytes + d->work_bytes + d->scores_bytes + d->host_bytes;
+    return sizeof *d + d->slab_bytes + d->work_bytes + d->scores_bytes + d->host_bytes +
+           (size_t)d->n_slots * d->slot_bytes;
 }
 static const char *cuda_path_name(const void *device) { (void)device; return "CUDA"; }
+static const char *cuda_placement(const void *device) { return ((const cuda *)device)->placement; }
 static int cuda_threads(const void *device) { (void)device; return 1; }
 static int cuda_max_rows(const void *device) { return ((const cuda *)device)->max_rows; }
 
@@ -3007,6 +3544,6 @@ extern "C" const dspark_backend *dspark_cuda_backend(void) {
                                           cuda_pass_begin,  cuda_mix_in,      cuda_attention,    cuda_moe,
                                           cuda_mix_out,     cuda_tap,         cuda_head,         cuda_inject,
                                           cuda_draft_head,  cuda_draft_step,  cuda_draft_logits, cuda_pass_end,
-                                          cuda_draft_steps, cuda_draw };
+                                          cuda_draft_steps, cuda_draw,        cuda_placement };
     return &table;
 }

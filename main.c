@@ -35,7 +35,7 @@ typedef struct {
     uint64_t seed;
     int schedule, verify;                           // in the numbers of dspark_policy
     int backend;
-    int plain, chat, think, show, stats, json, compare, check, learn, help;
+    int plain, chat, think, show, stats, json, compare, check, learn, fast_prefill, help;
     FILE *log_to;
 } settings;
 
@@ -80,6 +80,7 @@ static const option options[] = {
     { "--compare", NULL, FLAG, AT(compare), 0, 0, "plain and with DSpark: speeds; are the texts the same?" },
     { "--check", NULL, FLAG, AT(check), 0, 0, "what machine and checkpoint are, what passes cost; does it fit?" },
     { "--backend", "cpu|cuda", CHOICE, AT(backend), 0, 0, "where it runs; cuda: built by make cuda; default cpu" },
+    { "--fast-prefill", NULL, FLAG, AT(fast_prefill), 0, 0, "cuda: a prompt's blocks of 512 by cuBLASLt, other bits" },
     { "--threads", "N", INTEGER, AT(threads), 1, 1024, "default: all processors" },
     { "-h", NULL, FLAG, AT(help), 0, 0, "this list" },
 };
@@ -516,6 +517,7 @@ static int check(const settings *o, dspark_model *m) {
     printf("memory      %.1f MiB of weights mapped, %.1f MiB model, %.1f MiB session; %.1f MiB in all: %s\n",
            (double)mapped / MiB, (double)model / MiB, (double)session / MiB, all / MiB,
            all < memory ? "fits" : "does not fit, weights will be paged");
+    if (dspark_model_placement(m)) printf("device      %s\n", dspark_model_placement(m));
     return all < memory ? check_profile(m) : 0;
 }
 
@@ -662,6 +664,7 @@ static int run(settings *o) {
     if (ask && (o->json || o->compare)) return error(BAD_CALL, "--json and --compare need a prompt (-p)");
     memset(&desc, 0, sizeof desc);
     desc.n_threads = o->threads, desc.progress = loading, desc.backend = backend_of(o);
+    desc.fast_prefill = o->fast_prefill;
     status = dspark_model_open(&m, dir, &desc);
     if (!status) status = prepare_profile(o, m);
     progress_end();

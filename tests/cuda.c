@@ -7,7 +7,7 @@
 
 #ifdef DSPARK_CUDA_HOST
 extern size_t cuda_host_memory, cuda_host_used;
-extern long cuda_host_calls, cuda_host_fail_at;
+extern long cuda_host_calls, cuda_host_fail_at, cuda_host_waits, cuda_host_products;
 void cuda_host_backwards(int on);
 #endif
 
@@ -209,6 +209,68 @@ static void check_draws(const char *dir) {
     dspark_model_close(m), free(logits), free(p);
 }
 
+/* Would dspark_schedule have chosen these, of the first two of three sessions? */
+static int chosen_well(const dspark_step_result *r, int gamma) {
+    float confidence[3 * DSPARK_MAX_BLOCK];
+    int cap[3], lengths[3], same = 1;
+    double scratch[32];
+    dspark_schedule_desc d;
+    memset(&d, 0, sizeof d);
+    for (int i = 0; i < 3; i++) {
+        memcpy(confidence + i * gamma, r[i].confidence, (size_t)gamma * sizeof *confidence);
+        cap[i] = r[i].n_drafted, d.budget += r[i].n_scheduled;
+    }
+    d.confidence = confidence, d.cap = cap, d.n_requests = 3, d.gamma = gamma, d.mode = DSPARK_SCHEDULE_ASYNC;
+    d.scratch = scratch;
+    must(dspark_schedule(&d, lengths));
+    for (int i = 0; i < 3; i++) same &= lengths[i] == r[i].n_scheduled;
+    return same;
+}
+/* Three sessions under ASYNC, of which the last does not draft. From the third cycle on, when there are confidences of
+   two steps before, the device chooses what is verified; on the host the passes' waits are counted. */
+static void check_choice(const char *dir) {
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *plain[3], *drafted[3];
+    dspark_policy async;
+    int32_t *tokens = golden_text(dir);
+    int same_text = 0, chosen = 0, well = 0, gamma = dspark_model_config(m)->dspark_block_size;
+    static float us[] = { 1000, 1001, 1002, 1403 };
+    static int rows[] = { 1, 2, 6, 7 };
+    dspark_profile profile;
+    memset(&async, 0, sizeof async), memset(&profile, 0, sizeof profile);
+    profile.n = 4, memcpy(profile.us, us, sizeof us), memcpy(profile.rows, rows, sizeof rows);
+    profile.draft_us = 1;
+    must(dspark_model_set_profile(m, &profile));
+    async.schedule = DSPARK_SCHEDULE_ASYNC;
+    for (int i = 0; i < 3; i++) {
+        plain[i] = open_for_text(m, tokens, i ? 2 : 0, 1), drafted[i] = open_for_text(m, tokens, i ? 2 : 0, 0);
+        async.plain = i == 2;
+        must(dspark_session_set_policy(drafted[i], &async));
+    }
+    for (int cycle = 0; cycle < 4; cycle++) {
+        dspark_step_result r[3];
+        int scheduled = 0;
+#ifdef DSPARK_CUDA_HOST
+        cuda_host_waits = 0;
+#endif
+        must(dspark_step(drafted, 3, NULL, r));
+        for (int i = 0; i < 3; i++) scheduled += r[i].n_scheduled, must(r[i].status);
+        chosen += cycle > 1 ? scheduled : 0, well += cycle < 2 || chosen_well(r, gamma);
+#ifdef DSPARK_CUDA_HOST
+        if (cycle) ok(cuda_host_waits == (cycle > 1 ? 1 : 2), "%s: cycle %d waits for the device %s", dir, cycle,
+                      cycle > 1 ? "once: it chooses the drafts" : "twice");
+#endif
+    }
+    for (int i = 0; i < 3; i++) {
+        while (plain[i]->n_tokens < drafted[i]->n_tokens) step(plain[i]);
+        same_text += !memcmp(plain[i]->tokens, drafted[i]->tokens, (size_t)drafted[i]->n_tokens * sizeof *tokens);
+        dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
+    }
+    ok(well == 4, "%s: it chooses what dspark_schedule would", dir);
+    ok(same_text == 3 && chosen, "%s: drafts chosen on the device (%d) leave the texts of plain decoding", dir, chosen);
+    dspark_model_close(m), free(tokens);
+}
+
 /* ---- sessions that go and come */
 
 static void check_copies(const char *dir) {
@@ -276,6 +338,80 @@ static void check_failures(void) {
 }
 #endif
 
+/* The window of layer 0, whose rows depend on their own token alone: the first piece of a state. */
+static float window[64 * 160];
+static dspark_status first_piece(void *user, void *data, size_t n) {
+    if (!*(int *)user) memcpy(window, data, n < sizeof window ? n : sizeof window);
+    ++*(int *)user;
+    return DSPARK_OK;
+}
+static void window_of(dspark_session *s, float *to) {
+    int pieces = 0;
+    memset(window, 0, sizeof window);
+    must(s->model->backend->state_pieces(s->state, s->n_tokens, 0, first_piece, &pieces));
+    memcpy(to, window, sizeof window);
+}
+
+/* A whole block of a prompt through the library. Whole texts cannot be compared: over 512 positions of this model a
+   rounding that falls to the other side changes logits by percents, whatever made the difference. */
+static void check_prompt_block(const char *dir) {
+    enum { N = DSPARK_PROMPT_BLOCK, LAST = 24 };
+    static int32_t tokens[N];
+    static float by_library[64 * 160], usual[64 * 160];
+    dspark_session_desc d = session_desc(N);
+    dspark_model_desc desc;
+    dspark_model *m;
+    dspark_session *s, *last;
+    int equal = 0, all = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dspark_cuda_backend(), desc.fast_prefill = 1;
+    for (int i = 0; i < N; i++) tokens[i] = dice(300);
+    must(dspark_model_open(&m, dir, &desc));
+    s = open_session_as(m, &d), last = open_session_as(m, &d);
+    must(dspark_session_append(s, tokens, N));
+#ifdef DSPARK_CUDA_HOST
+    /* wq_a, wq_b, wkv, wo_b and the shared w1, w3 of four layers, but for the three that are no FP8 there */
+    ok(cuda_host_products == 21, "%s: a block of 512 runs its FP8 matrices by the library (%ld products)", dir,
+       cuda_host_products);
+#endif
+    memcpy(last->tokens, tokens, (N - LAST) * sizeof *tokens), last->n_tokens = last->n_run = N - LAST;
+    must(dspark_session_append(last, tokens + N - LAST, LAST));
+    window_of(s, by_library), window_of(last, usual);
+    for (int i = 0; i < COUNT(usual); i++) all += usual[i] != 0, equal += usual[i] != 0 && usual[i] == by_library[i];
+    ok(all > LAST / 2 * 128 && equal > all * 97 / 100, "%s: and leaves the rows of the usual kernels (%d of %d numbers "
+       "equal)", dir, equal, all);
+    dspark_session_close(s), dspark_session_close(last), dspark_model_close(m);
+}
+
+#ifdef DSPARK_CUDA_HOST
+/* The same bits where experts move in and out: as few slots as the device's memory can be made to leave. */
+static void check_cache(const char *dir) {
+    dspark_model *m = open_on_device(dir, 8), *few = NULL, *next;
+    dspark_model_desc desc;
+    int32_t *tokens = golden_text(dir);
+    uint64_t h = in_chunks(m, tokens, 41, 8);
+    size_t step = cuda_host_used / 64, least = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = 8;
+    dspark_model_close(m);
+    for (cuda_host_memory = 80 * step;; cuda_host_memory -= step) {
+        if (dspark_model_open(&next, dir, &desc)) break;
+        least = cuda_host_memory;
+        dspark_model_close(next);
+    }
+    ok(strstr(dspark_last_error(), "weights take") && strstr(dspark_last_error(), "slots of") && !cuda_host_used,
+       "%s: not even a layer's experts fit beside the rest: refused with byte counts", dir);
+    printf("# %s\n", dspark_last_error());
+    cuda_host_memory = least;
+    must(dspark_model_open(&few, dir, &desc));
+    printf("# %s\n", dspark_model_placement(few));
+    ok(strstr(dspark_model_placement(few), "in host memory") && in_chunks(few, tokens, 41, 8) == h,
+       "%s: experts in host memory leave the bits of those on the device: logits, state, drafts", dir);
+    dspark_model_close(few), free(tokens);
+    cuda_host_memory = (size_t)1 << 31;
+}
+#endif
+
 int main(void) {
     static const int chunks_a[] = { 16 }, chunks_b[] = { 5, 17 };
     check_golden(golden_a, 64);
@@ -284,9 +420,12 @@ int main(void) {
     check_chunks(golden_a, 33, chunks_a, COUNT(chunks_a));
     check_chunks(golden_b, 41, chunks_b, COUNT(chunks_b));
     check_texts(golden_b);
+    check_choice(golden_b);
     check_draws(golden_b);
     check_copies(golden_b);
+    check_prompt_block(golden_b);
 #ifdef DSPARK_CUDA_HOST
+    check_cache(golden_b);
     check_failures();
 #endif
     return sessions_done();

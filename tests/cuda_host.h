@@ -248,6 +248,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 template <class T> static inline T atomicAdd(T *p, T x) { T old = *p; *p += x; return old; }
 template <class T> static inline T atomicMax(T *p, T x) { T old = *p; if (x > old) *p = x; return old; }
 static inline void __threadfence(void) {}
+static inline float __ldcg(const float *p) { return *p; }
 static inline uint32_t host_bf16(float x) {
     uint32_t u = host_as_bits(x);
     return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
@@ -277,13 +278,13 @@ typedef struct host_event { int unused; } *cudaEvent_t;
 // What a test may set: the device's memory, a call that fails (counted from 1).
 extern "C" {
 extern size_t cuda_host_memory;
-extern long cuda_host_calls, cuda_host_fail_at, cuda_host_launches;
+extern long cuda_host_calls, cuda_host_fail_at, cuda_host_launches, cuda_host_waits;
 extern size_t cuda_host_used;
 void cuda_host_backwards(int on);
 }
 #ifdef CUDA_HOST_IMPLEMENTATION
 size_t cuda_host_memory = (size_t)1 << 31, cuda_host_used;
-long cuda_host_calls, cuda_host_fail_at, cuda_host_launches;
+long cuda_host_calls, cuda_host_fail_at, cuda_host_launches, cuda_host_waits;
 void cuda_host_backwards(int on) { host.backwards = on; }
 #endif
 
@@ -343,7 +344,7 @@ static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { HOST_CALL(); return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { cuda_host_waits++; HOST_CALL(); return cudaSuccess; }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
     HOST_CALL();
     *e = new host_event();
