@@ -601,7 +601,8 @@ DSPARK_API dspark_status dspark_model_save_profile(dspark_model *, const char *p
 DSPARK_API dspark_status dspark_model_load_profile(dspark_model *, const char *path);
 // A calibration for every session: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1. Without this call a
 // session takes that row of the checkpoint's calibration.json whose verifier is its own (greedy at temperature 0) and
-// whose band of temperatures is nearest, the first of equals; all 1 where there is none.
+// whose band of temperatures is nearest, the first of equals; all 1 where there is none. A row may also say what
+// products of such c were worth (`said`, `stood`: a curve for each k): then the curve's value is a_k.
 DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *, const float *temperature);
 
 // What dspark_session_open will allocate, all there is to a session; 0 and an error if the desc is wrong.
@@ -2092,8 +2093,13 @@ typedef struct {
     size_t bytes, mapped;   // of what is owned, of the shards
 } dspark__checkpoint;
 
-// A row of calibration.json: for sessions of this verifier at temperatures low .. high.
-typedef struct dspark__calibration { int verify; float band[2], sts[DSPARK_MAX_BLOCK]; } dspark__calibration;
+// A row of calibration.json: for sessions of this verifier at temperatures low .. high. curved: of prefixes of k + 1
+// drafts that the temperatures' product gave said[k][i], the share stood[k][i] was accepted.
+enum { DSPARK__POINTS = 12 };
+typedef struct dspark__calibration {
+    int verify, curved;
+    float band[2], sts[DSPARK_MAX_BLOCK], said[DSPARK_MAX_BLOCK * DSPARK__POINTS], stood[DSPARK_MAX_BLOCK * DSPARK__POINTS];
+} dspark__calibration;
 
 // The types of safetensors; the first five are those of dspark_matrix.
 enum { DSPARK__E8M0 = 5, DSPARK__I64, DSPARK__I32 };
@@ -2434,7 +2440,8 @@ static void dspark__key_reals(const dspark__keys *k, const char *key, int n, dou
     if (!good) dspark__key_failed(k, DSPARK_ERROR_FORMAT, key, expected, node);
 }
 
-// {"format": "dspark-calibration-1", "rows": [{"verify": "coupled", "temperature": [low, high], "sts": [gamma]}, ...]}
+// {"format": "dspark-calibration-1", "rows": [{"verify": "coupled", "temperature": [low, high], "sts": [gamma],
+//  "said": [12 gamma], "stood": [12 gamma]}, ...]}; the last two may both be missing.
 static void dspark__read_calibration(dspark__loader *b) {
     static const char *const verifiers[] = { "coupled", "rejection", "greedy" };
     dspark__checkpoint *ck = b->ck;
@@ -2464,6 +2471,9 @@ static void dspark__read_calibration(dspark__loader *b) {
         row->verify = i;
         dspark__key_reals(&k, "temperature", 2, 0, 1e6, row->band);
         dspark__key_reals(&k, "sts", ck->config.dspark_block_size, 1e-6, 1e6, row->sts);
+        row->curved = dspark__key(&k, "said") >= 0 || dspark__key(&k, "stood") >= 0;
+        i = row->curved ? ck->config.dspark_block_size * DSPARK__POINTS : 0;
+        if (i) dspark__key_reals(&k, "said", i, 0, 1, row->said), dspark__key_reals(&k, "stood", i, 1e-6, 1, row->stood);
     }
 }
 
@@ -4193,7 +4203,7 @@ struct dspark_model {
     dspark__manner manner[DSPARK__MANNERS];
     dspark_stats stats;         // the same
     dspark_profile profile;
-    float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
+    dspark__calibration calibration;        // of every session, if it was set; else of those that no row is for
     dspark__batch batch;
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
@@ -4308,7 +4318,7 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
-    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = 1;
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration.sts[k] = 1;
     for (int i = 0; i < DSPARK__MANNERS; i++) {
         dspark__experience *e = &m->manner[i].experience;
         for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] = 1;
@@ -4342,7 +4352,7 @@ DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *m, const flo
                                 "calibration: temperature[%d] is %g, expected more than 0", k,
                                 (double)temperature[k]);
     for (int k = 0; k < m->checkpoint.config.dspark_block_size; k++)
-        m->calibration[k] = temperature ? temperature[k] : 1;
+        m->calibration.sts[k] = temperature ? temperature[k] : 1;
     m->has_calibration = 1;
     return DSPARK_OK;
 }
@@ -4928,18 +4938,35 @@ static int dspark__mode(const dspark_session *s) {
     return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify;
 }
 
-// The temperatures of the session's confidences, [gamma].
-static const float *dspark__calibration_of(const dspark_session *s) {
+// What makes confidences of a session's logits.
+static const dspark__calibration *dspark__calibration_of(const dspark_session *s) {
     const dspark_model *m = s->model;
     const dspark__checkpoint *ck = &m->checkpoint;
-    const float *best = m->calibration;
+    const dspark__calibration *best = &m->calibration;
     float t = dspark__greedy(s) ? 0 : s->desc.temperature, nearest = HUGE_VALF;
     for (int i = 0; i < ck->n_calibrations && !m->has_calibration; i++) {
         const dspark__calibration *row = &ck->calibrations[i];
         float away = fmaxf(0, fmaxf(row->band[0] - t, t - row->band[1]));
-        if (row->verify == dspark__mode(s) && away < nearest) nearest = away, best = row->sts;
+        if (row->verify == dspark__mode(s) && away < nearest) nearest = away, best = row;
     }
     return best;
+}
+
+// n logits to c_k = a_k / a_{k-1}. With a curve a_k is its value at the product, and no more than a_{k-1}: what a
+// product over dependent drafts misses is in it, and c_k still comes from logits up to k alone.
+static void dspark__calibrate(const dspark__calibration *row, float *c, int n) {
+    double product = 1, a = 1;
+    for (int k = 0; k < n; k++) {
+        const float *x = row->said + k * DSPARK__POINTS, *y = row->stood + k * DSPARK__POINTS;
+        double sts = dspark_sts_apply(c[k], row->sts[k]), before = a, t;
+        int i = 1;
+        product *= sts, c[k] = (float)sts;
+        if (!row->curved || !(product >= 0)) continue;
+        while (i < DSPARK__POINTS - 1 && product > (double)x[i]) i++;
+        t = x[i] > x[i - 1] ? (product - (double)x[i - 1]) / ((double)x[i] - (double)x[i - 1]) : 1;
+        a = fmin(a, (double)y[i - 1] + fmax(0, fmin(t, 1)) * ((double)y[i] - (double)y[i - 1]));
+        c[k] = (float)(a / before);
+    }
 }
 
 // Are all tokens of a session drawn where the logits are? That is up to the session alone, never to its company.
@@ -5484,8 +5511,7 @@ static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, f
                      ? dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_DRAFT, s->cycle, k, &token)
                      : dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_PLAIN, (uint64_t)position, 0, &token);
     if (status) return status;
-    s->tokens[position] = a->r->draft[k] = token;
-    a->r->confidence[k] = (float)dspark_sts_apply(confidence_logit, dspark__calibration_of(s)[k]);
+    s->tokens[position] = a->r->draft[k] = token, a->r->confidence[k] = confidence_logit;
     return DSPARK_OK;
 }
 
@@ -5508,7 +5534,7 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int 
     }
 }
 
-// All steps on the device: tokens and confidences come back.
+// All steps on the device: tokens and confidences' logits come back.
 static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass,
                                          const float *confidence) {
     dspark__batch *b = &m->batch;
@@ -5521,12 +5547,11 @@ static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, c
     status = m->backend->draft_steps(m->device, gamma, b->previous, b->drawn);
     for (int i = 0; i < pass->n_segments && !status; i++) {
         dspark__lane *a = &lanes[b->lane_of[i]];
-        const float *temperature = dspark__calibration_of(a->s);
         for (int k = 0; k < gamma; k++) {
             int32_t token = b->drawn[a->draft_row + k];
             if (token < 0 && k < a->n_drafted) a->n_drafted = k;
             a->s->tokens[a->s->n_tokens + k] = a->r->draft[k] = k < a->n_drafted ? token : 0;
-            a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], temperature[k]);
+            a->r->confidence[k] = confidence[a->draft_row + k];
         }
     }
     return status;
@@ -5566,6 +5591,7 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n, 
         a->r->draft_us = (float)((dspark__now_us() - start) / pass.n_segments),
         a->r->n_drafted = a->n_drafted;
         a->limit = dspark__min(a->limit, a->n_drafted);
+        dspark__calibrate(dspark__calibration_of(a->s), a->r->confidence, a->n_drafted);
         extra += a->extra_us;
     }
     if (m->profile.learn) dspark__learn_draft(&m->profile, pass.n_segments, fmax(dspark__now_us() - start - extra, 1));
@@ -5791,7 +5817,7 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
                                        dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
-    dspark__experience_add(&s->experience, a->r, 1.0f / 8);
+    dspark__experience_add(&s->experience, a->r, 1.0f / 16);
     dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 1.0f / 64);
 }
 

@@ -5,8 +5,8 @@
 and "prompt" (with "chat": 1 a question, else the beginning of a text) or "document" in the form in which the small
 model was trained: questions and turns as chat, its first 4000 characters.
 
-heldout.py CORPUS.jsonl.xz SPLIT N: for tools/calibrate, up to N prompts a domain: every turn of a document, and places
-in a text."""
+heldout.py CORPUS.jsonl.xz SPLIT N: for tools/calibrate, up to N prompts a domain: every turn that is asked for, and where
+these are too few, beginnings of answers; places in a text."""
 import json, lzma, random, sys
 
 DOMAINS = "math", "code", "chat", "story"
@@ -39,6 +39,13 @@ def places(d, rng):
     return [BEGIN + d["text"][start:start + rng.randrange(80, 400)] for start in starts]
 
 
+def begun(d, rng):
+    """The same with each answer begun, in six places"""
+    said = [] if "text" in d else turns(d)
+    return [spoken(said[:i]) + t["content"][:rng.randrange(1, len(t["content"]))] for i, t in enumerate(said)
+            if t["role"] != "user" and len(t["content"]) > 1 for _ in range(6)]
+
+
 def bench(lines, rng):
     out = [(d, prompt(d, rng)) for d in lines[-50:]]
     return out + [(d, {"document": document(d)[:4000]}) for d in lines[:40]]
@@ -46,10 +53,10 @@ def bench(lines, rng):
 
 def calibration(lines, rng, n):
     out = []
-    for d in lines:
-        if len(out) >= n: break
-        out += [(d, {"chat": 0, "prompt": text}) for text in places(d, rng) if len(text) < 4000]
-    rng.shuffle(out)
+    for make in places, begun:
+        some = [(d, {"chat": 0, "prompt": text}) for d in lines[:n] for text in make(d, rng) if len(text) < 4000]
+        rng.shuffle(some)
+        out += some
     return out[:n]
 
 
