@@ -2098,7 +2098,8 @@ typedef struct {
 enum { DSPARK__POINTS = 12 };
 typedef struct dspark__calibration {
     int verify, curved;
-    float band[2], sts[DSPARK_MAX_BLOCK], said[DSPARK_MAX_BLOCK * DSPARK__POINTS], stood[DSPARK_MAX_BLOCK * DSPARK__POINTS];
+    float band[2], sts[DSPARK_MAX_BLOCK];
+    float said[DSPARK_MAX_BLOCK * DSPARK__POINTS], stood[DSPARK_MAX_BLOCK * DSPARK__POINTS];
 } dspark__calibration;
 
 // The types of safetensors; the first five are those of dspark_matrix.
@@ -2473,7 +2474,8 @@ static void dspark__read_calibration(dspark__loader *b) {
         dspark__key_reals(&k, "sts", ck->config.dspark_block_size, 1e-6, 1e6, row->sts);
         row->curved = dspark__key(&k, "said") >= 0 || dspark__key(&k, "stood") >= 0;
         i = row->curved ? ck->config.dspark_block_size * DSPARK__POINTS : 0;
-        if (i) dspark__key_reals(&k, "said", i, 0, 1, row->said), dspark__key_reals(&k, "stood", i, 1e-6, 1, row->stood);
+        if (i) dspark__key_reals(&k, "said", i, 0, 1, row->said);
+        if (i) dspark__key_reals(&k, "stood", i, 1e-6, 1, row->stood);
     }
 }
 
@@ -5093,6 +5095,25 @@ DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
     return (double)p->us[i] + slope * (double)(rows - p->rows[i]);
 }
 
+// The costs of a profile that are one number.
+static const struct { const char *name; size_t at; } dspark__profile_costs[] = {
+    { "session_us", offsetof(dspark_profile, session_us) }, { "context_us", offsetof(dspark_profile, context_us) },
+    { "draft_us", offsetof(dspark_profile, draft_us) }, { "draft_more_us", offsetof(dspark_profile, draft_more_us) },
+    { "inject_us", offsetof(dspark_profile, inject_us) }, { "sample_us", offsetof(dspark_profile, sample_us) }
+};
+enum { DSPARK__PROFILE_COSTS = sizeof dspark__profile_costs / sizeof *dspark__profile_costs };
+static float *dspark__profile_cost(const dspark_profile *p, int i) {
+    return (float *)(uintptr_t)((const char *)p + dspark__profile_costs[i].at);
+}
+
+// A machine's speed changes from second to second, for all passes alike: a quarter of what one took more or less than
+// expected is taken for that, so that costs which are compared are of one time.
+static void dspark__learn_speed(dspark_profile *p, double ratio) {
+    float scale = (float)(1 + (fmax(.75, fmin(ratio, 1.25)) - 1) / 4);
+    for (int i = 0; i < p->n; i++) p->us[i] *= scale;
+    for (int i = 0; i < DSPARK__PROFILE_COSTS; i++) *dspark__profile_cost(p, i) *= scale;
+}
+
 // What was seen n times before, seen again: the least of the first three, since the first may wait for the disk;
 // then a running mean that outliers hardly move.
 static float dspark__learned(float was, double us, unsigned char *seen) {
@@ -5107,6 +5128,7 @@ static float dspark__learned(float was, double us, unsigned char *seen) {
 static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
     int i = 0;
     while (i < p->n && p->rows[i] < rows) i++;
+    if (i < p->n && p->seen[i] == 8) dspark__learn_speed(p, us / dspark_profile_us(p, rows));
     if (i == p->n || p->rows[i] != rows) {
         int last = i == p->n;
         int near = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
@@ -5199,7 +5221,7 @@ static dspark_status dspark__measure_rows(dspark_session **s, int most, double s
     for (int B = 1; B <= most && !status; B = B < dspark__max(8, gamma + 1) ? B + 1 : (B + B / 2) & ~1) {
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
         status = dspark__time_best(s, 1, B, 0, slice, &us);
-        if (p->n) us = fmax(us, (double)p->us[p->n - 1]);       // more rows cost no less: what says otherwise is noise
+        for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise
         p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
     }
     return status;
@@ -5267,17 +5289,6 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
     }
     *out = m->profile;
     return DSPARK_OK;
-}
-
-// The costs of a profile that are one number.
-static const struct { const char *name; size_t at; } dspark__profile_costs[] = {
-    { "session_us", offsetof(dspark_profile, session_us) }, { "context_us", offsetof(dspark_profile, context_us) },
-    { "draft_us", offsetof(dspark_profile, draft_us) }, { "draft_more_us", offsetof(dspark_profile, draft_more_us) },
-    { "inject_us", offsetof(dspark_profile, inject_us) }, { "sample_us", offsetof(dspark_profile, sample_us) }
-};
-enum { DSPARK__PROFILE_COSTS = sizeof dspark__profile_costs / sizeof *dspark__profile_costs };
-static float *dspark__profile_cost(const dspark_profile *p, int i) {
-    return (float *)(uintptr_t)((const char *)p + dspark__profile_costs[i].at);
 }
 
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {

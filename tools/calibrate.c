@@ -2,11 +2,12 @@
 // makes them mean what they say (`make calibrate` makes the prompts too).
 //
 // For each verifier, at a temperature of each band, the prompts of FIT and of HELDOUT are answered with the whole block
-// verified in every cycle; CYCLES (20,000) of each are kept, a quarter a domain, with their confidence logits and
-// accepted prefixes. On FIT two things are fitted, position by position, and judged on HELDOUT:
+// verified in every cycle; CYCLES (20,000) of HELDOUT and half as many of FIT are kept, a quarter a domain, with
+// their confidence logits and accepted prefixes. On FIT two things are fitted, position by position, and judged on
+// HELDOUT:
 //   sts             temperatures (>>calibrate in dspark.h), which leave c_k independent of the drafts before
-//   said, stood     of what the product of those c was worth: FIT's reliability diagram in DSPARK__POINTS bins of as many
-//                   cycles each, made to rise (isotonic regression); between the points a_k is linear
+//   said, stood     what the product of those c was worth: FIT's reliability diagram in DSPARK__POINTS bins of as
+//                   many cycles each, made to rise (isotonic regression); between the points a_k is linear
 // Into OUT go
 //   calibration.json    a row for each verifier and band, which belongs beside the checkpoint's config.json
 //   cycles.csv          set, verify, temperature, domain, prompt, logit 1 .. gamma, accepted
@@ -342,7 +343,8 @@ int main(int argc, char **argv) {
     int n = argc > 5 ? atoi(argv[5]) : 20000, threads = argc > 6 ? atoi(argv[6]) : 1, gamma;
     float raw[GAMMA];
     dspark__calibration fitted;
-    if (argc < 5 || n < 4 * DSPARK__POINTS) die("calibrate", "expected DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]");
+    if (argc < 5 || n < 4 * DSPARK__POINTS)
+        die("calibrate", "expected DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]");
     dspark_model *m = model_open(argv[1], threads, NULL);
     texts fitting = texts_read(m, argv[2]), heldout = texts_read(m, argv[3]);
     FILE *rows = create(argv[4], "calibration.json", "{\"format\": \"dspark-calibration-1\", \"rows\": [\n");
@@ -353,9 +355,9 @@ int main(int argc, char **argv) {
     cycles seen = cycles_new(n, gamma = dspark_model_config(m)->dspark_block_size), unseen = cycles_new(n, gamma);
     for (int k = 0; k < GAMMA; k++) raw[k] = WIDE;
     must(dspark_model_set_calibration(m, raw));
-    printf("| verifier | temperature | ECE before | after (95 %%) | AUC | Brier | cycles |\n| - | - | - | - | - | - | - |\n");
+    puts("| verifier | temperature | ECE before | after (95 %) | AUC | Brier | cycles |\n| - | - | - | - | - | - | - |");
     for (int i = 0; i < N_MANNERS; i++) {
-        record(m, &fitting, &manners[i], n, &seen), write_cycles(all, "fit", &manners[i], &fitting, &seen);
+        record(m, &fitting, &manners[i], n / 2, &seen), write_cycles(all, "fit", &manners[i], &fitting, &seen);
         record(m, &heldout, &manners[i], n, &unseen), write_cycles(all, "heldout", &manners[i], &heldout, &unseen);
         fit(&seen, &fitted);
         report(scored, reliability, &manners[i], &unseen, &fitted);
