@@ -112,8 +112,8 @@ build/bench/%: bench/%.c $(HEADERS) $(wildcard bench/*.h)
 # CORPUS: lines of JSON as bench/README.md says. What comes out is in build/calibrate.
 calibrate: build/tools/calibrate    ## fit and judge the small model's confidences on CORPUS=corpus.jsonl.xz
 	@mkdir -p build/calibrate
-	python3 bench/heldout.py $(CORPUS) train 1200 > build/calibrate/fit.jsonl
-	python3 bench/heldout.py $(CORPUS) heldout 1200 > build/calibrate/heldout.jsonl
+	python3 bench/heldout.py $(CORPUS) train 3000 > build/calibrate/fit.jsonl
+	python3 bench/heldout.py $(CORPUS) heldout 3000 > build/calibrate/heldout.jsonl
 	$< tools/spark-tiny/model build/calibrate/fit.jsonl build/calibrate/heldout.jsonl build/calibrate
 
 build/tools/%: tools/%.c bench/bench.h $(HEADERS)

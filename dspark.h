@@ -607,7 +607,8 @@ DSPARK_API dspark_status dspark_model_save_profile(dspark_model *, const char *p
 DSPARK_API dspark_status dspark_model_load_profile(dspark_model *, const char *path);
 // A calibration for every session: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1. Without this call a
 // session takes that row of the checkpoint's calibration.json whose verifier is its own (greedy at temperature 0) and
-// whose band of temperatures is nearest, the first of equals; all 1 where there is none.
+// whose band of temperatures is nearest, the first of equals; all 1 where there is none. A row may also say what
+// products of such c were worth (`said`, `stood`: a curve for each k): then the curve's value is a_k.
 DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *, const float *temperature);
 
 // What dspark_session_open will allocate, all there is to a session; 0 and an error if the desc is wrong.
@@ -677,13 +678,23 @@ typedef struct {
 // temperature 0 of the logit; -1 from a row that is no distribution. Temperature -1: no token, the logits.
 typedef struct { float temperature; uint64_t seed, position; } dspark_device_draw;
 
+// A row of calibration.json: for sessions of this verifier at temperatures low .. high. curved: of prefixes of k + 1
+// drafts that the temperatures' product gave said[k][i], the share stood[k][i] was accepted.
+enum { DSPARK_CURVE_POINTS = 12 };
+typedef struct {
+    int verify, curved;
+    float band[2], sts[DSPARK_MAX_BLOCK];
+    float said[DSPARK_MAX_BLOCK * DSPARK_CURVE_POINTS], stood[DSPARK_MAX_BLOCK * DSPARK_CURVE_POINTS];
+} dspark_calibration;
+
 // Drafts that the device chooses, ASYNC: of those of the draft pass before, which asked for draws and whose n_steps are
 // yet to come, the `budget` best are verified. Each segment of the target pass is an anchor, ids [n_segments], and at
 // most n_rows - 1 drafts; all rows are drawn. Arrays [n_segments].
 typedef struct {
     int n_steps, budget;
     const int *draft_row;               // of its first draft in the draft pass; -1: it has none
-    const float *weight, *threshold, *temperature;      // temperature [n_segments][n_steps]: of its confidences
+    const float *weight, *threshold;
+    const dspark_calibration *const *calibration;       // of its confidences
 } dspark_choice;
 
 enum { DSPARK_PASS_TARGET, DSPARK_PASS_DRAFT };
@@ -2118,14 +2129,11 @@ typedef struct {
     int n_files;
     size_t files_cap;
     dspark__owned *owned;   // vectors, layers, experts: each behind its link
-    struct dspark__calibration *calibrations;   // [n_calibrations]
+    dspark_calibration *calibrations;   // [n_calibrations]
     int n_calibrations;
     uint64_t hash;          // of config.json and the vectors
     size_t bytes, mapped;   // of what is owned, of the shards
 } dspark__checkpoint;
-
-// A row of calibration.json: for sessions of this verifier at temperatures low .. high.
-typedef struct dspark__calibration { int verify; float band[2], sts[DSPARK_MAX_BLOCK]; } dspark__calibration;
 
 // The types of safetensors; the first five are those of dspark_matrix.
 enum { DSPARK__E8M0 = 5, DSPARK__I64, DSPARK__I32 };
@@ -2466,7 +2474,8 @@ static void dspark__key_reals(const dspark__keys *k, const char *key, int n, dou
     if (!good) dspark__key_failed(k, DSPARK_ERROR_FORMAT, key, expected, node);
 }
 
-// {"format": "dspark-calibration-1", "rows": [{"verify": "coupled", "temperature": [low, high], "sts": [gamma]}, ...]}
+// {"format": "dspark-calibration-1", "rows": [{"verify": "coupled", "temperature": [low, high], "sts": [gamma],
+//  "said": [12 gamma], "stood": [12 gamma]}, ...]}; the last two may both be missing.
 static void dspark__read_calibration(dspark__loader *b) {
     static const char *const verifiers[] = { "coupled", "rejection", "greedy" };
     dspark__checkpoint *ck = b->ck;
@@ -2483,9 +2492,9 @@ static void dspark__read_calibration(dspark__loader *b) {
     if (dspark__json_kind(j, rows) != DSPARK__JSON_ARRAY)
         dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "rows", "an array", rows);
     if (b->status) return;
-    ck->calibrations = (dspark__calibration *)dspark__own(b, (size_t)j->nodes[rows].n, sizeof *ck->calibrations);
+    ck->calibrations = (dspark_calibration *)dspark__own(b, (size_t)j->nodes[rows].n, sizeof *ck->calibrations);
     for (node = rows + 1; node < j->nodes[rows].next && !b->status; node = dspark__json_next(j, node)) {
-        dspark__calibration *row = &ck->calibrations[ck->n_calibrations];
+        dspark_calibration *row = &ck->calibrations[ck->n_calibrations];
         char prefix[32];
         snprintf(prefix, sizeof prefix, "rows[%d].", ck->n_calibrations++);
         k.object = node, k.prefix = prefix;
@@ -2496,6 +2505,10 @@ static void dspark__read_calibration(dspark__loader *b) {
         row->verify = i;
         dspark__key_reals(&k, "temperature", 2, 0, 1e6, row->band);
         dspark__key_reals(&k, "sts", ck->config.dspark_block_size, 1e-6, 1e6, row->sts);
+        row->curved = dspark__key(&k, "said") >= 0 || dspark__key(&k, "stood") >= 0;
+        i = row->curved ? ck->config.dspark_block_size * DSPARK_CURVE_POINTS : 0;
+        if (i) dspark__key_reals(&k, "said", i, 0, 1, row->said);
+        if (i) dspark__key_reals(&k, "stood", i, 1e-6, 1, row->stood);
     }
 }
 
@@ -4202,6 +4215,7 @@ typedef struct {
     dspark_device_draw *draws;
     dspark__lane *lanes;
     float *confidence, *threshold, *weight, *sps;
+    const dspark_calibration **calibrations;
     int *limit, *lengths, *lane_of, *n_past;
     void *scratch;
     dspark__costs costs;
@@ -4225,7 +4239,7 @@ struct dspark_model {
     dspark__manner manner[DSPARK__MANNERS];
     dspark_stats stats;         // the same
     dspark_profile profile;
-    float calibration[DSPARK_MAX_BLOCK];    // of every session, if it was set
+    dspark_calibration calibration;        // of every session, if it was set; else of those that no row is for
     dspark__batch batch;
     float *row;                 // [vocab], a distribution in the making
     size_t bytes;               // of batch and row
@@ -4270,7 +4284,7 @@ static void dspark__batch_close(dspark__batch *b) {
     dspark__free(b->drawn), dspark__free(b->draws);
     dspark__free(b->confidence), dspark__free(b->threshold), dspark__free(b->limit), dspark__free(b->lengths);
     dspark__free(b->lane_of), dspark__free(b->scratch), dspark__free(b->sps);
-    dspark__free(b->weight), dspark__free(b->n_past);
+    dspark__free(b->weight), dspark__free(b->n_past), dspark__free((void *)b->calibrations);
 }
 
 static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamma, size_t *bytes) {
@@ -4286,14 +4300,15 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->sps = (float *)dspark__alloc(n, sizeof *b->sps);
     b->weight = (float *)dspark__alloc(n, sizeof *b->weight);
     b->n_past = (int *)dspark__alloc(n, sizeof *b->n_past);
+    b->calibrations = (const dspark_calibration **)dspark__alloc(n, sizeof *b->calibrations);
     b->limit = (int *)dspark__alloc(n, sizeof *b->limit);
     b->lengths = (int *)dspark__alloc(n, sizeof *b->lengths);
     b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
     b->scratch = dspark__alloc(scratch, 1);
     *bytes += scratch + n * (4 * sizeof(int) + 3 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             sizeof *b->draws + (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
+                             sizeof *b->draws + sizeof *b->calibrations + (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
     return b->ids && b->previous && b->drawn && b->draws && b->segments && b->lanes && b->confidence && b->threshold &&
-                   b->sps && b->weight && b->n_past && b->limit && b->lengths && b->lane_of && b->scratch
+                   b->calibrations && b->sps && b->weight && b->n_past && b->limit && b->lengths && b->lane_of && b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
 }
@@ -4345,7 +4360,7 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
-    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration[k] = 1;
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration.sts[k] = 1;
     for (int i = 0; i < DSPARK__MANNERS; i++) {
         dspark__experience *e = &m->manner[i].experience;
         for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] = 1;
@@ -4379,7 +4394,7 @@ DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *m, const flo
                                 "calibration: temperature[%d] is %g, expected more than 0", k,
                                 (double)temperature[k]);
     for (int k = 0; k < m->checkpoint.config.dspark_block_size; k++)
-        m->calibration[k] = temperature ? temperature[k] : 1;
+        m->calibration.sts[k] = temperature ? temperature[k] : 1;
     m->has_calibration = 1;
     return DSPARK_OK;
 }
@@ -4969,18 +4984,35 @@ static int dspark__mode(const dspark_session *s) {
     return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify;
 }
 
-// The temperatures of the session's confidences, [gamma].
-static const float *dspark__calibration_of(const dspark_session *s) {
+// What makes confidences of a session's logits.
+static const dspark_calibration *dspark__calibration_of(const dspark_session *s) {
     const dspark_model *m = s->model;
     const dspark__checkpoint *ck = &m->checkpoint;
-    const float *best = m->calibration;
+    const dspark_calibration *best = &m->calibration;
     float t = dspark__greedy(s) ? 0 : s->desc.temperature, nearest = HUGE_VALF;
     for (int i = 0; i < ck->n_calibrations && !m->has_calibration; i++) {
-        const dspark__calibration *row = &ck->calibrations[i];
+        const dspark_calibration *row = &ck->calibrations[i];
         float away = fmaxf(0, fmaxf(row->band[0] - t, t - row->band[1]));
-        if (row->verify == dspark__mode(s) && away < nearest) nearest = away, best = row->sts;
+        if (row->verify == dspark__mode(s) && away < nearest) nearest = away, best = row;
     }
     return best;
+}
+
+// n logits to c_k = a_k / a_{k-1}. With a curve a_k is its value at the product, and no more than a_{k-1}: what a
+// product over dependent drafts misses is in it, and c_k still comes from logits up to k alone.
+static void dspark__calibrate(const dspark_calibration *row, float *c, int n) {
+    double product = 1, a = 1;
+    for (int k = 0; k < n; k++) {
+        const float *x = row->said + k * DSPARK_CURVE_POINTS, *y = row->stood + k * DSPARK_CURVE_POINTS;
+        double sts = dspark_sts_apply(c[k], row->sts[k]), before = a, t;
+        int i = 1;
+        product *= sts, c[k] = (float)sts;
+        if (!row->curved || !(product >= 0)) continue;
+        while (i < DSPARK_CURVE_POINTS - 1 && product > (double)x[i]) i++;
+        t = x[i] > x[i - 1] ? (product - (double)x[i - 1]) / ((double)x[i] - (double)x[i - 1]) : 1;
+        a = fmin(a, (double)y[i - 1] + fmax(0, fmin(t, 1)) * ((double)y[i] - (double)y[i - 1]));
+        c[k] = (float)(a / before);
+    }
 }
 
 // Are all tokens of a session drawn where the logits are? That is up to the session alone, never to its company.
@@ -5107,6 +5139,25 @@ DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
     return (double)p->us[i] + slope * (double)(rows - p->rows[i]);
 }
 
+// The costs of a profile that are one number.
+static const struct { const char *name; size_t at; } dspark__profile_costs[] = {
+    { "session_us", offsetof(dspark_profile, session_us) }, { "context_us", offsetof(dspark_profile, context_us) },
+    { "draft_us", offsetof(dspark_profile, draft_us) }, { "draft_more_us", offsetof(dspark_profile, draft_more_us) },
+    { "inject_us", offsetof(dspark_profile, inject_us) }, { "sample_us", offsetof(dspark_profile, sample_us) }
+};
+enum { DSPARK__PROFILE_COSTS = sizeof dspark__profile_costs / sizeof *dspark__profile_costs };
+static float *dspark__profile_cost(const dspark_profile *p, int i) {
+    return (float *)(uintptr_t)((const char *)p + dspark__profile_costs[i].at);
+}
+
+// A machine's speed changes from second to second, for all passes alike: a quarter of what one took more or less than
+// expected is taken for that, so that costs which are compared are of one time.
+static void dspark__learn_speed(dspark_profile *p, double ratio) {
+    float scale = (float)(1 + (fmax(.75, fmin(ratio, 1.25)) - 1) / 4);
+    for (int i = 0; i < p->n; i++) p->us[i] *= scale;
+    for (int i = 0; i < DSPARK__PROFILE_COSTS; i++) *dspark__profile_cost(p, i) *= scale;
+}
+
 // What was seen n times before, seen again: the least of the first three, since the first may wait for the disk;
 // then a running mean that outliers hardly move.
 static float dspark__learned(float was, double us, unsigned char *seen) {
@@ -5121,6 +5172,7 @@ static float dspark__learned(float was, double us, unsigned char *seen) {
 static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
     int i = 0;
     while (i < p->n && p->rows[i] < rows) i++;
+    if (i < p->n && p->seen[i] == 8) dspark__learn_speed(p, us / dspark_profile_us(p, rows));
     if (i == p->n || p->rows[i] != rows) {
         int last = i == p->n;
         int near = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
@@ -5216,7 +5268,7 @@ static dspark_status dspark__measure_rows(dspark_session **s, int most, double s
     for (int B = 1; B <= most && !status; B = B < dspark__max(8, gamma + 1) ? B + 1 : (B + B / 2) & ~1) {
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
         status = dspark__time_best(s, 1, B, 0, slice, &us);
-        if (p->n) us = fmax(us, (double)p->us[p->n - 1]);       // more rows cost no less: what says otherwise is noise
+        for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise
         p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
     }
     return status;
@@ -5284,17 +5336,6 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
     }
     *out = m->profile;
     return DSPARK_OK;
-}
-
-// The costs of a profile that are one number.
-static const struct { const char *name; size_t at; } dspark__profile_costs[] = {
-    { "session_us", offsetof(dspark_profile, session_us) }, { "context_us", offsetof(dspark_profile, context_us) },
-    { "draft_us", offsetof(dspark_profile, draft_us) }, { "draft_more_us", offsetof(dspark_profile, draft_more_us) },
-    { "inject_us", offsetof(dspark_profile, inject_us) }, { "sample_us", offsetof(dspark_profile, sample_us) }
-};
-enum { DSPARK__PROFILE_COSTS = sizeof dspark__profile_costs / sizeof *dspark__profile_costs };
-static float *dspark__profile_cost(const dspark_profile *p, int i) {
-    return (float *)(uintptr_t)((const char *)p + dspark__profile_costs[i].at);
 }
 
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
@@ -5528,8 +5569,7 @@ static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, f
                      ? dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_DRAFT, s->cycle, k, &token)
                      : dspark_draw(logits, V, s->desc.seed, DSPARK_DRAW_PLAIN, (uint64_t)position, 0, &token);
     if (status) return status;
-    s->tokens[position] = a->r->draft[k] = token;
-    a->r->confidence[k] = (float)dspark_sts_apply(confidence_logit, dspark__calibration_of(s)[k]);
+    s->tokens[position] = a->r->draft[k] = token, a->r->confidence[k] = confidence_logit;
     return DSPARK_OK;
 }
 
@@ -5552,19 +5592,18 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int 
     }
 }
 
-// A lane's drafts and their confidences, as the device gives them.
+// A lane's drafts and their confidences' logits, as the device gives them.
 static void dspark__take_drafts(dspark__lane *a, const int32_t *drafts, const float *confidence) {
-    const float *temperature = dspark__calibration_of(a->s);
     for (int k = 0; k < dspark__config(a->s)->dspark_block_size; k++) {
         int32_t token = drafts[a->draft_row + k];
         if (token < 0 && k < a->n_drafted) a->n_drafted = k;
         a->s->tokens[a->s->n_tokens + k] = a->r->draft[k] = k < a->n_drafted ? token : 0;
-        a->r->confidence[k] = (float)dspark_sts_apply(confidence[a->draft_row + k], temperature[k]);
+        a->r->confidence[k] = confidence[a->draft_row + k];
     }
     a->r->n_drafted = a->n_drafted;
 }
 
-// All steps on the device: tokens and confidences come back.
+// All steps on the device: tokens and confidences' logits come back.
 static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass,
                                          const float *confidence) {
     dspark__batch *b = &m->batch;
@@ -5613,6 +5652,7 @@ static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n, 
         a->r->draft_us = (float)((dspark__now_us() - start) / pass.n_segments),
         a->r->n_drafted = a->n_drafted;
         a->limit = dspark__min(a->limit, a->n_drafted);
+        dspark__calibrate(dspark__calibration_of(a->s), a->r->confidence, a->n_drafted);
         extra += a->extra_us;
     }
     if (m->profile.learn) dspark__learn_draft(&m->profile, pass.n_segments, fmax(dspark__now_us() - start - extra, 1));
@@ -5770,17 +5810,20 @@ static dspark_status dspark__cycle_there(dspark_model *m, dspark__lane *lanes, i
         b->segments[i] = dspark__segment(s, i, 1 + lanes[i].limit, s->n_run), b->segments[i].logits_from = 0;
         b->ids[i] = s->tokens[s->n_run], b->draws[i] = dspark__draw_there(s, 0);
         b->n_past[i] = lanes[i].drafted ? lanes[i].draft_row : -1;
-        memcpy(b->confidence + i * gamma, dspark__calibration_of(s), (size_t)gamma * sizeof *b->confidence);
+        b->calibrations[i] = dspark__calibration_of(s);
         dspark__mark_run(s, s->n_run + 1 + lanes[i].limit);
     }
     choice.n_steps = gamma, choice.budget = d.budget, choice.draft_row = b->n_past, choice.weight = b->weight;
-    choice.threshold = b->threshold, choice.temperature = b->confidence;
+    choice.threshold = b->threshold, choice.calibration = b->calibrations;
     pass.kind = DSPARK_PASS_TARGET, pass.n_rows = n + dspark__min(most, d.budget), pass.n_segments = n;
     pass.ids = b->ids, pass.segments = b->segments, pass.draws = b->draws, pass.choice = &choice;
     status = dspark__forward(m, &pass, out);
     for (int i = 0; i < n && !status; i++) {
         dspark__lane *a = &lanes[i];
-        if (a->drafted) dspark__take_drafts(a, out->drafts, out->confidence_logits);
+        if (a->drafted) {
+            dspark__take_drafts(a, out->drafts, out->confidence_logits);
+            dspark__calibrate(dspark__calibration_of(a->s), a->r->confidence, a->n_drafted);
+        }
         a->length = out->lengths[i], a->logits_row = logits, logits += 1 + a->length;
         a->r->verify_us = (float)((dspark__now_us() - start) / n);      // the draft's time is in it
         dspark__remember(a);
@@ -5893,7 +5936,7 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
                                        dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
-    dspark__experience_add(&s->experience, a->r, 1.0f / 8);
+    dspark__experience_add(&s->experience, a->r, 1.0f / 16);
     dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 1.0f / 64);
 }
 

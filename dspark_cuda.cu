@@ -1703,7 +1703,8 @@ static __global__ void __launch_bounds__(THREADS) drawn(const drawn_args p) {
 typedef struct {
     uint8_t *const *state;
     int id, position, draft_row, limit;     // of the anchor; the first draft's row of the draft pass, -1: none
-    float weight, threshold, temperature[DSPARK_MAX_BLOCK];
+    float weight, threshold;
+    dspark_calibration calibration;
     draw_row draw;
 } pick;
 typedef struct { int n, budget; } picking;
@@ -1720,13 +1721,27 @@ typedef struct {
     draw_row *draws;
 } choose_args;
 
+// a_k of a curve at the product of temperatures' confidences.
+static __device__ double curve_at(const dspark_calibration &of, int k, double product) {
+    const float *x = of.said + k * DSPARK_CURVE_POINTS, *y = of.stood + k * DSPARK_CURVE_POINTS;
+    double t = 1;
+    int i = 1;
+    while (i < DSPARK_CURVE_POINTS - 1 && product > (double)x[i]) i++;
+    if (x[i] > x[i - 1]) t = (product - (double)x[i - 1]) / ((double)x[i] - (double)x[i - 1]);
+    return (double)y[i - 1] + fmax(0, fmin(t, 1)) * ((double)y[i] - (double)y[i - 1]);
+}
 // How many drafts of a pick may be chosen: up to its limit, to one that is none, to the threshold.
 static __device__ int candidates_of(const choose_args &p, int i) {
     const pick &a = p.picks[i];
-    double survival = 1;
+    double survival = 1, product = 1, stood = 1;
     int k = 0;
     for (; a.draft_row >= 0 && k < a.limit && p.drafted[a.draft_row + k] >= 0; k++) {
-        float c = (float)(1 / (1 + exp(-(double)p.confidence[a.draft_row + k] / (double)a.temperature[k])));
+        double sts = 1 / (1 + exp(-(double)p.confidence[a.draft_row + k] / (double)a.calibration.sts[k]));
+        double before = stood;
+        float c = (float)sts;
+        product *= sts;
+        if (a.calibration.curved && product >= 0)
+            stood = fmin(stood, curve_at(a.calibration, k, product)), c = (float)(stood / before);
         if (!(c >= a.threshold)) break;
         survival *= (double)c;
         p.value[i * DSPARK_MAX_BLOCK + k] = (double)a.weight * survival;
@@ -2624,7 +2639,7 @@ static void choice_begin(cuda *d, const dspark_pass *pass) {
         p->state = ((const state *)g->state)->table, p->id = pass->ids[i], p->position = g->position;
         p->draft_row = c->draft_row[i], p->limit = g->n_rows - 1, p->weight = c->weight[i],
         p->threshold = c->threshold[i], p->draw = draw_of(&pass->draws[i]);
-        for (int k = 0; k < c->n_steps; k++) p->temperature[k] = c->temperature[i * c->n_steps + k];
+        p->calibration = *c->calibration[i];
     }
     d->host.what->n = pass->n_segments, d->host.what->budget = c->budget;
     block_copy(d, d->dev.picks, d->host.picks, (size_t)pass->n_segments, sizeof(pick));

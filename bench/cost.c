@@ -1,5 +1,6 @@
 // cost [DIR [THREADS]]: what does a pass cost, and what does it cost to decide upon one?
-//   pass error T(B)           of random passes (sessions, rows, depths) the median of |predicted / measured - 1|, by rows
+//   pass error T(B)           of random passes (sessions, rows, depths) the median of |predicted / measured - 1|,
+//                             by rows
 //   pass error +sessions      and by the sessions of the pass
 //   pass error +context       and by their depths: what the engine uses
 //   pass error +experts       the same, corrected by a least-squares term in the distinct experts of all layers
@@ -20,7 +21,8 @@ static void counting_moe(void *device, int layer) {
 typedef struct { double us, rows, sessions, depth, experts; } passage;
 
 static passage random_pass(dspark_model *m, dspark_session **s, int i) {
-    int gamma = dspark_model_config(m)->dspark_block_size, n = 1 + (int)(dspark_uniform(1, 0, (uint64_t)i, 0, 0) * SESSIONS);
+    int gamma = dspark_model_config(m)->dspark_block_size;
+    int n = 1 + (int)(dspark_uniform(1, 0, (uint64_t)i, 0, 0) * SESSIONS);
     dspark__batch *b = &m->batch;
     passage best;
     dspark_pass p;
@@ -56,8 +58,8 @@ static double predicted(const dspark_profile *p, const passage *x, int terms) {
     return us;
 }
 
-static void report(const char *name, const dspark_profile *p, const passage *x, int terms, double per_expert, double mean,
-                   const char *model, int threads) {
+static void report(const char *name, const dspark_profile *p, const passage *x, int terms, double per_expert,
+                   double mean, const char *model, int threads) {
     samples error = { NULL, 0, 0 };
     for (int i = 0; i < PASSES; i++) {
         double us = predicted(p, &x[i], terms) + per_expert * (x[i].experts - mean);
@@ -103,7 +105,8 @@ static void measure_schedule(dspark_model *m, const dspark_profile *p, const cha
     for (int round = 0; round < 50; round++) {
         double start = seconds();
         dspark__decide(m, lanes, N);
-        for (int i = 0; i < N; i++) lanes[i].limit = lanes[i].n_drafted = gamma, lanes[i].drafted = 1, lanes[i].length = 0;
+        for (int i = 0; i < N; i++)
+            lanes[i].limit = lanes[i].n_drafted = gamma, lanes[i].drafted = 1, lanes[i].length = 0;
         must(dspark__schedule(m, lanes, N));
         sample(&us, 1e6 * (seconds() - start));
     }

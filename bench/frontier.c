@@ -9,11 +9,12 @@
 //   closed tT N P verified       drafts verified a request and step
 //   scheduler over plain tT N, scheduler over best fixed tT N, scheduler over bound tT N
 //                                the bound: the best fixed length, nothing but its passes taking time
+//   learned over measured tT N   the scheduler without a profile, after LEARNING steps, over one that has measured
 // Open loop: Poisson arrivals at a share of what plain decoding can do; prompts are run between the others' tokens.
 //   open tT S P first p50 ...    seconds from arrival to the first token, ms a token from there on; p50 and p95
 #include "bench.h"
 
-enum { MOST = 256, TOKENS = 64, ROUNDS = 5, PROMPT_ROWS = 64, WARM = 2 };
+enum { MOST = 256, FEW = 64, TOKENS = 64, ROUNDS = 3, PROMPT_ROWS = 64, WARM = 2, LEARNING = 50 };
 
 typedef struct { const char *name; int plain, schedule, cap; float threshold; } policy;
 static const policy policies[] = {
@@ -43,7 +44,7 @@ typedef struct {
     dspark_model *m;
     dspark_session *ready[MOST];
     const text *prompt[MOST];
-    int n, max_context;
+    int n, max_context;         // n: of ready, prompt
     float temperature;
 } kitchen;
 
@@ -73,10 +74,15 @@ static dspark_session *serve(const kitchen *k, const policy *p, int number) {
     return s;
 }
 
-// The domains' prompts in turn
-static void prepare(kitchen *k, const texts *all) {
+// A model of its own, and up to `most` prompts, the domains' in turn
+static void prepare(kitchen *k, const char *dir, const char *file, int most, texts *all) {
     int at[N_DOMAINS] = { 0 }, longest = 0;
-    for (int tried = 0; k->n < MOST && tried < 4 * all->n; tried++) {
+    dspark_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.n_threads = k->threads, desc.max_rows = MOST * (DSPARK_MAX_BLOCK + 1) / 2;
+    must(dspark_model_open(&k->m, dir, &desc));
+    *all = texts_read(k->m, file);
+    for (int tried = 0; k->n < most && tried < 4 * all->n; tried++) {
         int d = tried % N_DOMAINS;
         while (at[d] < all->n && (all->t[at[d]].is_document || domain_of(&all->t[at[d]]) != d)) at[d]++;
         if (at[d] < all->n) k->prompt[k->n++] = &all->t[at[d]++];
@@ -90,30 +96,35 @@ static void prepare(kitchen *k, const texts *all) {
     }
 }
 
-// Does this engine know the policy?
-static int knows(const kitchen *k, const policy *p) {
-    dspark_policy wanted = policy_of(p, TOKENS);
-    return dspark_session_set_policy(k->ready[0], &wanted) == DSPARK_OK;
+static void tidy(kitchen *k, texts *all) {
+    for (int i = 0; i < k->n; i++) dspark_session_close(k->ready[i]);
+    texts_free(all), dspark_model_close(k->m);
 }
 
 // ---- closed loop
 
 typedef struct { double tokens, s, verified, rows, draft_us, verify_us; } served;      // rows: requests x steps
 
-// What a policy serves: n requests, the next one's number
-typedef struct { const policy *p; dspark_session *s[MOST]; int n, next, steps; served got; } house;
+// What a policy serves: n requests, the next one's number; the first `warm` steps do not count
+typedef struct {
+    const kitchen *k;
+    const policy *p;
+    dspark_session *s[MOST];
+    int n, next, steps, warm;
+    served got;
+} house;
 
-static void house_open(const kitchen *k, house *h, const policy *p, int n, int first) {
+static void house_open(house *h, const kitchen *k, const policy *p, int n, int first, int warm) {
     memset(h, 0, sizeof *h);
-    h->p = p, h->n = n, h->next = first;
+    h->k = k, h->p = p, h->n = n, h->next = first, h->warm = warm;
     for (int i = 0; i < n; i++) h->s[i] = serve(k, p, h->next++);
 }
 
-static void house_step(const kitchen *k, house *h) {
+static void house_step(house *h) {
     static dspark_step_result r[MOST];
     double start = seconds();
     must(dspark_step(h->s, h->n, NULL, r));
-    if (h->steps++ == WARM) memset(&h->got, 0, sizeof h->got);
+    if (h->steps++ == h->warm) memset(&h->got, 0, sizeof h->got);
     h->got.s += seconds() - start;
     for (int i = 0; i < h->n; i++) {
         must(r[i].status);
@@ -121,25 +132,20 @@ static void house_step(const kitchen *k, house *h) {
         h->got.draft_us += (double)r[i].draft_us, h->got.verify_us += (double)r[i].verify_us;
         if (!r[i].finish) continue;
         dspark_session_close(h->s[i]);
-        h->s[i] = serve(k, h->p, h->next++);
+        h->s[i] = serve(h->k, h->p, h->next++);
     }
 }
 
-// All policies side by side, so that what else the machine does meets them alike: the one with fewest tokens steps.
-static void closed(const kitchen *k, int n, int first, double tokens, served got[N_POLICIES][ROUNDS], int round) {
-    static house h[N_POLICIES];
-    int n_houses = 0, least;
-    for (int i = 0; i < N_POLICIES; i++)
-        if (knows(k, &policies[i])) house_open(k, &h[n_houses++], &policies[i], n, first);
+// Houses side by side, so that what else the machine does meets them alike: the one with fewest tokens steps.
+static void race(house *h, int n_houses, double tokens) {
+    int least;
     do {
         least = 0;
         for (int i = 1; i < n_houses; i++) if (h[i].got.tokens < h[least].got.tokens) least = i;
-        house_step(k, &h[least]);
-    } while (h[least].got.tokens < tokens || h[least].steps <= WARM);
-    for (int i = 0; i < n_houses; i++) {
-        got[h[i].p - policies][round] = h[i].got;
-        for (int j = 0; j < n; j++) dspark_session_close(h[i].s[j]);
-    }
+        house_step(&h[least]);
+    } while (h[least].got.tokens < tokens || h[least].steps <= h[least].warm);
+    for (int i = 0; i < n_houses; i++)
+        for (int j = 0; j < h[i].n; j++) dspark_session_close(h[i].s[j]);
 }
 
 static double speed(const served *g) { return g->tokens / g->s; }
@@ -168,9 +174,13 @@ static double at_load(const kitchen *k, int n, int rounds) {
     served got[N_POLICIES][ROUNDS] = { { nothing } };
     samples over_plain = { NULL, 0, 0 }, over_fixed = over_plain, over_bound = over_plain;
     double t = (double)k->temperature;
-    for (int round = 0; round < rounds; round++)
-        closed(k, n, round * (n + TOKENS), 12 * n > 512 ? 12 * n : 512, got, round);
-    for (int i = 0; i < N_POLICIES; i++) if (got[i][0].rows > 0) report_policy(k, n, policies[i].name, got[i], rounds);
+    for (int round = 0; round < rounds; round++) {
+        static house h[N_POLICIES];
+        for (int i = 0; i < N_POLICIES; i++) house_open(&h[i], k, &policies[i], n, round * (n + TOKENS), WARM);
+        race(h, N_POLICIES, 16 * n > 1536 ? 16 * n : 1536);
+        for (int i = 0; i < N_POLICIES; i++) got[i][round] = h[i].got;
+    }
+    for (int i = 0; i < N_POLICIES; i++) report_policy(k, n, policies[i].name, got[i], rounds);
     for (int round = 0; round < rounds; round++) {
         double ours = speed(&got[SCHEDULER][round]);
         sample(&over_plain, ours / speed(&got[0][round])), sample(&over_fixed, ours / best_fixed(got, round, speed));
@@ -180,6 +190,26 @@ static double at_load(const kitchen *k, int n, int rounds) {
     say(k, &over_fixed, "x", "scheduler over best fixed t%g %d", t, n);
     say(k, &over_bound, "x", "scheduler over bound t%g %d", t, n);
     return speed(&got[0][0]);
+}
+
+// What the scheduler makes without a profile, learning, over what it makes with one, n requests at once.
+static void without_profile(const kitchen *k, const char *dir, const char *file, int rounds) {
+    kitchen learner = { .model = k->model, .threads = k->threads, .temperature = k->temperature };
+    texts all;
+    prepare(&learner, dir, file, FEW, &all);
+    for (int n = 1; n <= FEW; n *= 8) {
+        samples ratio = { NULL, 0, 0 };
+        for (int round = 0; round < rounds; round++) {
+            static house h[2];
+            must(dspark_model_set_profile(learner.m, NULL));
+            house_open(&h[0], k, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
+            house_open(&h[1], &learner, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
+            race(h, 2, 32 * n > 2048 ? 32 * n : 2048);
+            sample(&ratio, speed(&h[1].got) / speed(&h[0].got));
+        }
+        say(k, &ratio, "x", "learned over measured t%g %d", (double)k->temperature, n);
+    }
+    tidy(&learner, &all);
 }
 
 // ---- open loop
@@ -245,17 +275,13 @@ int main(int argc, char **argv) {
     int threads = argc > 3 ? atoi(argv[3]) : 2, quick = argc > 5 && atoi(argv[5]), rounds = quick ? 1 : ROUNDS;
     kitchen k = { .model = model_name(dir), .threads = threads, .temperature = argc > 4 ? (float)atof(argv[4]) : 0 };
     double capacity = 0;
-    dspark_model_desc desc;
     texts all;
-    memset(&desc, 0, sizeof desc);
-    desc.n_threads = threads, desc.max_rows = MOST * (DSPARK_MAX_BLOCK + 1) / 2;
-    must(dspark_model_open(&k.m, dir, &desc));
-    all = texts_read(k.m, file);
-    prepare(&k, &all);
+    prepare(&k, dir, file, MOST, &all);
     for (int i = 0; i < 9; i += quick ? 2 : 1) {
         double plain = at_load(&k, loads[i], rounds);
         capacity = plain > capacity ? plain : capacity;
     }
+    without_profile(&k, dir, file, rounds);
     for (int i = 0; i < 2 * 2; i++) {
         const policy *p = &policies[i % 2 ? SCHEDULER : 0];
         double share = i / 2 ? .8 : .4;
@@ -263,6 +289,5 @@ int main(int argc, char **argv) {
         open_loop(&k, p, share * capacity / TOKENS, quick ? 4 : 15, &w);
         report_waits(&k, share, p, &w);
     }
-    for (int i = 0; i < k.n; i++) dspark_session_close(k.ready[i]);
-    texts_free(&all), dspark_model_close(k.m);
+    tidy(&k, &all);
 }

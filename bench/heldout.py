@@ -5,8 +5,8 @@
 and "prompt" (with "chat": 1 a question, else the beginning of a text) or "document" in the form in which the small
 model was trained: questions and turns as chat, its first 4000 characters.
 
-heldout.py CORPUS.jsonl.xz SPLIT N: for tools/calibrate, up to N prompts a domain: every turn of a document, and places
-in a text."""
+heldout.py CORPUS.jsonl.xz SPLIT N: for tools/calibrate, up to N prompts a domain: turns that are asked for, answers
+begun, places in a text."""
 import json, lzma, random, sys
 
 DOMAINS = "math", "code", "chat", "story"
@@ -19,7 +19,8 @@ def turns(d):
 
 
 def spoken(turns):
-    return BEGIN + "".join(USER + t["content"] + ASSISTANT if t["role"] == "user" else t["content"] + END for t in turns)
+    return BEGIN + "".join(USER + t["content"] + ASSISTANT if t["role"] == "user" else t["content"] + END
+                           for t in turns)
 
 
 def document(d): return BEGIN + d["text"] + END if "text" in d else spoken(turns(d))
@@ -32,11 +33,17 @@ def prompt(d, rng):
 
 
 def places(d, rng):
-    """Texts that the model may be asked to continue: up to each user turn; a text in eight places"""
-    if "text" not in d:
-        return [spoken(turns(d)[:i + 1]) for i, t in enumerate(turns(d)) if t["role"] == "user"]
-    starts = [rng.randrange(max(1, len(d["text"]) - 400)) for _ in range(8)]
-    return [BEGIN + d["text"][start:start + rng.randrange(80, 400)] for start in starts]
+    """Texts that the model may be asked to continue: up to each user turn, each answer begun in three places; a text in
+    sixteen"""
+    if "text" in d:
+        starts = [rng.randrange(max(1, len(d["text"]) - 400)) for _ in range(16)]
+        return [BEGIN + d["text"][start:start + rng.randrange(80, 400)] for start in starts]
+    out = []
+    for i, t in enumerate(turns(d)):
+        before, said = spoken(turns(d)[:i]), t["content"]
+        if t["role"] == "user": out.append(spoken(turns(d)[:i + 1]))
+        else: out += [before + said[:rng.randrange(1, len(said))] for _ in range(3) if len(said) > 1]
+    return out
 
 
 def bench(lines, rng):
@@ -45,10 +52,7 @@ def bench(lines, rng):
 
 
 def calibration(lines, rng, n):
-    out = []
-    for d in lines:
-        if len(out) >= n: break
-        out += [(d, {"chat": 0, "prompt": text}) for text in places(d, rng) if len(text) < 4000]
+    out = [(d, {"chat": 0, "prompt": text}) for d in lines for text in places(d, rng) if len(text) < 4000]
     rng.shuffle(out)
     return out[:n]
 

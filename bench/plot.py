@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-matplotlib.rcParams |= {"svg.hashsalt": "dspark", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": .3,
-                        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+matplotlib.rcParams |= {"svg.hashsalt": "dspark", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
+                        "grid.alpha": .3, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 SHOWN = {"plain": "#888888", "block 1": "#c6dbef", "block 3": "#6baed6", "block 5": "#2171b5", "threshold": "#9467bd",
          "algorithm 1": "#ff7f0e", "asynchronous": "#2ca02c", "scheduler": "#d62728"}
 

@@ -152,6 +152,7 @@ throughput, scheduler over plain, 1 to 256 requests at once|scheduler over plain
 the same, one request|scheduler over plain t0 1|spark-tiny|2|>= 1.3
 the same, 2 to 8, over the bound of its passes|scheduler over bound t0 [248]|spark-tiny|2|>= 0.9
 throughput, scheduler over the best fixed length|scheduler over best fixed t0 .*|spark-tiny|2|>= 0.97
+without a profile over with one, after 50 steps|learned over measured t0 .*|spark-tiny|2|>= 0.97
 tau at depth 512 over tau, math|tau math at 512 over tau|spark-tiny|1|>= 1.0
 CLAIMS
 }

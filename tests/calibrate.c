@@ -28,17 +28,22 @@ static void test_resample(void) {
     ok(near(sum, 50) && differ, "a resampling draws as many prompts, some more than once");
 }
 
-static void test_row(void) {
-    static const float temperature[] = { 1.25f, .5f };
-    char line[128] = "";
-    FILE *f = tmpfile();
-    if (!f) die("tmpfile", "cannot be opened");
-    write_row(f, &manners[1], temperature, 2, 1);
-    rewind(f);
-    if (!fgets(line, sizeof line, f)) line[0] = 0;
-    ok(!strcmp(line, "  {\"verify\": \"coupled\", \"temperature\": [0, 0.5], \"sts\": [1.25, 0.5]}\n"),
-       "a row of calibration.json");
-    fclose(f);
+static void test_curve(void) {
+    enum { EACH = 10, N = EACH * DSPARK_CURVE_POINTS };
+    static const int stand[DSPARK_CURVE_POINTS] = { 1, 3, 2, 2, 5, 5, 6, 9, 8, 7, 6, 10 };     /* of the EACH of a bin */
+    static const double risen[DSPARK_CURVE_POINTS] = { .1, 7 / 30., 7 / 30., 7 / 30., .5, .5, .6, .75, .75, .75, .75, 1 };
+    double pools[4] = { .3, .2, .2, .4 };
+    judged j[N];
+    float said[DSPARK_CURVE_POINTS], stood[DSPARK_CURVE_POINTS];
+    int is = 1;
+    make_rise(pools, 4);
+    ok(near(pools[0], .7 / 3) && near(pools[1], .7 / 3) && near(pools[2], .7 / 3) && near(pools[3], .4),
+       "what falls is made to rise, by the mean of all that must share one");
+    for (int i = 0; i < N; i++) j[i].q = (i + .5) / N, j[i].label = i % EACH < stand[i / EACH], j[i].prompt = 0;
+    fit_curve(j, N, said, stood);
+    for (int b = 0; b < DSPARK_CURVE_POINTS; b++)
+        is &= fabs((double)said[b] - (b + .5) / DSPARK_CURVE_POINTS) < 1e-6 && fabs((double)stood[b] - risen[b]) < 1e-6;
+    ok(is, "a curve: bins of as many cycles, what was said in each, and what stood, rising");
 }
 
 /* The first cycle of a prompt, by hand: raw logits, and how many drafts are what plain decoding goes on with. */
@@ -68,7 +73,8 @@ static void test_record(void) {
     texts all = texts_read(m, "bench/heldout.jsonl"), few = { NULL, 0 };
     text one_each[N_DOMAINS];
     int first[N_DOMAINS], n[N_DOMAINS] = { 0 }, is = 1;
-    float raw[GAMMA], fitted[GAMMA];
+    float raw[GAMMA];
+    dspark_calibration fitted;
     cycles c = cycles_new(400, dspark_model_config(m)->dspark_block_size);
     for (int i = all.n - 1; i >= 0; i--) if (!all.t[i].is_document) one_each[domain_of(&all.t[i])] = all.t[i];
     few.t = one_each, few.n = N_DOMAINS;
@@ -80,16 +86,22 @@ static void test_record(void) {
     ok(is, "greedy: a prompt's first cycle has the drafter's logits and the drafts that plain decoding confirms");
     record(m, &few, &manners[3], 40, &c);
     ok(c.n == 40, "drawn answers: as many cycles as asked for, from however few prompts");
-    fit(&c, fitted);
-    for (int k = 0; k < c.gamma; k++) is &= fitted[k] > 0;
-    ok(is, "and temperatures");
+    fit(&c, &fitted);
+    for (int k = 0; k < c.gamma; k++) {
+        judged *after = judge(&c, k, &fitted);
+        double said = 0, stood = 0;
+        for (int i = 0; i < c.n; i++) said += after[i].q / c.n, stood += (double)after[i].label / c.n;
+        is &= fitted.sts[k] > 0 && fabs(said - stood) < .05;
+        free(after);
+    }
+    ok(is, "fitted: of the cycles that it was fitted on as many stand as it says");
     cycles_free(&c), texts_free(&all), dspark_model_close(m);
 }
 
 int main(void) {
     test_scores();
     test_resample();
-    test_row();
+    test_curve();
     test_record();
     return tap_done();
 }

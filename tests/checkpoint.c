@@ -318,6 +318,9 @@ static const bad cases[] = {
     { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, 1, 1, 0]") "]"), "rows[0].sts", "found an array of 5", 0 },
     { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, [1], 1, 1]") "]"), "rows[0].sts", "found an array of 5", 0 },
     { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, 1, 1, 1e999]") "]"), "rows[0].sts", "found an array of 5", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, 1, 1, 1], \"said\": []") "]"), "rows[0].said: expected 60 numbers from 0",
+      "found an array of 0", 0 },
+    { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0, 1]", "[1, 1, 1, 1, 1], \"stood\": 1") "]"), "rows[0].said: expected 60", "found nothing", 0 },
     /* model.safetensors.index.json, without model.safetensors */
     { INDEX, NULL, "{\"weight_map\": {", "model.safetensors.index.json", "the end", 0 },
     { INDEX, NULL, "{}", "weight_map", "found nothing", 0 },

@@ -241,6 +241,13 @@ static void check_choice(const char *dir) {
     profile.n = 4, memcpy(profile.us, us, sizeof us), memcpy(profile.rows, rows, sizeof rows);
     profile.draft_us = 1;
     must(dspark_model_set_profile(m, &profile));
+    m->has_calibration = m->calibration.curved = 1;         // curves through (0, .1) and (1, .1 + .8 / (k + 1))
+    for (int k = 0; k < gamma; k++)
+        for (int i = 0; i < DSPARK_CURVE_POINTS; i++) {
+            float x = (float)i / (DSPARK_CURVE_POINTS - 1);
+            m->calibration.sts[k] = 1 + .1f * (float)k, m->calibration.said[k * DSPARK_CURVE_POINTS + i] = x;
+            m->calibration.stood[k * DSPARK_CURVE_POINTS + i] = .1f + .8f / (float)(k + 1) * x;
+        }
     async.schedule = DSPARK_SCHEDULE_ASYNC;
     for (int i = 0; i < 3; i++) {
         plain[i] = open_for_text(m, tokens, i ? 2 : 0, 1), drafted[i] = open_for_text(m, tokens, i ? 2 : 0, 0);

@@ -76,7 +76,8 @@ static void test_memory_limit(void) {
     dspark_model_close(m);
     m = open_for(golden_b, 0, 0, all);
     while (n < 4 && !dspark_session_open(&s[n], m, &d)) n++;
-    ok(n == 3 && !s[3] && strstr(dspark_last_error(), "memory_limit"), "memory_limit for 3 sessions: the fourth is refused");
+    ok(n == 3 && !s[3] && strstr(dspark_last_error(), "memory_limit"),
+       "memory_limit for 3 sessions: the fourth is refused");
     ok(dspark_session_fork(&fork, s[0], NULL) == DSPARK_ERROR_MEMORY && !fork, "so is a fork");
     dspark_session_close(s[1]);
     ok(!dspark_session_open(&s[1], m, &d), "one that is closed makes room for another");
@@ -108,6 +109,43 @@ static dspark_status with_calibration(void *user, const char *path, const void *
 }
 static void unmap_others(void *user, const void *data, uint64_t size) {
     if (data != three_rows) dspark__file_unmap(user, data, size);
+}
+
+/* What a curve makes of logits: its value at the product, no more than the prefix before, nothing from later logits. */
+static void test_curve(void) {
+    enum { N = DSPARK_MAX_BLOCK };
+    static dspark_calibration straight, curved;
+    int as_said = 1, falls = 1, early = 1, value = 1;
+    for (int k = 0; k < N; k++) {
+        straight.sts[k] = curved.sts[k] = 1 + (float)k / 8;
+        for (int i = 0; i < DSPARK_CURVE_POINTS; i++) {
+            straight.said[k * DSPARK_CURVE_POINTS + i] = curved.said[k * DSPARK_CURVE_POINTS + i] = (float)i / (DSPARK_CURVE_POINTS - 1);
+            straight.stood[k * DSPARK_CURVE_POINTS + i] = fmaxf((float)i / (DSPARK_CURVE_POINTS - 1), 1e-6f);
+            curved.stood[k * DSPARK_CURVE_POINTS + i] = .2f + .05f * (float)i;
+        }
+    }
+    straight.curved = curved.curved = 1;
+    for (int trial = 0; trial < 200; trial++) {
+        float logits[N], c[N], d[N];
+        double product = 1, a = 1;
+        int changed = dice(N);
+        for (int k = 0; k < N; k++) logits[k] = (float)(dice(2001) - 1000) / 200;
+        memcpy(c, logits, sizeof c), memcpy(d, logits, sizeof d);
+        dspark__calibrate(&straight, c, N);
+        for (int k = 0; k < N && product > .01; product *= (double)c[k++])
+            as_said &= fabs((double)c[k] - dspark_sts_apply(logits[k], straight.sts[k])) < 1e-3;
+        product = 1;
+        memcpy(c, logits, sizeof c), d[changed] = 50;
+        dspark__calibrate(&curved, c, N), dspark__calibrate(&curved, d, N);
+        for (int k = 0; k < N; k++) {
+            product *= dspark_sts_apply(logits[k], curved.sts[k]), a *= (double)c[k];
+            falls &= c[k] > 0 && c[k] <= 1, early &= k >= changed || c[k] == d[k];
+            value &= fabs(a - (.2 + .05 * (DSPARK_CURVE_POINTS - 1) * product)) < 1e-5;
+        }
+    }
+    ok(as_said, "a curve that says what was said changes nothing");
+    ok(value, "a_k is the curve's value at the product of the c before it");
+    ok(falls && early, "and falls along the draft, from logits up to its own alone");
 }
 
 /* The confidence of a session's first draft is calibrated with temperature T. */
@@ -149,7 +187,8 @@ static void test_calibration(const int32_t *text) {
         ok(calibrated_with(m, text, sessions[i].verify, sessions[i].temperature, sessions[i].T),
            "calibration.json: a session takes %s", sessions[i].claim);
     must(dspark_model_set_calibration(m, fours));
-    ok(calibrated_with(m, text, DSPARK_VERIFY_COUPLED, .6f, 4), "dspark_model_set_calibration puts another in its place");
+    ok(calibrated_with(m, text, DSPARK_VERIFY_COUPLED, .6f, 4),
+       "dspark_model_set_calibration puts another in its place");
     must(dspark_model_set_calibration(m, NULL));
     ok(calibrated_with(m, text, DSPARK_VERIFY_COUPLED, .6f, 1), "and none");
     dspark_model_close(m);
@@ -177,7 +216,7 @@ static void stand_up(table *t) {
     for (int i = 0; i < R; i++) dspark_session_close(t->s[i]);
 }
 
-/* Passes rise in stairs of four rows; a draft costs 5 us a session, so that all draft as long as they are believed in. */
+/* Passes rise in stairs of four rows; a draft costs 5 us a session: all draft as long as they are believed in. */
 static const float stairs_us[] = { 100, 100, 100, 180, 180, 180, 180, 260, 260, 260, 260, 340 };
 static void set_stairs(dspark_model *m) { set_costs(m, stairs_us, COUNT(stairs_us), 5, 0); }
 
@@ -200,7 +239,8 @@ static void async_lengths(int gamma, const dspark_step_result *now, const dspark
     d.mode = DSPARK_SCHEDULE_GLOBAL;
     if (any) must(dspark_schedule(&d, lengths));
     for (int i = 0; i < R && any; i++) budget += lengths[i];
-    for (int i = 0; i < R; i++) n[i] = now[i].n_drafted, memcpy(c + i * gamma, now[i].confidence, (size_t)gamma * sizeof *c);
+    for (int i = 0; i < R; i++)
+        n[i] = now[i].n_drafted, memcpy(c + i * gamma, now[i].confidence, (size_t)gamma * sizeof *c);
     d.mode = any ? DSPARK_SCHEDULE_ASYNC : DSPARK_SCHEDULE_PREFIX, d.budget = budget;
     must(dspark_schedule(&d, lengths));
 }
@@ -289,7 +329,8 @@ static void test_learning(void) {
         dspark__learn_pass(&p, B, passes_take(B));
     }
     for (int B = 1; B <= 200; B++) worst = fmax(worst, fabs(dspark_profile_us(&p, B) / (1.04 * (500 + 90 * B)) - 1));
-    ok(worst < .2 && p.n <= DSPARK_MAX_PROFILE, "400 noisy passes teach T(B) to %.0f %%, with %d points", 100 * worst, p.n);
+    ok(worst < .2 && p.n <= DSPARK_MAX_PROFILE, "400 noisy passes teach T(B) to %.0f %%, with %d points", 100 * worst,
+       p.n);
     for (int i = 0; i < p.n; i++) p.us[i] *= 2;
     for (int i = 0; i < 600; i++) {
         int B = 1 + dice(24);
@@ -298,6 +339,19 @@ static void test_learning(void) {
     worst = 0;
     for (int B = 1; B <= 24; B++) worst = fmax(worst, fabs(dspark_profile_us(&p, B) / (1.04 * (500 + 90 * B)) - 1));
     ok(worst < .2, "and where the machine becomes another they follow (%.0f %%)", 100 * worst);
+}
+
+/* A profile that is known, and then half the speed, seen in plain passes and their drafts alone. */
+static void test_learning_speed(void) {
+    dspark_profile p;
+    memset(&p, 0, sizeof p);
+    p.n = 3, p.draft_us = 300, p.session_us = 10, p.draft_seen = 8;
+    for (int i = 0; i < 3; i++) p.rows[i] = 1 + 5 * i, p.us[i] = 500 + 100 * (float)p.rows[i], p.seen[i] = 8;
+    for (int i = 0; i < 100; i++) dspark__learn_pass(&p, 1, 1200);
+    ok(fabs(dspark_profile_us(&p, 1) / 1200 - 1) < .02 && dspark_profile_us(&p, 11) > 2400 && p.draft_us > 450 &&
+       p.session_us > 15,
+       "half the speed in plain passes: others' costs, not seen since, rise by half at least (%.0f of 3200, %.0f of 600 us)",
+       dspark_profile_us(&p, 11), (double)p.draft_us);
 }
 
 static void test_no_profile(dspark_model *m, const int32_t *text) {
@@ -311,8 +365,8 @@ static void test_no_profile(dspark_model *m, const int32_t *text) {
     must(dspark_session_append(s, text, 20));
     for (int i = 0; i < 6; i++) r[i] = step(s);
     must(dspark_model_profile(m, &p));
-    ok(!r[0].n_drafted && r[1].n_scheduled == 3 && r[2].n_scheduled == 3 && r[3].n_scheduled == 3 && p.n >= 2 && p.draft_us > 0,
-       "without a profile: a plain step, three blocks, and the costs are known");
+    ok(!r[0].n_drafted && r[1].n_scheduled == 3 && r[2].n_scheduled == 3 && r[3].n_scheduled == 3 && p.n >= 2 &&
+       p.draft_us > 0, "without a profile: a plain step, three blocks, and the costs are known");
     dspark_session_close(s);
 }
 
@@ -337,7 +391,8 @@ static void test_profile_file(void) {
     ok(dspark_model_load_profile(other, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "2 threads"),
        "but not for another number of threads");
     ok(refuses_profile(m, path, "{}", "format") && refuses_profile(m, path, "[]", "object") &&
-       refuses_profile(m, path, "{\"format\": \"dspark-profile-1\"}", "of: expected checkpoint"), "what is no profile is refused");
+       refuses_profile(m, path, "{\"format\": \"dspark-profile-1\"}", "of: expected checkpoint"),
+       "what is no profile is refused");
     ok(dspark_model_load_profile(m, "build/none") == DSPARK_ERROR_IO, "a file that is not there is IO");
     remove(path);
     dspark_model_close(m), dspark_model_close(other);
@@ -362,20 +417,23 @@ static void test_counters(const int32_t *text) {
     n = dspark_step_json(&t.r[1], 7, line, sizeof line);
     stand_up(&t);
     ok(dspark_model_stats(m)->cycles == sum.cycles && dspark_model_stats(m)->scheduled == sum.scheduled &&
-       dspark_model_stats(m)->accepted == sum.accepted && dspark_model_stats(m)->emitted == sum.emitted && sum.cycles == 30,
-       "the model counts what its sessions counted, closed ones too");
-    good = n == (int)strlen(line) && line[n - 1] == '\n' && strstr(line, "\"session\": 7,") && strstr(line, "\"drafted\": 3,");
+       dspark_model_stats(m)->accepted == sum.accepted && dspark_model_stats(m)->emitted == sum.emitted &&
+       sum.cycles == 30, "the model counts what its sessions counted, closed ones too");
+    good = n == (int)strlen(line) && line[n - 1] == '\n' && strstr(line, "\"session\": 7,") &&
+           strstr(line, "\"drafted\": 3,");
     ok(good, "a step is a line of JSON");
     n = dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", metrics, sizeof metrics);
-    snprintf(expected, sizeof expected, "\ndspark_spec_decode_num_draft_tokens_total{model=\"b\"} %d\n", (int)sum.scheduled);
+    snprintf(expected, sizeof expected, "\ndspark_spec_decode_num_draft_tokens_total{model=\"b\"} %d\n",
+             (int)sum.scheduled);
     ok(n == (int)strlen(metrics) && strstr(metrics, expected) &&
        strstr(metrics, "dspark_spec_decode_num_draft_tokens_per_pos_total{model=\"b\",position=\"0\"} "),
        "counters are Prometheus' text, labelled");
-    ok(dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", few, sizeof few) == n && strlen(few) == sizeof few - 1,
-       "of a text that does not fit the length is told");
+    ok(dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", few, sizeof few) == n &&
+       strlen(few) == sizeof few - 1, "of a text that does not fit the length is told");
     all = dspark_stats_summary(dspark_model_stats(m));
     ok(fabs(all.tau - (double)(30 + sum.accepted) / 30) < 1e-9 && all.p50_us > 0 && all.p95_us >= all.p50_us &&
-       fabs(all.rejection_rate - 1 + (double)sum.accepted / (double)sum.scheduled) < 1e-9, "and a summary: tau %.2f", all.tau);
+       fabs(all.rejection_rate - 1 + (double)sum.accepted / (double)sum.scheduled) < 1e-9,
+       "and a summary: tau %.2f", all.tau);
     dspark_model_close(m);
 }
 
@@ -413,8 +471,8 @@ int main(void) {
     test_crowd(golden_a, 64, 0, 40, 40);
     test_flat_passes(text);
     test_memory_limit(), test_memory_limit_of_model();
-    test_calibration(text);
-    test_one_model(text), test_learning(), test_profile_file();
+    test_calibration(text), test_curve();
+    test_one_model(text), test_learning(), test_learning_speed(), test_profile_file();
     test_counters(text), test_stop_within_block(text);
     free(text);
     return sessions_done();

@@ -13,9 +13,10 @@ int main(int argc, char **argv) {
     desc.max_sessions = CROWD_MOST, desc.n_threads = argc > 3 ? atoi(argv[3]) : 0;
     must(dspark_model_open(&m, dir, &desc));
     run_crowd(m, &c);
-    printf("# %d requests, %d of them cancelled, %lld steps, %lld drafts accepted\n", c.done, c.cancelled, (long long)c.steps,
-           (long long)c.accepted);
-    ok(c.done == c.n_requests && !c.wrong, "%d of %d texts are those of plain decoding alone", c.done - c.wrong, c.done);
+    printf("# %d requests, %d of them cancelled, %lld steps, %lld drafts accepted\n", c.done, c.cancelled,
+           (long long)c.steps, (long long)c.accepted);
+    ok(c.done == c.n_requests && !c.wrong, "%d of %d texts are those of plain decoding alone", c.done - c.wrong,
+       c.done);
     dspark_model_close(m);
     return sessions_done();
 }

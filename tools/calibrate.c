@@ -1,9 +1,14 @@
-// calibrate DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]: what a checkpoint's confidences are worth, and the
-// temperatures that make them mean what they say (>>calibrate in dspark.h; `make calibrate` makes the prompts too).
+// calibrate DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]: what a checkpoint's confidences are worth, and what
+// makes them mean what they say (`make calibrate` makes the prompts too).
 //
 // For each verifier, at a temperature of each band, the prompts of FIT and of HELDOUT are answered with the whole block
-// verified in every cycle; CYCLES (20,000) of HELDOUT and half as many of FIT are kept, a quarter a domain, with their
-// confidence logits and accepted prefixes. STS is fitted on the one and judged on the other. Into OUT go
+// verified in every cycle; CYCLES (20,000) of HELDOUT and half as many of FIT are kept, a quarter a domain, with
+// their confidence logits and accepted prefixes. On FIT two things are fitted, position by position, and judged on
+// HELDOUT:
+//   sts             temperatures (>>calibrate in dspark.h), which leave c_k independent of the drafts before
+//   said, stood     what the product of those c was worth: FIT's reliability diagram in DSPARK_CURVE_POINTS bins of as
+//                   many cycles each, made to rise (isotonic regression); between the points a_k is linear
+// Into OUT go
 //   calibration.json    a row for each verifier and band, which belongs beside the checkpoint's config.json
 //   cycles.csv          set, verify, temperature, domain, prompt, logit 1 .. gamma, accepted
 //   report.csv          ECE, AUC and Brier score of the prefix's probability a_k, by k, before and after, held out,
@@ -11,7 +16,7 @@
 //   reliability.csv     what the diagram draws: a_k as said against as it happened, in 20 bins
 #include "bench/bench.h"
 
-enum { GAMMA = DSPARK_MAX_BLOCK, LANES = 16, TOKENS = 192, BINS = 20, RESAMPLES = 200, BEFORE = 0, AFTER = 1 };
+enum { GAMMA = DSPARK_MAX_BLOCK, LANES = 16, TOKENS = 128, BINS = 20, RESAMPLES = 200, BEFORE = 0, AFTER = 1 };
 
 typedef struct { const char *name; int verify; float temperature, low, high; } manner;
 static const manner manners[] = {
@@ -143,11 +148,14 @@ static int by_q(const void *a, const void *b) {
 }
 
 // a_k of every cycle, sorted by it.
-static judged *judge(const cycles *c, int k, const float *temperature) {
+static judged *judge(const cycles *c, int k, const dspark_calibration *by) {
     judged *j = (judged *)need((size_t)c->n, sizeof *j);
     for (int i = 0; i < c->n; i++) {
+        float confidence[GAMMA];
         j[i].q = 1, j[i].label = c->accepted[i] > k, j[i].prompt = c->prompt[i];
-        for (int p = 0; p <= k; p++) j[i].q *= dspark_sts_apply(c->logits[i * c->gamma + p], temperature[p]);
+        memcpy(confidence, c->logits + i * c->gamma, (size_t)c->gamma * sizeof *confidence);
+        dspark__calibrate(by, confidence, k + 1);
+        for (int p = 0; p <= k; p++) j[i].q *= (double)confidence[p];
     }
     qsort(j, (size_t)c->n, sizeof *j, by_q);
     return j;
@@ -204,17 +212,17 @@ static void print_reliability(FILE *f, const manner *how, int k, const char *sta
 }
 
 // The held-out cycles under T = 1 and under what was fitted
-static void report(FILE *f, FILE *reliability, const manner *how, const cycles *c, const float *fitted) {
+static void report(FILE *f, FILE *reliability, const manner *how, const cycles *c, const dspark_calibration *fitted) {
     static const char *const stages[2] = { "before", "after" };
-    float ones[GAMMA];
+    dspark_calibration ones;
     double *weight = (double *)need((size_t)c->n_prompts, sizeof *weight), got[N_SCORES];
     judged *j[2][GAMMA];
     estimate e[2][GAMMA + 1][N_SCORES], *mean;      // the last: the mean over positions
-    memset(e, 0, sizeof e);
-    for (int k = 0; k < c->gamma; k++) ones[k] = 1;
+    memset(e, 0, sizeof e), memset(&ones, 0, sizeof ones);
+    for (int k = 0; k < c->gamma; k++) ones.sts[k] = 1;
     for (int stage = BEFORE; stage <= AFTER; stage++)
         for (int k = 0; k < c->gamma; k++) {
-            j[stage][k] = judge(c, k, stage ? fitted : ones);
+            j[stage][k] = judge(c, k, stage ? fitted : &ones);
             print_reliability(reliability, how, k, stages[stage], j[stage][k], c->n);
         }
     for (int round = 0; round <= RESAMPLES; round++) {
@@ -241,10 +249,10 @@ static void report(FILE *f, FILE *reliability, const manner *how, const cycles *
             fprintf(f, ",%d\n", c->n);
         }
     mean = e[AFTER][c->gamma];
-    printf("| %s | %g | %.2f %% | %.2f %% (%.2f to %.2f) | %.3f | %.3f to %.3f | %d |\n", how->name,
+    printf("| %s | %g | %.2f %% | %.2f %% (%.2f to %.2f) | %.3f to %.3f | %.3f to %.3f | %d |\n", how->name,
            (double)how->temperature, 100 * e[BEFORE][c->gamma][ECE].value, 100 * mean[ECE].value,
-           100 * quantile(&mean[ECE].resampled, .025), 100 * quantile(&mean[ECE].resampled, .975), mean[AUC].value,
-           e[BEFORE][c->gamma][BRIER].value, mean[BRIER].value, c->n);
+           100 * quantile(&mean[ECE].resampled, .025), 100 * quantile(&mean[ECE].resampled, .975),
+           e[BEFORE][c->gamma][AUC].value, mean[AUC].value, e[BEFORE][c->gamma][BRIER].value, mean[BRIER].value, c->n);
     fflush(stdout);
     for (int stage = 0; stage < 2; stage++)
         for (int k = 0; k <= c->gamma; k++) {
@@ -254,20 +262,62 @@ static void report(FILE *f, FILE *reliability, const manner *how, const cycles *
     free(weight);
 }
 
-static void fit(const cycles *c, float *temperature) {
-    dspark_sts_desc d;
-    memset(&d, 0, sizeof d);
-    d.logits = c->logits, d.accepted = c->accepted, d.n_cycles = c->n, d.gamma = c->gamma, d.n_bins = BINS;
-    d.scratch = (double *)need(2 * (size_t)c->n, sizeof *d.scratch);
-    must(dspark_sts_fit(&d, temperature, NULL, NULL));
-    free(d.scratch);
+// Means of bins in order, the second made to rise: neighbours that fall take their common mean (bins weigh the same).
+static void make_rise(double *y, int n) {
+    int first[DSPARK_CURVE_POINTS], blocks = 0;      // a block's first bin; it ends where the next begins
+    for (int i = 0; i < n; i++) {
+        first[blocks++] = i;
+        while (blocks > 1 && y[first[blocks - 2]] > y[first[blocks - 1]]) {
+            int a = first[blocks - 2], b = first[--blocks];
+            double mean = (y[a] * (b - a) + y[b] * (i + 1 - b)) / (i + 1 - a);
+            for (int k = a; k <= i; k++) y[k] = mean;
+        }
+    }
 }
 
-static void write_row(FILE *f, const manner *how, const float *temperature, int gamma, int last) {
+// The curve of the prefixes of k + 1 drafts, from the temperatures' products in order
+static void fit_curve(const judged *j, int n, float *said, float *stood) {
+    double y[DSPARK_CURVE_POINTS];
+    for (int b = 0; b < DSPARK_CURVE_POINTS; b++) {
+        int from = (int)((int64_t)n * b / DSPARK_CURVE_POINTS), to = (int)((int64_t)n * (b + 1) / DSPARK_CURVE_POINTS);
+        double x = 0;
+        y[b] = 0;
+        for (int i = from; i < to; i++) x += j[i].q / (to - from), y[b] += (double)j[i].label / (to - from);
+        said[b] = (float)x;
+    }
+    make_rise(y, DSPARK_CURVE_POINTS);
+    for (int b = 0; b < DSPARK_CURVE_POINTS; b++) stood[b] = (float)fmax(y[b], 1e-3);
+}
+
+// Of at least DSPARK_CURVE_POINTS cycles
+static void fit(const cycles *c, dspark_calibration *row) {
+    dspark_sts_desc d;
+    memset(&d, 0, sizeof d), memset(row, 0, sizeof *row);
+    d.logits = c->logits, d.accepted = c->accepted, d.n_cycles = c->n, d.gamma = c->gamma, d.n_bins = BINS;
+    d.scratch = (double *)need(2 * (size_t)c->n, sizeof *d.scratch);
+    must(dspark_sts_fit(&d, row->sts, NULL, NULL));
+    free(d.scratch);
+    for (int k = 0; k < c->gamma; k++) {
+        judged *j = judge(c, k, row);
+        fit_curve(j, c->n, row->said + k * DSPARK_CURVE_POINTS, row->stood + k * DSPARK_CURVE_POINTS);
+        free(j);
+    }
+    row->curved = 1;
+}
+
+// A key and its numbers, a line for each `width` of them
+static void write_numbers(FILE *f, const char *key, const float *x, int n, int width) {
+    fprintf(f, "\"%s\": [", key);
+    for (int i = 0; i < n; i++) fprintf(f, "%s%.5g", !i ? "" : i % width ? ", " : ",\n    ", (double)x[i]);
+    fputs("]", f);
+}
+
+static void write_row(FILE *f, const manner *how, const dspark_calibration *row, int gamma, int last) {
     fprintf(f, "  {\"verify\": \"%s\", \"temperature\": [%g, %g], ", how->name, (double)how->low, (double)how->high);
-    fputs("\"sts\": [", f);
-    for (int k = 0; k < gamma; k++) fprintf(f, "%s%.6g", k ? ", " : "", (double)temperature[k]);
-    fprintf(f, "]}%s\n", last ? "" : ",");
+    write_numbers(f, "sts", row->sts, gamma, gamma), fputs(",\n   ", f);
+    write_numbers(f, "said", row->said, gamma * DSPARK_CURVE_POINTS, DSPARK_CURVE_POINTS), fputs(",\n   ", f);
+    write_numbers(f, "stood", row->stood, gamma * DSPARK_CURVE_POINTS, DSPARK_CURVE_POINTS);
+    fprintf(f, "}%s\n", last ? "" : ",");
 }
 
 static FILE *create(const char *dir, const char *name, const char *head) {
@@ -291,8 +341,10 @@ static void cycles_free(cycles *c) { free(c->logits), free(c->accepted), free(c-
 
 int main(int argc, char **argv) {
     int n = argc > 5 ? atoi(argv[5]) : 20000, threads = argc > 6 ? atoi(argv[6]) : 1, gamma;
-    float raw[GAMMA], fitted[GAMMA];
-    if (argc < 5 || n < 2 * N_DOMAINS) die("calibrate", "expected DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]");
+    float raw[GAMMA];
+    dspark_calibration fitted;
+    if (argc < 5 || n < 4 * DSPARK_CURVE_POINTS)
+        die("calibrate", "expected DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]");
     dspark_model *m = model_open(argv[1], threads, NULL);
     texts fitting = texts_read(m, argv[2]), heldout = texts_read(m, argv[3]);
     FILE *rows = create(argv[4], "calibration.json", "{\"format\": \"dspark-calibration-1\", \"rows\": [\n");
@@ -303,13 +355,13 @@ int main(int argc, char **argv) {
     cycles seen = cycles_new(n, gamma = dspark_model_config(m)->dspark_block_size), unseen = cycles_new(n, gamma);
     for (int k = 0; k < GAMMA; k++) raw[k] = WIDE;
     must(dspark_model_set_calibration(m, raw));
-    printf("| verifier | temperature | ECE before | after (95 %%) | AUC | Brier | cycles |\n| - | - | - | - | - | - | - |\n");
+    puts("| verifier | temperature | ECE before | after (95 %) | AUC | Brier | cycles |\n| - | - | - | - | - | - | - |");
     for (int i = 0; i < N_MANNERS; i++) {
         record(m, &fitting, &manners[i], n / 2, &seen), write_cycles(all, "fit", &manners[i], &fitting, &seen);
         record(m, &heldout, &manners[i], n, &unseen), write_cycles(all, "heldout", &manners[i], &heldout, &unseen);
-        fit(&seen, fitted);
-        report(scored, reliability, &manners[i], &unseen, fitted);
-        write_row(rows, &manners[i], fitted, gamma, i == N_MANNERS - 1);
+        fit(&seen, &fitted);
+        report(scored, reliability, &manners[i], &unseen, &fitted);
+        write_row(rows, &manners[i], &fitted, gamma, i == N_MANNERS - 1);
     }
     fputs("]}\n", rows);
     fclose(rows), fclose(all), fclose(scored), fclose(reliability);
