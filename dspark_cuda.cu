@@ -280,7 +280,7 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 // ---- linears ----------------------------------------------------------------------------------
 // Weights as the M side: a block takes 1 to 4 tiles of 16 outputs, a warp of it every eighth unit of each. A lane reads
 // 16 bytes of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both
-// sides agree. No shared memory on the way in: 4 pieces a lane are in flight, 2 KB each a warp, 128 KB an SM with two
+// sides agree. No shared memory on the way in: 3 pieces a lane are in flight, 2 KB each a warp, 96 KB an SM with two
 // blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors, index weights 27.8
 // (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059
 // (353) once a pass; markov_w2 66 (22) a step. At 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes,
@@ -438,7 +438,8 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
 template <int DTYPE, int NT> static __device__ __forceinline__ void tile_sums(const matrix &w, int m0, int tiles,
                                                                               const operand &x, const int *at,
                                                                               int wait) {
-    enum { DEPTH = weights_of<DTYPE>::PLANES > 1 ? 1 : NT == 1 ? 4 : NT == 2 ? 3 : 2 };
+    // one more, and pieces go to local memory, where a store waits for what has just been asked for
+    enum { DEPTH = weights_of<DTYPE>::PLANES > 1 ? 1 : NT == 1 ? 3 : 2 };
     int warp = (int)threadIdx.x / WARP, units = w.pitch / UNIT, mine = (units - warp + WARPS - 1) / WARPS;
     int steps = tiles * mine, load_tile = 0, load_unit = warp, tile = 0, unit = warp;
     piece q[DEPTH];
@@ -1502,7 +1503,8 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
     __syncthreads();
 }
 
-template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
+template <int NT> static __global__ void __launch_bounds__(THREADS, NT == 4 ? 1 : 2) experts(const experts_args p) {
+    __shared__ matrix w;        // there, not in registers, of which the pieces in flight need all
     grid_wait();
     int n_active = p.active[0], n = p.n->n_rows, span = p.tiles * TILE;
     int of_routed = (p.experts[0].w[p.which].rows + span - 1) / span * p.n_which;
@@ -1515,7 +1517,8 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
             int of = p.active[1 + a];
             m.list = p.list + p.first[of], m.n = p.first[of + 1] - p.first[of], e = p.experts + of;
         } else each = of_shared / p.n_which, part = item - n_active * of_routed;
-        const matrix w = e->w[p.which + part / each];
+        if (threadIdx.x == 0) w = e->w[p.which + part / each];
+        __syncthreads();
         int m0 = part % each * span, tiles = least(p.tiles, (w.rows - m0 + TILE - 1) / TILE);
         for (int i = 0; i < m.n; i += NT * 8) expert_rows<NT>(p, w, m, i, m0, tiles, p.y[part / each]);
     }
@@ -2104,7 +2107,7 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
     j->x.x = rounded ? x.rounded : x.plain, j->x.plane = x.plane, j->x.planes = rounded ? 1 : 3;
 }
 
-// Tiles that a block takes at once: enough that its warps have four pieces each in flight, as long as all SMs have
+// Tiles that a block takes at once: enough that its warps have all their pieces in flight, as long as all SMs have
 // work.
 static int tiles_of(const cuda *d, const job *j, int nt) {
     int units = j->w.pitch / UNIT, tiles = units > 16 ? 1 : units > 8 ? 2 : 4, n = blocks_of(j->w.rows, TILE);
@@ -2389,7 +2392,7 @@ static void cache_run(cuda *d, int l) {
 
 // Rows spread over experts: few of them have more than a quarter of them.
 static void experts_run(cuda *d, const experts_args &e) {
-    dim3 grid = grid_of(2 * d->sms, 1);
+    dim3 grid = grid_of((d->grid.rows <= 32 ? 2 : 1) * d->sms, 1);     // as many as an SM has registers for
     if (d->grid.rows <= 8) LAUNCH(experts<1>, grid, THREADS, 0, e);
     else if (d->grid.rows <= 32) LAUNCH(experts<2>, grid, THREADS, 0, e);
     else LAUNCH(experts<4>, grid, THREADS, 0, e);
