@@ -67,6 +67,12 @@ build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) -O1 -g $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
 
+build/asan/cuda: tests/cuda.c dspark_cuda.cu tests/cuda_host.h $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -O1 $(CHECKS) -DDSPARK_CUDA_HOST -I. -Itests -c tests/cuda.c -o $@.o
+	$(CXX) $(HOST_CUDA) -O1 $(CHECKS) -x c++ -c dspark_cuda.cu -o $@.host.o
+	$(CXX) $(CHECKS) $@.o $@.host.o -o $@ -lm
+
 build/tests/calibrate build/asan/calibrate: tools/calibrate.c bench/bench.h
 
 asan: build/asan/dspark $(TESTS:%=build/asan/%)     ## the same under AddressSanitizer and UBSan
