@@ -7250,6 +7250,7 @@ static void dspark__cpu_head(void *device) {
     dspark__project_logits(d, &d->w->hc_head, d->w->norm, d->logits);
 }
 
+DSPARK__SOON
 // ---- the drafter's own ------------------------------------------------------------------------
 
 // Taps of positions [inject_from, position) -> main_x = main_norm(main_proj taps) -> one row for each stage's
@@ -7695,6 +7696,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
                                         NULL };
     return &cpu;
 }
+DSPARK__SOON_END
 
 #if defined __GNUC__ && !defined __clang__
 #pragma GCC pop_options
