@@ -192,16 +192,19 @@ static double at_load(const kitchen *k, int n, int rounds) {
     return speed(&got[0][0]);
 }
 
-// What the scheduler makes without a profile, learning, over what it makes with one, n requests at once.
+// What the scheduler makes without a profile, learning, over what it makes with one, n requests at once. Both begin
+// with an account of nothing.
 static void without_profile(const kitchen *k, const char *dir, const char *file, int rounds) {
     kitchen learner = { .model = k->model, .threads = k->threads, .temperature = k->temperature };
+    dspark_profile measured;
     texts all;
+    must(dspark_model_profile(k->m, &measured));
     prepare(&learner, dir, file, FEW, &all);
     for (int n = 1; n <= FEW; n *= 8) {
         samples ratio = { NULL, 0, 0 };
         for (int round = 0; round < rounds; round++) {
             static house h[2];
-            must(dspark_model_set_profile(learner.m, NULL));
+            must(dspark_model_set_profile(k->m, &measured)), must(dspark_model_set_profile(learner.m, NULL));
             house_open(&h[0], k, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
             house_open(&h[1], &learner, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
             race(h, 2, 32 * n > 2048 ? 32 * n : 2048);
