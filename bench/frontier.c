@@ -10,11 +10,12 @@
 //   scheduler over plain tT N, scheduler over best fixed tT N, scheduler over bound tT N
 //                                the bound: the best fixed length, nothing but its passes taking time
 //   learned over measured tT N   the scheduler without a profile, after LEARNING steps, over one that has measured
-// Open loop: Poisson arrivals at a share of what plain decoding can do; prompts are run between the others' tokens.
+// Open loop: Poisson arrivals at a share of what plain decoding can do, prompts not counted, which are run between the
+// others' tokens; the two policies in turn.
 //   open tT S P first p50 ...    seconds from arrival to the first token, ms a token from there on; p50 and p95
 #include "bench.h"
 
-enum { MOST = 256, FEW = 64, TOKENS = 64, ROUNDS = 3, PROMPT_ROWS = 64, WARM = 2, LEARNING = 50 };
+enum { MOST = 256, FEW = 64, TOKENS = 64, ROUNDS = 3, PROMPT_ROWS = 64, WARM = 2, LEARNING = 50, OPEN_PARTS = 5 };
 
 typedef struct { const char *name; int plain, schedule, cap; float threshold; } policy;
 static const policy policies[] = {
@@ -192,16 +193,19 @@ static double at_load(const kitchen *k, int n, int rounds) {
     return speed(&got[0][0]);
 }
 
-// What the scheduler makes without a profile, learning, over what it makes with one, n requests at once.
+// What the scheduler makes without a profile, learning, over what it makes with one, n requests at once. Both begin
+// with an account of nothing.
 static void without_profile(const kitchen *k, const char *dir, const char *file, int rounds) {
     kitchen learner = { .model = k->model, .threads = k->threads, .temperature = k->temperature };
+    dspark_profile measured;
     texts all;
+    must(dspark_model_profile(k->m, &measured));
     prepare(&learner, dir, file, FEW, &all);
     for (int n = 1; n <= FEW; n *= 8) {
         samples ratio = { NULL, 0, 0 };
         for (int round = 0; round < rounds; round++) {
             static house h[2];
-            must(dspark_model_set_profile(learner.m, NULL));
+            must(dspark_model_set_profile(k->m, &measured)), must(dspark_model_set_profile(learner.m, NULL));
             house_open(&h[0], k, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
             house_open(&h[1], &learner, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
             race(h, 2, 32 * n > 2048 ? 32 * n : 2048);
@@ -282,12 +286,14 @@ int main(int argc, char **argv) {
         capacity = plain > capacity ? plain : capacity;
     }
     without_profile(&k, dir, file, rounds);
-    for (int i = 0; i < 2 * 2; i++) {
-        const policy *p = &policies[i % 2 ? SCHEDULER : 0];
-        double share = i / 2 ? .8 : .4;
-        waits w = { { NULL, 0, 0 }, { NULL, 0, 0 } };
-        open_loop(&k, p, share * capacity / TOKENS, quick ? 4 : 15, &w);
-        report_waits(&k, share, p, &w);
+    for (int i = 0; i < 2; i++) {
+        const policy *p[2] = { &policies[0], &policies[SCHEDULER] };
+        double share = i ? .4 : .2;
+        waits w[2];
+        memset(w, 0, sizeof w);
+        for (int part = 0; part < 2 * OPEN_PARTS; part++)       // in turn: the machine's speed changes
+            open_loop(&k, p[part % 2], share * capacity / TOKENS, (quick ? 4. : 15.) / OPEN_PARTS, &w[part % 2]);
+        for (int j = 0; j < 2; j++) report_waits(&k, share, p[j], &w[j]);
     }
     tidy(&k, &all);
 }

@@ -21,8 +21,8 @@ static void test_crowd(const char *dir, int max_sessions, int max_rows, int n_re
     c.n_requests = n_requests, c.most = most;
     run_crowd(m, &c);
     ok(!c.wrong && c.done == n_requests && c.cancelled > n_requests / 20 && c.accepted > 0,
-       "up to %d at once, %d rows a pass, %d requests that come, fork, change policy, are cancelled, end: %d of %d texts "
-       "are those of plain decoding alone", most, m->max_rows, n_requests, c.done - c.wrong, c.done);
+       "up to %d at once, %d rows a pass, %d requests that come, fork, change policy, are cancelled, end: %d of %d "
+       "texts are those of plain decoding alone", most, m->max_rows, n_requests, c.done - c.wrong, c.done);
     dspark_model_close(m);
 }
 
@@ -119,9 +119,9 @@ static void test_curve(void) {
     for (int k = 0; k < N; k++) {
         straight.sts[k] = curved.sts[k] = 1 + (float)k / 8;
         for (int i = 0; i < DSPARK_CURVE_POINTS; i++) {
-            straight.said[k * DSPARK_CURVE_POINTS + i] = curved.said[k * DSPARK_CURVE_POINTS + i] = (float)i / (DSPARK_CURVE_POINTS - 1);
-            straight.stood[k * DSPARK_CURVE_POINTS + i] = fmaxf((float)i / (DSPARK_CURVE_POINTS - 1), 1e-6f);
-            curved.stood[k * DSPARK_CURVE_POINTS + i] = .2f + .05f * (float)i;
+            int at = k * DSPARK_CURVE_POINTS + i;
+            straight.said[at] = curved.said[at] = (float)i / (DSPARK_CURVE_POINTS - 1);
+            straight.stood[at] = fmaxf(straight.said[at], 1e-6f), curved.stood[at] = .2f + .05f * (float)i;
         }
     }
     straight.curved = curved.curved = 1;
@@ -262,7 +262,7 @@ static void test_async(dspark_model *m, const int32_t *text, int verify) {
             scheduled += t.r[i].n_scheduled, asked += t.r[i].n_drafted;
         }
     }
-    ok(right && scheduled > 0 && scheduled < asked, "ASYNC, %s: lengths are the largest a_k within the budget of two steps "
+    ok(right && scheduled > 0 && scheduled < asked, "ASYNC, %s: the largest a_k within the budget of two steps "
        "before (%d of %d drafts)", verify ? "rejection" : "coupled", scheduled, asked);
     *bias = was;
     stand_up(&t);
@@ -280,8 +280,8 @@ static void test_share(dspark_model *m, const int32_t *text) {
         must(dspark_step(t.s, R, NULL, t.r));
         for (int i = 0; i < R; i++) n[i] += t.r[i].n_scheduled;
     }
-    ok(n[1] > n[0] && n[1] > n[2], "of equal requests the one with the larger share gets more verified (%d, %d, %d)", n[0], n[1],
-       n[2]);
+    ok(n[1] > n[0] && n[1] > n[2], "of equal requests the one with the larger share gets more verified (%d, %d, %d)",
+       n[0], n[1], n[2]);
     *bias = was;
     stand_up(&t);
 }
@@ -350,7 +350,7 @@ static void test_learning_speed(void) {
     for (int i = 0; i < 100; i++) dspark__learn_pass(&p, 1, 1200);
     ok(fabs(dspark_profile_us(&p, 1) / 1200 - 1) < .02 && dspark_profile_us(&p, 11) > 2400 && p.draft_us > 450 &&
        p.session_us > 15,
-       "half the speed in plain passes: others' costs, not seen since, rise by half at least (%.0f of 3200, %.0f of 600 us)",
+       "half the speed in plain passes: costs not seen since rise by half at least (%.0f of 3200, %.0f of 600 us)",
        dspark_profile_us(&p, 11), (double)p.draft_us);
 }
 
