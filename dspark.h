@@ -1334,6 +1334,7 @@ DSPARK_API dspark_status dspark_distribution(const float *logits, int vocab, flo
     return DSPARK_OK;
 }
 
+DSPARK__SOON
 // >>schedule
 // How many drafts of each request one target pass verifies: Algorithm 1 and its relatives. A candidate (r, k)
 // is draft k of request r, its value weight_r a_k the tokens it is expected to add. Values fall along a
@@ -1487,6 +1488,7 @@ DSPARK_API dspark_status dspark_schedule(const dspark_schedule_desc *d, int *len
     return DSPARK_OK;
 }
 
+DSPARK__SOON_END
 // >>verify
 // Which drafts stand, and the token after them. Rows are looked at from left to right, and none beyond the
 // first that refuses its draft: plain decoding would not have met it.
@@ -1567,6 +1569,7 @@ DSPARK_API dspark_status dspark_verify(const dspark_verify_desc *d, int *n_accep
     return DSPARK_OK;
 }
 
+DSPARK__SOON
 // >>calibrate
 // Confidence that means what it says (Sequential Temperature Scaling), and an account that lets drafting cost
 // next to nothing where it does not pay.
@@ -1657,7 +1660,6 @@ DSPARK_API void dspark_account_settle(dspark_account *a, double plain_us, double
     a->balance_us = balance < a->limit_us ? balance : a->limit_us;
 }
 
-DSPARK__SOON
 // >>json
 // JSON (RFC 8259, strictly) as an array of nodes in document order: config.json, the header of a safetensors
 // file, tokenizer.json. The children of node i begin at i + 1, an object's as key, value, key, value; the
@@ -4306,9 +4308,11 @@ static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamm
     b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
     b->scratch = dspark__alloc(scratch, 1);
     *bytes += scratch + n * (4 * sizeof(int) + 3 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             sizeof *b->draws + sizeof *b->calibrations + (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
+                             sizeof *b->draws + sizeof *b->calibrations +
+                             (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
     return b->ids && b->previous && b->drawn && b->draws && b->segments && b->lanes && b->confidence && b->threshold &&
-                   b->calibrations && b->sps && b->weight && b->n_past && b->limit && b->lengths && b->lane_of && b->scratch
+                   b->calibrations && b->sps && b->weight && b->n_past && b->limit && b->lengths && b->lane_of &&
+                   b->scratch
                ? DSPARK_OK
                : DSPARK_ERROR_MEMORY;
 }
@@ -8637,8 +8641,8 @@ DSPARK__INLINE __m512 DSPARK__AT(column)(__m512 x, const float *w, __m512 sum) {
 #endif
 }
 
-// y[r % 4], lane 4 (r / 4) + q = the product of row r and weights q; x [n][16], as pack() leaves it. Four lanes at a time: those
-// of one sum, 4 apart.
+// y[r % 4], lane 4 (r / 4) + q = the product of row r and weights q; x [n][16], as pack() leaves it. Four lanes of the
+// sum at a time, 4 apart: they are added first.
 static void DSPARK__AT(across)(const float *x, const uint8_t *const *w, int n, __m512 *y) {
     const float *w0 = (const float *)(const void *)w[0], *w1 = (const float *)(const void *)w[1];
     const float *w2 = (const float *)(const void *)w[2], *w3 = (const float *)(const void *)w[3];
