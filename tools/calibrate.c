@@ -355,7 +355,8 @@ int main(int argc, char **argv) {
     cycles seen = cycles_new(n, gamma = dspark_model_config(m)->dspark_block_size), unseen = cycles_new(n, gamma);
     for (int k = 0; k < GAMMA; k++) raw[k] = WIDE;
     must(dspark_model_set_calibration(m, raw));
-    puts("| verifier | temperature | ECE before | after (95 %) | AUC | Brier | cycles |\n| - | - | - | - | - | - | - |");
+    puts("| verifier | temperature | ECE before | after (95 %) | AUC | Brier | cycles |\n"
+         "| - | - | - | - | - | - | - |");
     for (int i = 0; i < N_MANNERS; i++) {
         record(m, &fitting, &manners[i], n / 2, &seen), write_cycles(all, "fit", &manners[i], &fitting, &seen);
         record(m, &heldout, &manners[i], n, &unseen), write_cycles(all, "heldout", &manners[i], &heldout, &unseen);
