@@ -1731,7 +1731,7 @@ static __device__ double curve_at(const dspark_calibration &of, int k, double pr
     int i = 1;
     while (i < DSPARK_CURVE_POINTS - 1 && product > (double)x[i]) i++;
     if (x[i] > x[i - 1]) t = (product - (double)x[i - 1]) / ((double)x[i] - (double)x[i - 1]);
-    return (double)y[i - 1] + fmax(0, fmin(t, 1)) * ((double)y[i] - (double)y[i - 1]);
+    return (double)y[i - 1] + fmax(0.0, fmin(t, 1.0)) * ((double)y[i] - (double)y[i - 1]);
 }
 // How many drafts of a pick may be chosen: up to its limit, to one that is none, to the threshold.
 static __device__ int candidates_of(const choose_args &p, int i) {
