@@ -86,7 +86,7 @@ build/asan/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) -O1 $(OPENMP) $(CHECKS) -I. -Itests $< -o $@ -lm
 
-soak: build/soak      ## 10,000 requests, up to 256 at once: is each text the one it has alone? half an hour
+soak: build/soak      ## 10,000 requests, up to 256 at once: is each text the one it has alone? some minutes
 	build/soak
 
 build/soak: tests/soak.c $(HEADERS)
