@@ -1487,8 +1487,8 @@ DSPARK_API dspark_status dspark_schedule(const dspark_schedule_desc *d, int *len
     for (dspark__merge_open(&m, d); n > 0 && dspark__merge_next(&m, &e); n--) lengths[e.r] = e.k;
     return DSPARK_OK;
 }
-
 DSPARK__SOON_END
+
 // >>verify
 // Which drafts stand, and the token after them. Rows are looked at from left to right, and none beyond the
 // first that refuses its draft: plain decoding would not have met it.
