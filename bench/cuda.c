@@ -7,8 +7,8 @@
 #undef SHARED
 #include "../tools/synth.h"
 
-int dspark_cuda_timing(int on);
-const char *dspark_cuda_time(int i, double *us, long *calls);
+const char *dspark_cuda_kernel(int i);
+void dspark_cuda_without(const char *kernel);
 double dspark_cuda_copy_rate(size_t n);
 
 enum { CONTEXT = 4096, REPEATS = 15 };
@@ -26,47 +26,44 @@ static double stored(const dspark_matrix *m) {
 }
 static double stored_expert(const dspark_expert *e) { return stored(&e->w1) + stored(&e->w2) + stored(&e->w3); }
 
-// Bytes of a layer that a pass of so many independent rows reads: all matrices, and of the experts those that rows may
-// be expected to choose.
-typedef struct { double linears, experts, stream; } floors;
-static floors layer_floor(const dspark_config *c, const dspark_layer *l, int rows) {
-    double E = c->n_routed_experts, distinct = E * (1 - pow(1 - c->num_experts_per_tok / E, rows));
-    floors f = { 0, 0, 0 };
-    const dspark_matrix *all[] = { &l->wq_a,
-                                   &l->wq_b,
-                                   &l->wkv,
-                                   &l->wo_a,
-                                   &l->wo_b,
-                                   &l->compressor.wkv,
-                                   &l->compressor.wgate,
-                                   &l->index_wq_b,
-                                   &l->index_weights,
-                                   &l->index_compressor.wkv,
-                                   &l->index_compressor.wgate,
-                                   &l->gate,
-                                   &l->shared.w1,
-                                   &l->shared.w3 };
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) f.linears += stored(all[i]);
-    f.experts = distinct * stored_expert(&l->experts[0]) + stored(&l->shared.w2);
-    f.stream = stored(&l->hc_attn.fn) + stored(&l->hc_ffn.fn);
-    return f;
+// Bytes that the launches of one name read in a pass of so many independent rows: all matrices, and of the experts those
+// that rows may be expected to choose. Names as dspark_cuda.cu gives them.
+enum { STREAM, WQ_A, WQ_B, WO_A, WO_B, GATE, UP, DOWN, HEAD, PROJ, W2, N_READS };
+static const char *const reads[N_READS] = { "stream", "linears wq_a wkv", "linears wq_b", "linears wo_a", "linears wo_b",
+                                            "linears gate w1 w3", "experts w1 w3", "experts w2", "linears head",
+                                            "linears main_proj", "linears markov_w2" };
+typedef struct { double bytes[N_READS]; } floors;
+static void layer_floor(floors *f, const dspark_config *c, const dspark_layer *l, int rows) {
+    double E = c->n_routed_experts, distinct = E * (1 - pow(1 - c->num_experts_per_tok / E, rows)), *b = f->bytes;
+    const dspark_expert *e = &l->experts[0];
+    b[STREAM] += stored(&l->hc_attn.fn) + stored(&l->hc_ffn.fn);
+    b[WQ_A] += stored(&l->wq_a) + stored(&l->wkv) + stored(&l->compressor.wkv) + stored(&l->compressor.wgate) +
+               stored(&l->index_compressor.wkv) + stored(&l->index_compressor.wgate) + stored(&l->index_weights);
+    b[WQ_B] += stored(&l->wq_b) + stored(&l->index_wq_b);
+    b[WO_A] += stored(&l->wo_a), b[WO_B] += stored(&l->wo_b);
+    b[GATE] += stored(&l->gate) + stored(&l->shared.w1) + stored(&l->shared.w3);
+    b[UP] += distinct * (stored(&e->w1) + stored(&e->w3));
+    b[DOWN] += distinct * stored(&e->w2) + stored(&l->shared.w2);
 }
 static floors pass_floor(const dspark_model *m, int rows, int drafts) {
     const dspark_config *c = dspark_model_config(m);
     const dspark_weights *w = dspark_model_weights(m);
-    floors f = { stored(&w->head), 0, 0 };
+    floors f = { { 0 } };
     int first = drafts ? c->num_hidden_layers : 0, end = drafts ? first + c->n_stages : c->num_hidden_layers;
-    for (int l = first; l < end; l++) {
-        floors one = layer_floor(c, &w->layers[l], rows);
-        f.linears += one.linears, f.experts += one.experts, f.stream += one.stream;
-    }
-    if (drafts) f.linears += stored(&w->main_proj) + c->dspark_block_size * stored(&w->markov_w2);
+    f.bytes[HEAD] = stored(&w->head);
+    for (int l = first; l < end; l++) layer_floor(&f, c, &w->layers[l], rows);
+    if (drafts) f.bytes[PROJ] = stored(&w->main_proj), f.bytes[W2] = c->dspark_block_size * stored(&w->markov_w2);
     return f;
+}
+static double all_of(const floors *f) {
+    double sum = 0;
+    for (int i = 0; i < N_READS; i++) sum += f->bytes[i];
+    return sum;
 }
 
 static void print_pass(const char *what, samples *us, const floors *f, double rate) {
     char question[128];
-    double floor_us = (f->linears + f->experts + f->stream) / (1e3 * rate);
+    double floor_us = all_of(f) / (1e3 * rate);
     result(what, name, 1, us, "us");
     snprintf(question, sizeof question, "%s share of floor", what);
     result_one(question, name, 1, 100 * floor_us / quantile(us, .5), "%");
@@ -81,44 +78,52 @@ static void run(dspark_session *s, const int32_t *ids, int rows) {
     else must(dspark_session_draft(s, ids[0], tokens, confidence, NULL));
 }
 
+static void time_passes(samples *us, dspark_session *s, const int32_t *ids, int rows, int repeats) {
+    memset(us, 0, sizeof *us);
+    for (int k = -3; k < repeats; k++) {
+        double start = seconds();
+        run(s, ids, rows);
+        if (k >= 0) sample(us, 1e6 * (seconds() - start));
+    }
+}
 static void passes(dspark_session *s, const int32_t *ids, double rate) {
     static const int rows[] = { 1, 2, 3, 4, 6, 8, 16, 32, 64, 0 };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         floors f = pass_floor(s->model, rows[i] ? rows[i] : dspark_model_config(s->model)->dspark_block_size, !rows[i]);
-        samples us = { 0 };
+        samples us;
         char what[64];
         if (!rows[i] && !dspark_model_config(s->model)->n_stages) continue;
         snprintf(what, sizeof what, rows[i] ? "cuda T_verify(%d)" : "cuda T_draft", rows[i]);
-        for (int k = -3; k < REPEATS; k++) {
-            double start = seconds();
-            run(s, ids, rows[i]);
-            if (k >= 0) sample(&us, 1e6 * (seconds() - start));
-        }
+        time_passes(&us, s, ids, rows[i], REPEATS);
         print_pass(what, &us, &f, rate);
         free(us.x);
     }
 }
 
-// Kernel by kernel, each launch alone: what they take is more than their share of a recorded pass.
+// What each kernel has of a pass: what the pass takes less without it.
 static void kernels(dspark_session *s, const int32_t *ids, int rows, double rate) {
-    floors f = pass_floor(s->model, rows, 0);
+    floors f = pass_floor(s->model, rows ? rows : dspark_model_config(s->model)->dspark_block_size, !rows);
     const char *kernel;
-    double us;
-    long calls;
-    dspark_cuda_timing(1);
-    for (int k = 0; k < REPEATS; k++) run(s, ids, rows);
-    for (int i = 0; (kernel = dspark_cuda_time(i, &us, &calls)) != NULL; i++) {
+    samples us;
+    double all;
+    time_passes(&us, s, ids, rows, REPEATS);
+    all = quantile(&us, .5);
+    free(us.x);
+    for (int i = 0; (kernel = dspark_cuda_kernel(i)) != NULL; i++) {
         char question[128];
-        double bytes = strstr(kernel, "linears")   ? f.linears
-                       : strstr(kernel, "experts") ? f.experts
-                       : !strcmp(kernel, "stream") ? f.stream
-                                                   : 0;
-        snprintf(question, sizeof question, "cuda %d rows %s (%ld launches)", rows, kernel, calls / REPEATS);
-        result_one(question, name, 1, us / REPEATS, "us");
-        snprintf(question, sizeof question, "cuda %d rows %s share of floor", rows, kernel);
-        if (bytes > 0) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / (us / REPEATS), "%");
+        double saved, bytes = 0;
+        for (int k = 0; k < N_READS; k++) if (!strcmp(kernel, reads[k])) bytes = f.bytes[k];
+        dspark_cuda_without(kernel);
+        time_passes(&us, s, ids, rows, 5);
+        saved = all - quantile(&us, .5);
+        free(us.x);
+        snprintf(question, sizeof question, rows ? "cuda %d rows %s" : "cuda %d draft %s", rows, kernel);
+        if (saved > 0) result_one(question, name, 1, saved, "us");
+        snprintf(question, sizeof question, rows ? "cuda %d rows %s share of floor" : "cuda %d draft %s share of floor",
+                 rows, kernel);
+        if (bytes > 0 && saved > 0) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / saved, "%");
     }
-    dspark_cuda_timing(0);
+    dspark_cuda_without(NULL);
 }
 
 int main(int argc, char **argv) {
@@ -147,6 +152,7 @@ int main(int argc, char **argv) {
     result_one("cuda prefill", name, 1, n / (seconds() - start), "tokens/s");
     passes(s, ids, rate);
     kernels(s, ids, 1, rate), kernels(s, ids, 6, rate);
+    if (dspark_model_config(m)->n_stages) kernels(s, ids, 0, rate);
     dspark_session_close(s), dspark_model_close(m), free(ids);
     return 0;
 }
