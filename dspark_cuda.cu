@@ -60,6 +60,7 @@ enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1
 
 #ifdef DSPARK_CUDA_HOST
 #define UNROLL
+#define UNROLL_BY(n)
 #define SHARED_BYTES(name) char *name = host.shared
 static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
@@ -76,6 +77,8 @@ static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, h
 static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16x2(a, b); }
 #else
 #define UNROLL _Pragma("unroll")
+#define TEXT_OF(x) #x
+#define UNROLL_BY(n) _Pragma(TEXT_OF(unroll n))
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
 // The kernel before has ended and its stores are seen: before any read of what a kernel wrote (programmatic launches).
 __device__ __forceinline__ void grid_wait(void) {
@@ -245,12 +248,34 @@ static __device__ void put_input(const input &x, int row, int at, float *v, int 
         v[3] -= __uint_as_float(some.w << 16), v[7] -= __uint_as_float(some.w & 0xffff0000u);
     }
 }
-// A row of n values in shared memory.
+static __device__ __forceinline__ void load8(float *v, const float *from) {
+    float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+// A row of n values.
 static __device__ void put_input_row(const input &x, int row, const float *values, int n) {
     for (int at = 0; at < n; at += THREADS * 8) {
         int mine = at + (int)threadIdx.x * 8, live = mine < n;
         float v[8];
-        for (int i = 0; live && i < 8; i++) v[i] = values[mine + i];
+        if (live) load8(v, values + mine);
+        put_input(x, row, mine, v, live);
+    }
+}
+// x / rms * w of a row of n values; they are read twice.
+static __device__ void put_normed_row(const input &x, int row, const float *values, const float *w, int n, float eps,
+                                      float *scratch) {
+    float sum = 0, scale;
+    for (int at = (int)threadIdx.x * 8; at < n; at += THREADS * 8) {
+        float v[8];
+        load8(v, values + at);
+        for (int i = 0; i < 8; i++) sum = fmaf(v[i], v[i], sum);
+    }
+    scale = 1 / sqrtf(block_sum(sum, scratch) / (float)n + eps);
+    for (int at = 0; at < n; at += THREADS * 8) {
+        int mine = at + (int)threadIdx.x * 8, live = mine < n;
+        float v[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, by[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+        if (live) load8(v, values + mine), load8(by, w + mine);
+        for (int i = 0; i < 8; i++) v[i] = v[i] * scale * by[i];
         put_input(x, row, mine, v, live);
     }
 }
@@ -273,6 +298,23 @@ typedef struct {
 } row;
 typedef struct { int n_rows, n_logits, n_segments, n_injected, drafts; } counts;
 typedef struct { uint8_t *const *state; int position; } injection;
+// cos and sin of a row's position, for both sets of frequencies: once a pass, in double
+enum { TURNS_PLAIN, TURNS_COMPRESSED };
+typedef struct { const counts *n; const row *rows; const double *freqs[2]; int half; float2 *turns; } turns_args;
+static __device__ __forceinline__ float2 turn_of(const float2 *turns, int half, int r, int set, int i) {
+    return turns[((size_t)r * 2 + (size_t)set) * (size_t)half + (size_t)i];
+}
+static __global__ void __launch_bounds__(THREADS) turns(const turns_args p) {
+    int r = (int)blockIdx.x;
+    grid_go();
+    grid_wait();
+    if (r >= p.n->n_rows) return;
+    for (int i = (int)threadIdx.x; i < 2 * p.half; i += THREADS) {
+        double s, c;
+        sincos(p.rows[r].position * p.freqs[i / p.half][i % p.half], &s, &c);
+        p.turns[(size_t)r * 2 * (size_t)p.half + (size_t)i] = make_float2((float)c, (float)s);
+    }
+}
 
 // Numbers of the checkpoint that kernels share.
 typedef struct {
@@ -302,28 +344,40 @@ typedef struct {
     int rows, cols, pitch, dtype;
 } matrix;
 
+// What a block multiplies before its warps' sums are added: outputs [m0, m0 + tiles * TILE) of a matrix.
+typedef struct {
+    const uint8_t *data, *scale;    // of the matrix
+    const int *list;                // the rows that take it, NULL: all
+    int n, pitch, dtype, rows, m0, tiles, of;       // of: which job, or which of an expert's matrices
+} span;
+static __device__ __forceinline__ void set_span(span &s, const matrix &w, int m0, int tiles, int of) {
+    s.data = w.data, s.scale = w.scale, s.list = NULL, s.n = 0, s.pitch = w.pitch, s.dtype = w.dtype, s.rows = w.rows;
+    s.m0 = m0, s.tiles = least(tiles, (w.rows - m0 + TILE - 1) / TILE), s.of = of;
+}
+
 // A lane's part of a unit of 16 rows: 16 bytes of rows g and g + 8, then of both 64 bytes further.
 typedef struct { uint4 v[4]; uint32_t scale; } piece;
 enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };     // a unit in shared memory, each lane's part in its own place
 
-static __device__ __forceinline__ void ask_piece(char *slot, const matrix &w, int m0, int unit) {
-    int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, units = w.pitch / UNIT;
-    int step = w.dtype == DSPARK_F32 ? 16 : 64;     // eight floats are 32 bytes: a lane takes them in a row
-    const uint8_t *p = w.data + (size_t)(m0 + g) * (size_t)w.pitch + (size_t)(unit * UNIT + (step == 16 ? 32 : 16) * t);
+static __device__ __forceinline__ void ask_piece(char *slot, const span &s, int tile, int unit) {
+    int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, m0 = s.m0 + tile * TILE, pitch = s.pitch;
+    int step = s.dtype == DSPARK_F32 ? 16 : 64;     // eight floats are 32 bytes: a lane takes them in a row
+    const uint8_t *p = s.data + (size_t)(m0 + g) * (size_t)pitch + (size_t)(unit * UNIT + (step == 16 ? 32 : 16) * t);
     char *to = slot + lane * 16;
-    copy16(to, p), copy16(to + 512, p + 8 * (size_t)w.pitch);
-    copy16(to + 1024, p + step), copy16(to + 1536, p + step + 8 * (size_t)w.pitch);
-    if (w.dtype == DSPARK_FP4)
+    copy16(to, p), copy16(to + 512, p + 8 * (size_t)pitch);
+    copy16(to + 1024, p + step), copy16(to + 1536, p + step + 8 * (size_t)pitch);
+    if (s.dtype == DSPARK_FP4)
         copy4(slot + 2048 + lane * 4,
-              w.scale + (((size_t)(m0 / TILE) * (size_t)units + (size_t)unit) * WARP + (size_t)lane) * 4);
+              s.scale + (((size_t)(m0 / TILE) * (size_t)(pitch / UNIT) + (size_t)unit) * WARP + (size_t)lane) * 4);
 }
-template <int DTYPE> static __device__ __forceinline__ void take_piece(piece &q, const char *slot, const matrix &w,
-                                                                       int m0, int unit) {
+template <int DTYPE> static __device__ __forceinline__ void take_piece(piece &q, const char *slot, const span &s,
+                                                                       int tile, int unit) {
     int lane = (int)threadIdx.x % WARP;
     UNROLL
     for (int i = 0; i < 4; i++) q.v[i] = *(const uint4 *)(const void *)(slot + 512 * i + 16 * lane);
     q.scale = 0;
-    if (DTYPE == DSPARK_FP8) q.scale = w.scale[(size_t)(m0 / 128) * (size_t)(w.pitch / UNIT) + (size_t)unit];
+    if (DTYPE == DSPARK_FP8)
+        q.scale = s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
     if (DTYPE == DSPARK_FP4) q.scale = *(const uint32_t *)(const void *)(slot + 2048 + 4 * lane);
 }
 
@@ -403,9 +457,10 @@ static __device__ __forceinline__ void decode(const piece &q, int c, int half, i
 
 typedef struct { const uint16_t *x; size_t plane; int planes; } operand;
 
-// acc[nt] += a unit of 16 weight rows times NT * 8 rows of x; at [nt]: where the lane's row of x begins.
-template <int DTYPE, int NT> static __device__ __forceinline__ void multiply(const piece &q, int unit, const operand &x,
-                                                                             const int *at, float (*acc)[4]) {
+// acc[nt] += a unit of 16 weight rows times NT * 8 rows of x in X planes; at [nt]: where the lane's row of x begins.
+template <int DTYPE, int NT, int X> static __device__ __forceinline__ void multiply(const piece &q, int unit,
+                                                                                    const operand &x, const int *at,
+                                                                                    float (*acc)[4]) {
     enum { IN_16 = weights_of<DTYPE>::IN_16, PLANES = weights_of<DTYPE>::PLANES, CHUNKS = DTYPE == DSPARK_F32 ? 1 : 2 };
     int t = (int)threadIdx.x % 4;
     UNROLL
@@ -416,7 +471,8 @@ template <int DTYPE, int NT> static __device__ __forceinline__ void multiply(con
             uint32_t a[2][PLANES][4];
             decode<DTYPE>(q, c, 0, e, a[0]);
             decode<DTYPE>(q, c, 1, e, a[1]);
-            for (int p = 0; p < x.planes; p++)
+            UNROLL
+            for (int p = 0; p < X; p++)
                 UNROLL
                 for (int nt = 0; nt < NT; nt++) {
                     const uint4 b = *(const uint4 *)(const void *)(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k));
@@ -430,50 +486,45 @@ template <int DTYPE, int NT> static __device__ __forceinline__ void multiply(con
         }
 }
 
-// What a block multiplies before its warps' sums are added: outputs [m0, m0 + tiles * TILE) of a matrix. item: of the
-// launch's; rows i0 .. of the n that take it.
-typedef struct { matrix w; int m0, tiles, item, i0, n; } span;
-// What a warp asks for next, SLOTS units ahead of what it multiplies and over the ends of tiles and spans.
-typedef struct { span s; int tile, unit, slot, live; char *slots; } feed;
+// What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans.
+typedef struct { const span *spans; char *slots; int n, k, i0, tile, unit, slot; } feed;
 
+enum { SPANS = 64 };        // of a block at once
 static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
 static __host__ __device__ constexpr int tiles_at_once(int nt) { return (nt < 4 ? 4 : 8) / nt; }
 // Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]; then the warps' slots.
 static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_once(nt) * WARPS * nt * 8 * 17 * 4; }
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * SLOT_BYTES; }
 
-// The first span of this block is that of s.item; the next one.
-template <int NT, class P> static __device__ __forceinline__ int span_next(const P &p, span &s) {
-    if ((s.i0 += NT * 8) < s.n) return 1;
-    s.item++;
-    return span_at(p, s);
-}
 // The block's share of n items, the same number each but for one, side by side: most are of one matrix.
 static __device__ __forceinline__ int first_item(int n, int block) {
     return (int)((long long)n * block / (int)gridDim.x);
 }
 
-template <int NT, class P> static __device__ __forceinline__ void feed_units(feed &f, const P &p) {
-    while (f.live && (int)threadIdx.x / WARP >= f.s.w.pitch / UNIT) f.live = span_next<NT>(p, f.s);
-    f.tile = 0, f.unit = (int)threadIdx.x / WARP;
+// To the first span that has units for the warp.
+static __device__ __forceinline__ void feed_span(feed &f) {
+    while (f.k < f.n && (int)threadIdx.x / WARP >= f.spans[f.k].pitch / UNIT) f.k++;
 }
-template <int NT, class P> static __device__ __forceinline__ void ask(feed &f, const P &p) {
-    if (f.live) {
-        ask_piece(f.slots + f.slot * SLOT_BYTES, f.s.w, f.s.m0 + f.tile * TILE, f.unit);
-        if ((f.unit += WARPS) >= f.s.w.pitch / UNIT) {
+template <int NT> static __device__ __forceinline__ void ask(feed &f) {
+    if (f.k < f.n) {
+        const span &s = f.spans[f.k];
+        ask_piece(f.slots + f.slot * SLOT_BYTES, s, f.tile, f.unit);
+        if ((f.unit += WARPS) >= s.pitch / UNIT) {
             f.unit = (int)threadIdx.x / WARP;
-            if (++f.tile == f.s.tiles) f.live = span_next<NT>(p, f.s), feed_units<NT>(f, p);
+            if (++f.tile == s.tiles) {
+                f.tile = 0;
+                if ((f.i0 += NT * 8) >= s.n) f.i0 = 0, f.k++, feed_span(f);
+            }
         }
     }
     copies_close();
     f.slot = f.slot + 1 == slots_of(NT) ? 0 : f.slot + 1;
 }
-template <int NT, class P> static __device__ __forceinline__ void feed_begin(feed &f, const P &p, const span &s,
-                                                                             int live, char *bytes) {
-    f.s = s, f.live = live, f.slot = 0;
-    f.slots = bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES;
-    feed_units<NT>(f, p);
-    for (int i = 0; i < slots_of(NT); i++) ask<NT>(f, p);
+template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
+    f.spans = spans, f.n = n, f.k = f.i0 = f.tile = f.slot = 0, f.unit = (int)threadIdx.x / WARP;
+    f.slots = bytes + parts_bytes(NT) + f.unit * slots_of(NT) * SLOT_BYTES;
+    feed_span(f);
+    for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
 
 template <int NT> static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[4]) {
@@ -493,36 +544,38 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
 }
 
 // A span for the rows of x that `at` says; the sums stand in `part` behind the next barrier.
-template <int DTYPE, int NT, class P>
-static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f, const P &p,
+template <int DTYPE, int NT, int X>
+static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
                                                  float *part) {
-    int units = s.w.pitch / UNIT;
+    int units = s.pitch / UNIT;
     float acc[NT][4];
     for (int nt = 0; nt < NT; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
     for (int tile = 0; tile < s.tiles; tile++) {
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
-            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, s.w, s.m0 + tile * TILE, unit);
-            multiply<DTYPE, NT>(q, unit, x, at, acc);
-            ask<NT>(f, p);
+            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, s, tile, unit);
+            multiply<DTYPE, NT, X>(q, unit, x, at, acc);
+            ask<NT>(f);
         }
         put_part<NT>(part, tile, acc);
     }
 }
-template <int NT, class P>
+template <int NT>
 static __device__ __forceinline__ void tile_sums_of(const span &s, const operand &x, const int *at, feed &f,
-                                                    const P &p, float *part) {
-    switch (s.w.dtype) {
-    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT>(s, x, at, f, p, part); break;
-    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT>(s, x, at, f, p, part); break;
-    case DSPARK_F16: tile_sums<DSPARK_F16, NT>(s, x, at, f, p, part); break;
-    case DSPARK_F32: tile_sums<DSPARK_F32, NT>(s, x, at, f, p, part); break;
-    default: tile_sums<DSPARK_BF16, NT>(s, x, at, f, p, part);
+                                                    float *part) {
+    switch (x.planes == 1 ? -s.dtype : s.dtype) {
+    case -DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 1>(s, x, at, f, part); break;
+    case -DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 1>(s, x, at, f, part); break;
+    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 3>(s, x, at, f, part); break;
+    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 3>(s, x, at, f, part); break;
+    case DSPARK_F16: tile_sums<DSPARK_F16, NT, 3>(s, x, at, f, part); break;
+    case DSPARK_F32: tile_sums<DSPARK_F32, NT, 3>(s, x, at, f, part); break;
+    default: tile_sums<DSPARK_BF16, NT, 3>(s, x, at, f, part);
     }
 }
-static __device__ __forceinline__ float shift_of(const matrix &w) {
-    return w.dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1;
+static __device__ __forceinline__ float shift_of(int dtype) {
+    return dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1;
 }
 
 // y = w x of several matrices in one launch.
@@ -539,50 +592,49 @@ typedef struct {
 enum { MAX_JOBS = 10 };
 typedef struct { job jobs[MAX_JOBS]; int n_jobs, n_items; const int *n_rows; } linears_args;
 
-static __device__ __forceinline__ const job &job_of(const linears_args &p, int item) {
+static __device__ __forceinline__ void span_of(const linears_args &p, int item, span &s) {
     int i = p.n_jobs - 1;
     while (p.jobs[i].first_item > item) i--;
-    return p.jobs[i];
+    set_span(s, p.jobs[i].w, (item - p.jobs[i].first_item) * p.jobs[i].tiles * TILE, p.jobs[i].tiles, i);
 }
-static __device__ __forceinline__ int span_at(const linears_args &p, span &s) {
-    if (s.item >= first_item(p.n_items, (int)blockIdx.x + 1)) return 0;
-    const job &j = job_of(p, s.item);
-    s.w = j.w, s.m0 = (s.item - j.first_item) * j.tiles * TILE, s.i0 = s.n = 0;
-    s.tiles = least(j.tiles, (j.w.rows - s.m0 + TILE - 1) / TILE);
-    return 1;
+// Rows r0 .. of the n.
+template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
+                                                                     feed &f, float *part) {
+    int at[NT];
+    for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
+        int r = least(r0 + nt * 8 + (int)threadIdx.x % WARP / 4, n - 1);
+        at[nt] = r * j.x_stride + (j.group ? s.m0 / j.group * j.x_group : 0);
+    }
+    tile_sums_of<NT>(s, j.x, at, f, part);
+    __syncthreads();
+    for (int k = (int)threadIdx.x; k < s.tiles * TILE * NT * 8; k += THREADS) {
+        int m = k % TILE, r = r0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), out = s.m0 + tile * TILE + m;
+        if (r >= n || out >= s.rows) continue;
+        float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
+        float sum = total<NT>(part, tile, r - r0, m) * shift_of(s.dtype);
+        *y = j.add ? *y + sum : sum;
+    }
+    __syncthreads();
 }
 
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
+    __shared__ span spans[SPANS];
     SHARED_BYTES(bytes);
-    float *part = (float *)(void *)bytes;
-    int r0 = (int)blockIdx.y * NT * 8, n, at[NT], live;
-    span s;
+    int r0 = (int)blockIdx.y * NT * 8, n = -1, item = first_item(p.n_items, (int)blockIdx.x),
+        end = first_item(p.n_items, (int)blockIdx.x + 1);
     feed f;
     grid_go();
-    s.item = first_item(p.n_items, (int)blockIdx.x);
-    live = span_at(p, s);
-    feed_begin<NT>(f, p, s, live, bytes);       // weights alone, before anything else is there
-    grid_wait();
-    n = *p.n_rows;
-    if (n <= r0) live = 0;
-    for (; live; live = span_next<NT>(p, s)) {
-        const job &j = job_of(p, s.item);
-        for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
-            int r = least(r0 + nt * 8 + (int)threadIdx.x % WARP / 4, n - 1);
-            at[nt] = r * j.x_stride + (j.group ? s.m0 / j.group * j.x_group : 0);
-        }
-        tile_sums_of<NT>(s, j.x, at, f, p, part);
+    for (int some; item < end; item += some) {
+        some = least(SPANS, end - item);
+        if ((int)threadIdx.x < some) span_of(p, item + (int)threadIdx.x, spans[threadIdx.x]);
         __syncthreads();
-        for (int k = (int)threadIdx.x; k < s.tiles * TILE * NT * 8; k += THREADS) {
-            int m = k % TILE, r = r0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), out = s.m0 + tile * TILE + m;
-            if (r >= n || out >= s.w.rows) continue;
-            float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
-            float sum = total<NT>(part, tile, r - r0, m) * shift_of(s.w);
-            *y = j.add ? *y + sum : sum;
-        }
-        __syncthreads();
+        feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
+        if (n < 0) grid_wait(), n = *p.n_rows;
+        for (int k = 0; n > r0 && k < some; k++)
+            linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes);
+        copies_wait<0>();
     }
-    copies_wait<0>();
+    if (n < 0) grid_wait();
 }
 
 // Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays.
@@ -667,6 +719,7 @@ static __device__ void stream_tap(const stream_args &p, const row &s, int d, con
 static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) {
     const float *post = p.post_comb + (size_t)r * (COPIES + COPIES * COPIES), *comb = post + COPIES;
     float y = 0, old[COPIES];
+    UNROLL_BY(8)
     for (int i = 0; i < p.slots; i++) y += p.y[((size_t)r * (size_t)p.slots + (size_t)i) * (size_t)p.c.h + (size_t)d];
     for (int k = 0; k < COPIES; k++) old[k] = z[k];
     for (int k = 0; k < COPIES; k++) {
@@ -718,39 +771,51 @@ typedef struct {
 
 static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
-static __global__ void __launch_bounds__(THREADS) mix(const mix_args p) {
-    __shared__ float part[WARPS][WARP], m[WARP], scratch[WARPS];
-    SHARED_BYTES(bytes);
-    float *x = (float *)(void *)bytes, *hidden = p.hidden + (size_t)blockIdx.x * (size_t)p.c.h;
-    int i = (int)blockIdx.x, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, h = p.c.h, r;
-    const float *z;
-    float sum = 0;
+enum { MIX_THREADS = 1024 };        // eight dims each: h up to 8192
+static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
+    __shared__ float part[MIX_THREADS / WARP][WARP], m[WARP], scratch[MIX_THREADS / WARP];
+    int i = (int)blockIdx.x, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, h = p.c.h, r,
+        at = 8 * (int)threadIdx.x, live = at < h;
+    float sum = 0, squares = 0, x[8], scale;
     grid_go();
     grid_wait();
     if (i >= *p.n) return;
     r = p.list ? p.list[i] : i;
-    z = p.stream + (size_t)r * (size_t)(COPIES * h);
-    for (int s = warp; s < h / SLICE; s += WARPS)
-        sum += p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)s) * WARP + (size_t)lane];
+    const float *z = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)at;
+    float copies[COPIES][8], by[8];
+    for (int k = 0; k < 8; k++) by[k] = copies[0][k] = copies[1][k] = copies[2][k] = copies[3][k] = 0;
+    UNROLL
+    for (int j = 0; live && j < COPIES; j++) load8(copies[j], z + (size_t)j * (size_t)h);
+    if (live) load8(by, p.norm + at);
+    UNROLL
+    for (int k = 0; k < 8; k++) {       // h / SLICE is at most 256
+        int slice = warp + k * (MIX_THREADS / WARP);
+        if (slice < h / SLICE)
+            sum += p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)slice) * WARP + (size_t)lane];
+    }
     part[warp][lane] = sum;
     __syncthreads();
     if (warp == 0) {
         float total = 0, square;
-        for (int w = 0; w < WARPS; w++) total += part[w][lane];
+        for (int w = 0; w < MIX_THREADS / WARP; w++) total += part[w][lane];
         square = __shfl_sync(ALL, total, WARP - 1);
         total *= 1 / sqrtf(square / (float)(COPIES * h) + p.c.eps);
         m[lane] = lane < COPIES ? sigmoid(total * p.scale[0] + p.base[lane]) + p.c.hc_eps : 0;
         if (p.mixes && lane < MIX) p.mixes[(size_t)r * MIX + (size_t)lane] = total;
     }
     __syncthreads();
-    for (int d = (int)threadIdx.x; d < h; d += THREADS) {
-        float a = 0;
-        for (int j = 0; j < COPIES; j++) a = fmaf(m[j], z[(size_t)j * (size_t)h + (size_t)d], a);
-        x[d] = a;
-        if (p.hidden) hidden[d] = a;
+    UNROLL
+    for (int k = 0; k < 8; k++) {
+        x[k] = 0;
+        for (int j = 0; j < COPIES; j++) x[k] = fmaf(m[j], copies[j][k], x[k]);
     }
-    norm_row(x, p.norm, h, p.c.eps, scratch);
-    put_input_row(p.x, i, x, h);
+    for (int k = 0; k < 8; k++) {
+        if (live && p.hidden) p.hidden[(size_t)i * (size_t)h + (size_t)(at + k)] = x[k];
+        squares = fmaf(x[k], x[k], squares);
+    }
+    scale = 1 / sqrtf(block_sum(squares, scratch) / (float)h + p.c.eps);
+    for (int k = 0; k < 8; k++) x[k] = x[k] * scale * by[k];
+    put_input(p.x, i, at, x, live);
 }
 
 // post = 2 sigmoid, comb by Sinkhorn: a warp's first 16 lanes, lane 4 j + k has comb_jk.
@@ -794,6 +859,11 @@ static __device__ void turn_row(float *x, int d, int R, const double *freqs, int
     }
     __syncthreads();
 }
+static __device__ void turn_row(float *x, int d, int R, const float2 *turns) {
+    for (int i = (int)threadIdx.x; i < R / 2; i += THREADS)
+        turn_pair(x[d - R + 2 * i], x[d - R + 2 * i + 1], turns[i].x, turns[i].y);
+    __syncthreads();
+}
 // The first n dims of x in shared memory to FP8 in blocks of 64: back into x, or as codes and scales.
 static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scales) {
     for (int at = 0; at < n; at += THREADS * 8) {
@@ -808,14 +878,6 @@ static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scale
     }
     __syncthreads();
 }
-// kv_norm, RoPE, FP8 in blocks of 64: a row as the window holds it.
-static __device__ void finish_kv(const shape &c, float *kv, const float *norm, const double *freqs, int position,
-                                 float *scratch) {
-    norm_row(kv, norm, c.D, c.eps, scratch);
-    turn_row(kv, c.D, c.R, freqs, position);
-    round_row(kv, c.D - c.R, NULL, NULL);
-}
-
 // Hadamard over I dims, lane has dims lane, lane + 32, ...; then E2M1 in blocks of 32: values, codes (4 bits),
 // exponents.
 static __device__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *exponents) {
@@ -852,7 +914,8 @@ typedef struct {
     shape c;
     const counts *n;
     const row *rows;
-    const double *freqs;            // of this layer
+    const float2 *turns;
+    int set;                        // of this layer
     const double *freqs_compressed;
     const float *q_norm, *kv_norm;
     float *qr, *kv;                 // [rows][q_lora], [rows][D]; kv is finished in place
@@ -929,15 +992,14 @@ static __global__ void __launch_bounds__(THREADS) project(const project_args p) 
     grid_go();
     grid_wait();
     if (r >= p.n->n_rows) return;
-    if (task == 0) {
-        for (int i = (int)threadIdx.x; i < p.c.q_lora; i += THREADS)
-            x[i] = p.qr[(size_t)r * (size_t)p.c.q_lora + (size_t)i];
-        norm_row(x, p.q_norm, p.c.q_lora, p.c.eps, scratch);
-        put_input_row(p.low, r, x, p.c.q_lora);
-    } else if (task == 1) {
+    if (task == 0)
+        put_normed_row(p.low, r, p.qr + (size_t)r * (size_t)p.c.q_lora, p.q_norm, p.c.q_lora, p.c.eps, scratch);
+    else if (task == 1) {
         float *kv = p.kv + (size_t)r * (size_t)p.c.D;
         for (int i = (int)threadIdx.x; i < p.c.D; i += THREADS) x[i] = kv[i];
-        finish_kv(p.c, x, p.kv_norm, p.freqs, p.rows[r].position, scratch);
+        norm_row(x, p.kv_norm, p.c.D, p.c.eps, scratch);
+        turn_row(x, p.c.D, p.c.R, p.turns + (2 * r + p.set) * (p.c.R / 2));
+        round_row(x, p.c.D - p.c.R, NULL, NULL);        // a row as the window holds it
         for (int i = (int)threadIdx.x; i < p.c.D; i += THREADS) kv[i] = x[i];
     } else if (task == 2) post_comb(p.c, p.mix, r);
     else compress(p, p.rows[r], task - 3, x, scratch);
@@ -951,7 +1013,7 @@ typedef struct {
     const row *rows;
     int row0;                       // rows row0 .. row0 + ATTEND_ROWS - 1; buffers start with row0
     int layer;
-    const double *freqs;
+    const float2 *turns;
     const float *index_q, *index_w; // [rows][index_heads * I], [rows][index_heads]
     uint16_t *q;                    // [ATTEND_ROWS][heads to whole eights][I]: bf16, in the order of eights
     float *w;                       // [ATTEND_ROWS][heads to whole eights]
@@ -981,9 +1043,8 @@ static __global__ void __launch_bounds__(THREADS) index_query(const index_args p
         int at = k * WARP + lane - (I - p.c.R);
         float other = __shfl_xor_sync(ALL, v[k], 1);
         if (at >= 0) {
-            double s, c;
-            sincos(p.rows[r].position * p.freqs[at / 2], &s, &c);
-            v[k] = at % 2 ? other * (float)s + v[k] * (float)c : v[k] * (float)c - other * (float)s;
+            float2 turn = turn_of(p.turns, p.c.R / 2, r, TURNS_COMPRESSED, at / 2);
+            v[k] = at % 2 ? other * turn.y + v[k] * turn.x : v[k] * turn.x - other * turn.y;
         }
     }
     hadamard_fp4(v, I, codes, e);
@@ -1018,10 +1079,20 @@ static __device__ void index_top(const index_args &p, int i, int n) {
             if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = 255, left = equal;
-            while (counts_of[digit] < left) left -= counts_of[digit--];
-            found[0] = digit, found[1] = left;
+        if (warp == 0) {        // lane has digits 255 - 8 lane and down
+            int mine = 0, above;
+            for (int j = 0; j < 8; j++) mine += counts_of[255 - 8 * lane - j];
+            above = mine;
+            for (int j = 1; j < WARP; j *= 2) {
+                int other = __shfl_up_sync(ALL, above, j);
+                if (lane >= j) above += other;
+            }
+            above -= mine;
+            if (above < equal && above + mine >= equal) {
+                int digit = 255 - 8 * lane, left = equal - above;
+                while (counts_of[digit] < left) left -= counts_of[digit--];
+                found[0] = digit, found[1] = left;
+            }
         }
         __syncthreads();
         kth |= (uint32_t)found[0] << shift, equal = found[1];
@@ -1101,8 +1172,8 @@ typedef struct {
     shape c;
     const counts *n;
     const row *rows;
-    int row0, layer, ratio;
-    const double *freqs;
+    int row0, layer, ratio, set;
+    const float2 *turns;
     const float *q, *kv, *sink;     // [rows][H * D], [rows][D] of this pass, [H]
     const int *chosen;              // [ATTEND_ROWS][index_topk]
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
@@ -1157,40 +1228,56 @@ static __device__ __forceinline__ void put_key(const attend_args &p, const atten
         *(uint2 *)(void *)(room.turned + (plane * KEYS + j) * stride + at) = w;
     }
 }
-// Key j of what a row sees, as number `slot` of the block's; a warp.
-static __device__ void load_key(const attend_args &p, const row &s, int i, const view &v, int j,
-                                const attend_room &room, int slot) {
-    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP;
+// Where key j of what a row sees lies: floats of the window, or codes, their scales and the rotary dims.
+typedef struct { const float *floats, *turned; const uint8_t *codes, *scales; } key_at;
+static __device__ __forceinline__ key_at find_key(const attend_args &p, const row &s, int i, const view &v, int j) {
+    int D = p.c.D, R = p.c.R;
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
+    key_at k = { NULL, NULL, NULL, NULL };
     if (j < v.n_window) {
         int position = v.first + j;
-        const float *from = position < s.first_position
-                                ? (const float *)(const void *)state[WINDOW] + (size_t)(position % p.c.ring) * (size_t)D
-                                : p.kv + (size_t)(s.first + position - s.first_position) * (size_t)D;
-        for (int d = 4 * lane; d < D; d += 4 * WARP)
-            put_key(p, room, slot, d, *(const float4 *)(const void *)(from + d));
-        return;
+        k.floats = position < s.first_position
+                       ? (const float *)(const void *)state[WINDOW] + (size_t)(position % p.c.ring) * (size_t)D
+                       : p.kv + (size_t)(s.first + position - s.first_position) * (size_t)D;
+        return k;
     }
     size_t at = (size_t)(j - v.n_window);
     if (v.selected) at = (size_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + at];
-    const uint8_t *codes = state[CODES] + at * (size_t)(D - R),
-                  *scales = state[SCALES] + at * (size_t)((D - R + 63) / 64);
-    const float *turned = (const float *)(const void *)state[ROPE] + at * (size_t)R;
-    for (int d = 4 * lane; d < D; d += 4 * WARP) {
-        if (d >= D - R) {
-            put_key(p, room, slot, d, *(const float4 *)(const void *)(turned + d - (D - R)));
-            continue;
-        }
-        uint32_t four = *(const uint32_t *)(const void *)(codes + d);
-        float scale = e8m0(scales[d / 64]);
-        put_key(p, room, slot, d, make_float4(e4m3_value(four & 255) * scale, e4m3_value(four >> 8 & 255) * scale,
-                                              e4m3_value(four >> 16 & 255) * scale, e4m3_value(four >> 24) * scale));
+    k.codes = state[CODES] + at * (size_t)(D - R), k.scales = state[SCALES] + at * (size_t)((D - R + 63) / 64);
+    k.turned = (const float *)(const void *)state[ROPE] + at * (size_t)R;
+    return k;
+}
+// Dims [d, d + 4) of it.
+static __device__ __forceinline__ float4 key_dims(const attend_args &p, const key_at &k, int d) {
+    int plain = p.c.D - p.c.R;
+    if (k.floats) return *(const float4 *)(const void *)(k.floats + d);
+    if (d >= plain) return *(const float4 *)(const void *)(k.turned + d - plain);
+    uint32_t four = *(const uint32_t *)(const void *)(k.codes + d);
+    float scale = e8m0(k.scales[d / 64]);
+    return make_float4(e4m3_value(four & 255) * scale, e4m3_value(four >> 8 & 255) * scale,
+                       e4m3_value(four >> 16 & 255) * scale, e4m3_value(four >> 24) * scale);
+}
+// n keys from j0 on into the block's room, zeros behind them: a warp has every eighth, and asks for all it has at once.
+static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s, int i, const view &v, int j0,
+                                                 int n, const attend_room &room) {
+    enum { EACH = KEYS / WARPS };
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    key_at at[EACH];
+    UNROLL
+    for (int k = 0; k < EACH; k++) at[k] = find_key(p, s, i, v, j0 + least(k * WARPS + warp, n - 1));
+    for (int d = 4 * lane; d < p.c.D; d += 4 * WARP) {
+        float4 x[EACH];
+        UNROLL
+        for (int k = 0; k < EACH; k++) x[k] = key_dims(p, at[k], d);
+        UNROLL
+        for (int k = 0; k < EACH; k++)
+            put_key(p, room, k * WARPS + warp, d, k * WARPS + warp < n ? x[k] : make_float4(0, 0, 0, 0));
     }
 }
 
 // Scores of 16 heads with the block's keys, a warp every eighth 16 dims: q as it is (its RMS goes into the result),
 // turned, in three planes. squares[2]: of heads g and g + 8, the lane's part.
-static __device__ void score(const attend_args &p, const row &s, const float *const *q, const attend_room &room, int n,
+static __device__ void score(const attend_args &p, int r, const float *const *q, const attend_room &room, int n,
                              float *squares) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         warp = (int)threadIdx.x / WARP;
@@ -1201,15 +1288,14 @@ static __device__ void score(const attend_args &p, const row &s, const float *co
     for (int k = warp * 16; k < D; k += WARPS * 16) {
         uint32_t a[3][4];       // plane; rows g, g + 8 of k 4t, 4t + 1, then of 4t + 2, 4t + 3
         int at = k + 4 * t - (D - R), planes = k >= D - R ? 3 : 1;
-        double sine[2], cosine[2];
-        for (int i = 0; at >= 0 && i < 2; i++) sincos(s.position * p.freqs[at / 2 + i], &sine[i], &cosine[i]);
+        float2 turn[2];
+        for (int i = 0; at >= 0 && i < 2; i++) turn[i] = turn_of(p.turns, R / 2, r, p.set, at / 2 + i);
         for (int half = 0; half < 2; half++) {
             float4 x = make_float4(0, 0, 0, 0);
             if (q[half]) x = *(const float4 *)(const void *)(q[half] + k + 4 * t);
             squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
             if (at >= 0)
-                turn_pair(x.x, x.y, (float)cosine[0], (float)sine[0]),
-                    turn_pair(x.z, x.w, (float)cosine[1], (float)sine[1]);
+                turn_pair(x.x, x.y, turn[0].x, turn[0].y), turn_pair(x.z, x.w, turn[1].x, turn[1].y);
             UNROLL
             for (int plane = 0; plane < 3; plane++) {
                 uint32_t w0 = bf16x2(x.x, x.y), w1 = bf16x2(x.z, x.w);
@@ -1341,11 +1427,9 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
         int n = least(KEYS, end - j0);
         __syncthreads();
-        for (int j = warp; j < KEYS; j += WARPS)
-            if (j < n) load_key(p, s, i, v, j0 + j, room, j);
-            else for (int d = 4 * lane; d < D; d += 4 * WARP) put_key(p, room, j, d, make_float4(0, 0, 0, 0));
+        load_keys(p, s, i, v, j0, n, room);
         __syncthreads();
-        score(p, s, q, room, n, squares);
+        score(p, r, q, room, n, squares);
         if (first) query_scales(p, squares, part, scale);
         __syncthreads();
         weigh(room, n, scale, &largest, &sum);
@@ -1366,28 +1450,30 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
 
 // Splits in order, the sink, the turn back; eight dims a thread. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
 // six rows 5). In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
-static __device__ void merge_heads(const attend_args &p, const row &s, const view &v, int i, int r) {
+static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
     int D = p.c.D, R = p.c.R, groups = p.c.H * D / 8;
     for (int first = (int)(blockIdx.y * THREADS); first < groups; first += (int)gridDim.y * THREADS) {
         int group = first + (int)threadIdx.x, live = group < groups, h = live ? group * 8 / D : 0,
             at = live ? group * 8 % D : 0;
         const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
         size_t next = (size_t)p.c.H * (size_t)(D + 4);
-        float m = p.sink[h], sum, o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+        float m = p.sink[h], sum, x[8], o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+        UNROLL_BY(8)
         for (int k = 0; k < v.splits; k++) m = fmaxf(m, part[(size_t)k * next + (size_t)D]);
         sum = expf(p.sink[h] - m);
+        UNROLL_BY(4)
         for (int k = 0; k < v.splits; k++) {
             const float *from = part + (size_t)k * next;
             float e = expf(from[D] - m);
             sum = fmaf(e, from[D + 1], sum);
-            for (int d = 0; d < 8; d++) o[d] = fmaf(e, from[at + d], o[d]);
+            load8(x, from + at);
+            for (int d = 0; d < 8; d++) o[d] = fmaf(e, x[d], o[d]);
         }
         for (int d = 0; d < 8; d++) o[d] /= sum;
         for (int d = 0; d < 8; d += 2)
             if (at + d >= D - R) {
-                double sine, cosine;
-                sincos(s.position * p.freqs[(at + d - (D - R)) / 2], &sine, &cosine);
-                turn_pair(o[d], o[d + 1], (float)cosine, (float)-sine);
+                float2 turn = turn_of(p.turns, R / 2, r, p.set, (at + d - (D - R)) / 2);
+                turn_pair(o[d], o[d + 1], turn.x, -turn.y);
             }
         put_input(p.o, r, group * 8, o, live);
     }
@@ -1397,7 +1483,7 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
     grid_go();
     grid_wait();
     if (r >= p.n->n_rows) return;
-    merge_heads(p, p.rows[r], view_of(p, p.rows[r], p.n->drafts), i, r);
+    merge_heads(p, view_of(p, p.rows[r], p.n->drafts), i, r);
 }
 
 // A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
@@ -1412,25 +1498,23 @@ static __device__ void commit(const shape &c, const commit_args &p, int r) {
     }
 }
 
-// Rows of floats as inputs: [rows][n], normed first where there is a norm. Blocks of y 1 commit a row beside that.
-// Bound: latency, 32 KB a row.
-typedef struct { shape c; const int *n_rows; const float *x, *norm; int n; input out; commit_args commit; } round_args;
+// Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has a row, or where there is no norm
+// 2048 numbers of one; the last blocks commit a row beside that. Bound: latency, 32 KB a row.
+typedef struct { shape c; const int *n_rows; const float *x, *norm; int n, parts; input out; commit_args commit; } round_args;
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
     __shared__ float scratch[WARPS];
-    SHARED_BYTES(bytes);
-    float *x = (float *)(void *)bytes;
-    int r = (int)blockIdx.x;
+    int r = (int)blockIdx.x, part = (int)blockIdx.y, mine = (part * THREADS + (int)threadIdx.x) * 8, live = mine < p.n;
+    const float *x = p.x + (size_t)r * (size_t)p.n;
+    float v[8];
     grid_go();
     grid_wait();
     if (r >= *p.n_rows) return;
-    if (blockIdx.y) {
-        commit(p.c, p.commit, r);
-        return;
+    if (part == p.parts) commit(p.c, p.commit, r);
+    else if (p.norm) put_normed_row(p.out, r, x, p.norm, p.n, p.c.eps, scratch);
+    else {
+        if (live) load8(v, x + mine);
+        put_input(p.out, r, mine, v, live);
     }
-    for (int i = (int)threadIdx.x; i < p.n; i += THREADS) x[i] = p.x[(size_t)r * (size_t)p.n + (size_t)i];
-    __syncthreads();
-    if (p.norm) norm_row(x, p.norm, p.n, p.c.eps, scratch);
-    put_input_row(p.out, r, x, p.n);
 }
 
 // ---- experts ----------------------------------------------------------------------------------
@@ -1453,30 +1537,28 @@ typedef struct {
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
 
 // The K largest of scores + bias, the lower index of equals, or the token's own; ascending. Weights: the plain scores
-// over their sum. A warp.
-static __device__ void route_row(const route_args &p, int r) {
+// over their sum. A warp; scores [E] is its own, 0 below all numbers.
+static __device__ __forceinline__ uint32_t most_u(uint32_t a, uint32_t b) { return a > b ? a : b; }
+static __device__ void route_row(const route_args &p, int r, uint32_t *scores) {
     int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, chosen[MAX_CHOSEN];
     const float *gate = p.gate + (size_t)r * (size_t)E;
     float sum = 0, weight[MAX_CHOSEN];
+    for (int e = lane; !p.tid2eid && e < E; e += WARP) scores[e] = most_u(1, ordered(sqrt_softplus(gate[e]) + p.bias[e]));
+    __syncwarp();
     for (int k = 0; k < K; k++) {
-        int best = -1;
+        int best = -1, at = k;
         if (p.tid2eid) best = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)k];
         else {
             uint32_t best_score = 0;
-            for (int e = lane; e < E; e += WARP) {
-                uint32_t u = ordered(sqrt_softplus(gate[e]) + p.bias[e]);
-                int taken = 0;
-                for (int i = 0; i < k; i++) taken |= chosen[i] == e;
-                if (!taken && (best < 0 || u > best_score)) best_score = u, best = e;
-            }
+            for (int e = lane; e < E; e += WARP) if (scores[e] > best_score) best_score = scores[e], best = e;
             for (int i = 16; i; i /= 2) {
                 int other = __shfl_xor_sync(ALL, best, i);
                 uint32_t score = (uint32_t)__shfl_xor_sync(ALL, (int)best_score, i);
-                if (other >= 0 && (best < 0 || score > best_score || (score == best_score && other < best)))
+                if (score > best_score || (score == best_score && other >= 0 && other < best))
                     best = other, best_score = score;
             }
+            if (best % WARP == lane) scores[best] = 0;
         }
-        int at = k;
         for (; at && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1];
         chosen[at] = best;
     }
@@ -1487,33 +1569,47 @@ static __device__ void route_row(const route_args &p, int r) {
     }
 }
 
+// Exclusive sums of x over the threads of a block; *all: the whole.
+static __device__ int block_before(int x, int *all) {
+    __shared__ int warps[WARP];
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, sum = x, before = 0;
+    for (int i = 1; i < WARP; i *= 2) {
+        int other = __shfl_up_sync(ALL, sum, i);
+        if (lane >= i) sum += other;
+    }
+    __syncthreads();
+    if (lane == WARP - 1) warps[warp] = sum;
+    __syncthreads();
+    *all = 0;
+    for (int w = 0; w < (int)blockDim.x / WARP; w++) {
+        if (w < warp) before += warps[w];
+        *all += warps[w];
+    }
+    return before + sum - x;
+}
 // Which rows each expert has, by the threads of one block, an expert each.
 static __device__ void group_by_expert(const route_args &p, int n) {
-    __shared__ int count[MAX_EXPERTS];
-    int E = p.c.E;
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
-        count[e] = 0;
-        for (int i = 0; i < n; i++) count[e] += p.route[i] == e;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int at = 0, active = 0;
-        for (int e = 0; e < E; e++) {
-            int some = count[e];
-            p.first[e] = count[e] = at, at += some;
-            if (some) p.active[++active] = e;
-        }
-        p.first[E] = at, p.active[0] = active;
-    }
-    __syncthreads();
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
-        for (int i = 0, at = count[e]; i < n; i++)
+    int E = p.c.E, rows = 0, active = 0, some, more;
+    for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
+        int e = e0 + (int)threadIdx.x, count = 0, at, place;
+        UNROLL_BY(8)
+        for (int i = 0; e < E && i < n; i++) count += p.route[i] == e;
+        at = rows + block_before(count, &some);
+        place = active + block_before(count > 0, &more);
+        rows += some, active += more;
+        if (e >= E) continue;
+        p.first[e] = at;
+        if (count) p.active[1 + place] = e;
+        for (int i = 0; count && i < n; i++)
             if (p.route[i] == e) p.list[at++] = i;
+    }
+    if (threadIdx.x == 0) p.first[E] = rows, p.active[0] = active;
 }
 
 // Block 0 routes; the others make post and comb of a row each. Bound: latency, six rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
-    int n;
+    SHARED_BYTES(bytes);
+    int n, warp = (int)threadIdx.x / WARP;
     grid_go();
     grid_wait();
     n = p.n->n_rows;
@@ -1521,7 +1617,8 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
         if ((int)blockIdx.x <= n) post_comb(p.c, p.mix, (int)blockIdx.x - 1);
         return;
     }
-    for (int r = (int)threadIdx.x / WARP; r < n; r += (int)blockDim.x / WARP) route_row(p, r);
+    for (int r = warp; r < n; r += (int)blockDim.x / WARP)
+        route_row(p, r, (uint32_t *)(void *)bytes + (size_t)warp * (size_t)p.c.E);
     __syncthreads();
     group_by_expert(p, n * p.c.K);
 }
@@ -1543,74 +1640,58 @@ typedef struct {
     int y_stride, tiles;
 } experts_args;
 
-typedef struct { const int *list; int n; } members;        // list NULL: all rows, slot K
-
-// Which outputs of which matrix an item is: its expert among the active (n_active: the shared one), its part of that.
-typedef struct { int a, which, part; } piece_of_expert;
 static __device__ __forceinline__ int items_of(const experts_args &p, const expert *e) {
     return (e->w[p.which].rows + p.tiles * TILE - 1) / (p.tiles * TILE);
 }
-static __device__ __forceinline__ piece_of_expert item_of(const experts_args &p, int item) {
-    int each = items_of(p, p.experts), a = least(item / (each * p.n_which), p.active[0]);
-    piece_of_expert o = { a, 0, item - a * each * p.n_which };
-    if (a == p.active[0]) each = items_of(p, p.shared);
-    o.which = o.part / each, o.part %= each;
-    return o;
+static __device__ __forceinline__ void span_of(const experts_args &p, int item, span &s) {
+    int each = items_of(p, p.experts), n = p.active[0], a = least(item / (each * p.n_which), n);
+    int part = item - a * each * p.n_which, e = a < n ? p.active[1 + a] : 0;
+    const expert *of = a < n ? p.experts + e : p.shared;
+    if (a == n) each = items_of(p, of);
+    set_span(s, of->w[p.which + part / each], part % each * p.tiles * TILE, p.tiles, part / each);
+    if (a < n) s.list = p.list + p.first[e];
+    s.n = a < n ? p.first[e + 1] - p.first[e] : p.n->n_rows;
 }
-static __device__ __forceinline__ int n_items(const experts_args &p) {
-    return (p.active[0] * items_of(p, p.experts) + (p.shared ? items_of(p, p.shared) : 0)) * p.n_which;
-}
-static __device__ __forceinline__ members members_of(const experts_args &p, int a) {
-    members m = { NULL, p.n->n_rows };
-    if (a == p.active[0]) return m;
-    int e = p.active[1 + a];
-    m.list = p.list + p.first[e], m.n = p.first[e + 1] - p.first[e];
-    return m;
-}
-static __device__ __forceinline__ int span_at(const experts_args &p, span &s) {
-    if (s.item >= first_item(n_items(p), (int)blockIdx.x + 1)) return 0;
-    piece_of_expert o = item_of(p, s.item);
-    s.w = (o.a < p.active[0] ? p.experts + p.active[1 + o.a] : p.shared)->w[p.which + o.which];
-    s.m0 = o.part * p.tiles * TILE, s.tiles = least(p.tiles, (s.w.rows - s.m0 + TILE - 1) / TILE);
-    s.i0 = 0, s.n = members_of(p, o.a).n;
-    return 1;
-}
-
-template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, feed &f,
-                                                                     float *part) {
-    int at[NT], K = p.c.K, rounded = s.w.dtype >= DSPARK_FP8;
+// Rows i0 .. of those that take the expert.
+template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
+                                                                     feed &f, float *part) {
+    int at[NT], K = p.c.K, rounded = s.dtype >= DSPARK_FP8;
     operand x = { rounded ? p.x.rounded : p.x.plain, p.x.plane, rounded ? 1 : 3 };
-    piece_of_expert of = item_of(p, s.item);
-    members m = members_of(p, of.a);
     for (int nt = 0; nt < NT; nt++) {
-        int i = least(s.i0 + nt * 8 + (int)threadIdx.x % WARP / 4, m.n - 1);
-        int r = m.list ? m.list[i] / K : i, slot = m.list ? m.list[i] % K : K;
+        int i = least(i0 + nt * 8 + (int)threadIdx.x % WARP / 4, s.n - 1);
+        int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
         at[nt] = (p.x_by_slot ? r * p.n_slots + slot : r) * p.x.stride;
     }
-    tile_sums_of<NT>(s, x, at, f, p, part);
+    tile_sums_of<NT>(s, x, at, f, part);
     __syncthreads();
     for (int k = (int)threadIdx.x; k < s.tiles * TILE * NT * 8; k += THREADS) {
-        int out = k % TILE, i = s.i0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), o = s.m0 + tile * TILE + out;
-        if (i >= m.n || o >= s.w.rows) continue;
-        int r = m.list ? m.list[i] / K : i, slot = m.list ? m.list[i] % K : K;
-        p.y[of.which][(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] =
-            total<NT>(part, tile, i - s.i0, out) * shift_of(s.w);
+        int out = k % TILE, i = i0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), o = s.m0 + tile * TILE + out;
+        if (i >= s.n || o >= s.rows) continue;
+        int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
+        p.y[s.of][(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] =
+            total<NT>(part, tile, i - i0, out) * shift_of(s.dtype);
     }
     __syncthreads();
 }
 
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
+    __shared__ span spans[SPANS];
     SHARED_BYTES(bytes);
-    span s;
+    int n, item, end;
     feed f;
-    int live;
     grid_go();
     grid_wait();
-    s.item = first_item(n_items(p), (int)blockIdx.x);
-    live = span_at(p, s);
-    feed_begin<NT>(f, p, s, live, bytes);
-    for (; live; live = span_next<NT>(p, s)) expert_rows<NT>(p, s, f, (float *)(void *)bytes);
-    copies_wait<0>();
+    n = (p.active[0] * items_of(p, p.experts) + (p.shared ? items_of(p, p.shared) : 0)) * p.n_which;
+    item = first_item(n, (int)blockIdx.x), end = first_item(n, (int)blockIdx.x + 1);
+    for (int some; item < end; item += some) {
+        some = least(SPANS, end - item);
+        if ((int)threadIdx.x < some) span_of(p, item + (int)threadIdx.x, spans[threadIdx.x]);
+        __syncthreads();
+        feed_begin<NT>(f, spans, some, bytes);
+        for (int k = 0; k < some; k++)
+            for (int i = 0; i < spans[k].n; i += NT * 8) expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes);
+        copies_wait<0>();
+    }
 }
 
 // ---- experts that lie in host memory ----------------------------------------------------------
@@ -1914,7 +1995,9 @@ static __global__ void __launch_bounds__(THREADS) inject_rows(const inject_args 
     const float *kv = p.kv + ((size_t)stage * (size_t)p.max_rows + (size_t)r) * (size_t)D;
     for (int i = (int)threadIdx.x; i < D; i += THREADS) x[i] = kv[i];
     __syncthreads();
-    finish_kv(p.c, x, p.norms[stage], p.freqs, p.list[r].position, scratch);
+    norm_row(x, p.norms[stage], D, p.c.eps, scratch);
+    turn_row(x, D, p.c.R, p.freqs, p.list[r].position);
+    round_row(x, D - p.c.R, NULL, NULL);
     float *to = (float *)(void *)p.list[r].state[(p.first_layer + stage) * N_ARRAYS + WINDOW] +
                 (size_t)(p.list[r].position % p.c.ring) * (size_t)D;
     for (int i = (int)threadIdx.x; i < D; i += THREADS) to[i] = x[i];
@@ -2070,6 +2153,7 @@ typedef struct {
         *index_q, *index_w, *gate, *route_weight, *up[2], *down, *hidden, *logits, *draft_logits, *stage_kv, *e, *rnn,
         *z;
     input x, qr_in, o, low_in, act, main, markov_in, markov_out;
+    float2 *turns;                          // [rows][2][R / 2]
     uint16_t *query;
     float *query_w, *scores, *part;
     int *arrived, *chosen, *route, *first, *list, *active;
@@ -2346,7 +2430,7 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
     p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
     p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
-    LAUNCH(mix, grid_of(head ? d->grid.logits : d->grid.rows, 1), THREADS, (size_t)d->s.h * sizeof(float), p);
+    LAUNCH(mix, grid_of(head ? d->grid.logits : d->grid.rows, 1), MIX_THREADS, 0, p);
     d->now = *m;
 }
 static post_comb_args post_comb_of(const cuda *d) {
@@ -2354,6 +2438,11 @@ static post_comb_args post_comb_of(const cuda *d) {
     return p;
 }
 
+static void op_pass(cuda *d, int which) {
+    d->grid = d->passes[which], d->from = STREAM_EMBED, d->tap = -1;
+    turns_args p = { d->dev.n, d->dev.rows, { d->freqs[0], d->freqs[1] }, d->s.R / 2, d->turns };
+    LAUNCH(turns, grid_of(d->grid.rows, 1), THREADS, 0, p);
+}
 static void op_mix_in(cuda *d, int l, int sub) {
     const layer_weights *w = &d->layer[l];
     run_stream(d, w->hc[sub].fn, MIX);
@@ -2374,7 +2463,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     project_args a;
     int target = !d->grid.drafts, tasks = 3;
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a);
-    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.freqs = d->freqs[w->ratio > 0],
+    a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.turns = d->turns, a.set = w->ratio > 0,
     a.freqs_compressed = d->freqs[1];
     a.q_norm = w->q_norm, a.kv_norm = w->kv_norm, a.qr = d->qr, a.kv = d->kv, a.low = d->qr_in, a.ratio = w->ratio,
     a.layer = l;
@@ -2395,7 +2484,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
-    LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.q_lora, d->s.D) * sizeof(float), a);
+    LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)d->s.D * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
     if (target && w->ratio == 4 && d->grid.indexed)
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
@@ -2405,7 +2494,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
 static void attention_index(cuda *d, int l, int row0, int rows) {
     index_args p;
     memset(&p, 0, sizeof p);
-    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.freqs = d->freqs[1];
+    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.turns = d->turns;
     p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
     p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen,
     p.arrived = d->arrived;
@@ -2422,7 +2511,7 @@ static void op_attention(cuda *d, int l) {
     attention_project(d, w, l);
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
-    a.freqs = d->freqs[w->ratio > 0];
+    a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
@@ -2443,7 +2532,8 @@ static void op_attention(cuda *d, int l) {
         o->width[i ? INDEX_KV : KV] = o->width[i ? INDEX_GATE : GATE] = w->pool[i].w;
     }
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
-    LAUNCH(round_rows, grid_of(d->grid.rows, d->grid.drafts ? 1 : 2), THREADS, (size_t)r.n * sizeof(float), r);
+    r.parts = blocks_of(r.n, 8 * THREADS);
+    LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + !d->grid.drafts), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
     jobs_run(d, "linears wo_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
@@ -2465,7 +2555,7 @@ static void experts_run(cuda *d, const char *name, const experts_args &e) {
 
 static void op_moe(cuda *d, int l) {
     const layer_weights *w = &d->layer[l];
-    int K = d->s.K, width = d->act.stride, up_stride = (K + 1) * width;
+    int K = d->s.K, width = d->act.stride, up_stride = (K + 1) * width, threads;
     linears_args p;
     route_args r;
     experts_args e;
@@ -2477,7 +2567,8 @@ static void op_moe(cuda *d, int l) {
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
     r.mix = post_comb_of(d);
-    LAUNCH(route, grid_of(1 + d->grid.rows, 1), smaller(1024, WARP * larger(8, d->grid.rows)), 0, r);
+    threads = WARP * smaller(d->s.E > 512 ? 16 : 32, larger(8, d->grid.rows));
+    LAUNCH(route, grid_of(1 + d->grid.rows, 1), threads, (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width, e.tiles = 2;
@@ -2518,8 +2609,8 @@ static void op_inject(cuda *d) {
     LAUNCH(take_taps, grid_of(n, 1), THREADS, 0, t);
     job_add(&p, d->main_proj, d->main, d->y, d->s.h);
     jobs_run(d, "linears main_proj", &p, n, n_rows);
-    r.c = d->s, r.n_rows = n_rows, r.x = d->y, r.norm = d->main_norm, r.n = d->s.h, r.out = d->x;
-    LAUNCH(round_rows, grid_of(n, 1), THREADS, (size_t)r.n * sizeof(float), r);
+    r.c = d->s, r.n_rows = n_rows, r.x = d->y, r.norm = d->main_norm, r.n = d->s.h, r.out = d->x, r.parts = 1;
+    LAUNCH(round_rows, grid_of(n, 1), THREADS, 0, r);
     for (int i = 0; i < stages; i++) {
         job_add(&p, d->layer[d->c->num_hidden_layers + i].wkv, d->x,
                 d->stage_kv + (size_t)i * (size_t)d->max_rows * (size_t)d->s.D, d->s.D);
@@ -2588,7 +2679,7 @@ static void op_choose(cuda *d) {
 
 static void run_op(cuda *d, const operation *o) {
     switch (o->op) {
-    case OP_PASS: d->grid = d->passes[o->sub], d->from = STREAM_EMBED, d->tap = -1; break;
+    case OP_PASS: op_pass(d, o->sub); break;
     case OP_MIX_IN: op_mix_in(d, o->layer, o->sub); break;
     case OP_ATTENTION: op_attention(d, o->layer); break;
     case OP_MOE: op_moe(d, o->layer); break;
@@ -3253,6 +3344,7 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->residual = carve_rows(&v, n, COPIES * h), d->mixes = carve_rows(&v, n, MIX),
     d->post_comb = carve_rows(&v, n, COPIES + COPIES * COPIES);
     d->best = (unsigned long long *)carve(&v, (size_t)n, sizeof *d->best);
+    d->turns = (float2 *)(void *)carve_rows(&v, n, 2 * d->s.R);
     d->partial = carve_rows(&v, n, h / SLICE * WARP), d->x = carve_input(&v, n, h), d->y = carve_rows(&v, n, h);
     d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
     carve_attention(d, &v, n);
@@ -3334,14 +3426,16 @@ static void set_shape(cuda *d) {
     d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 16;
 }
 
-// The largest block of shared memory that each kernel may ask for.
+// The largest block of shared memory that each kernel may ask for; and all take the same share of an SM's memory for it:
+// where two differ, the second waits until the SM is empty.
 template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes) {
-    TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    if (bytes) TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
     size_t wide =
-        (size_t)larger(larger(c->h + 2 * c->rank, c->q_lora), larger(c->D, d->c->o_groups * d->c->o_lora_rank)) *
+        (size_t)larger(c->h + 2 * c->rank, c->D) *
         sizeof(float);
     size_t attend_bytes = attend_shared(c, NULL, NULL), largest = wide > attend_bytes ? wide : attend_bytes;
     if (largest < (size_t)product_bytes(8)) largest = (size_t)product_bytes(8);
@@ -3354,12 +3448,15 @@ static void allow_shared(cuda *d) {
     allow(d, linears<8>, product_bytes(8));
     allow(d, experts<1>, product_bytes(1)), allow(d, experts<2>, product_bytes(2)), allow(d, experts<4>, product_bytes(4));
     allow(d, attend, (int)attend_bytes);
-    allow(d, mix, (int)wide);
+    allow(d, mix, 0);
     allow(d, project, (int)wide);
-    allow(d, round_rows, (int)wide);
+    allow(d, round_rows, 0);
     allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide);
     allow(d, markov_gate, (int)wide);
+    allow(d, stream, 0), allow(d, index_query, 0), allow(d, index_scores, 0), allow(d, attend_merge, 0);
+    allow(d, route, 64 << 10), allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0), allow(d, codes, 0);
+    allow(d, draw, 0), allow(d, drawn, 0), allow(d, choose, 0), allow(d, take_taps, 0), allow(d, turns, 0);
 }
 
 static void open_device(cuda *d) {

@@ -27,8 +27,10 @@ struct dim3 {
 };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
+static inline float2 make_float2(float x, float y) { return { x, y }; }
 static inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
 
 // ---- fibers
@@ -169,6 +171,11 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
 static int __shfl_xor_sync(unsigned, int x, int mask) {
     return (int)host_exchange((uint32_t)x)[(host.self % 32) ^ mask];
 }
+static int __shfl_up_sync(unsigned, int x, int by) {
+    int lane = (int)(host.self % 32);
+    return (int)host_exchange((uint32_t)x)[lane < by ? lane : lane - by];
+}
+static void __syncwarp(void) { host_exchange(0); }
 static float __shfl_sync(unsigned, float x, int lane) {
     return host_as_float(host_exchange(host_as_bits(x))[lane & 31]);
 }
@@ -264,7 +271,7 @@ static inline uint32_t host_mul_bf16x2(uint32_t a, uint32_t b) {
 typedef enum { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorUnknown = 999 } cudaError_t;
 typedef enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice } cudaMemcpyKind;
 typedef enum { cudaStreamCaptureModeThreadLocal = 1 } cudaStreamCaptureMode;
-typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
+typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 } cudaFuncAttribute;
 typedef enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75,
                cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 } cudaDeviceAttr;
 typedef std::vector<std::function<void()>> host_calls;
