@@ -80,7 +80,8 @@ static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16
 #define TEXT_OF(x) #x
 #define UNROLL_BY(n) _Pragma(TEXT_OF(unroll n))
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
-// The kernel before has ended and its stores are seen: before any read of what a kernel wrote (programmatic launches).
+// The kernel before has ended and its stores are seen: before any read of what a kernel of this pass wrote (programmatic
+// launches). What the pass is of stands before its first kernel begins (op_pass): counts and rows are read ahead.
 __device__ __forceinline__ void grid_wait(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -497,8 +498,8 @@ static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_o
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * SLOT_BYTES; }
 
 // The block's share of n items, the same number each but for one, side by side: most are of one matrix.
-static __device__ __forceinline__ int first_item(int n, int block) {
-    return (int)((long long)n * block / (int)gridDim.x);
+static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
+    return (int)((long long)n * block / blocks);
 }
 
 // To the first span that has units for the warp.
@@ -578,7 +579,38 @@ static __device__ __forceinline__ float shift_of(int dtype) {
     return dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1;
 }
 
-// y = w x of several matrices in one launch.
+static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+// Of a mix, what is needed only when its sub-layer ends: post = 2 sigmoid, comb by Sinkhorn. A warp's first 16 lanes, lane
+// 4 j + k has comb_jk.
+typedef struct {
+    const float *mixes, *scale, *base;      // [rows][MIX]
+    float *out;                             // [rows][COPIES + COPIES * COPIES]
+    float eps;
+    int iters;
+} post_comb_args;
+static __device__ void post_comb(const post_comb_args &p, int r) {
+    int lane = (int)threadIdx.x % WARP, jk = lane % (COPIES * COPIES);
+    const float *m = p.mixes + (size_t)r * MIX;
+    float e, a, s, *out = p.out + (size_t)r * (COPIES + COPIES * COPIES);
+    if (lane < COPIES) out[lane] = 2 * sigmoid(m[COPIES + lane] * p.scale[1] + p.base[COPIES + lane]);
+    a = m[2 * COPIES + jk] * p.scale[2] + p.base[2 * COPIES + jk];
+    e = fmaxf(a, __shfl_xor_sync(ALL, a, 1));
+    e = fmaxf(e, __shfl_xor_sync(ALL, e, 2));
+    a = expf(a - e);
+    for (int i = 0; i < p.iters; i++) {
+        s = a + __shfl_xor_sync(ALL, a, 1);         // over k
+        s += __shfl_xor_sync(ALL, s, 2);
+        a = i ? a / (s + p.eps) : a / s + p.eps;
+        s = a + __shfl_xor_sync(ALL, a, 4);         // over j
+        s += __shfl_xor_sync(ALL, s, 8);
+        a /= s + p.eps;
+    }
+    if (lane < COPIES * COPIES) out[COPIES + lane] = a;
+}
+
+// y = w x of several matrices in one launch, by n_blocks blocks; those behind them make the post and comb that `mix` asks
+// for, a warp a row.
 typedef struct {
     matrix w;
     operand x;                  // [rows][x_stride]
@@ -590,7 +622,7 @@ typedef struct {
     int tiles, first_item;      // of 16 outputs at a time; items of the jobs before
 } job;
 enum { MAX_JOBS = 10 };
-typedef struct { job jobs[MAX_JOBS]; int n_jobs, n_items; const int *n_rows; } linears_args;
+typedef struct { job jobs[MAX_JOBS]; int n_jobs, n_items, n_blocks; const int *n_rows; post_comb_args mix; } linears_args;
 
 static __device__ __forceinline__ void span_of(const linears_args &p, int item, span &s) {
     int i = p.n_jobs - 1;
@@ -620,16 +652,23 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
     __shared__ span spans[SPANS];
     SHARED_BYTES(bytes);
-    int r0 = (int)blockIdx.y * NT * 8, n = -1, item = first_item(p.n_items, (int)blockIdx.x),
-        end = first_item(p.n_items, (int)blockIdx.x + 1);
+    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, item = first_item(p.n_items, block, p.n_blocks),
+        end = first_item(p.n_items, block + 1, p.n_blocks);
     feed f;
     grid_go();
+    if (block >= p.n_blocks) {
+        int r = (block - p.n_blocks) * WARPS + (int)threadIdx.x / WARP;
+        n = *p.n_rows;
+        grid_wait();
+        if (!r0 && r < n) post_comb(p.mix, r);
+        return;
+    }
     for (int some; item < end; item += some) {
         some = least(SPANS, end - item);
         if ((int)threadIdx.x < some) span_of(p, item + (int)threadIdx.x, spans[threadIdx.x]);
         __syncthreads();
         feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
-        if (n < 0) grid_wait(), n = *p.n_rows;
+        if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
             linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes);
         copies_wait<0>();
@@ -731,13 +770,13 @@ static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) 
 static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
     __shared__ float fn[MIX][COPIES][SLICE];
     int lane = (int)threadIdx.x % WARP, d = (int)blockIdx.x * SLICE + lane, h = p.c.h, slices = h / SLICE, n;
+    grid_go();
     for (int i = (int)threadIdx.x; p.fn && i < p.n_out * COPIES * SLICE; i += THREADS)
         fn[i / SLICE / COPIES][i / SLICE % COPIES][i % SLICE] =
             p.fn[(size_t)(i / SLICE) * (size_t)h + (size_t)((int)blockIdx.x * SLICE + i % SLICE)];
-    grid_go();
+    n = p.n->n_rows;
     grid_wait();
     __syncthreads();
-    n = p.n->n_rows;
     for (int r = (int)(blockIdx.y * WARPS + threadIdx.x / WARP); r < n; r += (int)gridDim.y * WARPS) {
         float *copies = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)d, z[COPIES], v[WARP];
         const row &s = p.rows[r];
@@ -769,24 +808,23 @@ typedef struct {
     input x;
 } mix_args;
 
-static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
 enum { MIX_THREADS = 1024 };        // eight dims each: h up to 8192
 static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     __shared__ float part[MIX_THREADS / WARP][WARP], m[WARP], scratch[MIX_THREADS / WARP];
     int i = (int)blockIdx.x, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, h = p.c.h, r,
-        at = 8 * (int)threadIdx.x, live = at < h;
-    float sum = 0, squares = 0, x[8], scale;
+        at = 8 * (int)threadIdx.x, live = at < h, n;
+    float sum = 0, squares = 0, x[8], by[8], scale;
     grid_go();
+    n = *p.n, r = p.list ? p.list[i] : i;
+    for (int k = 0; k < 8; k++) by[k] = 0;
+    if (live) load8(by, p.norm + at);
     grid_wait();
-    if (i >= *p.n) return;
-    r = p.list ? p.list[i] : i;
+    if (i >= n) return;
     const float *z = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)at;
-    float copies[COPIES][8], by[8];
-    for (int k = 0; k < 8; k++) by[k] = copies[0][k] = copies[1][k] = copies[2][k] = copies[3][k] = 0;
+    float copies[COPIES][8];
+    for (int k = 0; k < 8; k++) copies[0][k] = copies[1][k] = copies[2][k] = copies[3][k] = 0;
     UNROLL
     for (int j = 0; live && j < COPIES; j++) load8(copies[j], z + (size_t)j * (size_t)h);
-    if (live) load8(by, p.norm + at);
     UNROLL
     for (int k = 0; k < 8; k++) {       // h / SLICE is at most 256
         int slice = warp + k * (MIX_THREADS / WARP);
@@ -816,32 +854,6 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     scale = 1 / sqrtf(block_sum(squares, scratch) / (float)h + p.c.eps);
     for (int k = 0; k < 8; k++) x[k] = x[k] * scale * by[k];
     put_input(p.x, i, at, x, live);
-}
-
-// post = 2 sigmoid, comb by Sinkhorn: a warp's first 16 lanes, lane 4 j + k has comb_jk.
-static __device__ void post_comb_row(const shape &c, const float *m, const float *scale, const float *base,
-                                     float *out) {
-    int lane = (int)threadIdx.x % WARP, jk = lane % (COPIES * COPIES);
-    float e, a, s;
-    if (lane < COPIES) out[lane] = 2 * sigmoid(m[COPIES + lane] * scale[1] + base[COPIES + lane]);
-    a = m[2 * COPIES + jk] * scale[2] + base[2 * COPIES + jk];
-    e = fmaxf(a, __shfl_xor_sync(ALL, a, 1));
-    e = fmaxf(e, __shfl_xor_sync(ALL, e, 2));
-    a = expf(a - e);
-    for (int i = 0; i < c.sinkhorn_iters; i++) {
-        s = a + __shfl_xor_sync(ALL, a, 1);         // over k
-        s += __shfl_xor_sync(ALL, s, 2);
-        a = i ? a / (s + c.hc_eps) : a / s + c.hc_eps;
-        s = a + __shfl_xor_sync(ALL, a, 4);         // over j
-        s += __shfl_xor_sync(ALL, s, 8);
-        a /= s + c.hc_eps;
-    }
-    if (lane < COPIES * COPIES) out[COPIES + lane] = a;
-}
-typedef struct { const float *mixes, *scale, *base; float *out; } post_comb_args;      // out [rows][COPIES + COPIES^2]
-static __device__ void post_comb(const shape &c, const post_comb_args &p, int r) {
-    if (threadIdx.x < WARP)
-        post_comb_row(c, p.mixes + (size_t)r * MIX, p.scale, p.base, p.out + (size_t)r * (COPIES + COPIES * COPIES));
 }
 
 // ---- after the first products of an attention -------------------------------------------------
@@ -922,7 +934,6 @@ typedef struct {
     input low;                      // qr normed
     int ratio, layer;
     pooling pool[2];                // the compressor; the index compressor
-    post_comb_args mix;
 } project_args;
 
 // Row i of a compressor into x [d] in shared memory: pooled by the gates' softmax over its tokens, normed, turned.
@@ -982,16 +993,17 @@ static __device__ void compress(const project_args &p, const row &s, int which, 
 }
 
 // Bound: latency; a compressor's group is 8 or 128 rows of 4 KB twice, 1 MB where it is completed (.3 us).
-// A block a row and task: 0 queries' input, 1 the window's row, 2 post and comb of the sub-layer, 3 and 4 the
-// compressors.
+// A block a row and task: 0 queries' input, 1 the window's row, 2 and 3 the compressors.
 static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
     __shared__ float scratch[WARPS];
     SHARED_BYTES(bytes);
     float *x = (float *)(void *)bytes;
-    int r = (int)blockIdx.x, task = (int)blockIdx.y;
+    int r = (int)blockIdx.x, task = (int)blockIdx.y, n;
     grid_go();
+    n = p.n->n_rows;
+    const row s = p.rows[r];
     grid_wait();
-    if (r >= p.n->n_rows) return;
+    if (r >= n) return;
     if (task == 0)
         put_normed_row(p.low, r, p.qr + (size_t)r * (size_t)p.c.q_lora, p.q_norm, p.c.q_lora, p.c.eps, scratch);
     else if (task == 1) {
@@ -1001,8 +1013,7 @@ static __global__ void __launch_bounds__(THREADS) project(const project_args p) 
         turn_row(x, p.c.D, p.c.R, p.turns + (2 * r + p.set) * (p.c.R / 2));
         round_row(x, p.c.D - p.c.R, NULL, NULL);        // a row as the window holds it
         for (int i = (int)threadIdx.x; i < p.c.D; i += THREADS) kv[i] = x[i];
-    } else if (task == 2) post_comb(p.c, p.mix, r);
-    else compress(p, p.rows[r], task - 3, x, scratch);
+    } else compress(p, s, task - 2, x, scratch);
 }
 
 // ---- the indexer ------------------------------------------------------------------------------
@@ -1035,8 +1046,9 @@ static __global__ void __launch_bounds__(THREADS) index_query(const index_args p
     uint32_t codes[MAX_INDEX_DIM / WARP];
     int e[MAX_INDEX_DIM / WARP];
     grid_go();
+    int none = r >= p.n->n_rows || keys_of(p.rows[r]) <= p.c.index_topk || h >= eights(H);
     grid_wait();
-    if (r >= p.n->n_rows || keys_of(p.rows[r]) <= p.c.index_topk || h >= eights(H)) return;
+    if (none) return;
     for (int k = 0; k < I / WARP; k++)
         v[k] = h < H ? p.index_q[((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)(k * WARP + lane)] : 0;
     for (int k = 0; k < I / WARP; k++) {
@@ -1122,12 +1134,11 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
         each = I / 32;
     int i = (int)blockIdx.y, r = p.row0 + i, n;
     grid_go();
-    grid_wait();
-    if (r >= p.n->n_rows) return;
-    const row &s = p.rows[r];
-    n = keys_of(s);
-    if (n <= p.c.index_topk) return;
+    const row s = p.rows[r];
+    n = r < p.n->n_rows ? keys_of(s) : 0;
+    if (n <= p.c.index_topk) return grid_wait();
     const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
+    grid_wait();
     for (int m0 = (int)(blockIdx.x * WARPS + threadIdx.x / WARP) * TILE; m0 < n; m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
         float sum[2] = { 0, 0 };
@@ -1411,11 +1422,10 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     const float *q[2];
     attend_room room;
     grid_go();
-    grid_wait();
-    if (r >= p.n->n_rows) return;
-    const row &s = p.rows[r];
+    const row s = p.rows[r];
     view v = view_of(p, s, p.n->drafts);
-    if (split >= v.splits) return;
+    if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
+    grid_wait();
     attend_shared(&p.c, bytes, &room);
     for (int half = 0; half < 2; half++)
         q[half] = h0 + g + 8 * half < p.c.H
@@ -1481,9 +1491,10 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
 static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
     int i = (int)blockIdx.x, r = p.row0 + i;
     grid_go();
+    view v = view_of(p, p.rows[r], p.n->drafts);
+    int n = p.n->n_rows;
     grid_wait();
-    if (r >= p.n->n_rows) return;
-    merge_heads(p, view_of(p, p.rows[r], p.n->drafts), i, r);
+    if (r < n) merge_heads(p, v, i, r);
 }
 
 // A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
@@ -1507,8 +1518,9 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     const float *x = p.x + (size_t)r * (size_t)p.n;
     float v[8];
     grid_go();
+    int n = *p.n_rows;
     grid_wait();
-    if (r >= *p.n_rows) return;
+    if (r >= n) return;
     if (part == p.parts) commit(p.c, p.commit, r);
     else if (p.norm) put_normed_row(p.out, r, x, p.norm, p.n, p.c.eps, scratch);
     else {
@@ -1531,7 +1543,6 @@ typedef struct {
     float *weight;                  // [rows][K]
     int *first, *list;              // [E + 1]; [rows * K]: row * K + slot, by expert
     int *active;                    // [0]: how many experts have rows; then which, ascending
-    post_comb_args mix;
 } route_args;
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
@@ -1606,17 +1617,13 @@ static __device__ void group_by_expert(const route_args &p, int n) {
     if (threadIdx.x == 0) p.first[E] = rows, p.active[0] = active;
 }
 
-// Block 0 routes; the others make post and comb of a row each. Bound: latency, six rounds of a warp over the experts.
+// Bound: latency, six rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
     SHARED_BYTES(bytes);
     int n, warp = (int)threadIdx.x / WARP;
     grid_go();
-    grid_wait();
     n = p.n->n_rows;
-    if (blockIdx.x) {
-        if ((int)blockIdx.x <= n) post_comb(p.c, p.mix, (int)blockIdx.x - 1);
-        return;
-    }
+    grid_wait();
     for (int r = warp; r < n; r += (int)blockDim.x / WARP)
         route_row(p, r, (uint32_t *)(void *)bytes + (size_t)warp * (size_t)p.c.E);
     __syncthreads();
@@ -1637,18 +1644,27 @@ typedef struct {
     int x_by_slot;                  // x has a row for each slot; else for each row of the pass
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
-    int y_stride, tiles;
+    int y_stride;
 } experts_args;
 
-static __device__ __forceinline__ int items_of(const experts_args &p, const expert *e) {
-    return (e->w[p.which].rows + p.tiles * TILE - 1) / (p.tiles * TILE);
+// Tiles at once: some 32 KB, so that an item of the shared expert takes as long as one of the others.
+template <int NT> static __device__ __forceinline__ int tiles_of(const matrix &w) {
+    int tiles = (32 << 10) / (TILE * w.pitch);
+    return tiles < 1 ? 1 : least(tiles, tiles_at_once(NT));
 }
-static __device__ __forceinline__ void span_of(const experts_args &p, int item, span &s) {
-    int each = items_of(p, p.experts), n = p.active[0], a = least(item / (each * p.n_which), n);
+template <int NT> static __device__ __forceinline__ int items_of(const experts_args &p, const expert *e) {
+    const matrix &w = e->w[p.which];
+    int outputs = tiles_of<NT>(w) * TILE;
+    return (w.rows + outputs - 1) / outputs;
+}
+template <int NT> static __device__ __forceinline__ void span_of(const experts_args &p, int item, span &s) {
+    int each = items_of<NT>(p, p.experts), n = p.active[0], a = least(item / (each * p.n_which), n);
     int part = item - a * each * p.n_which, e = a < n ? p.active[1 + a] : 0;
     const expert *of = a < n ? p.experts + e : p.shared;
-    if (a == n) each = items_of(p, of);
-    set_span(s, of->w[p.which + part / each], part % each * p.tiles * TILE, p.tiles, part / each);
+    if (a == n) each = items_of<NT>(p, of);
+    const matrix &w = of->w[p.which + part / each];
+    int tiles = tiles_of<NT>(w);
+    set_span(s, w, part % each * tiles * TILE, tiles, part / each);
     if (a < n) s.list = p.list + p.first[e];
     s.n = a < n ? p.first[e + 1] - p.first[e] : p.n->n_rows;
 }
@@ -1681,11 +1697,11 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     feed f;
     grid_go();
     grid_wait();
-    n = (p.active[0] * items_of(p, p.experts) + (p.shared ? items_of(p, p.shared) : 0)) * p.n_which;
-    item = first_item(n, (int)blockIdx.x), end = first_item(n, (int)blockIdx.x + 1);
+    n = (p.active[0] * items_of<NT>(p, p.experts) + (p.shared ? items_of<NT>(p, p.shared) : 0)) * p.n_which;
+    item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (int some; item < end; item += some) {
         some = least(SPANS, end - item);
-        if ((int)threadIdx.x < some) span_of(p, item + (int)threadIdx.x, spans[threadIdx.x]);
+        if ((int)threadIdx.x < some) span_of<NT>(p, item + (int)threadIdx.x, spans[threadIdx.x]);
         __syncthreads();
         feed_begin<NT>(f, spans, some, bytes);
         for (int k = 0; k < some; k++)
@@ -1775,8 +1791,9 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
     int r = (int)blockIdx.x, slot = (int)blockIdx.y, K = p.c.K, n = slot < K ? p.width : p.shared_width;
     size_t from = (size_t)(r * (K + 1) + slot) * (size_t)p.stride;
     grid_go();
+    int rows = p.n->n_rows;
     grid_wait();
-    if (r >= p.n->n_rows) return;
+    if (r >= rows) return;
     float weight = slot < K ? p.weight[r * K + slot] : 1, limit = p.c.limit > 0 ? p.c.limit : HUGE_VALF;
     for (int at = 0; at < n; at += THREADS * 8) {
         int mine = at + (int)threadIdx.x * 8, live = mine < n;
@@ -2165,6 +2182,7 @@ typedef struct {
     int n_rows, n_logits, n_segments;
     int draws;                              // the pass gives tokens, not logits
     int choice;                             // which rows it has is not known here
+    int in_turn;                            // a kernel begins when the one before has ended
     int pending;                            // a draft whose steps are to come is noted, and not run
     operation *ops;
     int n_ops, max_ops, n_passes;
@@ -2236,7 +2254,7 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
     config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared,
     config.stream = d->stream;
     // where experts move, weights are written while their reader might have begun
-    config.attrs = &early, config.numAttrs = d->major >= 9 && !d->n_slots;
+    config.attrs = &early, config.numAttrs = d->major >= 9 && !d->n_slots && !d->in_turn;
     good(d, cudaLaunchKernelEx(&config, kernel, p), name);
 #endif
 }
@@ -2259,12 +2277,10 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
     j->x.x = rounded ? x.rounded : x.plain, j->x.plane = x.plane, j->x.planes = rounded ? 1 : 3;
 }
 
-// Tiles that a block takes at once: enough that its warps have all their pieces in flight, as long as all SMs have
-// work.
+// Tiles that a block takes at once: 64 KB of weights, as long as all SMs have work.
 static int tiles_of(const cuda *d, const job *j, int nt) {
-    int units = j->w.pitch / UNIT, tiles = units > 16 ? 1 : units > 8 ? 2 : 4, n = blocks_of(j->w.rows, TILE);
-    tiles = smaller(tiles, tiles_at_once(nt));
-    while (tiles > 1 && (n / tiles < 2 * d->sms || (j->group && j->group % (tiles * TILE)))) tiles /= 2;
+    int tiles = smaller(tiles_at_once(nt), larger(1, (64 << 10) / (TILE * j->w.pitch))), n = blocks_of(j->w.rows, TILE);
+    while (tiles > 1 && (n / tiles < 2 * d->sms || (j->group && j->group % (tiles * TILE)))) tiles--;
     return tiles;
 }
 // ---- blocks of prompts through cuBLASLt
@@ -2404,11 +2420,12 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
         j->tiles = tiles_of(d, j, nt), j->first_item = p->n_items;
         p->n_items += blocks_of(blocks_of(j->w.rows, TILE), j->tiles);
     }
-    grid = grid_of(smaller(p->n_items, 2 * d->sms), blocks_of(rows, 8 * nt));
-    if (!p->n_jobs) return;
+    p->n_blocks = smaller(p->n_items, 2 * d->sms);
+    grid = grid_of(p->n_blocks + (p->mix.out ? blocks_of(rows, WARPS) : 0), blocks_of(rows, 8 * nt));
+    if (!p->n_jobs && !p->mix.out) return;
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : nt == 4 ? linears<4> : linears<8>, grid, THREADS,
            (size_t)product_bytes(nt), *p);
-    p->n_jobs = 0;
+    p->n_jobs = 0, p->mix.out = NULL;
 }
 
 // ---- the operations of a pass -----------------------------------------------------------------
@@ -2434,14 +2451,16 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     d->now = *m;
 }
 static post_comb_args post_comb_of(const cuda *d) {
-    post_comb_args p = { d->mixes, d->now.scale, d->now.base, d->post_comb };
+    post_comb_args p = { d->mixes, d->now.scale, d->now.base, d->post_comb, d->s.hc_eps, d->s.sinkhorn_iters };
     return p;
 }
 
 static void op_pass(cuda *d, int which) {
     d->grid = d->passes[which], d->from = STREAM_EMBED, d->tap = -1;
     turns_args p = { d->dev.n, d->dev.rows, { d->freqs[0], d->freqs[1] }, d->s.R / 2, d->turns };
+    d->in_turn = 1;
     LAUNCH(turns, grid_of(d->grid.rows, 1), THREADS, 0, p);
+    d->in_turn = 0;
 }
 static void op_mix_in(cuda *d, int l, int sub) {
     const layer_weights *w = &d->layer[l];
@@ -2461,13 +2480,12 @@ static void op_tap(cuda *d, int index) {
 static void attention_project(cuda *d, const layer_weights *w, int l) {
     linears_args p;
     project_args a;
-    int target = !d->grid.drafts, tasks = 3;
+    int target = !d->grid.drafts, tasks = 2;
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.turns = d->turns, a.set = w->ratio > 0,
     a.freqs_compressed = d->freqs[1];
     a.q_norm = w->q_norm, a.kv_norm = w->kv_norm, a.qr = d->qr, a.kv = d->kv, a.low = d->qr_in, a.ratio = w->ratio,
     a.layer = l;
-    a.mix = post_comb_of(d);
     for (int i = 0; i < 2; i++) {
         const compressor *o = &w->pool[i];
         pooling *q = &a.pool[i];
@@ -2483,6 +2501,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
     job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
+    p.mix = post_comb_of(d);
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)d->s.D * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
@@ -2563,15 +2582,15 @@ static void op_moe(cuda *d, int l) {
     memset(&p, 0, sizeof p), memset(&r, 0, sizeof r), memset(&e, 0, sizeof e), memset(&a, 0, sizeof a);
     job_add(&p, w->gate, d->x, d->gate, d->s.E);
     for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
+    p.mix = post_comb_of(d);
     jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
-    r.mix = post_comb_of(d);
     threads = WARP * smaller(d->s.E > 512 ? 16 : 32, larger(8, d->grid.rows));
-    LAUNCH(route, grid_of(1 + d->grid.rows, 1), threads, (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
+    LAUNCH(route, grid_of(1, 1), threads, (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
-    e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width, e.tiles = 2;
+    e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
     experts_run(d, "experts w1 w3", e);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
