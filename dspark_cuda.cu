@@ -82,9 +82,18 @@ static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
 // The kernel before has ended and its stores are seen: before any read of what a kernel of this pass wrote (programmatic
 // launches). What the pass is of stands before its first kernel begins (op_pass): counts and rows are read ahead.
+#ifdef DSPARK_CUDA_TIMED
+enum { MAX_TRACED = 4096 };
+__device__ unsigned long long trace_ns[MAX_TRACED];     // when each kernel's turn came
+__device__ unsigned trace_n;
+#endif
 __device__ __forceinline__ void grid_wait(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#ifdef DSPARK_CUDA_TIMED
+    if (blockIdx.x + blockIdx.y + threadIdx.x == 0)
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(trace_ns[atomicAdd(&trace_n, 1) % MAX_TRACED]));
 #endif
 }
 // The next kernel may take its place beside this one.
@@ -353,7 +362,48 @@ typedef struct {
 } span;
 static __device__ __forceinline__ void set_span(span &s, const matrix &w, int m0, int tiles, int of) {
     s.data = w.data, s.scale = w.scale, s.list = NULL, s.n = 0, s.pitch = w.pitch, s.dtype = w.dtype, s.rows = w.rows;
-    s.m0 = m0, s.tiles = least(tiles, (w.rows - m0 + TILE - 1) / TILE), s.of = of;
+    s.m0 = m0, s.tiles = tiles, s.of = of;
+}
+
+// A launch's weights are counted in items of so many bytes, a tile as many as it has, so that blocks have shares of equal
+// bytes; a tile is in the share where it begins.
+enum { ITEM = 16 << 10 };
+static __host__ __device__ __forceinline__ int items_of_tile(const matrix &w, int item_bytes) {
+    int n = TILE * w.pitch / item_bytes;
+    return n > 1 ? n : 1;
+}
+static __host__ __device__ __forceinline__ int items_of(const matrix &w, int item_bytes) {
+    return (w.rows + TILE - 1) / TILE * items_of_tile(w, item_bytes);
+}
+// What an item of a launch is: of matrix w, whose part it is; the tile that begins there, -1: none does.
+typedef struct { matrix w; int tile, part, of; } item_at;
+
+// The spans that begin in items [first, first + 32), up to `end`: runs of up to `most_tiles` tiles of one part. The
+// first warp of the block writes them; the count is everybody's.
+template <class P> static __device__ __forceinline__ int find_spans(const P &p, int first, int end, int most_tiles,
+                                                                    span *spans) {
+    __shared__ int n;
+    __syncthreads();        // nobody reads the spans before
+    if (threadIdx.x < WARP) {
+        int lane = (int)threadIdx.x, before;
+        item_at it;
+        memset(&it, 0, sizeof it), it.tile = it.part = -1;
+        if (first + lane < end) item_of(p, first + lane, it);
+        unsigned tiles = __ballot_sync(ALL, it.tile >= 0), lower = (1u << lane) - 1;
+        before = tiles & lower ? 31 - __clz((int)(tiles & lower)) : lane;       // the lane of the tile before
+        int starts = __shfl_sync(ALL, it.part, before) != it.part || before == lane;
+        unsigned parts = __ballot_sync(ALL, it.tile >= 0 && starts), upto = lower | 1u << lane;
+        int run = parts & upto ? 31 - __clz((int)(parts & upto)) : 0;           // the lane where this part starts
+        int place = __popc(tiles & lower & ~((1u << run) - 1));                 // the tile's place in it
+        unsigned heads = __ballot_sync(ALL, it.tile >= 0 && place % most_tiles == 0), next = heads & ~upto;
+        unsigned mine = tiles & ~lower & (next ? (1u << (__ffs((int)next) - 1)) - 1 : ALL);
+        if (heads >> lane & 1)
+            set_span(spans[__popc(heads & lower)], it.w, it.tile * TILE, __popc(mine), it.of), 
+                span_rows(p, it.part, spans[__popc(heads & lower)]);
+        if (lane == 0) n = __popc(heads);
+    }
+    __syncthreads();
+    return n;
 }
 
 // A lane's part of a unit of 16 rows: 16 bytes of rows g and g + 8, then of both 64 bytes further.
@@ -458,10 +508,11 @@ static __device__ __forceinline__ void decode(const piece &q, int c, int half, i
 
 typedef struct { const uint16_t *x; size_t plane; int planes; } operand;
 
-// acc[nt] += a unit of 16 weight rows times NT * 8 rows of x in X planes; at [nt]: where the lane's row of x begins.
+// acc[p][nt] += a unit of 16 weight rows times NT * 8 rows of plane p of x; at [nt]: where the lane's row of x begins.
+// Planes apart: three short chains of products, not a long one.
 template <int DTYPE, int NT, int X> static __device__ __forceinline__ void multiply(const piece &q, int unit,
                                                                                     const operand &x, const int *at,
-                                                                                    float (*acc)[4]) {
+                                                                                    float (*acc)[NT][4]) {
     enum { IN_16 = weights_of<DTYPE>::IN_16, PLANES = weights_of<DTYPE>::PLANES, CHUNKS = DTYPE == DSPARK_F32 ? 1 : 2 };
     int t = (int)threadIdx.x % 4;
     UNROLL
@@ -480,8 +531,8 @@ template <int DTYPE, int NT, int X> static __device__ __forceinline__ void multi
                     UNROLL
                     for (int i = 0; i < PLANES; i++) {
                         if (i + p > 2) continue;        // below 2^-24 of the product
-                        mma(acc[nt], a[0][i][0], a[1][i][0], a[0][i][1], a[1][i][1], b.x, b.y);
-                        mma(acc[nt], a[0][i][2], a[1][i][2], a[0][i][3], a[1][i][3], b.z, b.w);
+                        mma(acc[p][nt], a[0][i][0], a[1][i][0], a[0][i][1], a[1][i][1], b.x, b.y);
+                        mma(acc[p][nt], a[0][i][2], a[1][i][2], a[0][i][3], a[1][i][3], b.z, b.w);
                     }
                 }
         }
@@ -490,14 +541,13 @@ template <int DTYPE, int NT, int X> static __device__ __forceinline__ void multi
 // What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans.
 typedef struct { const span *spans; char *slots; int n, k, i0, tile, unit, slot; } feed;
 
-enum { SPANS = 64 };        // of a block at once
 static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
 static __host__ __device__ constexpr int tiles_at_once(int nt) { return (nt < 4 ? 4 : 8) / nt; }
 // Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]; then the warps' slots.
 static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_once(nt) * WARPS * nt * 8 * 17 * 4; }
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * SLOT_BYTES; }
 
-// The block's share of n items, the same number each but for one, side by side: most are of one matrix.
+// Where the share of a block begins.
 static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
     return (int)((long long)n * block / blocks);
 }
@@ -528,13 +578,14 @@ template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, con
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
 
-template <int NT> static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[4]) {
+template <int NT, int X> static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[NT][4]) {
     int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     float *to = part + (size_t)((tile * WARPS + (int)threadIdx.x / WARP) * NT * 8 * 17);
     for (int nt = 0; nt < NT; nt++)
         for (int i = 0; i < 4; i++) {
-            to[(nt * 8 + 2 * t + (i & 1)) * 17 + g + 8 * (i >> 1)] = acc[nt][i];
-            acc[nt][i] = 0;
+            float sum = acc[0][nt][i];
+            for (int p = 1; p < X; p++) sum += acc[p][nt][i];
+            to[(nt * 8 + 2 * t + (i & 1)) * 17 + g + 8 * (i >> 1)] = sum;
         }
 }
 // Output m of tile `tile` for row n of x: the warps' sums in order.
@@ -549,9 +600,9 @@ template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
                                                  float *part) {
     int units = s.pitch / UNIT;
-    float acc[NT][4];
-    for (int nt = 0; nt < NT; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
     for (int tile = 0; tile < s.tiles; tile++) {
+        float acc[X][NT][4];
+        for (int p = 0; p < X; p++) for (int nt = 0; nt < NT; nt++) for (int i = 0; i < 4; i++) acc[p][nt][i] = 0;
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
@@ -559,7 +610,7 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
             multiply<DTYPE, NT, X>(q, unit, x, at, acc);
             ask<NT>(f);
         }
-        put_part<NT>(part, tile, acc);
+        put_part<NT, X>(part, tile, acc);
     }
 }
 template <int NT>
@@ -619,16 +670,20 @@ typedef struct {
     float *y;                   // [row][y_stride]
     int y_stride, add;          // 1: y += w x
     const int *y_rows;          // NULL: row r goes to row r
-    int tiles, first_item;      // of 16 outputs at a time; items of the jobs before
+    int first_item;             // items of the jobs before
 } job;
 enum { MAX_JOBS = 10 };
-typedef struct { job jobs[MAX_JOBS]; int n_jobs, n_items, n_blocks; const int *n_rows; post_comb_args mix; } linears_args;
+typedef struct { job jobs[MAX_JOBS]; int n_jobs, n_items, item_bytes, n_blocks; const int *n_rows; post_comb_args mix; } linears_args;
 
-static __device__ __forceinline__ void span_of(const linears_args &p, int item, span &s) {
-    int i = p.n_jobs - 1;
-    while (p.jobs[i].first_item > item) i--;
-    set_span(s, p.jobs[i].w, (item - p.jobs[i].first_item) * p.jobs[i].tiles * TILE, p.jobs[i].tiles, i);
+static __device__ __forceinline__ void item_of(const linears_args &p, int i, item_at &it) {
+    int k = p.n_jobs - 1, each, tile;
+    while (p.jobs[k].first_item > i) k--;
+    const job &j = p.jobs[k];
+    each = items_of_tile(j.w, p.item_bytes), i -= j.first_item, tile = i / each;
+    it.w = j.w, it.of = k, it.tile = i % each ? -1 : tile;
+    it.part = k + (j.group ? tile * TILE / j.group * MAX_JOBS : 0);
 }
+static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
 // Rows r0 .. of the n.
 template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
                                                                      feed &f, float *part) {
@@ -650,7 +705,7 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
 }
 
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
-    __shared__ span spans[SPANS];
+    __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
     int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, item = first_item(p.n_items, block, p.n_blocks),
         end = first_item(p.n_items, block + 1, p.n_blocks);
@@ -663,10 +718,8 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
         if (!r0 && r < n) post_comb(p.mix, r);
         return;
     }
-    for (int some; item < end; item += some) {
-        some = least(SPANS, end - item);
-        if ((int)threadIdx.x < some) span_of(p, item + (int)threadIdx.x, spans[threadIdx.x]);
-        __syncthreads();
+    for (; item < end; item += WARP) {
+        int some = find_spans(p, item, end, tiles_at_once(NT), spans);
         feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
         if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
@@ -758,8 +811,14 @@ static __device__ void stream_tap(const stream_args &p, const row &s, int d, con
 static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) {
     const float *post = p.post_comb + (size_t)r * (COPIES + COPIES * COPIES), *comb = post + COPIES;
     float y = 0, old[COPIES];
-    UNROLL_BY(8)
-    for (int i = 0; i < p.slots; i++) y += p.y[((size_t)r * (size_t)p.slots + (size_t)i) * (size_t)p.c.h + (size_t)d];
+    for (int base = 0; base < p.slots; base += 8) {
+        const float *from = p.y + ((size_t)r * (size_t)p.slots + (size_t)base) * (size_t)p.c.h + (size_t)d;
+        float some[8];
+        UNROLL
+        for (int i = 0; i < 8; i++) some[i] = base + i < p.slots ? from[(size_t)i * (size_t)p.c.h] : 0;
+        UNROLL
+        for (int i = 0; i < 8; i++) if (base + i < p.slots) y += some[i];
+    }
     for (int k = 0; k < COPIES; k++) old[k] = z[k];
     for (int k = 0; k < COPIES; k++) {
         z[k] = post[k] * y;
@@ -808,7 +867,7 @@ typedef struct {
     input x;
 } mix_args;
 
-enum { MIX_THREADS = 1024 };        // eight dims each: h up to 8192
+enum { MIX_THREADS = 1024 };        // eight dims each: h up to 8192, and a warp has eight slices
 static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     __shared__ float part[MIX_THREADS / WARP][WARP], m[WARP], scratch[MIX_THREADS / WARP];
     int i = (int)blockIdx.x, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, h = p.c.h, r,
@@ -826,8 +885,8 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     UNROLL
     for (int j = 0; live && j < COPIES; j++) load8(copies[j], z + (size_t)j * (size_t)h);
     UNROLL
-    for (int k = 0; k < 8; k++) {       // h / SLICE is at most 256
-        int slice = warp + k * (MIX_THREADS / WARP);
+    for (int k = 0; k < 8; k++) {
+        int slice = warp + k * (int)(blockDim.x / WARP);
         if (slice < h / SLICE)
             sum += p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)slice) * WARP + (size_t)lane];
     }
@@ -835,7 +894,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     __syncthreads();
     if (warp == 0) {
         float total = 0, square;
-        for (int w = 0; w < MIX_THREADS / WARP; w++) total += part[w][lane];
+        for (int w = 0; w < (int)(blockDim.x / WARP); w++) total += part[w][lane];
         square = __shfl_sync(ALL, total, WARP - 1);
         total *= 1 / sqrtf(square / (float)(COPIES * h) + p.c.eps);
         m[lane] = lane < COPIES ? sigmoid(total * p.scale[0] + p.base[lane]) + p.c.hc_eps : 0;
@@ -1078,16 +1137,20 @@ static __device__ __forceinline__ uint32_t ordered(float x) {
 // The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
 // counting, then those above it, and the first of those equal to it, are written in order.
 static __device__ void index_top(const index_args &p, int i, int n) {
+    enum { NEAR = 4096 };
+    __shared__ uint32_t near_by[NEAR];
     __shared__ int counts_of[256], before[2][WARPS], found[2];
     int k = p.c.index_topk, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     int equal = k, n_above = 0, n_equal = 0;
     uint32_t kth = 0;
     const float *scores = p.scores + (size_t)i * p.n_scores;
+    UNROLL_BY(4)
+    for (int j = (int)threadIdx.x; j < least(n, NEAR); j += THREADS) near_by[j] = ordered(__ldcg(scores + j));
     for (int shift = 24; shift >= 0; shift -= 8) {
         counts_of[threadIdx.x] = 0;
         __syncthreads();
         for (int j = (int)threadIdx.x; j < n; j += THREADS) {
-            uint32_t u = ordered(__ldcg(scores + j));
+            uint32_t u = j < NEAR ? near_by[j] : ordered(__ldcg(scores + j));
             if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
         }
         __syncthreads();
@@ -1111,7 +1174,7 @@ static __device__ void index_top(const index_args &p, int i, int n) {
     }
     for (int j0 = 0; j0 < n; j0 += THREADS) {
         int j = j0 + (int)threadIdx.x, above, same, a, b;
-        uint32_t u = j < n ? ordered(__ldcg(scores + j)) : 0;
+        uint32_t u = j >= n ? 0 : j < NEAR ? near_by[j] : ordered(__ldcg(scores + j));
         above = j < n && u > kth, same = j < n && u == kth;
         unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
         __syncthreads();
@@ -1139,7 +1202,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
     if (n <= p.c.index_topk) return grid_wait();
     const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
     grid_wait();
-    for (int m0 = (int)(blockIdx.x * WARPS + threadIdx.x / WARP) * TILE; m0 < n; m0 += (int)gridDim.x * WARPS * TILE) {
+    for (int m0 = (int)(threadIdx.x / WARP * gridDim.x + blockIdx.x) * TILE; m0 < n; m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
         float sum[2] = { 0, 0 };
         UNROLL
@@ -1227,16 +1290,19 @@ static __host__ __device__ size_t attend_shared(const shape *c, char *base, atte
     return 0;
 }
 
-// Dims [d, d + 4) of a key.
-static __device__ __forceinline__ void put_key(const attend_args &p, const attend_room &room, int j, int d, float4 v) {
+// Dims [d, d + 16) of a key.
+static __device__ __forceinline__ void put_key(const attend_args &p, const attend_room &room, int j, int d, float4 *v) {
     int at = d - (p.c.D - p.c.R), stride = p.c.R + PAD;
-    uint2 w = { bf16x2(v.x, v.y), bf16x2(v.z, v.w) };
-    *(uint2 *)(void *)(room.keys + j * (p.c.D + PAD) + d) = w;
-    for (int plane = 0; at >= 0 && plane < 2; plane++) {
-        v.x -= __uint_as_float(w.x << 16), v.y -= __uint_as_float(w.x & 0xffff0000u);
-        v.z -= __uint_as_float(w.y << 16), v.w -= __uint_as_float(w.y & 0xffff0000u);
-        w.x = bf16x2(v.x, v.y), w.y = bf16x2(v.z, v.w);
-        *(uint2 *)(void *)(room.turned + (plane * KEYS + j) * stride + at) = w;
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        uint2 w = { bf16x2(v[i].x, v[i].y), bf16x2(v[i].z, v[i].w) };
+        *(uint2 *)(void *)(room.keys + j * (p.c.D + PAD) + d + 4 * i) = w;
+        for (int plane = 0; at >= 0 && plane < 2; plane++) {
+            v[i].x -= __uint_as_float(w.x << 16), v[i].y -= __uint_as_float(w.x & 0xffff0000u);
+            v[i].z -= __uint_as_float(w.y << 16), v[i].w -= __uint_as_float(w.y & 0xffff0000u);
+            w.x = bf16x2(v[i].x, v[i].y), w.y = bf16x2(v[i].z, v[i].w);
+            *(uint2 *)(void *)(room.turned + (plane * KEYS + j) * stride + at + 4 * i) = w;
+        }
     }
 }
 // Where key j of what a row sees lies: floats of the window, or codes, their scales and the rotary dims.
@@ -1258,52 +1324,88 @@ static __device__ __forceinline__ key_at find_key(const attend_args &p, const ro
     k.turned = (const float *)(const void *)state[ROPE] + at * (size_t)R;
     return k;
 }
-// Dims [d, d + 4) of it.
-static __device__ __forceinline__ float4 key_dims(const attend_args &p, const key_at &k, int d) {
+// Dims [d, d + 16) of it, as they lie there: floats, or 16 codes and their scale.
+typedef struct { float4 v[4]; uint32_t scale; } key_dims;
+static __device__ __forceinline__ void ask_key(const attend_args &p, const key_at &k, int d, key_dims &x) {
     int plain = p.c.D - p.c.R;
-    if (k.floats) return *(const float4 *)(const void *)(k.floats + d);
-    if (d >= plain) return *(const float4 *)(const void *)(k.turned + d - plain);
-    uint32_t four = *(const uint32_t *)(const void *)(k.codes + d);
-    float scale = e8m0(k.scales[d / 64]);
-    return make_float4(e4m3_value(four & 255) * scale, e4m3_value(four >> 8 & 255) * scale,
-                       e4m3_value(four >> 16 & 255) * scale, e4m3_value(four >> 24) * scale);
+    const float *from = k.floats ? k.floats + d : k.turned + d - plain;
+    x.scale = 0;
+    if (!k.floats && d < plain) {
+        x.v[0] = *(const float4 *)(const void *)(k.codes + d), x.scale = 256 | k.scales[d / 64];
+        return;
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) x.v[i] = ((const float4 *)(const void *)from)[i];
 }
-// n keys from j0 on into the block's room, zeros behind them: a warp has every eighth, and asks for all it has at once.
+static __device__ __forceinline__ void decode_key(key_dims &x) {
+    const uint32_t codes[4] = { __float_as_uint(x.v[0].x), __float_as_uint(x.v[0].y), __float_as_uint(x.v[0].z),
+                                __float_as_uint(x.v[0].w) };
+    float scale = e8m0(x.scale & 255);
+    if (!x.scale) return;
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        x.v[i] = make_float4(e4m3_value(codes[i] & 255) * scale, e4m3_value(codes[i] >> 8 & 255) * scale,
+                             e4m3_value(codes[i] >> 16 & 255) * scale, e4m3_value(codes[i] >> 24) * scale);
+}
+// n keys from j0 on into the block's room, zeros behind them: a warp has every eighth, and asks for two at once.
 static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s, int i, const view &v, int j0,
                                                  int n, const attend_room &room) {
-    enum { EACH = KEYS / WARPS };
-    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    enum { EACH = KEYS / WARPS, AT_ONCE = 2 };
+    int warp = (int)threadIdx.x / WARP;
     key_at at[EACH];
     UNROLL
     for (int k = 0; k < EACH; k++) at[k] = find_key(p, s, i, v, j0 + least(k * WARPS + warp, n - 1));
-    for (int d = 4 * lane; d < p.c.D; d += 4 * WARP) {
-        float4 x[EACH];
+    for (int d = 16 * ((int)threadIdx.x % WARP); d < p.c.D; d += 16 * WARP)
         UNROLL
-        for (int k = 0; k < EACH; k++) x[k] = key_dims(p, at[k], d);
-        UNROLL
-        for (int k = 0; k < EACH; k++)
-            put_key(p, room, k * WARPS + warp, d, k * WARPS + warp < n ? x[k] : make_float4(0, 0, 0, 0));
-    }
+        for (int k = 0; k < EACH; k += AT_ONCE) {
+            key_dims x[AT_ONCE];
+            UNROLL
+            for (int m = 0; m < AT_ONCE; m++) ask_key(p, at[k + m], d, x[m]);
+            UNROLL
+            for (int m = 0; m < AT_ONCE; m++) {
+                int slot = (k + m) * WARPS + warp;
+                decode_key(x[m]);
+                if (slot >= n) for (int e = 0; e < 4; e++) x[m].v[e] = make_float4(0, 0, 0, 0);
+                put_key(p, room, slot, d, x[m].v);
+            }
+        }
 }
 
 // Scores of 16 heads with the block's keys, a warp every eighth 16 dims: q as it is (its RMS goes into the result),
 // turned, in three planes. squares[2]: of heads g and g + 8, the lane's part.
-static __device__ void score(const attend_args &p, int r, const float *const *q, const attend_room &room, int n,
-                             float *squares) {
+// A warp's part of the queries: of heads g and g + 8, dims 4t .. of every eighth sixteen.
+enum { Q_STEPS = MAX_HEAD_DIM / 16 / WARPS };
+static __device__ __forceinline__ void load_queries(const attend_args &p, int r, int h0, float4 (*q)[2]) {
+    int D = p.c.D, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / WARP;
+    UNROLL
+    for (int i = 0; i < Q_STEPS; i++)
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            int h = h0 + g + 8 * half, k = (i * WARPS + warp) * 16 + 4 * t;
+            q[i][half] = make_float4(0, 0, 0, 0);
+            if (h < p.c.H && k < D)
+                q[i][half] =
+                    *(const float4 *)(const void *)(p.q + ((size_t)r * (size_t)p.c.H + (size_t)h) * (size_t)D + (size_t)k);
+        }
+}
+static __device__ __forceinline__ void score(const attend_args &p, int r, const float4 (*q)[2], const attend_room &room,
+                                             int n, float *squares) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         warp = (int)threadIdx.x / WARP;
     float acc[KEYS / 8][4];
     UNROLL
     for (int nt = 0; nt < KEYS / 8; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
     squares[0] = squares[1] = 0;
-    for (int k = warp * 16; k < D; k += WARPS * 16) {
+    UNROLL
+    for (int i = 0; i < Q_STEPS; i++) {
+        int k = (i * WARPS + warp) * 16;
+        if (k >= D) break;
         uint32_t a[3][4];       // plane; rows g, g + 8 of k 4t, 4t + 1, then of 4t + 2, 4t + 3
         int at = k + 4 * t - (D - R), planes = k >= D - R ? 3 : 1;
         float2 turn[2];
-        for (int i = 0; at >= 0 && i < 2; i++) turn[i] = turn_of(p.turns, R / 2, r, p.set, at / 2 + i);
+        for (int m = 0; at >= 0 && m < 2; m++) turn[m] = turn_of(p.turns, R / 2, r, p.set, at / 2 + m);
         for (int half = 0; half < 2; half++) {
-            float4 x = make_float4(0, 0, 0, 0);
-            if (q[half]) x = *(const float4 *)(const void *)(q[half] + k + 4 * t);
+            float4 x = q[i][half];
             squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
             if (at >= 0)
                 turn_pair(x.x, x.y, turn[0].x, turn[0].y), turn_pair(x.z, x.w, turn[1].x, turn[1].y);
@@ -1419,7 +1521,7 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     int h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS), r = p.row0 + i,
         first = 1;
     float o[MAX_HEAD_DIM / 8 / WARPS][4], largest = -HUGE_VALF, sum = 0, squares[2];
-    const float *q[2];
+    float4 q[Q_STEPS][2];
     attend_room room;
     grid_go();
     const row s = p.rows[r];
@@ -1427,10 +1529,7 @@ static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
     if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
     grid_wait();
     attend_shared(&p.c, bytes, &room);
-    for (int half = 0; half < 2; half++)
-        q[half] = h0 + g + 8 * half < p.c.H
-                      ? p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + g + 8 * half)) * (size_t)D
-                      : NULL;
+    load_queries(p, r, h0, q);
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++) for (int m = 0; m < 4; m++) o[k][m] = 0;
     int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
@@ -1499,18 +1598,17 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
 
 // A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
 typedef struct { const row *rows; int layer, ratio; const float *from[N_ARRAYS]; int width[N_ARRAYS]; } commit_args;
-static __device__ void commit(const shape &c, const commit_args &p, int r) {
+static __device__ void commit(const shape &c, const commit_args &p, int r, int a) {
     const row &s = p.rows[r];
-    for (int a = 0; a < N_ARRAYS; a++) {
-        int ring = a == WINDOW ? c.ring : raw_ring(p.ratio, c.block), w = p.width[a];
-        if (!p.from[a] || s.position < s.first_position + s.n - ring) continue;
-        float *to = (float *)(void *)s.state[p.layer * N_ARRAYS + a] + (size_t)(s.position % ring) * (size_t)w;
-        for (int i = (int)threadIdx.x; i < w; i += THREADS) to[i] = p.from[a][(size_t)r * (size_t)w + (size_t)i];
-    }
+    int ring = a == WINDOW ? c.ring : raw_ring(p.ratio, c.block), w = p.width[a];
+    if (!p.from[a] || s.position < s.first_position + s.n - ring) return;
+    float *to = (float *)(void *)s.state[p.layer * N_ARRAYS + a] + (size_t)(s.position % ring) * (size_t)w;
+    UNROLL_BY(4)
+    for (int i = (int)threadIdx.x; i < w; i += THREADS) to[i] = p.from[a][(size_t)r * (size_t)w + (size_t)i];
 }
 
 // Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has a row, or where there is no norm
-// 2048 numbers of one; the last blocks commit a row beside that. Bound: latency, 32 KB a row.
+// 2048 numbers of one; the last blocks commit a row beside that, an array each. Bound: latency, 32 KB a row.
 typedef struct { shape c; const int *n_rows; const float *x, *norm; int n, parts; input out; commit_args commit; } round_args;
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
     __shared__ float scratch[WARPS];
@@ -1521,7 +1619,7 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     int n = *p.n_rows;
     grid_wait();
     if (r >= n) return;
-    if (part == p.parts) commit(p.c, p.commit, r);
+    if (part >= p.parts) commit(p.c, p.commit, r, part - p.parts);
     else if (p.norm) put_normed_row(p.out, r, x, p.norm, p.n, p.c.eps, scratch);
     else {
         if (live) load8(v, x + mine);
@@ -1547,37 +1645,37 @@ typedef struct {
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
 
-// The K largest of scores + bias, the lower index of equals, or the token's own; ascending. Weights: the plain scores
-// over their sum. A warp; scores [E] is its own, 0 below all numbers.
 static __device__ __forceinline__ uint32_t most_u(uint32_t a, uint32_t b) { return a > b ? a : b; }
+// The K largest of scores + bias, the lower index of equals, or the token's own; ascending. Weights: the plain scores
+// over their sum. A warp; scores [E] is its own, 0 below all numbers; lane k has the k-th choice.
 static __device__ void route_row(const route_args &p, int r, uint32_t *scores) {
-    int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, chosen[MAX_CHOSEN];
+    int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, mine = -1, place = 0;
     const float *gate = p.gate + (size_t)r * (size_t)E;
-    float sum = 0, weight[MAX_CHOSEN];
-    for (int e = lane; !p.tid2eid && e < E; e += WARP) scores[e] = most_u(1, ordered(sqrt_softplus(gate[e]) + p.bias[e]));
+    float sum = 0, weight = 0;
+    if (p.tid2eid) {
+        if (lane < K) mine = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)lane];
+    } else for (int e = lane; e < E; e += WARP)
+        scores[e] = most_u(1, ordered(sqrt_softplus(gate[e]) + p.bias[e]));
     __syncwarp();
-    for (int k = 0; k < K; k++) {
-        int best = -1, at = k;
-        if (p.tid2eid) best = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)k];
-        else {
-            uint32_t best_score = 0;
-            for (int e = lane; e < E; e += WARP) if (scores[e] > best_score) best_score = scores[e], best = e;
-            for (int i = 16; i; i /= 2) {
-                int other = __shfl_xor_sync(ALL, best, i);
-                uint32_t score = (uint32_t)__shfl_xor_sync(ALL, (int)best_score, i);
-                if (score > best_score || (score == best_score && other >= 0 && other < best))
-                    best = other, best_score = score;
-            }
-            if (best % WARP == lane) scores[best] = 0;
+    for (int k = 0; !p.tid2eid && k < K; k++) {
+        int best = -1;
+        uint32_t best_score = 0;
+        for (int e = lane; e < E; e += WARP) if (scores[e] > best_score) best_score = scores[e], best = e;
+        for (int i = 16; i; i /= 2) {
+            int other = __shfl_xor_sync(ALL, best, i);
+            uint32_t score = (uint32_t)__shfl_xor_sync(ALL, (int)best_score, i);
+            if (score > best_score || (score == best_score && other >= 0 && other < best))
+                best = other, best_score = score;
         }
-        for (; at && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1];
-        chosen[at] = best;
+        if (best % WARP == lane) scores[best] = 0;
+        if (k == lane) mine = best;
     }
-    for (int k = 0; k < K; k++) sum += weight[k] = sqrt_softplus(gate[chosen[k]]);
-    for (int k = 0; lane == 0 && k < K; k++) {
-        p.route[r * K + k] = chosen[k];
-        p.weight[r * K + k] = weight[k] / sum * p.c.routed_scale;
+    if (mine >= 0) weight = sqrt_softplus(gate[mine]);
+    for (int k = 0; k < K; k++) {
+        int other = __shfl_sync(ALL, mine, k);
+        sum += __shfl_sync(ALL, weight, k), place += other < mine || (other == mine && k < lane);
     }
+    if (lane < K) p.route[r * K + place] = mine, p.weight[r * K + place] = weight / sum * p.c.routed_scale;
 }
 
 // Exclusive sums of x over the threads of a block; *all: the whole.
@@ -1647,26 +1745,18 @@ typedef struct {
     int y_stride;
 } experts_args;
 
-// Tiles at once: some 32 KB, so that an item of the shared expert takes as long as one of the others.
-template <int NT> static __device__ __forceinline__ int tiles_of(const matrix &w) {
-    int tiles = (32 << 10) / (TILE * w.pitch);
-    return tiles < 1 ? 1 : least(tiles, tiles_at_once(NT));
+static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
+    int each = items_of(p.experts[0].w[p.which], ITEM), n = p.active[0], a = least(i / (each * p.n_which), n), k;
+    const expert *e = a < n ? p.experts + p.active[1 + a] : p.shared;
+    i -= a * each * p.n_which;
+    if (a == n) each = items_of(e->w[p.which], ITEM);
+    it.of = i / each, i %= each, it.w = e->w[p.which + it.of], k = items_of_tile(it.w, ITEM);
+    it.tile = i % k ? -1 : i / k, it.part = a * p.n_which + it.of;
 }
-template <int NT> static __device__ __forceinline__ int items_of(const experts_args &p, const expert *e) {
-    const matrix &w = e->w[p.which];
-    int outputs = tiles_of<NT>(w) * TILE;
-    return (w.rows + outputs - 1) / outputs;
-}
-template <int NT> static __device__ __forceinline__ void span_of(const experts_args &p, int item, span &s) {
-    int each = items_of<NT>(p, p.experts), n = p.active[0], a = least(item / (each * p.n_which), n);
-    int part = item - a * each * p.n_which, e = a < n ? p.active[1 + a] : 0;
-    const expert *of = a < n ? p.experts + e : p.shared;
-    if (a == n) each = items_of<NT>(p, of);
-    const matrix &w = of->w[p.which + part / each];
-    int tiles = tiles_of<NT>(w);
-    set_span(s, w, part % each * tiles * TILE, tiles, part / each);
-    if (a < n) s.list = p.list + p.first[e];
-    s.n = a < n ? p.first[e + 1] - p.first[e] : p.n->n_rows;
+static __device__ __forceinline__ void span_rows(const experts_args &p, int part, span &s) {
+    int a = part / p.n_which, e = a < p.active[0] ? p.active[1 + a] : -1;
+    if (e >= 0) s.list = p.list + p.first[e];
+    s.n = e >= 0 ? p.first[e + 1] - p.first[e] : p.n->n_rows;
 }
 // Rows i0 .. of those that take the expert.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
@@ -1691,18 +1781,17 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
 }
 
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
-    __shared__ span spans[SPANS];
+    __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
     int n, item, end;
     feed f;
     grid_go();
     grid_wait();
-    n = (p.active[0] * items_of<NT>(p, p.experts) + (p.shared ? items_of<NT>(p, p.shared) : 0)) * p.n_which;
+    n = p.active[0] * items_of(p.experts[0].w[p.which], ITEM) + (p.shared ? items_of(p.shared->w[p.which], ITEM) : 0);
+    n *= p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
-    for (int some; item < end; item += some) {
-        some = least(SPANS, end - item);
-        if ((int)threadIdx.x < some) span_of<NT>(p, item + (int)threadIdx.x, spans[threadIdx.x]);
-        __syncthreads();
+    for (; item < end; item += WARP) {
+        int some = find_spans(p, item, end, tiles_at_once(NT), spans);
         feed_begin<NT>(f, spans, some, bytes);
         for (int k = 0; k < some; k++)
             for (int i = 0; i < spans[k].n; i += NT * 8) expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes);
@@ -2226,24 +2315,23 @@ static dspark_status result(cuda *d) {
 }
 
 #ifdef DSPARK_CUDA_TIMED
-// For bench/cuda.c: a pass without one of its kernels, whose place in it is what that saves. One device at a time.
-enum { MAX_NAMES = 64 };
-static struct { const char *names[MAX_NAMES], *without; int n; } timed;
-static int left_out(const char *name) {
-    int i = 0;
-    while (i < timed.n && strcmp(timed.names[i], name)) i++;
-    if (i == timed.n && i < MAX_NAMES) timed.names[timed.n++] = name;
-    return timed.without && !strcmp(timed.without, name);
+// For bench/cuda.c: the kernels of a pass in their order, and when the turn of each came. One device at a time.
+static struct { const char *names[MAX_TRACED]; int n, on; } traced;
+static void trace(const char *name) {
+    if (traced.on && traced.n < MAX_TRACED) traced.names[traced.n++] = name;
 }
-#define WITHOUT (uintptr_t)timed.without
+static void trace_begin(void) { traced.n = 0; }
+#define TRACED traced.on
 #else
-#define left_out(name) 0
-#define WITHOUT 0
+#define trace(name) ((void)0)
+#define trace_begin() ((void)0)
+#define TRACED 0
 #endif
 
 template <class P>
 static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int threads, size_t shared, const P &p) {
-    if (d->status || !grid.x || !grid.y || left_out(name)) return;
+    if (d->status || !grid.x || !grid.y) return;
+    trace(name);
 #ifdef DSPARK_CUDA_HOST
     good(d, host_launch(grid, dim3((unsigned)threads), shared, d->stream, kernel, p), name);
 #else
@@ -2277,12 +2365,6 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
     j->x.x = rounded ? x.rounded : x.plain, j->x.plane = x.plane, j->x.planes = rounded ? 1 : 3;
 }
 
-// Tiles that a block takes at once: 64 KB of weights, as long as all SMs have work.
-static int tiles_of(const cuda *d, const job *j, int nt) {
-    int tiles = smaller(tiles_at_once(nt), larger(1, (64 << 10) / (TILE * j->w.pitch))), n = blocks_of(j->w.rows, TILE);
-    while (tiles > 1 && (n / tiles < 2 * d->sms || (j->group && j->group % (tiles * TILE)))) tiles--;
-    return tiles;
-}
 // ---- blocks of prompts through cuBLASLt
 // Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
 // take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on bf16 needs
@@ -2411,19 +2493,19 @@ static void jobs_by_library(cuda *d, linears_args *p) {
 }
 
 static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
-    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
     dim3 grid;
     if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
-    p->n_rows = n_rows, p->n_items = 0;
-    for (int i = 0; i < p->n_jobs; i++) {
-        job *j = &p->jobs[i];
-        j->tiles = tiles_of(d, j, nt), j->first_item = p->n_items;
-        p->n_items += blocks_of(blocks_of(j->w.rows, TILE), j->tiles);
-    }
+    p->n_rows = n_rows, p->item_bytes = ITEM / 2;
+    do {        // few enough for a block to find its spans at once
+        p->n_items = 0, p->item_bytes *= 2;
+        for (int i = 0; i < p->n_jobs; i++)
+            p->jobs[i].first_item = p->n_items, p->n_items += items_of(p->jobs[i].w, p->item_bytes);
+    } while (p->n_items > 2 * d->sms * (WARP - 1) && p->item_bytes < 1 << 20);
     p->n_blocks = smaller(p->n_items, 2 * d->sms);
     grid = grid_of(p->n_blocks + (p->mix.out ? blocks_of(rows, WARPS) : 0), blocks_of(rows, 8 * nt));
     if (!p->n_jobs && !p->mix.out) return;
-    launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : nt == 4 ? linears<4> : linears<8>, grid, THREADS,
+    launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>, grid, THREADS,
            (size_t)product_bytes(nt), *p);
     p->n_jobs = 0, p->mix.out = NULL;
 }
@@ -2447,7 +2529,7 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
     p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
     p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
-    LAUNCH(mix, grid_of(head ? d->grid.logits : d->grid.rows, 1), MIX_THREADS, 0, p);
+    LAUNCH(mix, grid_of(head ? d->grid.logits : d->grid.rows, 1), blocks_of(d->s.h, 8 * WARP) * WARP, 0, p);
     d->now = *m;
 }
 static post_comb_args post_comb_of(const cuda *d) {
@@ -2455,12 +2537,13 @@ static post_comb_args post_comb_of(const cuda *d) {
     return p;
 }
 
+static void run_turns(cuda *d) {
+    turns_args p = { d->dev.n, d->dev.rows, { d->freqs[0], d->freqs[1] }, d->s.R / 2, d->turns };
+    LAUNCH(turns, grid_of(d->grid.rows, 1), THREADS, 0, p);
+}
 static void op_pass(cuda *d, int which) {
     d->grid = d->passes[which], d->from = STREAM_EMBED, d->tap = -1;
-    turns_args p = { d->dev.n, d->dev.rows, { d->freqs[0], d->freqs[1] }, d->s.R / 2, d->turns };
-    d->in_turn = 1;
-    LAUNCH(turns, grid_of(d->grid.rows, 1), THREADS, 0, p);
-    d->in_turn = 0;
+    d->in_turn = 1, run_turns(d), d->in_turn = 0;
 }
 static void op_mix_in(cuda *d, int l, int sub) {
     const layer_weights *w = &d->layer[l];
@@ -2552,7 +2635,7 @@ static void op_attention(cuda *d, int l) {
     }
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
     r.parts = blocks_of(r.n, 8 * THREADS);
-    LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + !d->grid.drafts), THREADS, 0, r);
+    LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + (d->grid.drafts ? 0 : w->ratio ? N_ARRAYS : 1)), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
     jobs_run(d, "linears wo_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
@@ -2854,6 +2937,7 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
 
 // Each in a range of its name, for a profiler.
 static void run_ops(cuda *d) {
+    trace_begin();
 #ifndef DSPARK_CUDA_HOST
     static const char *const names[] = { "pass", "mix_in", "attention",  "moe",         "mix_out", "tap",
                                          "head", "inject", "draft_head", "draft_steps", "choose",  "draw" };
@@ -2867,6 +2951,7 @@ static void run_ops(cuda *d) {
         nvtxRangePop();
 #endif
     }
+    if (TRACED) run_turns(d);       // whose turn ends the last kernel's time
 }
 
 static void record(cuda *d, recording *r, uint64_t calls) {
@@ -2881,7 +2966,7 @@ static void record(cuda *d, recording *r, uint64_t calls) {
 }
 
 static uint64_t calls_of(const cuda *d) {
-    uint64_t calls = 1469598103934665603u ^ WITHOUT;
+    uint64_t calls = 1469598103934665603u + TRACED;
     for (int i = 0; i < d->n_ops; i++) {
         const operation *o = &d->ops[i];
         calls = (calls ^ (uint64_t)(o->op | o->sub << 8 | (int)o->layer << 16)) * 1099511628211u;
@@ -3457,14 +3542,13 @@ static void allow_shared(cuda *d) {
         (size_t)larger(c->h + 2 * c->rank, c->D) *
         sizeof(float);
     size_t attend_bytes = attend_shared(c, NULL, NULL), largest = wide > attend_bytes ? wide : attend_bytes;
-    if (largest < (size_t)product_bytes(8)) largest = (size_t)product_bytes(8);
+    if (largest < (size_t)product_bytes(4)) largest = (size_t)product_bytes(4);
     if (largest > (size_t)d->shared_most) {
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: a kernel needs %zu bytes of shared memory, the device gives %d",
              largest, d->shared_most);
         return;
     }
     allow(d, linears<1>, product_bytes(1)), allow(d, linears<2>, product_bytes(2)), allow(d, linears<4>, product_bytes(4));
-    allow(d, linears<8>, product_bytes(8));
     allow(d, experts<1>, product_bytes(1)), allow(d, experts<2>, product_bytes(2)), allow(d, experts<4>, product_bytes(4));
     allow(d, attend, (int)attend_bytes);
     allow(d, mix, 0);
@@ -3718,8 +3802,20 @@ static dspark_status cuda_state_pieces(void *p, int n_tokens, int restore, dspar
 }
 
 #ifdef DSPARK_CUDA_TIMED
-extern "C" const char *dspark_cuda_kernel(int i) { return i < timed.n ? timed.names[i] : NULL; }   // of those launched
-extern "C" void dspark_cuda_without(const char *kernel) { timed.without = kernel; }     // one of these names; NULL: none
+// 1: passes from now on are traced, the next one from its beginning.
+extern "C" void dspark_cuda_trace(int on) {
+    unsigned none = 0;
+    traced.on = on;
+    cudaMemcpyToSymbol(trace_n, &none, sizeof none);
+}
+// The i-th kernel of the pass before, and the time from its turn to that of the next; NULL: there are no more.
+extern "C" const char *dspark_cuda_traced(int i, double *us) {
+    static unsigned long long ns[MAX_TRACED];
+    if (!i) cudaMemcpyFromSymbol(ns, trace_ns, sizeof ns);
+    if (i + 1 >= traced.n) return NULL;
+    *us = 1e-3 * (double)(ns[i + 1] - ns[i]);
+    return traced.names[i];
+}
 // GB/s, read and written, of a copy on the device; 0: it failed.
 extern "C" double dspark_cuda_copy_rate(size_t n) {
     uint8_t *p = NULL;

@@ -179,6 +179,7 @@ static void __syncwarp(void) { host_exchange(0); }
 static float __shfl_sync(unsigned, float x, int lane) {
     return host_as_float(host_exchange(host_as_bits(x))[lane & 31]);
 }
+static int __shfl_sync(unsigned, int x, int lane) { return (int)host_exchange((uint32_t)x)[lane & 31]; }
 static unsigned __ballot_sync(unsigned, int x) {
     uint32_t *slot = host_exchange(x != 0);
     unsigned bits = 0;
