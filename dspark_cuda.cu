@@ -67,6 +67,7 @@ static inline void grid_go(void) {}
 static inline void copy16(void *to, const void *from) { memcpy(to, from, 16); }
 static inline void copy4(void *to, const void *from) { memcpy(to, from, 4); }
 static inline void copies_close(void) {}
+static inline void keep(int) {}
 template <int PENDING> static inline void copies_wait(void) {}
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
@@ -111,6 +112,7 @@ __device__ __forceinline__ void copy4(void *to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
                  :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
+__device__ __forceinline__ void keep(int x) { asm volatile("" :: "r"(x)); }       // x is needed
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
@@ -595,11 +597,26 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
     return sum;
 }
 
+// Touches the lines of x that the warp's units of a span are multiplied with, so that they come to the first cache at
+// once and not one after the other.
+template <int DTYPE, int NT, int X>
+static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
+    enum { LINES = weights_of<DTYPE>::IN_16 / 8 };      // of 64 numbers, in a unit and plane; floats have half of one
+    int units = s.pitch / UNIT, warp = (int)threadIdx.x / WARP, t = (int)threadIdx.x % 4, any = 0;
+    for (int i = t; DTYPE != DSPARK_F32 && warp + i / LINES * WARPS < units; i += 4)
+        UNROLL
+        for (int p = 0; p < X; p++)
+            UNROLL
+            for (int nt = 0; nt < NT; nt++)
+                any |= x.x[(size_t)p * x.plane + (size_t)(at[nt] + ((warp + i / LINES * WARPS) * LINES + i % LINES) * 64)];
+    keep(any);
+}
 // A span for the rows of x that `at` says; the sums stand in `part` behind the next barrier.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
                                                  float *part) {
     int units = s.pitch / UNIT;
+    warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
         float acc[X][NT][4];
         for (int p = 0; p < X; p++) for (int nt = 0; nt < NT; nt++) for (int i = 0; i < 4; i++) acc[p][nt][i] = 0;
@@ -1736,6 +1753,7 @@ typedef struct {
     shape c;
     const counts *n;
     const expert *experts, *shared; // [E]; NULL: without
+    int each, each_tile, shared_each, shared_tile;      // items of a matrix and of a tile of it; of the shared one's
     const int *first, *list, *active;
     int which, n_which;             // matrices w[which] .. of an expert
     int n_slots;                    // K + 1: slot K is the shared expert's
@@ -1746,12 +1764,12 @@ typedef struct {
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
-    int each = items_of(p.experts[0].w[p.which], ITEM), n = p.active[0], a = least(i / (each * p.n_which), n), k;
-    const expert *e = a < n ? p.experts + p.active[1 + a] : p.shared;
-    i -= a * each * p.n_which;
-    if (a == n) each = items_of(e->w[p.which], ITEM);
-    it.of = i / each, i %= each, it.w = e->w[p.which + it.of], k = items_of_tile(it.w, ITEM);
-    it.tile = i % k ? -1 : i / k, it.part = a * p.n_which + it.of;
+    int n = p.active[0], a = i / (p.each * p.n_which), e = p.active[1 + least(a, p.c.E - 1)], of_tile = p.each_tile;
+    const expert *of = p.experts + e;
+    if (a >= n) a = n, of = p.shared, of_tile = p.shared_tile;
+    i -= a * p.each * p.n_which;
+    it.of = i / (a < n ? p.each : p.shared_each), i -= it.of * p.each;
+    it.w = of->w[p.which + it.of], it.tile = i % of_tile ? -1 : i / of_tile, it.part = a * p.n_which + it.of;
 }
 static __device__ __forceinline__ void span_rows(const experts_args &p, int part, span &s) {
     int a = part / p.n_which, e = a < p.active[0] ? p.active[1 + a] : -1;
@@ -1787,8 +1805,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     feed f;
     grid_go();
     grid_wait();
-    n = p.active[0] * items_of(p.experts[0].w[p.which], ITEM) + (p.shared ? items_of(p.shared->w[p.which], ITEM) : 0);
-    n *= p.n_which;
+    n = (p.active[0] * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, tiles_at_once(NT), spans);
@@ -2188,7 +2205,7 @@ typedef struct {
     matrix wq_a, wq_b, wkv, wo_a, wo_b, index_wq_b, index_weights, gate;
     compressor pool[2];                     // the attention's; the indexer's
     const int *tid2eid;
-    expert shared;
+    expert shared, routed;                  // routed: one of them, for its sizes
     expert *experts;                        // on the device: E, then the shared one
     const expert *home;                     // the same, in host memory; NULL: all lie on the device
 } layer_weights;
@@ -2649,8 +2666,11 @@ static void cache_run(cuda *d, int l) {
 }
 
 // Rows spread over experts: few of them have more than a quarter of them.
-static void experts_run(cuda *d, const char *name, const experts_args &e) {
+static void experts_run(cuda *d, const char *name, experts_args &e, const layer_weights *w) {
     int nt = d->grid.rows <= 8 ? 1 : d->grid.rows <= 32 ? 2 : 4;
+    e.each_tile = items_of_tile(w->routed.w[e.which], ITEM), e.each = items_of(w->routed.w[e.which], ITEM);
+    e.shared_tile = items_of_tile(w->shared.w[e.which], ITEM);
+    e.shared_each = e.shared ? items_of(w->shared.w[e.which], ITEM) : 0;
     launch(d, name, nt == 1 ? experts<1> : nt == 2 ? experts<2> : experts<4>, grid_of(2 * d->sms, 1), THREADS,
            (size_t)product_bytes(nt), e);
 }
@@ -2674,13 +2694,13 @@ static void op_moe(cuda *d, int l) {
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
-    experts_run(d, "experts w1 w3", e);
+    experts_run(d, "experts w1 w3", e, w);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down,
     e.y_stride = d->s.h;
-    experts_run(d, "experts w2", e);
+    experts_run(d, "experts w2", e, w);
 }
 
 static void op_head(cuda *d, int drafts) {
@@ -3296,6 +3316,7 @@ static void up_layer(uploader *u, int number) {
     o->gate = up_matrix(u, &l->gate), o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
     all[E] = o->shared = up_expert(u, &l->shared);
     for (int e = 0; e < E && !d->status; e++) all[e] = up_routed(u, number, e, &l->experts[e]);
+    o->routed = all[0];
     o->experts = (expert *)(uintptr_t)up_array(u, all, (size_t)(E + 1), sizeof *all);
     if (d->n_slots) o->home = (const expert *)up_array(u, all, (size_t)(E + 1), sizeof *all);
     free(all);
@@ -3531,10 +3552,11 @@ static void set_shape(cuda *d) {
 }
 
 // The largest block of shared memory that each kernel may ask for; and all take the same share of an SM's memory for it:
-// where two differ, the second waits until the SM is empty.
+// where two differ, the second waits until the SM is empty. 196 KB of an H100's 228: two blocks of products fit, and their
+// inputs stay in the first cache.
 template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes) {
     if (bytes) TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+    TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 86));
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
