@@ -5518,7 +5518,6 @@ static dspark__manner *dspark__manner_of(const dspark_session *s) {
 static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
     dspark__manner *all = dspark__manner_of(s);
     if (all->account.limit_us <= 0) dspark_account_open(&all->account, plain_us, worst_us);
-    if (s->experience.hoped <= 0) s->experience = all->experience;
     if (!s->has_account) s->account = all->account, s->account.balance_us = 0;
     s->has_account = 1;
 }
@@ -5537,6 +5536,7 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     const dspark_model *m = s->model;
     const dspark__costs *c = &m->batch.costs;
     double worst;
+    if (s->experience.hoped <= 0) s->experience = dspark__manner_of(s)->experience;
     if (!a->limit || dspark__is_forced(s)) return a->limit > 0;
     if (!m->profile.n) return 0;
     if (m->profile.learn && m->profile.draft_seen < DSPARK__TRIALS)

@@ -367,6 +367,8 @@ static void test_no_profile(dspark_model *m, const int32_t *text) {
     must(dspark_model_profile(m, &p));
     ok(!r[0].n_drafted && r[1].n_scheduled == 3 && r[2].n_scheduled == 3 && r[3].n_scheduled == 3 && p.n >= 2 &&
        p.draft_us > 0, "without a profile: a plain step, three blocks, and the costs are known");
+    ok(s->experience.survival[0] > .8f, "what its blocks brought adds to what was hoped for (%.2f)",
+       (double)s->experience.survival[0]);
     dspark_session_close(s);
 }
 
