@@ -112,6 +112,7 @@ typedef struct {
     const policy *p;
     dspark_session *s[MOST];
     int n, next, steps, warm;
+    double made;                // tokens, those of the first steps too
     served got;
 } house;
 
@@ -129,7 +130,7 @@ static void house_step(house *h) {
     h->got.s += seconds() - start;
     for (int i = 0; i < h->n; i++) {
         must(r[i].status);
-        h->got.tokens += r[i].n_tokens, h->got.verified += r[i].n_scheduled, h->got.rows++;
+        h->made += r[i].n_tokens, h->got.tokens += r[i].n_tokens, h->got.verified += r[i].n_scheduled, h->got.rows++;
         h->got.draft_us += (double)r[i].draft_us, h->got.verify_us += (double)r[i].verify_us;
         if (!r[i].finish) continue;
         dspark_session_close(h->s[i]);
@@ -137,14 +138,15 @@ static void house_step(house *h) {
     }
 }
 
-// Houses side by side, so that what else the machine does meets them alike: the one with fewest tokens steps.
+// Houses side by side, so that what else the machine does meets them alike: the one that has made least steps.
 static void race(house *h, int n_houses, double tokens) {
-    int least;
+    int through;
     do {
-        least = 0;
-        for (int i = 1; i < n_houses; i++) if (h[i].got.tokens < h[least].got.tokens) least = i;
-        house_step(&h[least]);
-    } while (h[least].got.tokens < tokens || h[least].steps <= h[least].warm);
+        int least = 0;
+        for (int i = 1; i < n_houses; i++) if (h[i].made < h[least].made) least = i;
+        house_step(&h[least]), through = 0;
+        for (int i = 0; i < n_houses; i++) through += h[i].steps > h[i].warm && h[i].got.tokens >= tokens;
+    } while (through < n_houses);
     for (int i = 0; i < n_houses; i++)
         for (int j = 0; j < h[i].n; j++) dspark_session_close(h[i].s[j]);
 }
