@@ -598,8 +598,8 @@ typedef struct {
 DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
 // Measures, unless there is one, in about half a second; so does the first step that needs it. It learns.
 DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);
-// NULL: nothing is known. Then it is learned: a plain pass, three drafts that are verified whole, and from then on
-// never slower.
+// NULL: nothing is known. Then it is learned: a plain pass and a draft that is verified whole, three times, and from
+// then on never slower.
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_profile *);
 // To a file and back, as {"format": "dspark-profile-1", ...}. Refused (FORMAT) is one of another checkpoint, path or
 // number of threads, where passes take another time.
@@ -5162,13 +5162,14 @@ static void dspark__learn_speed(dspark_profile *p, double ratio) {
     for (int i = 0; i < DSPARK__PROFILE_COSTS; i++) *dspark__profile_cost(p, i) *= scale;
 }
 
-// What was seen n times before, seen again: the least of the first three, since the first may wait for the disk;
-// then a running mean that outliers hardly move.
+// What was seen n times before, seen again: the less of the first two, since the first may wait for the disk; then a
+// mean that outliers hardly move. What is known moves slowly: else costs that are seen would soon be of another speed
+// than those that are not.
 static float dspark__learned(float was, double us, unsigned char *seen) {
     double error = us - (double)was, bound = (double)was / 4;
     if (*seen < 8) ++*seen;
-    if (*seen <= 3) return (float)(*seen == 1 ? us : fmin(us, (double)was));
-    return (float)((double)was + fmax(-bound, fmin(error, bound)) / *seen);
+    if (*seen <= 2) return (float)(*seen == 1 ? us : fmin(us, (double)was));
+    return (float)((double)was + fmax(-bound, fmin(error, bound)) / (*seen < 8 ? *seen : 16));
 }
 
 // A pass of `rows` rows took so long: its point moves, or becomes one where none is near. More rows cost no less: of
@@ -5518,7 +5519,6 @@ static dspark__manner *dspark__manner_of(const dspark_session *s) {
 static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
     dspark__manner *all = dspark__manner_of(s);
     if (all->account.limit_us <= 0) dspark_account_open(&all->account, plain_us, worst_us);
-    if (s->experience.hoped <= 0) s->experience = all->experience;
     if (!s->has_account) s->account = all->account, s->account.balance_us = 0;
     s->has_account = 1;
 }
@@ -5531,16 +5531,17 @@ static int dspark__affords(const dspark_session *s, double plain_us, double wors
 }
 
 // Does this lane draft? It looks at the past only, so a rejection verifier may ask. While the costs are not known, a
-// few sessions draft to learn them, and no account is kept.
+// few sessions draft to learn them, plain passes between, and no account is kept.
 static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     dspark_session *s = a->s;
     const dspark_model *m = s->model;
     const dspark__costs *c = &m->batch.costs;
     double worst;
+    if (s->experience.hoped <= 0) s->experience = dspark__manner_of(s)->experience;
     if (!a->limit || dspark__is_forced(s)) return a->limit > 0;
     if (!m->profile.n) return 0;
     if (m->profile.learn && m->profile.draft_seen < DSPARK__TRIALS)
-        return a->trial = ++*trials <= DSPARK__TRIAL_SESSIONS;
+        return a->trial = m->profile.seen[0] > m->profile.draft_seen && ++*trials <= DSPARK__TRIAL_SESSIONS;
     worst = c->plain_us + dspark__draft_time(m, 1) + a->extra_us;
     a->plain_us = c->plain_us;
     dspark__account_begin(s, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);

@@ -3,7 +3,9 @@
 //                             by rows
 //   pass error +sessions      and by the sessions of the pass
 //   pass error +context       and by their depths: what the engine uses
-//   pass error +experts       the same, corrected by a least-squares term in the distinct experts of all layers
+//   pass error +scale         the same with a factor that half of the passes teach, of the other half
+//   pass error +experts       and with a term in the distinct experts of all layers, which they teach too
+//   expert                    what that term says of one
 //   schedule 256              microseconds to decide and schedule 256 sessions that all have drafts
 //   schedule 256 share        of the plain pass of 256 rows
 #include "bench.h"
@@ -58,13 +60,12 @@ static double predicted(const dspark_profile *p, const passage *x, int terms) {
     return us;
 }
 
-static void report(const char *name, const dspark_profile *p, const passage *x, int terms, double per_expert,
-                   double mean, const char *model, int threads) {
+// Of every step-th pass: scale T + per_expert x experts.
+static void report(const char *name, const dspark_profile *p, const passage *x, int terms, double scale,
+                   double per_expert, int step, const char *model, int threads) {
     samples error = { NULL, 0, 0 };
-    for (int i = 0; i < PASSES; i++) {
-        double us = predicted(p, &x[i], terms) + per_expert * (x[i].experts - mean);
-        sample(&error, 100 * fabs(us / x[i].us - 1));
-    }
+    for (int i = step - 1; i < PASSES; i += step)
+        sample(&error, 100 * fabs((scale * predicted(p, &x[i], terms) + per_expert * x[i].experts) / x[i].us - 1));
     result(name, model, threads, &error, "%");
     free(error.x);
 }
@@ -73,18 +74,20 @@ static void measure_model(dspark_model *m, const dspark_profile *p, const char *
     static passage x[PASSES];
     dspark_session *s[SESSIONS];
     dspark_session_desc d = plain_desc(DEEPEST + BLOCK);
-    double mean = 0, top = 0, bottom = 0, bias = 0;
+    double n = PASSES / 2, f = 0, y = 0, ff = 0, fy = 0, slope;     // us / T against experts / T
     for (int k = 0; k < SESSIONS; k++) s[k] = session_open(m, &d), noise(m, s[k]->tokens, DEEPEST, (uint64_t)k);
-    for (int i = 0; i < PASSES; i++) x[i] = random_pass(m, s, i), mean += x[i].experts / PASSES;
-    for (int i = 0; i < PASSES; i++) bias += (x[i].us - predicted(p, &x[i], 3)) / PASSES;
-    for (int i = 0; i < PASSES; i++) {
-        double e = x[i].experts - mean;
-        top += e * (x[i].us - predicted(p, &x[i], 3) - bias), bottom += e * e;
+    for (int i = 0; i < PASSES; i++) x[i] = random_pass(m, s, i);
+    for (int i = 0; i < PASSES; i += 2) {
+        double T = predicted(p, &x[i], 3), e = x[i].experts / T, us = x[i].us / T;
+        f += e / n, y += us / n, ff += e * e / n, fy += e * us / n;
     }
-    report("pass error T(B)", p, x, 1, 0, 0, name, threads);
-    report("pass error +sessions", p, x, 2, 0, 0, name, threads);
-    report("pass error +context", p, x, 3, 0, 0, name, threads);
-    report("pass error +experts", p, x, 3, bottom > 0 ? top / bottom : 0, mean, name, threads);
+    slope = ff > f * f ? (fy - f * y) / (ff - f * f) : 0;
+    report("pass error T(B)", p, x, 1, 1, 0, 1, name, threads);
+    report("pass error +sessions", p, x, 2, 1, 0, 1, name, threads);
+    report("pass error +context", p, x, 3, 1, 0, 1, name, threads);
+    report("pass error +scale", p, x, 3, y, 0, 2, name, threads);
+    report("pass error +experts", p, x, 3, y - slope * f, slope, 2, name, threads);
+    result_one("expert", name, threads, slope, "us");
     for (int k = 0; k < SESSIONS; k++) dspark_session_close(s[k]);
 }
 

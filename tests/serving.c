@@ -348,9 +348,9 @@ static void test_learning_speed(void) {
     p.n = 3, p.draft_us = 300, p.session_us = 10, p.draft_seen = 8;
     for (int i = 0; i < 3; i++) p.rows[i] = 1 + 5 * i, p.us[i] = 500 + 100 * (float)p.rows[i], p.seen[i] = 8;
     for (int i = 0; i < 100; i++) dspark__learn_pass(&p, 1, 1200);
-    ok(fabs(dspark_profile_us(&p, 1) / 1200 - 1) < .02 && dspark_profile_us(&p, 11) > 2400 && p.draft_us > 450 &&
-       p.session_us > 15,
-       "half the speed in plain passes: costs not seen since rise by half at least (%.0f of 3200, %.0f of 600 us)",
+    ok(fabs(dspark_profile_us(&p, 1) / 1200 - 1) < .02 && dspark_profile_us(&p, 11) > 2700 && p.draft_us > 500 &&
+       p.session_us > 17,
+       "half the speed in plain passes: costs not seen since rise nearly as much (%.0f of 3200, %.0f of 600 us)",
        dspark_profile_us(&p, 11), (double)p.draft_us);
 }
 
@@ -359,14 +359,17 @@ static void test_no_profile(dspark_model *m, const int32_t *text) {
     dspark_session *s;
     dspark_step_result r[6];
     dspark_profile p;
+    int as_told = 1;
     must(dspark_model_set_profile(m, NULL));
     d.ignore_eos = 1;
     s = open_session_as(m, &d);
     must(dspark_session_append(s, text, 20));
-    for (int i = 0; i < 6; i++) r[i] = step(s);
+    for (int i = 0; i < 6; i++) r[i] = step(s), as_told &= r[i].n_scheduled == (i % 2 ? 3 : 0);
     must(dspark_model_profile(m, &p));
-    ok(!r[0].n_drafted && r[1].n_scheduled == 3 && r[2].n_scheduled == 3 && r[3].n_scheduled == 3 && p.n >= 2 &&
-       p.draft_us > 0, "without a profile: a plain step, three blocks, and the costs are known");
+    ok(as_told && p.n >= 2 && p.draft_us > 0,
+       "without a profile: a plain step and a block, three times, and the costs are known");
+    ok(s->experience.survival[0] > .8f, "what its blocks brought adds to what was hoped for (%.2f)",
+       (double)s->experience.survival[0]);
     dspark_session_close(s);
 }
 
