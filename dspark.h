@@ -6262,7 +6262,7 @@ typedef struct {
 } dspark__product;
 
 // Many rows go in groups of at most this many, whose inputs (scaled, for FP8) stay in the second cache.
-enum { DSPARK__LINEAR_ROWS = 48 };
+enum { DSPARK__LINEAR_ROWS = 64 };
 static int dspark__linear_rows(int n) { return n < DSPARK__LINEAR_ROWS ? n : DSPARK__LINEAR_ROWS; }
 
 // How many bytes of weights are fetched before they are used: into the second cache, for what is on its way to the
@@ -8182,13 +8182,13 @@ static int DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
     }
     return !bad;
 }
-// y = x times the scales of a row of FP8 blocks: their power of two is added where x is not 0.
-static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, const uint8_t *scale, uint16_t *y) {
+// y = x times the scales of a row of FP8 blocks, `each` inputs a scale: its power of two is added where x is not 0.
+static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, int each, const uint8_t *scale, uint16_t *y) {
     __m512i power = _mm512_setzero_si512();
     for (int k = 0; k < n; k += 32) {
         __m512i u = _mm512_loadu_si512(x + k);
         __mmask32 some = _mm512_test_epi16_mask(u, _mm512_set1_epi16(0x7fff));
-        if (k % 128 == 0) power = _mm512_set1_epi16((short)(dspark__fp8_power(scale[k / 128]) * 128));
+        if (k % each == 0) power = _mm512_set1_epi16((short)(dspark__fp8_power(scale[k / each]) * 128));
         _mm512_storeu_si512(y + k, _mm512_mask_add_epi16(u, some, u, power));
     }
 }
@@ -8593,21 +8593,23 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
 // without being turned. Columns are of 4 bytes: floats, or pairs of bfloat16.
 
 #if DSPARK__PATH == 3
-// n columns of up to 16 rows to y [n][16]; for those that are missing stands the last.
+// n columns of each 16 rows to y [n][16]; for those that are missing at the end stands the last.
 static void DSPARK__AT(pack)(const float *const *x, int rows, int n, float *y) {
     const float *from[16];
     __m512 v[4];
-    for (int j = 0; j < 16; j++) from[j] = x[j < rows ? j : rows - 1];
-    for (int k = 0; k < n; k += 4) {
+    for (; rows > 0; rows -= 16, x += 16, y += 16 * n) {
+        for (int j = 0; j < 16; j++) from[j] = x[j < rows ? j : rows - 1];
+        for (int k = 0; k < n; k += 4) {
 #define DSPARK__QUARTERS(i) \
-        v[i] = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + k)); \
-        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[4 + i] + k), 1); \
-        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[8 + i] + k), 2); \
-        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[12 + i] + k), 3);
-        DSPARK__QUARTERS(0) DSPARK__QUARTERS(1) DSPARK__QUARTERS(2) DSPARK__QUARTERS(3)
-        DSPARK__AT(turn)(v);
-        _mm512_storeu_ps(y + 16 * k, v[0]), _mm512_storeu_ps(y + 16 * k + 16, v[1]);
-        _mm512_storeu_ps(y + 16 * k + 32, v[2]), _mm512_storeu_ps(y + 16 * k + 48, v[3]);
+            v[i] = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + k)); \
+            v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[4 + i] + k), 1); \
+            v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[8 + i] + k), 2); \
+            v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[12 + i] + k), 3);
+            DSPARK__QUARTERS(0) DSPARK__QUARTERS(1) DSPARK__QUARTERS(2) DSPARK__QUARTERS(3)
+            DSPARK__AT(turn)(v);
+            _mm512_storeu_ps(y + 16 * k, v[0]), _mm512_storeu_ps(y + 16 * k + 16, v[1]);
+            _mm512_storeu_ps(y + 16 * k + 32, v[2]), _mm512_storeu_ps(y + 16 * k + 48, v[3]);
+        }
     }
 }
 #endif
@@ -8748,10 +8750,9 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
     if (m->dtype == DSPARK_FP4) p.end = m->scale + (size_t)m->rows * (size_t)(m->cols / 32);
 #if DSPARK__PATH == 3
     float *packed = spare + 9 * stride;
-    int columns = bf16 ? p.n / 2 : p.n;
     first = dspark__across_rows(n);
-    for (int r = 0; r < first; r += 16)
-        dspark__pack_3(x + r, first - r < 16 ? first - r : 16, columns, packed + r * columns);
+    if (!bf16) dspark__pack_3(x, first, p.n, packed);
+    else if (m->dtype == DSPARK_FP8) packed += (size_t)(first + 15) / 16 * 16 * (size_t)(p.n / 2);
 #endif
     for (int i = begin; i < end; i += p.groups * Q) {
         float some[6][4];
@@ -8778,15 +8779,29 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 
 #if DSPARK__PATH == 3
 // n rows of inputs, if they are exact in bfloat16, to pairs of those in `copy`: of a row cols of them, and behind it
-// room for as many, which a row of FP8 blocks scales.
-static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x) {
+// room for as many, which a row of FP8 blocks scales. The same of those that go by sixteens in `packed`.
+static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x,
+                                   float *packed) {
     int cols = job->w->cols;
     if (job->w->dtype < DSPARK_FP8 || cols % 64) return 0;
     for (int j = 0; j < n; j++, copy += stride) {
         if (!DSPARK__AT(to_bf16)(job->x[r + j], cols, (uint16_t *)(void *)copy)) return 0;
-        x[j] = copy + (job->w->dtype == DSPARK_FP8 ? cols / 2 : 0);
+        x[j] = copy;
     }
+    dspark__pack_3(x, dspark__across_rows(n), cols / 2, packed);
+    for (int j = 0; j < n && job->w->dtype == DSPARK_FP8; j++) x[j] += cols / 2;
     return 1;
+}
+static void DSPARK__AT(scale_inputs)(const dspark_matrix *m, int block, int n, float *copy, size_t stride, float *packed) {
+    const uint8_t *scale = m->scale + (size_t)block * (size_t)((m->cols + 127) / 128);
+    int first = dspark__across_rows(n), sixteens = (first + 15) / 16, half = m->cols / 2;
+    for (int j = 0; j < sixteens; j++, packed += 16 * half)
+        DSPARK__AT(scale_bf16)((const uint16_t *)(void *)packed, 16 * m->cols, 16 * 128, scale,
+                               (uint16_t *)(void *)(packed + 16 * half * sixteens));
+    for (int j = first; j < n; j++) {
+        float *x = copy + (size_t)j * stride;
+        DSPARK__AT(scale_bf16)((const uint16_t *)(void *)x, m->cols, 128, scale, (uint16_t *)(void *)(x + half));
+    }
 }
 #endif
 
@@ -8802,22 +8817,17 @@ static void DSPARK__AT(linear_by)(const dspark__job *job, int begin, int end, fl
         int exact = 0;
         n = dspark__linear_rows(job->n_rows - r);
 #if DSPARK__PATH == 3
-        exact = bf16 && DSPARK__AT(inputs_bf16)(job, r, n, copy, stride, x);
+        exact = bf16 && DSPARK__AT(inputs_bf16)(job, r, n, copy, stride, x, spare + 9 * stride);
 #endif
         for (int i = begin, next; i < end; i = next) {
             int block = (job->first + i) / 128;
             next = m->dtype == DSPARK_FP8 ? (block + 1) * 128 - job->first : end;
             if (next > end) next = end;
-            for (int j = 0; j < n && !(exact && m->dtype == DSPARK_FP4); j++) {
-                float *to = copy + (size_t)j * stride;
 #if DSPARK__PATH == 3
-                if (exact) {
-                    const uint8_t *scale = m->scale + (size_t)block * (size_t)((m->cols + 127) / 128);
-                    DSPARK__AT(scale_bf16)((const uint16_t *)(void *)to, m->cols, scale,
-                                           (uint16_t *)(void *)(to + m->cols / 2));
-                    continue;
-                }
+            if (exact && m->dtype == DSPARK_FP8) DSPARK__AT(scale_inputs)(m, block, n, copy, stride, spare + 9 * stride);
 #endif
+            for (int j = 0; j < n && !exact; j++) {
+                float *to = copy + (size_t)j * stride;
                 x[j] = job->x[r + j];
                 if (copied) DSPARK__AT(prepare)(m, block, x[j], to), x[j] = to;
             }
@@ -9191,30 +9201,37 @@ DSPARK__INLINE void dspark__weigh(const float *const *rows, int n_rows, int at, 
     DSPARK__WEIGH_OUT(3) DSPARK__WEIGH_OUT(4) DSPARK__WEIGH_OUT(5)
 }
 
-// s[h][j] = scale q_h . rows[j], by eight rows and all heads
+// s[h][j] = scale q_h . rows[j], by up to 128 rows, equally far apart, and all heads
 static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const *rows, int n, float scale,
                                float *s) {
     dspark__product p;
     float some[6][4];
     memset(&p, 0, sizeof p);
-    p.n = d, p.groups = 1;
-    for (int r = 0; r < 6; r++) p.y[r] = some[r];
-    for (int j0 = 0; j0 < n && d % 32 == 0; j0 += 8)
+    p.n = d;
+    for (int j0 = 0, m; j0 < n && d % 32 == 0; j0 += m) {
+        uintptr_t apart = j0 + 1 < n ? (uintptr_t)rows[j0 + 1] - (uintptr_t)rows[j0] : 0;
+        for (m = 1; m < 128 && j0 + m < n && (uintptr_t)rows[j0 + m] - (uintptr_t)rows[j0 + m - 1] == apart; m++) {}
         for (int h = 0, R; h < H; h += R) {
             int Q;
             R = DSPARK__AT(group)(H - h), Q = R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs);
-            for (int r = 0; r < R; r++) p.x[r] = q + (size_t)(h + r) * (size_t)d;
-            for (int j = j0; j < n && j < j0 + 8; j += Q) {
-                for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)rows[j + i < n ? j + i : n - 1];
-                dspark__multiply(DSPARK_F32, R, &p);
+            p.step = (size_t)Q * apart;
+            for (int j = 0; j < m; j += p.groups * Q) {
+                float *to = s + (size_t)h * (size_t)n + (size_t)(j0 + j);
+                int whole = m - j >= Q;
+                p.groups = whole ? (m - j) / Q : 1;
                 for (int r = 0; r < R; r++)
-                    for (int i = 0; i < Q && j + i < n; i++)
-                        s[(size_t)(h + r) * (size_t)n + (size_t)(j + i)] = scale * some[r][i];
+                    p.x[r] = q + (size_t)(h + r) * (size_t)d, p.y[r] = whole ? to + (size_t)r * (size_t)n : some[r];
+                for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)rows[j0 + (j + i < m ? j + i : m - 1)];
+                dspark__multiply(DSPARK_F32, R, &p);
+                for (int r = 0; r < R && !whole; r++)
+                    memcpy(to + (size_t)r * (size_t)n, some[r], (size_t)(m - j) * sizeof(float));
             }
         }
+    }
     for (int h = 0; h < H && d % 32; h++)       // a width that no model has
-        for (int j = 0; j < n; j++)
-            *s++ = scale * DSPARK__AT(dot)(q + (size_t)h * (size_t)d, rows[j], d);
+        for (int j = 0; j < n; j++) s[h * n + j] = DSPARK__AT(dot)(q + (size_t)h * (size_t)d, rows[j], d);
+    for (int i = 0; i < H * n; i += 16)
+        dspark__v_store_n(s + i, H * n - i, dspark__v_mul(dspark__v_load_n(s + i, H * n - i, 0), dspark__v_set(scale)));
 }
 
 // s becomes e^(s - max); returns 1 / (their sum + e^(sink - max))
