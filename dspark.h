@@ -6251,7 +6251,7 @@ typedef struct {
 // Products of up to 6 rows of inputs with `groups` times up to 4 rows of weights, each group behind the last.
 typedef struct {
     const uint8_t *w[4];        // of the first group: n weights each, as they are stored; n a multiple of 32
-    const uint8_t *codes;       // FP4: the first row's scales, or NULL if `scale` has them; past `end` nothing is read
+    const uint8_t *codes[4];    // FP4: their scales, or NULL if `scale` has them; past `end` nothing is read
     const uint8_t *end;
     float *scale;               // room for those of four rows as p_table wants them, [4][n / 32]
     const float *x[6];          // as prepare() leaves them
@@ -8218,14 +8218,22 @@ DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     u = _mm512_ternarylogic_epi32(u, code, _mm512_set1_epi8(-128), 0xf8);       // u | (code & 128)
     return _mm512_castsi512_ps(part ? _mm512_unpackhi_epi8(l, u) : _mm512_unpacklo_epi8(l, u));
 }
-// The scale comes as its power of two, twice in 32 bits, which is added where a value is not 0.
-DSPARK__INLINE dspark__p dspark__p_table(float scale) {
-    __m512i values = _mm512_broadcast_i32x8(_mm256_setr_epi16(      // less 127, the exponent of 1
-        0, -0x80, 0, 0x40, 0x80, 0xc0, 0x100, 0x140,
-        -0x8000, 0x7f80, -0x8000, -0x7fc0, -0x7f80, -0x7f40, -0x7f00, -0x7ec0));
-    __m512i power = _mm512_castps_si512(_mm512_set1_ps(scale));
-    return _mm512_castsi512_ps(_mm512_mask_add_epi16(values, 0xfefefefe, values, power));
-}
+// All codes' values times each scale, held in 2^-64 .. 2^64, four in a number; twice, for an index has a bit too many.
+#define DSPARK__CODES(e, sign) \
+    (sign & ~0xffffull) + (e - 1) * 0x80008000800000 + 0xc0008000000000, \
+    sign + (e - 1) * 0x80008000800080 + 0x1c0018001400100
+#define DSPARK__SIGNED(e) DSPARK__CODES(e, 0), DSPARK__CODES(e, 0x8000800080008000)
+#define DSPARK__SCALED(e) { DSPARK__SIGNED((e)), DSPARK__SIGNED((e)) }
+#define DSPARK__SCALED4(e) DSPARK__SCALED(e), DSPARK__SCALED(e + 1), DSPARK__SCALED(e + 2), DSPARK__SCALED(e + 3)
+#define DSPARK__SCALED16(e) DSPARK__SCALED4(e), DSPARK__SCALED4(e + 4), DSPARK__SCALED4(e + 8), DSPARK__SCALED4(e + 12)
+#define DSPARK__SAME16(e) DSPARK__16(DSPARK__SCALED(e))
+static const uint64_t DSPARK__AT(scaled)[256][8] __attribute__((aligned(64))) = {
+    DSPARK__SAME16(63), DSPARK__SAME16(63), DSPARK__SAME16(63), DSPARK__SAME16(63), DSPARK__SCALED16(64),
+    DSPARK__SCALED16(80), DSPARK__SCALED16(96), DSPARK__SCALED16(112), DSPARK__SCALED16(128), DSPARK__SCALED16(144),
+    DSPARK__SCALED16(160), DSPARK__SCALED16(176), DSPARK__SAME16(191), DSPARK__SAME16(191), DSPARK__SAME16(191),
+    DSPARK__SAME16(191)
+};
+DSPARK__INLINE dspark__p dspark__p_table(uint8_t scale) { return _mm512_load_ps(DSPARK__AT(scaled)[scale]); }
 DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p table) {
     __m512i code = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p + part / 2));
     code = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0024002000040000), code);    // bits 0 and 4 of each 32
@@ -8445,6 +8453,7 @@ DSPARK__WORD void dspark__v_store_n(float *p, int n, dspark__v x) {
     else DSPARK__AT(store_some)(p, n, x);
 }
 
+#if DSPARK__PATH != 5
 // n FP4 scales, held in 2^-64 .. 2^64, as p_table wants them; up to 15 too many are written.
 static void DSPARK__AT(scales)(const uint8_t *codes, int n, const uint8_t *end, float *y) {
     for (int k = 0; k < n; k += 16, codes += 16) {
@@ -8453,12 +8462,10 @@ static void DSPARK__AT(scales)(const uint8_t *codes, int n, const uint8_t *end, 
         if (end - codes < 16) memcpy(some, codes, end > codes ? (size_t)(end - codes) : 0);
         v = dspark__v_e8m0(end - codes < 16 ? some : codes);
         v = dspark__v_max(dspark__v_set(0x1p-64f), dspark__v_min(dspark__v_set(0x1p64f), v));
-#if DSPARK__PATH == 5
-        v.a = _mm512_or_ps(v.a, _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v.a), 16)));
-#endif
         dspark__v_store(y + k, v);
     }
 }
+#endif
 
 // A piece's weights, the k-th being the first of the block; FP8: 2^-8 of them; FP4: times their scale
 #define dspark__p_decode DSPARK__AT(p_decode)
@@ -8494,7 +8501,12 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     if (Q > 3) acc[r][3][half] = dspark__p_fma(w3, v, acc[r][3][half]);
 #define DSPARK__PREFETCH(q) \
     dspark__prefetch((const void *)((uintptr_t)(p->w[q] + at + DSPARK__AT(bytes)(dtype, k)) + p->ahead));
+#undef DSPARK__TABLE
+#if DSPARK__PATH == 5
+#define DSPARK__TABLE(q) t##q = dspark__p_table(p->codes[q][(2 * at + k + part) / 32]);     // one for 16 bytes of a row
+#else
 #define DSPARK__TABLE(q) t##q = dspark__p_table(scale[q * blocks + (k + part) / 32]);
+#endif
 #define DSPARK__DECODE(q) w##q = dspark__p_decode(dtype, p->w[q] + at, k, part, t##q);
 #define DSPARK__STEP(from, which) { \
         enum { part = from, half = which }; \
@@ -8516,14 +8528,16 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
 DSPARK__INLINE void dspark__product_of(const dspark__product *of, const int dtype, const int R, const int Q) {
     const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : dtype == DSPARK_F32 ? 16 : 32;
     const dspark__product copy = *of, *p = &copy;       // nothing below can change it
-    float *const scale = copy.scale;
-    const size_t blocks = (size_t)copy.n / 32;
     dspark__p acc[6][4][2], v, w0, w1, w2, w3, t0, t1, t2, t3;
     w1 = w2 = w3 = t0 = t1 = t2 = t3 = dspark__p_zero();
     for (int g = 0; g < p->groups; g++) {
         const size_t at = (size_t)g * p->step;
-        if (dtype == DSPARK_FP4 && p->codes)        // one for 16 bytes of a row
-            DSPARK__AT(scales)(p->codes + at / 16, Q * (int)blocks, p->end, scale);
+#if DSPARK__PATH != 5
+        const float *const scale = p->scale;
+        const size_t blocks = (size_t)p->n / 32;
+        if (dtype == DSPARK_FP4 && p->codes[0])
+            DSPARK__AT(scales)(p->codes[0] + at / 16, Q * (int)blocks, p->end, p->scale);
+#endif
         DSPARK__EACH_ROW(DSPARK__ZERO)
         for (size_t k = 0, n = (size_t)p->n; k < n; k += DSPARK__AT(piece) == 32 ? 64 : 32) {
             if (k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }        // every 64 bytes
@@ -8617,10 +8631,15 @@ static void DSPARK__AT(pack)(const float *const *x, int rows, int n, float *y) {
 // Four rows of weights as pieces of a product, at `tile` from here on: decoded once for all rows of inputs.
 static void DSPARK__AT(decode)(dspark__product *p, int dtype, float *tile) {
     enum { next = DSPARK__AT(piece) == 32 ? 32 : 16, step = 2 * next, each = DSPARK__AT(piece) / 16 };
+#if DSPARK__PATH != 5
     const float *scale = p->scale;
-    if (dtype == DSPARK_FP4) DSPARK__AT(scales)(p->codes, p->n / 8, p->end, p->scale);
+    if (dtype == DSPARK_FP4) DSPARK__AT(scales)(p->codes[0], p->n / 8, p->end, p->scale);
+#endif
     for (int q = 0; q < 4; q++) {
         const uint8_t *w = p->w[q];
+#if DSPARK__PATH == 5
+        const uint8_t *scale = p->codes[q];
+#endif
         p->w[q] = (const uint8_t *)tile;
         for (int k = 0; k < p->n; k += step, tile += step / each) {
             dspark__p low = dspark__p_zero(), high;
@@ -8696,10 +8715,10 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
 static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, uint8_t *odd) {
     const dspark_matrix *m = job->w;
     size_t bytes = dspark__row_bytes(m), padded = DSPARK__AT(bytes)(m->dtype, (size_t)p->n);
-    if (m->dtype == DSPARK_FP4) p->codes = m->scale + (size_t)(job->first + i) * (size_t)(m->cols / 32);
     for (int q = 0; q < 4; q++) {
         size_t row = (size_t)(job->first + (i + q < end ? i + q : end - 1));
         p->w[q] = (const uint8_t *)m->data + row * bytes;
+        if (m->dtype == DSPARK_FP4) p->codes[q] = m->scale + row * (size_t)(m->cols / 32);
         if (!odd) continue;
         memset(odd + (size_t)q * padded, 0, padded);
         p->w[q] = (const uint8_t *)memcpy(odd + (size_t)q * padded, p->w[q], bytes);
@@ -8763,7 +8782,7 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 #if DSPARK__PATH == 3
         if (first) dspark__across_block(&p, m->dtype, i, end, packed, y, first, spare + 5 * stride, bf16), p.ahead = 0;
 #endif
-        for (int r = first, R; r < n; r += R, p.ahead = 0, p.codes = NULL) {
+        for (int r = first, R; r < n; r += R, p.ahead = 0, p.codes[0] = bf16 ? p.codes[0] : NULL) {
             R = single ? 1 : DSPARK__AT(group)(n - r);
             for (int j = 0; j < R; j++) p.x[j] = x[r + j], p.y[j] = whole ? y[r + j] + i : some[j];
 #if DSPARK__PATH == 3
@@ -8779,7 +8798,7 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 
 #if DSPARK__PATH == 3
 // n rows of inputs, if they are exact in bfloat16, to pairs of those in `copy`: of a row cols of them, and behind it
-// room for as many, which a row of FP8 blocks scales. The same of those that go by sixteens in `packed`.
+// room for as many, which a row of FP8 blocks scales. Those that go by sixteens lie in `packed` too.
 static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x,
                                    float *packed) {
     int cols = job->w->cols;
@@ -8792,7 +8811,9 @@ static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *
     for (int j = 0; j < n && job->w->dtype == DSPARK_FP8; j++) x[j] += cols / 2;
     return 1;
 }
-static void DSPARK__AT(scale_inputs)(const dspark_matrix *m, int block, int n, float *copy, size_t stride, float *packed) {
+// Both times the scales of a row of blocks, behind what they are.
+static void DSPARK__AT(scale_inputs)(const dspark_matrix *m, int block, int n, float *copy, size_t stride,
+                                     float *packed) {
     const uint8_t *scale = m->scale + (size_t)block * (size_t)((m->cols + 127) / 128);
     int first = dspark__across_rows(n), sixteens = (first + 15) / 16, half = m->cols / 2;
     for (int j = 0; j < sixteens; j++, packed += 16 * half)
@@ -8824,7 +8845,8 @@ static void DSPARK__AT(linear_by)(const dspark__job *job, int begin, int end, fl
             next = m->dtype == DSPARK_FP8 ? (block + 1) * 128 - job->first : end;
             if (next > end) next = end;
 #if DSPARK__PATH == 3
-            if (exact && m->dtype == DSPARK_FP8) DSPARK__AT(scale_inputs)(m, block, n, copy, stride, spare + 9 * stride);
+            if (exact && m->dtype == DSPARK_FP8)
+                DSPARK__AT(scale_inputs)(m, block, n, copy, stride, spare + 9 * stride);
 #endif
             for (int j = 0; j < n && !exact; j++) {
                 float *to = copy + (size_t)j * stride;
