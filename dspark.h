@@ -6252,7 +6252,7 @@ typedef struct {
 // Products of up to 6 rows of inputs with `groups` times up to 4 rows of weights, each group behind the last.
 typedef struct {
     const uint8_t *w[4];        // of the first group: n weights each, as they are stored; n a multiple of 32
-    const uint8_t *codes;       // FP4: the first row's scales, or NULL if `scale` has them; past `end` nothing is read
+    const uint8_t *codes[4];    // FP4: their scales, or NULL if `scale` has them; past `end` nothing is read
     const uint8_t *end;
     float *scale;               // room for those of four rows as p_table wants them, [4][n / 32]
     const float *x[6];          // as prepare() leaves them
@@ -6263,7 +6263,7 @@ typedef struct {
 } dspark__product;
 
 // Many rows go in groups of at most this many, whose inputs (scaled, for FP8) stay in the second cache.
-enum { DSPARK__LINEAR_ROWS = 48 };
+enum { DSPARK__LINEAR_ROWS = 64 };
 static int dspark__linear_rows(int n) { return n < DSPARK__LINEAR_ROWS ? n : DSPARK__LINEAR_ROWS; }
 
 // How many bytes of weights are fetched before they are used: into the second cache, for what is on its way to the
@@ -8183,13 +8183,13 @@ static int DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
     }
     return !bad;
 }
-// y = x times the scales of a row of FP8 blocks: their power of two is added where x is not 0.
-static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, const uint8_t *scale, uint16_t *y) {
+// y = x times the scales of a row of FP8 blocks, `each` inputs a scale: its power of two is added where x is not 0.
+static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, int each, const uint8_t *scale, uint16_t *y) {
     __m512i power = _mm512_setzero_si512();
     for (int k = 0; k < n; k += 32) {
         __m512i u = _mm512_loadu_si512(x + k);
         __mmask32 some = _mm512_test_epi16_mask(u, _mm512_set1_epi16(0x7fff));
-        if (k % 128 == 0) power = _mm512_set1_epi16((short)(dspark__fp8_power(scale[k / 128]) * 128));
+        if (k % each == 0) power = _mm512_set1_epi16((short)(dspark__fp8_power(scale[k / each]) * 128));
         _mm512_storeu_si512(y + k, _mm512_mask_add_epi16(u, some, u, power));
     }
 }
@@ -8219,14 +8219,22 @@ DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     u = _mm512_ternarylogic_epi32(u, code, _mm512_set1_epi8(-128), 0xf8);       // u | (code & 128)
     return _mm512_castsi512_ps(part ? _mm512_unpackhi_epi8(l, u) : _mm512_unpacklo_epi8(l, u));
 }
-// The scale comes as its power of two, twice in 32 bits, which is added where a value is not 0.
-DSPARK__INLINE dspark__p dspark__p_table(float scale) {
-    __m512i values = _mm512_broadcast_i32x8(_mm256_setr_epi16(      // less 127, the exponent of 1
-        0, -0x80, 0, 0x40, 0x80, 0xc0, 0x100, 0x140,
-        -0x8000, 0x7f80, -0x8000, -0x7fc0, -0x7f80, -0x7f40, -0x7f00, -0x7ec0));
-    __m512i power = _mm512_castps_si512(_mm512_set1_ps(scale));
-    return _mm512_castsi512_ps(_mm512_mask_add_epi16(values, 0xfefefefe, values, power));
-}
+// All codes' values times each scale, held in 2^-64 .. 2^64, four in a number; twice, for an index has a bit too many.
+#define DSPARK__CODES(e, sign) \
+    (sign & ~0xffffull) + (e - 1) * 0x80008000800000 + 0xc0008000000000, \
+    sign + (e - 1) * 0x80008000800080 + 0x1c0018001400100
+#define DSPARK__SIGNED(e) DSPARK__CODES(e, 0), DSPARK__CODES(e, 0x8000800080008000)
+#define DSPARK__SCALED(e) { DSPARK__SIGNED((e)), DSPARK__SIGNED((e)) }
+#define DSPARK__SCALED4(e) DSPARK__SCALED(e), DSPARK__SCALED(e + 1), DSPARK__SCALED(e + 2), DSPARK__SCALED(e + 3)
+#define DSPARK__SCALED16(e) DSPARK__SCALED4(e), DSPARK__SCALED4(e + 4), DSPARK__SCALED4(e + 8), DSPARK__SCALED4(e + 12)
+#define DSPARK__SAME16(e) DSPARK__16(DSPARK__SCALED(e))
+static const uint64_t DSPARK__AT(scaled)[256][8] __attribute__((aligned(64))) = {
+    DSPARK__SAME16(63), DSPARK__SAME16(63), DSPARK__SAME16(63), DSPARK__SAME16(63), DSPARK__SCALED16(64),
+    DSPARK__SCALED16(80), DSPARK__SCALED16(96), DSPARK__SCALED16(112), DSPARK__SCALED16(128), DSPARK__SCALED16(144),
+    DSPARK__SCALED16(160), DSPARK__SCALED16(176), DSPARK__SAME16(191), DSPARK__SAME16(191), DSPARK__SAME16(191),
+    DSPARK__SAME16(191)
+};
+DSPARK__INLINE dspark__p dspark__p_table(uint8_t scale) { return _mm512_load_ps(DSPARK__AT(scaled)[scale]); }
 DSPARK__INLINE dspark__p dspark__p_fp4(const uint8_t *p, int part, dspark__p table) {
     __m512i code = _mm512_cvtepu8_epi32(DSPARK__AT(load16)(p + part / 2));
     code = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0024002000040000), code);    // bits 0 and 4 of each 32
@@ -8446,6 +8454,7 @@ DSPARK__WORD void dspark__v_store_n(float *p, int n, dspark__v x) {
     else DSPARK__AT(store_some)(p, n, x);
 }
 
+#if DSPARK__PATH != 5
 // n FP4 scales, held in 2^-64 .. 2^64, as p_table wants them; up to 15 too many are written.
 static void DSPARK__AT(scales)(const uint8_t *codes, int n, const uint8_t *end, float *y) {
     for (int k = 0; k < n; k += 16, codes += 16) {
@@ -8454,12 +8463,10 @@ static void DSPARK__AT(scales)(const uint8_t *codes, int n, const uint8_t *end, 
         if (end - codes < 16) memcpy(some, codes, end > codes ? (size_t)(end - codes) : 0);
         v = dspark__v_e8m0(end - codes < 16 ? some : codes);
         v = dspark__v_max(dspark__v_set(0x1p-64f), dspark__v_min(dspark__v_set(0x1p64f), v));
-#if DSPARK__PATH == 5
-        v.a = _mm512_or_ps(v.a, _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v.a), 16)));
-#endif
         dspark__v_store(y + k, v);
     }
 }
+#endif
 
 // A piece's weights, the k-th being the first of the block; FP8: 2^-8 of them; FP4: times their scale
 #define dspark__p_decode DSPARK__AT(p_decode)
@@ -8495,7 +8502,12 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     if (Q > 3) acc[r][3][half] = dspark__p_fma(w3, v, acc[r][3][half]);
 #define DSPARK__PREFETCH(q) \
     dspark__prefetch((const void *)((uintptr_t)(p->w[q] + at + DSPARK__AT(bytes)(dtype, k)) + p->ahead));
+#undef DSPARK__TABLE
+#if DSPARK__PATH == 5
+#define DSPARK__TABLE(q) t##q = dspark__p_table(p->codes[q][(2 * at + k + part) / 32]);     // one for 16 bytes of a row
+#else
 #define DSPARK__TABLE(q) t##q = dspark__p_table(scale[q * blocks + (k + part) / 32]);
+#endif
 #define DSPARK__DECODE(q) w##q = dspark__p_decode(dtype, p->w[q] + at, k, part, t##q);
 #define DSPARK__STEP(from, which) { \
         enum { part = from, half = which }; \
@@ -8517,14 +8529,16 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
 DSPARK__INLINE void dspark__product_of(const dspark__product *of, const int dtype, const int R, const int Q) {
     const size_t line = dtype == DSPARK_FP8 ? 64 : dtype == DSPARK_FP4 ? 128 : dtype == DSPARK_F32 ? 16 : 32;
     const dspark__product copy = *of, *p = &copy;       // nothing below can change it
-    float *const scale = copy.scale;
-    const size_t blocks = (size_t)copy.n / 32;
     dspark__p acc[6][4][2], v, w0, w1, w2, w3, t0, t1, t2, t3;
     w1 = w2 = w3 = t0 = t1 = t2 = t3 = dspark__p_zero();
     for (int g = 0; g < p->groups; g++) {
         const size_t at = (size_t)g * p->step;
-        if (dtype == DSPARK_FP4 && p->codes)        // one for 16 bytes of a row
-            DSPARK__AT(scales)(p->codes + at / 16, Q * (int)blocks, p->end, scale);
+#if DSPARK__PATH != 5
+        const float *const scale = p->scale;
+        const size_t blocks = (size_t)p->n / 32;
+        if (dtype == DSPARK_FP4 && p->codes[0])
+            DSPARK__AT(scales)(p->codes[0] + at / 16, Q * (int)blocks, p->end, p->scale);
+#endif
         DSPARK__EACH_ROW(DSPARK__ZERO)
         for (size_t k = 0, n = (size_t)p->n; k < n; k += DSPARK__AT(piece) == 32 ? 64 : 32) {
             if (k % line == 0) { DSPARK__EACH_OUTPUT(DSPARK__PREFETCH) }        // every 64 bytes
@@ -8594,21 +8608,23 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
 // without being turned. Columns are of 4 bytes: floats, or pairs of bfloat16.
 
 #if DSPARK__PATH == 3
-// n columns of up to 16 rows to y [n][16]; for those that are missing stands the last.
+// n columns of each 16 rows to y [n][16]; for those that are missing at the end stands the last.
 static void DSPARK__AT(pack)(const float *const *x, int rows, int n, float *y) {
     const float *from[16];
     __m512 v[4];
-    for (int j = 0; j < 16; j++) from[j] = x[j < rows ? j : rows - 1];
-    for (int k = 0; k < n; k += 4) {
+    for (; rows > 0; rows -= 16, x += 16, y += 16 * n) {
+        for (int j = 0; j < 16; j++) from[j] = x[j < rows ? j : rows - 1];
+        for (int k = 0; k < n; k += 4) {
 #define DSPARK__QUARTERS(i) \
-        v[i] = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + k)); \
-        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[4 + i] + k), 1); \
-        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[8 + i] + k), 2); \
-        v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[12 + i] + k), 3);
-        DSPARK__QUARTERS(0) DSPARK__QUARTERS(1) DSPARK__QUARTERS(2) DSPARK__QUARTERS(3)
-        DSPARK__AT(turn)(v);
-        _mm512_storeu_ps(y + 16 * k, v[0]), _mm512_storeu_ps(y + 16 * k + 16, v[1]);
-        _mm512_storeu_ps(y + 16 * k + 32, v[2]), _mm512_storeu_ps(y + 16 * k + 48, v[3]);
+            v[i] = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + k)); \
+            v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[4 + i] + k), 1); \
+            v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[8 + i] + k), 2); \
+            v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(from[12 + i] + k), 3);
+            DSPARK__QUARTERS(0) DSPARK__QUARTERS(1) DSPARK__QUARTERS(2) DSPARK__QUARTERS(3)
+            DSPARK__AT(turn)(v);
+            _mm512_storeu_ps(y + 16 * k, v[0]), _mm512_storeu_ps(y + 16 * k + 16, v[1]);
+            _mm512_storeu_ps(y + 16 * k + 32, v[2]), _mm512_storeu_ps(y + 16 * k + 48, v[3]);
+        }
     }
 }
 #endif
@@ -8616,10 +8632,15 @@ static void DSPARK__AT(pack)(const float *const *x, int rows, int n, float *y) {
 // Four rows of weights as pieces of a product, at `tile` from here on: decoded once for all rows of inputs.
 static void DSPARK__AT(decode)(dspark__product *p, int dtype, float *tile) {
     enum { next = DSPARK__AT(piece) == 32 ? 32 : 16, step = 2 * next, each = DSPARK__AT(piece) / 16 };
+#if DSPARK__PATH != 5
     const float *scale = p->scale;
-    if (dtype == DSPARK_FP4) DSPARK__AT(scales)(p->codes, p->n / 8, p->end, p->scale);
+    if (dtype == DSPARK_FP4) DSPARK__AT(scales)(p->codes[0], p->n / 8, p->end, p->scale);
+#endif
     for (int q = 0; q < 4; q++) {
         const uint8_t *w = p->w[q];
+#if DSPARK__PATH == 5
+        const uint8_t *scale = p->codes[q];
+#endif
         p->w[q] = (const uint8_t *)tile;
         for (int k = 0; k < p->n; k += step, tile += step / each) {
             dspark__p low = dspark__p_zero(), high;
@@ -8695,10 +8716,10 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
 static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, uint8_t *odd) {
     const dspark_matrix *m = job->w;
     size_t bytes = dspark__row_bytes(m), padded = DSPARK__AT(bytes)(m->dtype, (size_t)p->n);
-    if (m->dtype == DSPARK_FP4) p->codes = m->scale + (size_t)(job->first + i) * (size_t)(m->cols / 32);
     for (int q = 0; q < 4; q++) {
         size_t row = (size_t)(job->first + (i + q < end ? i + q : end - 1));
         p->w[q] = (const uint8_t *)m->data + row * bytes;
+        if (m->dtype == DSPARK_FP4) p->codes[q] = m->scale + row * (size_t)(m->cols / 32);
         if (!odd) continue;
         memset(odd + (size_t)q * padded, 0, padded);
         p->w[q] = (const uint8_t *)memcpy(odd + (size_t)q * padded, p->w[q], bytes);
@@ -8749,10 +8770,9 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
     if (m->dtype == DSPARK_FP4) p.end = m->scale + (size_t)m->rows * (size_t)(m->cols / 32);
 #if DSPARK__PATH == 3
     float *packed = spare + 9 * stride;
-    int columns = bf16 ? p.n / 2 : p.n;
     first = dspark__across_rows(n);
-    for (int r = 0; r < first; r += 16)
-        dspark__pack_3(x + r, first - r < 16 ? first - r : 16, columns, packed + r * columns);
+    if (!bf16) dspark__pack_3(x, first, p.n, packed);
+    else if (m->dtype == DSPARK_FP8) packed += (size_t)(first + 15) / 16 * 16 * (size_t)(p.n / 2);
 #endif
     for (int i = begin; i < end; i += p.groups * Q) {
         float some[6][4];
@@ -8763,7 +8783,7 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 #if DSPARK__PATH == 3
         if (first) dspark__across_block(&p, m->dtype, i, end, packed, y, first, spare + 5 * stride, bf16), p.ahead = 0;
 #endif
-        for (int r = first, R; r < n; r += R, p.ahead = 0, p.codes = NULL) {
+        for (int r = first, R; r < n; r += R, p.ahead = 0, p.codes[0] = bf16 ? p.codes[0] : NULL) {
             R = single ? 1 : DSPARK__AT(group)(n - r);
             for (int j = 0; j < R; j++) p.x[j] = x[r + j], p.y[j] = whole ? y[r + j] + i : some[j];
 #if DSPARK__PATH == 3
@@ -8779,15 +8799,31 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 
 #if DSPARK__PATH == 3
 // n rows of inputs, if they are exact in bfloat16, to pairs of those in `copy`: of a row cols of them, and behind it
-// room for as many, which a row of FP8 blocks scales.
-static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x) {
+// room for as many, which a row of FP8 blocks scales. Those that go by sixteens lie in `packed` too.
+static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x,
+                                   float *packed) {
     int cols = job->w->cols;
     if (job->w->dtype < DSPARK_FP8 || cols % 64) return 0;
     for (int j = 0; j < n; j++, copy += stride) {
         if (!DSPARK__AT(to_bf16)(job->x[r + j], cols, (uint16_t *)(void *)copy)) return 0;
-        x[j] = copy + (job->w->dtype == DSPARK_FP8 ? cols / 2 : 0);
+        x[j] = copy;
     }
+    dspark__pack_3(x, dspark__across_rows(n), cols / 2, packed);
+    for (int j = 0; j < n && job->w->dtype == DSPARK_FP8; j++) x[j] += cols / 2;
     return 1;
+}
+// Both times the scales of a row of blocks, behind what they are.
+static void DSPARK__AT(scale_inputs)(const dspark_matrix *m, int block, int n, float *copy, size_t stride,
+                                     float *packed) {
+    const uint8_t *scale = m->scale + (size_t)block * (size_t)((m->cols + 127) / 128);
+    int first = dspark__across_rows(n), sixteens = (first + 15) / 16, half = m->cols / 2;
+    for (int j = 0; j < sixteens; j++, packed += 16 * half)
+        DSPARK__AT(scale_bf16)((const uint16_t *)(void *)packed, 16 * m->cols, 16 * 128, scale,
+                               (uint16_t *)(void *)(packed + 16 * half * sixteens));
+    for (int j = first; j < n; j++) {
+        float *x = copy + (size_t)j * stride;
+        DSPARK__AT(scale_bf16)((const uint16_t *)(void *)x, m->cols, 128, scale, (uint16_t *)(void *)(x + half));
+    }
 }
 #endif
 
@@ -8803,22 +8839,18 @@ static void DSPARK__AT(linear_by)(const dspark__job *job, int begin, int end, fl
         int exact = 0;
         n = dspark__linear_rows(job->n_rows - r);
 #if DSPARK__PATH == 3
-        exact = bf16 && DSPARK__AT(inputs_bf16)(job, r, n, copy, stride, x);
+        exact = bf16 && DSPARK__AT(inputs_bf16)(job, r, n, copy, stride, x, spare + 9 * stride);
 #endif
         for (int i = begin, next; i < end; i = next) {
             int block = (job->first + i) / 128;
             next = m->dtype == DSPARK_FP8 ? (block + 1) * 128 - job->first : end;
             if (next > end) next = end;
-            for (int j = 0; j < n && !(exact && m->dtype == DSPARK_FP4); j++) {
-                float *to = copy + (size_t)j * stride;
 #if DSPARK__PATH == 3
-                if (exact) {
-                    const uint8_t *scale = m->scale + (size_t)block * (size_t)((m->cols + 127) / 128);
-                    DSPARK__AT(scale_bf16)((const uint16_t *)(void *)to, m->cols, scale,
-                                           (uint16_t *)(void *)(to + m->cols / 2));
-                    continue;
-                }
+            if (exact && m->dtype == DSPARK_FP8)
+                DSPARK__AT(scale_inputs)(m, block, n, copy, stride, spare + 9 * stride);
 #endif
+            for (int j = 0; j < n && !exact; j++) {
+                float *to = copy + (size_t)j * stride;
                 x[j] = job->x[r + j];
                 if (copied) DSPARK__AT(prepare)(m, block, x[j], to), x[j] = to;
             }
@@ -9192,30 +9224,37 @@ DSPARK__INLINE void dspark__weigh(const float *const *rows, int n_rows, int at, 
     DSPARK__WEIGH_OUT(3) DSPARK__WEIGH_OUT(4) DSPARK__WEIGH_OUT(5)
 }
 
-// s[h][j] = scale q_h . rows[j], by eight rows and all heads
+// s[h][j] = scale q_h . rows[j], by up to 128 rows, equally far apart, and all heads
 static void DSPARK__AT(scores)(const float *q, int H, int d, const float *const *rows, int n, float scale,
                                float *s) {
     dspark__product p;
     float some[6][4];
     memset(&p, 0, sizeof p);
-    p.n = d, p.groups = 1;
-    for (int r = 0; r < 6; r++) p.y[r] = some[r];
-    for (int j0 = 0; j0 < n && d % 32 == 0; j0 += 8)
+    p.n = d;
+    for (int j0 = 0, m; j0 < n && d % 32 == 0; j0 += m) {
+        uintptr_t apart = j0 + 1 < n ? (uintptr_t)rows[j0 + 1] - (uintptr_t)rows[j0] : 0;
+        for (m = 1; m < 128 && j0 + m < n && (uintptr_t)rows[j0 + m] - (uintptr_t)rows[j0 + m - 1] == apart; m++) {}
         for (int h = 0, R; h < H; h += R) {
             int Q;
             R = DSPARK__AT(group)(H - h), Q = R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs);
-            for (int r = 0; r < R; r++) p.x[r] = q + (size_t)(h + r) * (size_t)d;
-            for (int j = j0; j < n && j < j0 + 8; j += Q) {
-                for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)rows[j + i < n ? j + i : n - 1];
-                dspark__multiply(DSPARK_F32, R, &p);
+            p.step = (size_t)Q * apart;
+            for (int j = 0; j < m; j += p.groups * Q) {
+                float *to = s + (size_t)h * (size_t)n + (size_t)(j0 + j);
+                int whole = m - j >= Q;
+                p.groups = whole ? (m - j) / Q : 1;
                 for (int r = 0; r < R; r++)
-                    for (int i = 0; i < Q && j + i < n; i++)
-                        s[(size_t)(h + r) * (size_t)n + (size_t)(j + i)] = scale * some[r][i];
+                    p.x[r] = q + (size_t)(h + r) * (size_t)d, p.y[r] = whole ? to + (size_t)r * (size_t)n : some[r];
+                for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)rows[j0 + (j + i < m ? j + i : m - 1)];
+                dspark__multiply(DSPARK_F32, R, &p);
+                for (int r = 0; r < R && !whole; r++)
+                    memcpy(to + (size_t)r * (size_t)n, some[r], (size_t)(m - j) * sizeof(float));
             }
         }
+    }
     for (int h = 0; h < H && d % 32; h++)       // a width that no model has
-        for (int j = 0; j < n; j++)
-            *s++ = scale * DSPARK__AT(dot)(q + (size_t)h * (size_t)d, rows[j], d);
+        for (int j = 0; j < n; j++) s[h * n + j] = DSPARK__AT(dot)(q + (size_t)h * (size_t)d, rows[j], d);
+    for (int i = 0; i < H * n; i += 16)
+        dspark__v_store_n(s + i, H * n - i, dspark__v_mul(dspark__v_load_n(s + i, H * n - i, 0), dspark__v_set(scale)));
 }
 
 // s becomes e^(s - max); returns 1 / (their sum + e^(sink - max))
