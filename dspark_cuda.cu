@@ -17,6 +17,7 @@
 // 16, 32 or 64 rows.
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
+// a pass        turns (cos and sin of each row's position)
 // mix_in        stream (what mix_out and tap have put off, and the sums of this mix), mix
 // attention     linears, project, linears, [index_query, index_scores,] attend, attend_merge, linears, round_rows,
 //               linears
@@ -24,12 +25,16 @@
 // head          stream, mix, linears
 // inject        take_taps, linears, round_rows, linears, inject_rows
 // a step        markov_begin, [linears, markov_gate,] linears, draw
-// 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. The
-// floors of one row add up to 3.7 ms. Between kernels that depend on each other a graph loses about 1.4 us; a launch
-// ahead of its turn (griddepcontrol) hides that for `linears`, five of a layer, which ask for their weights before
-// they wait; the other fourteen are small and take 1 to 2 us each beside it. That makes 1.5 to 2 ms: 65 to 70 % of the
-// floor, if `linears` and `experts` reach what a copy does. NOTHING OF THIS HAS BEEN MEASURED: no GPU has run this
-// file.
+// 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
+// kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
+// is of, and `linears` asks for its first 128 KB of weights an SM; then it waits (grid_wait).
+//
+// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor): 9,130,
+// 42 %. gate w1 w3 282, 89 %; the head 403, 89 %; wo_b 571, 86 %; wq_b 693, 80 %; wq_a and what is beside it 489, 62 %;
+// wo_a 877, 56 %: three planes of x; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %: a unit of FP4 takes a warp
+// some 500 instructions, of which 300 decode, and four warps of a scheduler need 3,500 clocks for it where bytes allow
+// 2,400. Others 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212,
+// swiglu 209, index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -81,8 +86,9 @@ static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16
 #define TEXT_OF(x) #x
 #define UNROLL_BY(n) _Pragma(TEXT_OF(unroll n))
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
-// The kernel before has ended and its stores are seen: before any read of what a kernel of this pass wrote (programmatic
-// launches). What the pass is of stands before its first kernel begins (op_pass): counts and rows are read ahead.
+// The kernel before has ended and its stores are seen: before any read of what a kernel of this pass wrote
+// (programmatic launches). What the pass is of stands before its first kernel begins (op_pass): counts and rows are
+// read ahead.
 #ifdef DSPARK_CUDA_TIMED
 enum { MAX_TRACED = 4096 };
 __device__ unsigned long long trace_ns[MAX_TRACED];     // when each kernel's turn came
@@ -341,13 +347,14 @@ enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, K
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
 
 // ---- linears ----------------------------------------------------------------------------------
-// Weights as the M side: a block takes 1 to 4 tiles of 16 outputs, a warp of it every eighth unit of each. A lane reads
-// 16 bytes of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both
-// sides agree. No shared memory on the way in: 3 pieces a lane are in flight, 2 KB each a warp, 96 KB an SM with two
-// blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors, index weights 27.8
-// (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059
-// (353) once a pass; markov_w2 66 (22) a step. At 64 rows FP8 takes 13 of 20 clocks of the matrix units for 256 bytes,
-// three planes take 39: wo_a and the head are bound by products from 32 rows on.
+// Weights as the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit of each. A lane has 16 bytes
+// of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both sides
+// agree. A warp asks for its units ahead, four of 2 KB, into slots of shared memory whose bytes only the lane that
+// asked reads again: no barrier on the way in, and what is asked for goes on over the ends of tiles and matrices. 128
+// KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors,
+// index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1
+// (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on, reading x for each unit from the
+// caches binds instead.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
@@ -367,8 +374,8 @@ static __device__ __forceinline__ void set_span(span &s, const matrix &w, int m0
     s.m0 = m0, s.tiles = tiles, s.of = of;
 }
 
-// A launch's weights are counted in items of so many bytes, a tile as many as it has, so that blocks have shares of equal
-// bytes; a tile is in the share where it begins.
+// A launch's weights are counted in items of so many bytes, a tile as many as it has, so that blocks have shares of
+// equal bytes; a tile is in the share where it begins.
 enum { ITEM = 16 << 10 };
 static __host__ __device__ __forceinline__ int items_of_tile(const matrix &w, int item_bytes) {
     int n = TILE * w.pitch / item_bytes;
@@ -400,7 +407,7 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
         unsigned heads = __ballot_sync(ALL, it.tile >= 0 && place % most_tiles == 0), next = heads & ~upto;
         unsigned mine = tiles & ~lower & (next ? (1u << (__ffs((int)next) - 1)) - 1 : ALL);
         if (heads >> lane & 1)
-            set_span(spans[__popc(heads & lower)], it.w, it.tile * TILE, __popc(mine), it.of), 
+            set_span(spans[__popc(heads & lower)], it.w, it.tile * TILE, __popc(mine), it.of),
                 span_rows(p, it.part, spans[__popc(heads & lower)]);
         if (lane == 0) n = __popc(heads);
     }
@@ -608,7 +615,8 @@ static __device__ __forceinline__ void warm(const span &s, const operand &x, con
         for (int p = 0; p < X; p++)
             UNROLL
             for (int nt = 0; nt < NT; nt++)
-                any |= x.x[(size_t)p * x.plane + (size_t)(at[nt] + ((warp + i / LINES * WARPS) * LINES + i % LINES) * 64)];
+                any |= x.x[(size_t)p * x.plane +
+                           (size_t)(at[nt] + ((warp + i / LINES * WARPS) * LINES + i % LINES) * 64)];
     keep(any);
 }
 // A span for the rows of x that `at` says; the sums stand in `part` behind the next barrier.
@@ -649,8 +657,8 @@ static __device__ __forceinline__ float shift_of(int dtype) {
 
 static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
-// Of a mix, what is needed only when its sub-layer ends: post = 2 sigmoid, comb by Sinkhorn. A warp's first 16 lanes, lane
-// 4 j + k has comb_jk.
+// Of a mix, what is needed only when its sub-layer ends: post = 2 sigmoid, comb by Sinkhorn. A warp's first 16 lanes,
+// lane 4 j + k has comb_jk.
 typedef struct {
     const float *mixes, *scale, *base;      // [rows][MIX]
     float *out;                             // [rows][COPIES + COPIES * COPIES]
@@ -677,8 +685,8 @@ static __device__ void post_comb(const post_comb_args &p, int r) {
     if (lane < COPIES * COPIES) out[COPIES + lane] = a;
 }
 
-// y = w x of several matrices in one launch, by n_blocks blocks; those behind them make the post and comb that `mix` asks
-// for, a warp a row.
+// y = w x of several matrices in one launch, by n_blocks blocks; those behind them make the post and comb that `mix`
+// asks for, a warp a row.
 typedef struct {
     matrix w;
     operand x;                  // [rows][x_stride]
@@ -690,7 +698,12 @@ typedef struct {
     int first_item;             // items of the jobs before
 } job;
 enum { MAX_JOBS = 10 };
-typedef struct { job jobs[MAX_JOBS]; int n_jobs, n_items, item_bytes, n_blocks; const int *n_rows; post_comb_args mix; } linears_args;
+typedef struct {
+    job jobs[MAX_JOBS];
+    int n_jobs, n_items, item_bytes, n_blocks;
+    const int *n_rows;
+    post_comb_args mix;             // out NULL: none
+} linears_args;
 
 static __device__ __forceinline__ void item_of(const linears_args &p, int i, item_at &it) {
     int k = p.n_jobs - 1, each, tile;
@@ -1219,7 +1232,8 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
     if (n <= p.c.index_topk) return grid_wait();
     const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
     grid_wait();
-    for (int m0 = (int)(threadIdx.x / WARP * gridDim.x + blockIdx.x) * TILE; m0 < n; m0 += (int)gridDim.x * WARPS * TILE) {
+    for (int m0 = (int)(threadIdx.x / WARP * gridDim.x + blockIdx.x) * TILE; m0 < n;
+         m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
         float sum[2] = { 0, 0 };
         UNROLL
@@ -1400,9 +1414,8 @@ static __device__ __forceinline__ void load_queries(const attend_args &p, int r,
         for (int half = 0; half < 2; half++) {
             int h = h0 + g + 8 * half, k = (i * WARPS + warp) * 16 + 4 * t;
             q[i][half] = make_float4(0, 0, 0, 0);
-            if (h < p.c.H && k < D)
-                q[i][half] =
-                    *(const float4 *)(const void *)(p.q + ((size_t)r * (size_t)p.c.H + (size_t)h) * (size_t)D + (size_t)k);
+            const float *from = p.q + ((size_t)r * (size_t)p.c.H + (size_t)h) * (size_t)D + (size_t)k;
+            if (h < p.c.H && k < D) q[i][half] = *(const float4 *)(const void *)from;
         }
 }
 static __device__ __forceinline__ void score(const attend_args &p, int r, const float4 (*q)[2], const attend_room &room,
@@ -1626,7 +1639,14 @@ static __device__ void commit(const shape &c, const commit_args &p, int r, int a
 
 // Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has a row, or where there is no norm
 // 2048 numbers of one; the last blocks commit a row beside that, an array each. Bound: latency, 32 KB a row.
-typedef struct { shape c; const int *n_rows; const float *x, *norm; int n, parts; input out; commit_args commit; } round_args;
+typedef struct {
+    shape c;
+    const int *n_rows;
+    const float *x, *norm;
+    int n, parts;
+    input out;
+    commit_args commit;
+} round_args;
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
     __shared__ float scratch[WARPS];
     int r = (int)blockIdx.x, part = (int)blockIdx.y, mine = (part * THREADS + (int)threadIdx.x) * 8, live = mine < p.n;
@@ -3551,9 +3571,9 @@ static void set_shape(cuda *d) {
     d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 16;
 }
 
-// The largest block of shared memory that each kernel may ask for; and all take the same share of an SM's memory for it:
-// where two differ, the second waits until the SM is empty. 196 KB of an H100's 228: two blocks of products fit, and their
-// inputs stay in the first cache.
+// The largest block of shared memory that each kernel may ask for; and all take the same share of an SM's memory for
+// it: where two differ, the second waits until the SM is empty. 196 KB of an H100's 228: two blocks of products fit,
+// and their inputs stay in the first cache.
 template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes) {
     if (bytes) TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 86));
@@ -3570,8 +3590,9 @@ static void allow_shared(cuda *d) {
              largest, d->shared_most);
         return;
     }
-    allow(d, linears<1>, product_bytes(1)), allow(d, linears<2>, product_bytes(2)), allow(d, linears<4>, product_bytes(4));
-    allow(d, experts<1>, product_bytes(1)), allow(d, experts<2>, product_bytes(2)), allow(d, experts<4>, product_bytes(4));
+    allow(d, linears<1>, product_bytes(1)), allow(d, experts<1>, product_bytes(1));
+    allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
+    allow(d, linears<4>, product_bytes(4)), allow(d, experts<4>, product_bytes(4));
     allow(d, attend, (int)attend_bytes);
     allow(d, mix, 0);
     allow(d, project, (int)wide);
@@ -3580,7 +3601,8 @@ static void allow_shared(cuda *d) {
     allow(d, markov_begin, (int)wide);
     allow(d, markov_gate, (int)wide);
     allow(d, stream, 0), allow(d, index_query, 0), allow(d, index_scores, 0), allow(d, attend_merge, 0);
-    allow(d, route, 64 << 10), allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0), allow(d, codes, 0);
+    allow(d, route, 64 << 10), allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
+    allow(d, codes, 0);
     allow(d, draw, 0), allow(d, drawn, 0), allow(d, choose, 0), allow(d, take_taps, 0), allow(d, turns, 0);
 }
 

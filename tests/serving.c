@@ -379,6 +379,17 @@ static int refuses_profile(dspark_model *m, const char *path, const char *text, 
     return dspark_model_load_profile(m, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), words);
 }
 
+/* What has been seen up to 128 rows may say too little of its slope: 256 rows are not nearly as cheap as 128. */
+static void test_beyond_profile(void) {
+    dspark_profile p;
+    memset(&p, 0, sizeof p);
+    p.n = 3, p.rows[0] = 1, p.rows[1] = 64, p.rows[2] = 128, p.us[0] = 500, p.us[1] = 12700, p.us[2] = 12800;
+    ok(dspark_profile_us(&p, 256) >= 12800 + 128 * 50, "beyond the points a row takes at least half of the mean (%.0f us)",
+       dspark_profile_us(&p, 256));
+    p.us[1] = 6400;
+    ok(fabs(dspark_profile_us(&p, 256) - 25600) < 1, "else as over the last half");
+}
+
 static void test_profile_file(void) {
     static const char path[] = "build/serving.profile";
     dspark_model *m = open_model(golden_b), *other = open_model_as(golden_b, 2, 0, 0);
@@ -475,7 +486,7 @@ int main(void) {
     test_flat_passes(text);
     test_memory_limit(), test_memory_limit_of_model();
     test_calibration(text), test_curve();
-    test_one_model(text), test_learning(), test_learning_speed(), test_profile_file();
+    test_one_model(text), test_learning(), test_learning_speed(), test_beyond_profile(), test_profile_file();
     test_counters(text), test_stop_within_block(text);
     free(text);
     return sessions_done();
