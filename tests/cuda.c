@@ -300,6 +300,19 @@ static void check_copies(const char *dir) {
     dspark_model_close(m), free(tokens);
 }
 
+/* A longer context than any before moves the indexer's scores, and with them what the recordings speak of. */
+static void check_longer(const char *dir) {
+    dspark_model *m = open_on_device(dir, 8), *other = open_on_device(dir, 8);
+    int32_t *tokens = golden_text(dir);
+    dspark_session_desc d = session_desc(24);
+    dspark_session *s = open_session_as(m, &d);
+    for (int i = 0; i < 16; i += 8) must(dspark_session_append(s, tokens + i, 8));
+    dspark_session_close(s);
+    ok(in_chunks(m, tokens, 41, 8) == in_chunks(other, tokens, 41, 8),
+       "%s: after a longer context than any before, passes are recorded anew", dir);
+    dspark_model_close(m), dspark_model_close(other), free(tokens);
+}
+
 /* ---- failures */
 
 #ifdef DSPARK_CUDA_HOST
@@ -430,6 +443,7 @@ int main(void) {
     check_choice(golden_b);
     check_draws(golden_b);
     check_copies(golden_b);
+    check_longer(golden_b);
     check_prompt_block(golden_b);
 #ifdef DSPARK_CUDA_HOST
     check_cache(golden_b);
