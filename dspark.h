@@ -5289,7 +5289,8 @@ static dspark_status dspark__measure(dspark_session **s, int n, int most, int de
     dspark_pass_result result;
     dspark_status status = dspark__measure_rows(s, most, slice, p);
     // n rows of one session and of n, one after the other: the machine's speed changes; and 255 times an error is much
-    if (!status && n > 1) status = dspark__time_best(s, 1, n, 0, slice, &alone);
+    if (!status && n > 1) alone = dspark_profile_us(p, n);
+    if (!status && n > 1 && n <= most) status = dspark__time_best(s, 1, n, 0, slice, &alone);
     if (!status && n > 1) {
         status = dspark__time_best(s, n, 1, 0, slice, &us);
         p->session_us = (float)fmin(fmax(us - alone, 0) / (n - 1), (double)p->us[0] / 16);
