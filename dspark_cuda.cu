@@ -737,8 +737,7 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, item = first_item(p.n_items, block, p.n_blocks),
-        end = first_item(p.n_items, block + 1, p.n_blocks);
+    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, item, end;
     feed f;
     grid_go();
     if (block >= p.n_blocks) {
@@ -748,6 +747,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
         if (!r0 && r < n) post_comb(p.mix, r);
         return;
     }
+    item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, tiles_at_once(NT), spans);
         feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
