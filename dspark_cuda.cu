@@ -3580,9 +3580,7 @@ template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes) {
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
-    size_t wide =
-        (size_t)larger(c->h + 2 * c->rank, c->D) *
-        sizeof(float);
+    size_t wide = (size_t)larger(c->h + 2 * c->rank, c->D) * sizeof(float);
     size_t attend_bytes = attend_shared(c, NULL, NULL), largest = wide > attend_bytes ? wide : attend_bytes;
     if (largest < (size_t)product_bytes(4)) largest = (size_t)product_bytes(4);
     if (largest > (size_t)d->shared_most) {
@@ -3593,17 +3591,13 @@ static void allow_shared(cuda *d) {
     allow(d, linears<1>, product_bytes(1)), allow(d, experts<1>, product_bytes(1));
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
     allow(d, linears<4>, product_bytes(4)), allow(d, experts<4>, product_bytes(4));
-    allow(d, attend, (int)attend_bytes);
-    allow(d, mix, 0);
-    allow(d, project, (int)wide);
-    allow(d, round_rows, 0);
-    allow(d, inject_rows, (int)wide);
-    allow(d, markov_begin, (int)wide);
-    allow(d, markov_gate, (int)wide);
-    allow(d, stream, 0), allow(d, index_query, 0), allow(d, index_scores, 0), allow(d, attend_merge, 0);
-    allow(d, route, 64 << 10), allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
-    allow(d, codes, 0);
-    allow(d, draw, 0), allow(d, drawn, 0), allow(d, choose, 0), allow(d, take_taps, 0), allow(d, turns, 0);
+    allow(d, attend, (int)attend_bytes), allow(d, route, 64 << 10);
+    allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
+    allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
+    allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
+    allow(d, index_query, 0), allow(d, index_scores, 0), allow(d, attend_merge, 0);
+    allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
+    allow(d, draw, 0), allow(d, drawn, 0), allow(d, choose, 0), allow(d, take_taps, 0);
 }
 
 static void open_device(cuda *d) {

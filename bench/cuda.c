@@ -1,5 +1,5 @@
 // cuda [DIR | synth] [key=value ...]: on a device, the time of passes and of the kernels in them, and the share of the
-// floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory (tools/synth.h), as
+// floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory, as
 //     cuda synth flash n_routed_experts=110
 // Lines of CSV as bench.h says, the device's own figures; what was not measured is not printed.
 #define DSPARK_CUDA
@@ -25,12 +25,12 @@ static double stored(const dspark_matrix *m) {
     }
 }
 
-// Bytes that the launches of one name read in a pass of so many independent rows: all matrices, and of the experts those
-// that rows may be expected to choose. Names as dspark_cuda.cu gives them.
+// Bytes that the launches of one name read in a pass of so many independent rows: all matrices, and of the experts
+// those that rows may be expected to choose. Names as dspark_cuda.cu gives them.
 enum { STREAM, WQ_A, WQ_B, WO_A, WO_B, GATE, UP, DOWN, HEAD, PROJ, W2, N_READS };
-static const char *const reads[N_READS] = { "stream", "linears wq_a wkv", "linears wq_b", "linears wo_a", "linears wo_b",
-                                            "linears gate w1 w3", "experts w1 w3", "experts w2", "linears head",
-                                            "linears main_proj", "linears markov_w2" };
+static const char *const reads[N_READS] = { "stream", "linears wq_a wkv", "linears wq_b", "linears wo_a",
+                                            "linears wo_b", "linears gate w1 w3", "experts w1 w3", "experts w2",
+                                            "linears head", "linears main_proj", "linears markov_w2" };
 typedef struct { double bytes[N_READS]; } floors;
 static void layer_floor(floors *f, const dspark_config *c, const dspark_layer *l, int rows) {
     double E = c->n_routed_experts, distinct = E * (1 - pow(1 - c->num_experts_per_tok / E, rows)), *b = f->bytes;

@@ -372,6 +372,12 @@ static void window_of(dspark_session *s, float *to) {
     memcpy(to, window, sizeof window);
 }
 
+/* The library's sums keep 13 bits or so on a device; its twin on the host keeps them all. */
+#ifdef DSPARK_CUDA_HOST
+#define LIBRARY_ERROR 1e-7
+#else
+#define LIBRARY_ERROR 1e-2
+#endif
 /* A whole block of a prompt through the library. Whole texts cannot be compared: over 512 positions of this model a
    rounding that falls to the other side changes logits by percents, whatever made the difference. */
 static void check_prompt_block(const char *dir) {
@@ -399,7 +405,7 @@ static void check_prompt_block(const char *dir) {
     window_of(s, by_library), window_of(last, usual);
     for (int i = 0; i < COUNT(usual); i++) if (usual[i] == 0) by_library[i] = 0;       /* rows of other positions */
     error = relative_l2(by_library, usual, COUNT(usual));
-    ok(error < 1e-2, "%s: and leaves the rows of the usual kernels but for roundings (%.1e)", dir, error);
+    ok(error < LIBRARY_ERROR, "%s: and leaves the rows of the usual kernels but for roundings (%.1e)", dir, error);
     dspark_session_close(s), dspark_session_close(last), dspark_model_close(m);
 }
 

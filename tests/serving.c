@@ -384,8 +384,8 @@ static void test_beyond_profile(void) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
     p.n = 3, p.rows[0] = 1, p.rows[1] = 64, p.rows[2] = 128, p.us[0] = 500, p.us[1] = 12700, p.us[2] = 12800;
-    ok(dspark_profile_us(&p, 256) >= 12800 + 128 * 50, "beyond the points a row takes at least half of the mean (%.0f us)",
-       dspark_profile_us(&p, 256));
+    ok(dspark_profile_us(&p, 256) >= 12800 + 128 * 50,
+       "beyond the points a row takes at least half of the mean (%.0f us)", dspark_profile_us(&p, 256));
     p.us[1] = 6400;
     ok(fabs(dspark_profile_us(&p, 256) - 25600) < 1, "else as over the last half");
 }
