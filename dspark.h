@@ -4224,11 +4224,12 @@ typedef struct {
     dspark__costs costs;
 } dspark__batch;
 
-// What drafting has brought of late: a_k, and the drafts that a cycle's schedule hoped for against those it got.
-typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; } dspark__experience;
+// What drafting has brought of late, a mean over so many cycles: a_k, and the drafts that a cycle's schedule hoped for
+// against those it got.
+typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dspark__experience;
 // What all sessions share whose drafts fare alike: those at temperature 0, and those with a verifier in a band of
 // temperatures. account: limit 0 if not opened since the profile was set.
-enum { DSPARK__MANNERS = 7 };
+enum { DSPARK__MANNERS = 7, DSPARK__PRIOR = 4 };     // cycles of its own that outweigh what others have seen
 typedef struct { dspark_account account; dspark__experience experience; } dspark__manner;
 
 struct dspark_model {
@@ -4369,7 +4370,7 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     for (int i = 0; i < DSPARK__MANNERS; i++) {
         dspark__experience *e = &m->manner[i].experience;
         for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] = 1;
-        e->hoped = e->got = 1;
+        e->hoped = e->got = 1, e->cycles = DSPARK__PRIOR;
     }
     m->row = (float *)dspark__alloc((size_t)c->vocab_size, sizeof *m->row);
     m->bytes += (size_t)c->vocab_size * sizeof *m->row;
@@ -5509,7 +5510,7 @@ static double dspark__gain(const dspark_model *m, const dspark__lane *a, const d
     return best - dspark__draft_time(m, dspark__max(1, c->drafting)) - a->extra_us;
 }
 
-// To be found out again now and then: texts change.
+// To be found out with each text, and again now and then: texts differ, and change.
 enum { DSPARK__PROBE = 64, DSPARK__TRIALS = 3, DSPARK__TRIAL_SESSIONS = 4 };
 
 static dspark__manner *dspark__manner_of(const dspark_session *s) {
@@ -5542,7 +5543,7 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     const dspark_model *m = s->model;
     const dspark__costs *c = &m->batch.costs;
     double worst;
-    if (s->experience.hoped <= 0) s->experience = dspark__manner_of(s)->experience;
+    if (!s->experience.cycles) s->experience = dspark__manner_of(s)->experience, s->experience.cycles = DSPARK__PRIOR;
     if (!a->limit || dspark__is_forced(s)) return a->limit > 0;
     if (!m->profile.n) return 0;
     if (m->profile.learn && m->profile.draft_seen < DSPARK__TRIALS)
@@ -5551,7 +5552,7 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     a->plain_us = c->plain_us;
     dspark__account_begin(s, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
     while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
-    return dspark__gain(m, a, &s->experience) > 0 || (s->cycle % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
+    return dspark__gain(m, a, &s->experience) > 0 || (s->stats.steps % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
 }
 
 static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
@@ -5908,9 +5909,11 @@ static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
 
-// A cycle's confidences, and what came of those that were verified.
-static void dspark__experience_add(dspark__experience *e, const dspark_step_result *r, float rate) {
-    float survival = 1, hoped = 0;
+// A cycle's confidences, and what came of those that were verified; of the last `most` cycles.
+static void dspark__experience_add(dspark__experience *e, const dspark_step_result *r, int most) {
+    float survival = 1, hoped = 0, rate;
+    if (!r->n_drafted) return;
+    rate = 1 / (float)(e->cycles = dspark__min(e->cycles + 1, most));
     for (int k = 0; k < r->n_drafted; k++) {
         survival *= r->confidence[k];
         e->survival[k] += rate * (survival - e->survival[k]);
@@ -5946,8 +5949,8 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
                                        dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
-    dspark__experience_add(&s->experience, a->r, 1.0f / 16);
-    dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 1.0f / 64);
+    dspark__experience_add(&s->experience, a->r, 16);
+    dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 256);
 }
 
 // ---- a step

@@ -1,7 +1,7 @@
 // dspark [DIR [TEXTS [THREADS [PROMPTS [TOKENS]]]]]: DSpark against plain decoding, prompt by prompt in turn, over
 // held-out prompts (PROMPTS a domain, all if 0) at temperatures 0, 0.7 and 1, and over random bytes.
 //   dspark/plain D tT      tokens a second with DSpark over tokens a second without, the prompt left out: of a domain's
-//                          prompts the median, and (`all`) its whole time
+//                          prompts, each decoded twice both ways (A B B A), the median, and (`all`) its whole time
 //   equal texts            coupled verification gives the tokens of plain decoding: percent of texts, all temperatures
 #include "bench.h"
 
@@ -35,12 +35,15 @@ typedef struct { samples ratio[N_KINDS][N_TEMPERATURES]; double s[N_KINDS][N_TEM
 
 static void compare(dspark_model *m, const text *t, int kind, int n_tokens, uint64_t seed, answer a[2], tally *all) {
     for (int i = 0; i < N_TEMPERATURES; i++) {
-        int first = (int)(seed + (uint64_t)i) % 2;          // who goes first, in turn
-        for (int k = 0; k < 2; k++) decode(m, t, temperatures[i], seed, (first + k) % 2, n_tokens, &a[(first + k) % 2]);
+        double s[2] = { 0, 0 };
+        for (int k = 0; k < 4; k++) {
+            int plain = k == 1 || k == 2;
+            decode(m, t, temperatures[i], seed, plain, n_tokens, &a[plain]), s[plain] += a[plain].s;
+        }
         all->texts++, all->equal += a[0].n == a[1].n && !memcmp(a[0].ids, a[1].ids, (size_t)a[0].n * sizeof *a[0].ids);
         if (a[0].n < 8) continue;                           // too short to time
-        sample(&all->ratio[kind][i], a[1].s / a[0].s);
-        for (int k = 0; k < 2; k++) all->s[kind][i][k] += a[k].s;
+        sample(&all->ratio[kind][i], s[1] / s[0]);
+        for (int k = 0; k < 2; k++) all->s[kind][i][k] += s[k];
     }
 }
 
