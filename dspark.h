@@ -4229,7 +4229,7 @@ typedef struct {
 typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dspark__experience;
 // What all sessions share whose drafts fare alike: those at temperature 0, and those with a verifier in a band of
 // temperatures. account: limit 0 if not opened since the profile was set.
-enum { DSPARK__MANNERS = 7, DSPARK__PRIOR = 4 };     // cycles of its own that outweigh what others have seen
+enum { DSPARK__MANNERS = 7, DSPARK__PRIOR = 8 };     // cycles of its own that outweigh what others have seen
 typedef struct { dspark_account account; dspark__experience experience; } dspark__manner;
 
 struct dspark_model {
@@ -5950,7 +5950,7 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
     dspark__experience_add(&s->experience, a->r, 16);
-    dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 256);
+    dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 1024);
 }
 
 // ---- a step
@@ -6248,8 +6248,8 @@ typedef struct {
     // scratch [H * n + n]
     void (*attend)(const float *q, int H, int d, const float *const *rows, int n, float scale,
                    const float *sink, float *scratch, float *o);
-    // sum_h relu(q_h . key) w_h; q [H][d]
-    float (*index_score)(const float *q, const float *w, int H, int d, const float *key);
+    // scores_j = sum_h relu(q_h . key_j) w_h; q [H][d], keys [n][d], d whole blocks of 32
+    void (*index_scores)(const float *q, const float *w, int H, int d, const float *keys, int n, float *scores);
     // out_i = sum_j softmax_j(gate_ji + ape_ji) kv_ji, i < d, over n > 0 rows
     void (*pool)(const float *const *kv, const float *const *gate, const float *const *ape, int n, int d,
                  float *out);
@@ -6436,6 +6436,8 @@ static const dspark__kernels *dspark__kernels_choose(int path) {
 // The operations of dspark_backend in plain C over >>kernels: here is what is computed, there how a vector of
 // it. Buffers are [rows][...], a row's stride a multiple of 16 floats. Work is split by rows, by heads and by
 // outputs; a sum is never split, so neither threads nor batch change a bit.
+
+enum { DSPARK__INDEX_KEYS = 16 };       // decoded at a time
 
 typedef struct {
     const dspark_model *model;
@@ -6794,12 +6796,10 @@ static void dspark__finish_row(dspark__cpu *d, const float *norm, const float *t
     d->k->round_fp8(kv, c->head_dim - c->qk_rope_head_dim, 64, kv);
 }
 
-static void dspark__attn_norm_row(dspark__cpu *d, int thread, int r, void *arg) {
-    const dspark_layer *l = (const dspark_layer *)arg;
+static void dspark__attn_norm_row(dspark__cpu *d, int r, const dspark_layer *l) {
     const dspark_config *c = d->c;
     float *qr = dspark__row(d->qr, r, c->q_lora_rank),
           *turn = dspark__row(d->turn[l->ratio > 0], r, c->qk_rope_head_dim);
-    (void)thread;
     d->k->rms_norm(qr, l->q_norm, c->q_lora_rank, c->rms_norm_eps, qr);
     d->k->round_fp8(qr, c->q_lora_rank, 128,
                     dspark__row(d->low, r, c->o_groups * c->o_lora_rank + c->q_lora_rank));
@@ -6856,8 +6856,7 @@ static void dspark__pool(dspark__cpu *d, const dspark_segment *s, const dspark_c
 }
 
 // If row r completes a group: the compressed row and, in CSA, its index key.
-static void dspark__compress_row(dspark__cpu *d, int thread, int r, void *arg) {
-    int layer = *(const int *)arg;
+static void dspark__compress_row(dspark__cpu *d, int thread, int r, int layer) {
     const dspark_layer *l = &d->w->layers[layer];
     const dspark_config *c = d->c;
     const dspark_segment *s = &d->pass->segments[d->row_segment[r]];
@@ -6877,6 +6876,13 @@ static void dspark__compress_row(dspark__cpu *d, int thread, int r, void *arg) {
     d->k->hadamard(row, I);
     d->k->encode_fp4(row, I, state->key_codes + i * (size_t)(I / 2),
                      state->key_scales + i * (size_t)(I / 32));
+}
+
+// What of a row needs only its projections.
+static void dspark__attn_row(dspark__cpu *d, int thread, int r, void *arg) {
+    int layer = *(const int *)arg;
+    dspark__attn_norm_row(d, r, &d->w->layers[layer]);
+    if (d->w->layers[layer].ratio && d->pass->kind == DSPARK_PASS_TARGET) dspark__compress_row(d, thread, r, layer);
 }
 
 // ---- the indexer
@@ -6942,14 +6948,15 @@ static void dspark__index_row(dspark__cpu *d, int thread, int r, void *arg) {
     const dspark_config *c = d->c;
     const dspark__layer_state *state = dspark__state_of(d, d->row_segment[r], layer);
     int n = (d->row_position[r] + 1) / 4, I = c->index_head_dim, H = c->index_n_heads;
-    float *scores = d->index_scores + (size_t)thread * d->attend_n, *key = dspark__scratch(d, thread);
+    float *scores = d->index_scores + (size_t)thread * d->attend_n, *keys = dspark__scratch(d, thread);
+    const float *q = dspark__row(d->index_q, r, H * I), *w = dspark__row(d->index_w, r, H);
     if (n <= c->index_topk) return;         // all are taken
-    dspark__index_query(d, r, dspark__row(d->turn[1], r, c->qk_rope_head_dim), key);
-    for (int i = 0; i < n; i++) {
-        d->k->decode_fp4(state->key_codes + (size_t)i * (size_t)(I / 2),
-                         state->key_scales + (size_t)i * (size_t)(I / 32), I, key);
-        scores[i] =
-            d->k->index_score(dspark__row(d->index_q, r, H * I), dspark__row(d->index_w, r, H), H, I, key);
+    dspark__index_query(d, r, dspark__row(d->turn[1], r, c->qk_rope_head_dim), keys);
+    for (int i = 0, some; i < n; i += some) {
+        some = dspark__min(n - i, DSPARK__INDEX_KEYS);
+        d->k->decode_fp4(state->key_codes + (size_t)i * (size_t)(I / 2), state->key_scales + (size_t)i * (size_t)(I / 32),
+                         some * I, keys);
+        d->k->index_scores(q, w, H, I, keys, some, scores + i);
     }
     dspark__top(scores, n, c->index_topk, d->chosen + (size_t)r * (size_t)c->index_topk);
 }
@@ -7072,9 +7079,8 @@ static void dspark__cpu_attention(void *device, int layer) {
     a.layer = layer,
     a.parts = d->n_rows < d->n_threads ? dspark__min(d->n_threads, d->c->num_attention_heads) : 1;
     dspark__attn_project(d, l);
-    dspark__each(d, d->n_rows, dspark__attn_norm_row, (void *)(uintptr_t)l);
+    dspark__each(d, d->n_rows, dspark__attn_row, &layer);
     dspark__attn_queries(d, l);
-    if (target && l->ratio) dspark__each(d, d->n_rows, dspark__compress_row, &layer);
     if (target && l->ratio == 4) dspark__each(d, d->n_rows, dspark__index_row, &layer);
     dspark__each(d, d->n_rows * a.parts, dspark__attend_part, &a);
     if (target) dspark__attn_commit(d, layer);
@@ -7483,7 +7489,8 @@ static void dspark__carve_pass(dspark__cpu *d, dspark__carver *v) {
     size_t most = dspark__linear_scratch(dspark__widest(c), n),
            pointers = (size_t)n * (size_t)(3 * c->num_experts_per_tok + 16);
     most = most > (size_t)(C * h + E) ? most : (size_t)(C * h + E);
-    d->scratch_floats = (most + (size_t)(2 * c->head_dim + 2 * c->index_head_dim) + 1024 + 15) / 16 * 16;
+    most += (size_t)(2 * c->head_dim + DSPARK__INDEX_KEYS * c->index_head_dim) + 1024;
+    d->scratch_floats = (most + 15) / 16 * 16;
     d->thread_scratch = (float *)dspark__carve(v, (size_t)d->n_threads * d->scratch_floats, sizeof(float));
     d->row_segment = dspark__carve_ints(v, n, 1);
     d->row_position = dspark__carve_ints(v, n, 1);
@@ -9298,26 +9305,31 @@ static void DSPARK__AT(attend)(const float *q, int H, int d, const float *const 
     }
 }
 
-static float DSPARK__AT(index_score)(const float *q, const float *w, int H, int d, const float *key) {
-    enum { Q = DSPARK__AT(wide) };
-    float dots[16];
-    dspark__v s = dspark__v_zero(), v;
+static void DSPARK__AT(index_scores)(const float *q, const float *w, int H, int d, const float *keys, int n,
+                                     float *scores) {
+    float dots[DSPARK__AT(rows)][16];
+    dspark__v s[DSPARK__AT(rows)];
     dspark__product p;
     memset(&p, 0, sizeof p);
-    p.n = d, p.groups = 1, p.x[0] = key;
-    for (int h0 = 0; h0 < H; h0 += 16) {
-        int n = H - h0 < 16 ? H - h0 : 16;
-        for (int h = 0; h < n && d % 32; h++) dots[h] = DSPARK__AT(dot)(q + h * d, key, d);
-        for (int h = 0; h < n && d % 32 == 0; h += Q) {
-            for (int i = 0; i < Q; i++) p.w[i] = (const uint8_t *)(q + (h + i < n ? h + i : n - 1) * d);
-            p.y[0] = dots + h;
-            dspark__multiply(DSPARK_F32, 1, &p);
+    p.n = d, p.groups = 1;
+    for (int j = 0, R; j < n; j += R) {
+        int Q;
+        R = DSPARK__AT(group)(n - j), Q = R == 1 ? DSPARK__AT(wide) : DSPARK__AT(outputs);
+        for (int r = 0; r < R; r++) p.x[r] = keys + (size_t)(j + r) * (size_t)d, s[r] = dspark__v_zero();
+        for (int h0 = 0; h0 < H; h0 += 16) {
+            int heads = H - h0 < 16 ? H - h0 : 16;
+            for (int h = 0; h < heads; h += Q) {
+                for (int r = 0; r < R; r++) p.y[r] = dots[r] + h;
+                for (int i = 0; i < Q; i++)
+                    p.w[i] = (const uint8_t *)(q + (size_t)(h0 + (h + i < heads ? h + i : heads - 1)) * (size_t)d);
+                dspark__multiply(DSPARK_F32, R, &p);
+            }
+            for (int r = 0; r < R; r++)
+                s[r] = dspark__v_fma(dspark__v_max(dspark__v_load_n(dots[r], heads, 0), dspark__v_zero()),
+                                     dspark__v_load_n(w + h0, heads, 0), s[r]);
         }
-        v = dspark__v_max(dspark__v_load_n(dots, n, 0), dspark__v_zero());
-        s = dspark__v_fma(v, dspark__v_load_n(w + h0, n, 0), s);
-        q += (size_t)n * (size_t)d;
+        for (int r = 0; r < R; r++) scores[j + r] = dspark__v_sum(s[r]);
     }
-    return dspark__v_sum(s);
 }
 
 static void DSPARK__AT(pool)(const float *const *kv, const float *const *gate, const float *const *ape, int n,
@@ -9386,7 +9398,7 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
         DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), \
         DSPARK__AT(sum_squares), \
         DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), \
-        DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_score), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
+        DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_scores), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
     }
 static const dspark__kernels DSPARK__AT(kernels) =
 #if DSPARK__PATH == 1

@@ -80,15 +80,20 @@ static void decode_share(dspark_session *s, const load *token, int threads, samp
     dspark_step_result r;
     memset(buffer, 1, (size_t)bytes + 8192);
     for (int i = 0; i < ROUNDS; i++) {
-        double read = 1e9, start;
         enum { TOKENS = 8 };
-        for (int j = 0; j < 5; j++) read = fmin(read, read_buffer(buffer, (size_t)bytes, threads));
+        samples reads = { NULL, 0, 0 }, steps = reads;
+        double read, took;
+        for (int j = 0; j < TOKENS; j++) sample(&reads, read_buffer(buffer, (size_t)bytes, threads));
         must(dspark_session_truncate(s, DEPTH));
         must(dspark_step(&s, 1, NULL, &r));
-        start = seconds();
-        for (int j = 0; j < TOKENS; j++) must(dspark_step(&s, 1, NULL, &r));
-        sample(share, 100 * read * TOKENS / (seconds() - start)), sample(bandwidth, 1e-9 * bytes / read);
-        sample(speed, TOKENS / (seconds() - start));
+        for (int j = 0; j < TOKENS; j++) {
+            double start = seconds();
+            must(dspark_step(&s, 1, NULL, &r));
+            sample(&steps, seconds() - start);
+        }
+        read = quantile(&reads, .5), took = quantile(&steps, .5);
+        sample(share, 100 * read / took), sample(bandwidth, 1e-9 * bytes / read), sample(speed, 1 / took);
+        free(reads.x), free(steps.x);
     }
     free(buffer);
 }
