@@ -430,15 +430,17 @@ static __device__ __forceinline__ void ask_piece(char *slot, const span &s, int 
         copy4(slot + 2048 + lane * 4,
               s.scale + (((size_t)(m0 / TILE) * (size_t)(pitch / UNIT) + (size_t)unit) * WARP + (size_t)lane) * 4);
 }
-template <int DTYPE> static __device__ __forceinline__ void take_piece(piece &q, const char *slot, const span &s,
-                                                                       int tile, int unit) {
+// The scale of a whole unit, where it has one.
+template <int DTYPE> static __device__ __forceinline__ uint32_t scale_of(const span &s, int tile, int unit) {
+    if (DTYPE != DSPARK_FP8) return 0;
+    return s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
+}
+template <int DTYPE>
+static __device__ __forceinline__ void take_piece(piece &q, const char *slot, uint32_t scale) {
     int lane = (int)threadIdx.x % WARP;
     UNROLL
     for (int i = 0; i < 4; i++) q.v[i] = *(const uint4 *)(const void *)(slot + 512 * i + 16 * lane);
-    q.scale = 0;
-    if (DTYPE == DSPARK_FP8)
-        q.scale = s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
-    if (DTYPE == DSPARK_FP4) q.scale = *(const uint32_t *)(const void *)(slot + 2048 + 4 * lane);
+    q.scale = DTYPE == DSPARK_FP4 ? *(const uint32_t *)(const void *)(slot + 2048 + 4 * lane) : scale;
 }
 
 // Of a dtype: elements that a lane takes at once, how often in a unit, and bf16 planes that a weight falls into.
@@ -653,7 +655,7 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
-            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, s, tile, unit);
+            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, scale_of<DTYPE>(s, tile, unit));
             multiply<DTYPE, 1, NT, X>(&q, from_memory<DTYPE>{ x, at, unit }, acc);
             ask<NT>(f);
         }
@@ -1899,9 +1901,16 @@ static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, in
     int place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
     const uint16_t *x = t.x.x + (unit << (chunks + 3)) + q * 8;
     if (of != DSPARK_F32) place ^= (first & 1) * 64;
-    for (int p = 0; p < t.x.planes; p++, x += t.x.plane)
-        for (int r = first; r < t.live; r += THREADS >> chunks)
-            copy16(to + ((p * 8 * t.eights + r) << (chunks + 4)) + place, x + t.at[r]);
+    for (int p = 0, live = t.live, each = THREADS >> chunks; p < t.x.planes; p++, x += t.x.plane)
+        for (int r0 = first; r0 < live; r0 += 4 * each) {
+            int at[4];
+            UNROLL
+            for (int i = 0; i < 4; i++) at[i] = t.at[least(r0 + i * each, live - 1)];
+            UNROLL
+            for (int i = 0; i < 4; i++)
+                if (r0 + i * each < live)
+                    copy16(to + ((p * 8 * t.eights + r0 + i * each) << (chunks + 4)) + place, x + at[i]);
+        }
 }
 template <int DTYPE, int NT> struct from_stage {
     const char *x;
@@ -1959,6 +1968,7 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
                                                  char *bytes) {
     const wide_tile &t = known[k % TILES_KNOWN];
     int units = t.s.pitch / UNIT, first = (int)threadIdx.x / WARP * MT, live = first < t.s.tiles;
+    int late = threadIdx.x >= THREADS / 2;      // of two warps of a scheduler one asks while the other multiplies
     float total[MT][NT][4];
     zero<MT * NT * 4>(&total[0][0][0]);
     for (int w = 0; w < WARPS; w++) {
@@ -1966,16 +1976,19 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
         zero<X * MT * NT * 4>(&acc[0][0][0][0]);
         for (int unit = w; unit < units; unit += WARPS) {
             const char *from = bytes + stage * stage_bytes(MT);
+            uint32_t scale[MT];
             piece q[MT];
+            UNROLL
+            for (int mt = 0; mt < MT; mt++) scale[mt] = scale_of<DTYPE>(t.s, least(first + mt, t.s.tiles - 1), unit);
             copies_wait<wide_stages(MT) - 2>();
             __syncthreads();        // all see the stage, and are done with the one before it
-            ask_wide<MT>(known, n, a, bytes);
-            stage = stage + 1 == wide_stages(MT) ? 0 : stage + 1;
-            if (!live) continue;
+            if (!late) ask_wide<MT>(known, n, a, bytes);
             UNROLL
-            for (int mt = 0; mt < MT; mt++)
-                take_piece<DTYPE>(q[mt], from + (first + mt) * SLOT_BYTES, t.s, least(first + mt, t.s.tiles - 1), unit);
-            multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + WARPS * MT * SLOT_BYTES }, acc);
+            for (int mt = 0; live && mt < MT; mt++)
+                take_piece<DTYPE>(q[mt], from + (first + mt) * SLOT_BYTES, scale[mt]);
+            if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + WARPS * MT * SLOT_BYTES }, acc);
+            if (late) ask_wide<MT>(known, n, a, bytes);
+            stage = stage + 1 == wide_stages(MT) ? 0 : stage + 1;
         }
         UNROLL
         for (int mt = 0; mt < MT; mt++)
