@@ -1568,8 +1568,9 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
 
 // A split of a row's keys for 16 heads, 32 keys at a time. Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows
 // 3.8 MB, 1.3 us), products 1.2 us a row at three planes; so latency: about 900 products of 16 x 8 x 16 a time in
-// eight warps and 36 KB of keys. 6 rows of 640 keys are 480 blocks, two waves.
-static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
+// eight warps and 36 KB of keys. 6 rows of 640 keys are 480 blocks, four waves; where there are more rows two blocks
+// share an SM, with half of the registers each.
+template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const attend_args p) {
     __shared__ float scale[TILE], part[WARPS * TILE];
     SHARED_BYTES(bytes);
     int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -2970,7 +2971,8 @@ static void op_attention(cuda *d, int l) {
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
         if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
-        LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
+        launch(d, "attend", d->grid.rows < MANY_ROWS ? attend<1> : attend<2>,
+               grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
         LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
     }
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
@@ -3918,7 +3920,7 @@ static void allow_shared(cuda *d) {
     allow(d, linears<1>, product_bytes(1)), allow(d, experts<1>, product_bytes(1));
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
     allow(d, linears<4>, product_bytes(4)), allow_wide(d);
-    allow(d, attend, (int)attend_bytes), allow(d, route, 64 << 10);
+    allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes), allow(d, route, 64 << 10);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
