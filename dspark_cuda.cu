@@ -1702,8 +1702,9 @@ typedef struct {
     const int *tid2eid;             // [V][K], or NULL
     int *route;                     // [rows][K], ascending
     float *weight;                  // [rows][K]
-    int *first, *list;              // [E + 1]; [rows * K]: row * K + slot, by expert
+    int *first, *list;              // [E + 1]; [rows * K]: row * K + slot, an expert's together
     int *active;                    // [0]: how many experts have rows; then which, ascending
+    int *arrived;                   // zero between kernels: blocks that are done
 } route_args;
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
@@ -1759,36 +1760,34 @@ static __device__ int block_before(int x, int *all) {
     }
     return before + sum - x;
 }
-// Which rows each expert has, by the threads of one block, an expert each.
-static __device__ void group_by_expert(const route_args &p, int n) {
+// Which rows each expert has, in any order: by the threads of one block. at [E] is its own.
+static __device__ void group_by_expert(const route_args &p, int n, int *at) {
     int E = p.c.E, rows = 0, active = 0, some, more;
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) at[e] = 0;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) atomicAdd(&at[__ldcg(p.route + i)], 1);
+    __syncthreads();
     for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
-        int e = e0 + (int)threadIdx.x, count = 0, at, place;
-        UNROLL_BY(8)
-        for (int i = 0; e < E && i < n; i++) count += p.route[i] == e;
-        at = rows + block_before(count, &some);
-        place = active + block_before(count > 0, &more);
+        int e = e0 + (int)threadIdx.x, count = e < E ? at[e] : 0;
+        int first = rows + block_before(count, &some), place = active + block_before(count > 0, &more);
         rows += some, active += more;
-        if (e >= E) continue;
-        p.first[e] = at;
+        if (e < E) at[e] = p.first[e] = first;
         if (count) p.active[1 + place] = e;
-        for (int i = 0; count && i < n; i++)
-            if (p.route[i] == e) p.list[at++] = i;
     }
     if (threadIdx.x == 0) p.first[E] = rows, p.active[0] = active;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) p.list[atomicAdd(&at[__ldcg(p.route + i)], 1)] = i;
 }
 
-// Bound: latency, six rounds of a warp over the experts.
+// A warp a row; the last block groups them. Bound: latency, six rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
     SHARED_BYTES(bytes);
-    int n, warp = (int)threadIdx.x / WARP;
+    int n, warps = (int)blockDim.x / WARP, r = (int)blockIdx.x * warps + (int)threadIdx.x / WARP;
     grid_go();
     n = p.n->n_rows;
     grid_wait();
-    for (int r = warp; r < n; r += (int)blockDim.x / WARP)
-        route_row(p, r, (uint32_t *)(void *)bytes + (size_t)warp * (size_t)p.c.E);
-    __syncthreads();
-    group_by_expert(p, n * p.c.K);
+    if (r < n) route_row(p, r, (uint32_t *)(void *)bytes + (size_t)(r % warps) * (size_t)p.c.E);
+    if (last_block(p.arrived, (int)gridDim.x)) group_by_expert(p, n * p.c.K, (int *)(void *)bytes);
 }
 
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
@@ -3030,8 +3029,9 @@ static void op_moe(cuda *d, int l) {
     jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
+    r.arrived = d->arrived;
     threads = WARP * smaller(d->s.E > 512 ? 16 : 32, larger(8, d->grid.rows));
-    LAUNCH(route, grid_of(1, 1), threads, (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
+    LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads, (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;

@@ -68,12 +68,12 @@ static void print_pass(const char *what, samples *us, const floors *f, double ra
     result_one(question, name, 1, 100 * floor_us / quantile(us, .5), "%");
 }
 
-// A pass of `rows` rows at the session's end, or (0) a draft.
+// A pass of `rows` rows at the session's end, PROMPT: of which the last has logits, or (0) a draft.
 static void run(dspark_session *s, const int32_t *ids, int rows) {
     dspark_pass_result out;
     int32_t tokens[DSPARK_MAX_BLOCK];
     float confidence[DSPARK_MAX_BLOCK];
-    if (rows) must(dspark__run_alone(s, ids, rows, s->n_run, 0, 0, &out));
+    if (rows) must(dspark__run_alone(s, ids, rows, s->n_run, 0, rows == PROMPT ? rows - 1 : 0, &out));
     else must(dspark_session_draft(s, ids[0], tokens, confidence, NULL));
 }
 
@@ -147,10 +147,10 @@ int main(int argc, char **argv) {
     if (synth) desc.files.map = synth_map, desc.files.unmap = synth_unmap, dir = ".";
     must(dspark_model_open(&m, dir, &desc));
     result_one("cuda copy", name, 1, rate, "GB/s");
-    n = dspark_model_config(m)->max_position_embeddings < CONTEXT + 64
+    n = dspark_model_config(m)->max_position_embeddings < CONTEXT + PROMPT
             ? dspark_model_config(m)->max_position_embeddings - 64
             : CONTEXT;
-    d = plain_desc(n + PROMPT), s = session_open(m, &d);
+    d = plain_desc(n + (n == CONTEXT ? PROMPT : 64)), s = session_open(m, &d);
     int32_t *ids = (int32_t *)need((size_t)n, sizeof *ids);
     noise(m, ids, n, 1);
     start = seconds();
