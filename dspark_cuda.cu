@@ -14,7 +14,7 @@
 // EXACT PRODUCTS. FP8 and FP4 weights with their scales, and rounded inputs with theirs, are bf16 numbers as they are:
 // one mma.m16n8k16 sums exact products in fp32. Inputs that are not rounded (of wo_a and of bf16 matrices) go in as
 // three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
-// 16, 32 or 64 rows.
+// 16 or 32 rows; from 33 on a block has a tile of outputs and rows (products of many rows).
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
 // a pass        turns (cos and sin of each row's position)
@@ -354,7 +354,7 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 // KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors,
 // index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1
 // (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on, reading x for each unit from the
-// caches binds instead.
+// caches binds instead; from 33 on other kernels do it.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
@@ -1792,8 +1792,7 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
 
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
 // all rows. An expert's weights are read once for NT * 8 rows. Bound: bytes, MB (us): w1 w3 53.5 (18) for one row, 292
-// (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52). A prompt's 2,048 rows are 77
-// an expert of 160: three readings, of which two come from L2; products bound it, 2 a clock of 256 x 8 and SM.
+// (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52).
 typedef struct {
     shape c;
     const counts *n;
@@ -1866,10 +1865,11 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
 // of eight warps has a tile of outputs and rows of the pass: a warp 16 MT of its outputs, whose weights no other reads,
 // and all of its rows, which come to shared memory in stages. A warp sums as eight warps do above: of units w, w + 8,
 // .. alone, for each w, and those sums in order: the same bits. Blocks go through tiles in turn, rows first, so that
-// those which run at once share weights. 256 outputs x 64 rows (128 x 32 where tiles are few, 256 x 32 of three
-// planes). Bound: products, 600 TFLOP/s of mma.sync: us of 512 rows, a layer: wq_a and beside it 24, wq_b 71, wo_a 171
-// (three planes), wo_b 57, gate and shared w1 w3 35. A tile of 256 x 64 and a unit of FP8 is 1,024 products of 16 x 8 x
-// 16, 1,600 clocks of an SM, and takes 48 KB from L2, 30 bytes a clock.
+// those which run at once share weights. 256 outputs x 64 rows; of three planes x 32; 128 x 32 where tiles are few.
+// Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66 (matrices of bf16: three planes),
+// wq_b 71, wo_a 172 (three planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8 times 64 rows, of a tile of 256,
+// is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues 1,600 instructions for its two
+// warps, and 48 KB from L2, 30 bytes a clock; of FP4 twice the products, 2,500 instructions, 64 KB.
 
 enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
 static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }
@@ -2056,7 +2056,8 @@ template <int MT> static __device__ void find_tile(const linears_args &p, int n,
     t.at[me] = r * j.x_stride + (j.group ? i / along * j.x_group : 0), t.to[me] = j.y_rows ? j.y_rows[r] : r;
     if (me) return;
     set_tile(t, j.w, m0, (i / along + 1) * group, wide_outputs(MT), k);
-    t.live = least(8 * eights, n - r0), t.eights = eights == 8 && t.live <= 32 ? 4 : eights, t.x = j.x, t.y = j.y, t.y_stride = j.y_stride, t.add = j.add;
+    t.live = least(8 * eights, n - r0), t.eights = eights == 8 && t.live <= 32 ? 4 : eights, t.x = j.x;
+    t.y = j.y, t.y_stride = j.y_stride, t.add = j.add;
 }
 template <int MT> static __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
 linears_wide(const linears_args p) {
@@ -2117,11 +2118,12 @@ static __device__ void find_expert(const experts_args &p, const int *before, int
     const matrix &w = o.of->w[p.which + which];
     int rounded = w.dtype >= DSPARK_FP8;
     set_tile(t, w, m, w.rows, wide_outputs(EXPERT_TILES), which);
-    t.live = least(8 * o.eights, o.n - r0), t.eights = t.live <= 32 ? 4 : o.eights, t.y = p.y[which], t.y_stride = p.y_stride, t.add = 0;
+    t.live = least(8 * o.eights, o.n - r0), t.eights = t.live <= 32 ? 4 : o.eights;
+    t.y = p.y[which], t.y_stride = p.y_stride, t.add = 0;
     t.x.x = rounded ? p.x.rounded : p.x.plain, t.x.plane = p.x.plane, t.x.planes = rounded ? 1 : 3;
 }
-// Bound: of 2,048 rows, an expert's 77 of 160, products, 600 TFLOP/s: w1 w3 690 us a layer, w2 340; of 512 rows bytes,
-// 1,430 MB (480 us), 760 (250).
+// Bound, of 160 experts: at 512 rows bytes, w1 w3 1,430 MB (480 us), w2 720 (240); at 2,048, 77 an expert, products at
+// 600 TFLOP/s, 690 us and 400.
 static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_args p) {
     __shared__ int before[MAX_EXPERTS + 1];
     SHARED_BYTES(bytes);
@@ -3031,7 +3033,8 @@ static void op_moe(cuda *d, int l) {
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
     r.arrived = d->arrived;
     threads = WARP * smaller(d->s.E > 512 ? 16 : 32, larger(8, d->grid.rows));
-    LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads, (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
+    LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
+           (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
