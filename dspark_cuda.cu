@@ -14,7 +14,7 @@
 // EXACT PRODUCTS. FP8 and FP4 weights with their scales, and rounded inputs with theirs, are bf16 numbers as they are:
 // one mma.m16n8k16 sums exact products in fp32. Inputs that are not rounded (of wo_a and of bf16 matrices) go in as
 // three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
-// 16, 32 or 64 rows.
+// 16 or 32 rows; from 33 on a block has a tile of outputs and rows (products of many rows).
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
 // a pass        turns (cos and sin of each row's position)
@@ -354,7 +354,7 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 // KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors,
 // index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1
 // (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on, reading x for each unit from the
-// caches binds instead.
+// caches binds instead; from 33 on other kernels do it.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
@@ -430,23 +430,25 @@ static __device__ __forceinline__ void ask_piece(char *slot, const span &s, int 
         copy4(slot + 2048 + lane * 4,
               s.scale + (((size_t)(m0 / TILE) * (size_t)(pitch / UNIT) + (size_t)unit) * WARP + (size_t)lane) * 4);
 }
-template <int DTYPE> static __device__ __forceinline__ void take_piece(piece &q, const char *slot, const span &s,
-                                                                       int tile, int unit) {
+// The scale of a whole unit, where it has one.
+template <int DTYPE> static __device__ __forceinline__ uint32_t scale_of(const span &s, int tile, int unit) {
+    if (DTYPE != DSPARK_FP8) return 0;
+    return s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
+}
+template <int DTYPE>
+static __device__ __forceinline__ void take_piece(piece &q, const char *slot, uint32_t scale) {
     int lane = (int)threadIdx.x % WARP;
     UNROLL
     for (int i = 0; i < 4; i++) q.v[i] = *(const uint4 *)(const void *)(slot + 512 * i + 16 * lane);
-    q.scale = 0;
-    if (DTYPE == DSPARK_FP8)
-        q.scale = s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
-    if (DTYPE == DSPARK_FP4) q.scale = *(const uint32_t *)(const void *)(slot + 2048 + 4 * lane);
+    q.scale = DTYPE == DSPARK_FP4 ? *(const uint32_t *)(const void *)(slot + 2048 + 4 * lane) : scale;
 }
 
-// Of a dtype: elements in 16 bytes, and bf16 planes that a weight falls into.
-template <int DTYPE> struct weights_of { enum { IN_16 = 8, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_FP8> { enum { IN_16 = 16, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_FP4> { enum { IN_16 = 32, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_F16> { enum { IN_16 = 8, PLANES = 2 }; };
-template <> struct weights_of<DSPARK_F32> { enum { IN_16 = 8, PLANES = 3 }; };
+// Of a dtype: elements that a lane takes at once, how often in a unit, and bf16 planes that a weight falls into.
+template <int DTYPE> struct weights_of { enum { IN_16 = 8, CHUNKS = 2, PLANES = 1 }; };
+template <> struct weights_of<DSPARK_FP8> { enum { IN_16 = 16, CHUNKS = 2, PLANES = 1 }; };
+template <> struct weights_of<DSPARK_FP4> { enum { IN_16 = 32, CHUNKS = 2, PLANES = 1 }; };
+template <> struct weights_of<DSPARK_F16> { enum { IN_16 = 8, CHUNKS = 2, PLANES = 2 }; };
+template <> struct weights_of<DSPARK_F32> { enum { IN_16 = 8, CHUNKS = 1, PLANES = 3 }; };
 
 static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
@@ -517,34 +519,55 @@ static __device__ __forceinline__ void decode(const piece &q, int c, int half, i
 
 typedef struct { const uint16_t *x; size_t plane; int planes; } operand;
 
-// acc[p][nt] += a unit of 16 weight rows times NT * 8 rows of plane p of x; at [nt]: where the lane's row of x begins.
-// Planes apart: three short chains of products, not a long one.
-template <int DTYPE, int NT, int X> static __device__ __forceinline__ void multiply(const piece &q, int unit,
-                                                                                    const operand &x, const int *at,
-                                                                                    float (*acc)[NT][4]) {
-    enum { IN_16 = weights_of<DTYPE>::IN_16, PLANES = weights_of<DTYPE>::PLANES, CHUNKS = DTYPE == DSPARK_F32 ? 1 : 2 };
-    int t = (int)threadIdx.x % 4;
+// Eight numbers of a unit of x, for row g of eight `nt` and chunk c's e-th eight of the lane. From where it lies; at
+// [nt]: where the lane's row begins.
+template <int DTYPE> struct from_memory {
+    const operand &x;
+    const int *at;
+    int unit;
+    __device__ __forceinline__ uint4 operator()(int p, int nt, int c, int e) const {
+        enum { IN_16 = weights_of<DTYPE>::IN_16 };
+        int k = (unit * weights_of<DTYPE>::CHUNKS + c) * 4 * IN_16 + (int)threadIdx.x % 4 * IN_16 + 8 * e;
+        return *(const uint4 *)(const void *)(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k));
+    }
+};
+// acc[p][mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of plane p of x, which `b` gives. Planes apart:
+// three short chains of products, not a long one.
+template <int DTYPE, int MT, int NT, int X, class B>
+static __device__ __forceinline__ void multiply(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
+    enum { PLANES = weights_of<DTYPE>::PLANES };
     UNROLL
-    for (int c = 0; c < CHUNKS; c++)
+    for (int c = 0; c < weights_of<DTYPE>::CHUNKS; c++)
         UNROLL
-        for (int e = 0; e < IN_16 / 8; e++) {
-            int k = unit * 4 * IN_16 * CHUNKS + c * 4 * IN_16 + t * IN_16 + 8 * e;
-            uint32_t a[2][PLANES][4];
-            decode<DTYPE>(q, c, 0, e, a[0]);
-            decode<DTYPE>(q, c, 1, e, a[1]);
+        for (int e = 0; e < weights_of<DTYPE>::IN_16 / 8; e++) {
+            uint32_t a[MT][2][PLANES][4];
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                decode<DTYPE>(q[mt], c, 0, e, a[mt][0]), decode<DTYPE>(q[mt], c, 1, e, a[mt][1]);
             UNROLL
             for (int p = 0; p < X; p++)
                 UNROLL
                 for (int nt = 0; nt < NT; nt++) {
-                    const uint4 b = *(const uint4 *)(const void *)(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k));
+                    const uint4 x = b(p, nt, c, e);
                     UNROLL
                     for (int i = 0; i < PLANES; i++) {
                         if (i + p > 2) continue;        // below 2^-24 of the product
-                        mma(acc[p][nt], a[0][i][0], a[1][i][0], a[0][i][1], a[1][i][1], b.x, b.y);
-                        mma(acc[p][nt], a[0][i][2], a[1][i][2], a[0][i][3], a[1][i][3], b.z, b.w);
+                        UNROLL
+                        for (int mt = 0; mt < MT; mt++)
+                            mma(acc[p][mt][nt], a[mt][0][i][0], a[mt][1][i][0], a[mt][0][i][1], a[mt][1][i][1], x.x,
+                                x.y);
+                        UNROLL
+                        for (int mt = 0; mt < MT; mt++)
+                            mma(acc[p][mt][nt], a[mt][0][i][2], a[mt][1][i][2], a[mt][0][i][3], a[mt][1][i][3], x.z,
+                                x.w);
                     }
                 }
         }
+}
+
+template <int N> static __device__ __forceinline__ void zero(float *v) {
+    UNROLL
+    for (int i = 0; i < N; i++) v[i] = 0;
 }
 
 // What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans.
@@ -587,13 +610,14 @@ template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, con
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
 
-template <int NT, int X> static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[NT][4]) {
+template <int NT, int X>
+static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[1][NT][4]) {
     int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     float *to = part + (size_t)((tile * WARPS + (int)threadIdx.x / WARP) * NT * 8 * 17);
     for (int nt = 0; nt < NT; nt++)
         for (int i = 0; i < 4; i++) {
-            float sum = acc[0][nt][i];
-            for (int p = 1; p < X; p++) sum += acc[p][nt][i];
+            float sum = acc[0][0][nt][i];
+            for (int p = 1; p < X; p++) sum += acc[p][0][nt][i];
             to[(nt * 8 + 2 * t + (i & 1)) * 17 + g + 8 * (i >> 1)] = sum;
         }
 }
@@ -626,13 +650,13 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
     int units = s.pitch / UNIT;
     warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
-        float acc[X][NT][4];
-        for (int p = 0; p < X; p++) for (int nt = 0; nt < NT; nt++) for (int i = 0; i < 4; i++) acc[p][nt][i] = 0;
+        float acc[X][1][NT][4];
+        zero<X * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
-            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, s, tile, unit);
-            multiply<DTYPE, NT, X>(q, unit, x, at, acc);
+            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, scale_of<DTYPE>(s, tile, unit));
+            multiply<DTYPE, 1, NT, X>(&q, from_memory<DTYPE>{ x, at, unit }, acc);
             ask<NT>(f);
         }
         put_part<NT, X>(part, tile, acc);
@@ -701,6 +725,7 @@ enum { MAX_JOBS = 10 };
 typedef struct {
     job jobs[MAX_JOBS];
     int n_jobs, n_items, item_bytes, n_blocks;
+    int rows;                       // at most so many
     const int *n_rows;
     post_comb_args mix;             // out NULL: none
 } linears_args;
@@ -1543,8 +1568,9 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
 
 // A split of a row's keys for 16 heads, 32 keys at a time. Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows
 // 3.8 MB, 1.3 us), products 1.2 us a row at three planes; so latency: about 900 products of 16 x 8 x 16 a time in
-// eight warps and 36 KB of keys. 6 rows of 640 keys are 480 blocks, two waves.
-static __global__ void __launch_bounds__(THREADS) attend(const attend_args p) {
+// eight warps and 36 KB of keys. 6 rows of 640 keys are 480 blocks, four waves; where there are more rows two blocks
+// share an SM, with half of the registers each.
+template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const attend_args p) {
     __shared__ float scale[TILE], part[WARPS * TILE];
     SHARED_BYTES(bytes);
     int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -1676,8 +1702,9 @@ typedef struct {
     const int *tid2eid;             // [V][K], or NULL
     int *route;                     // [rows][K], ascending
     float *weight;                  // [rows][K]
-    int *first, *list;              // [E + 1]; [rows * K]: row * K + slot, by expert
+    int *first, *list;              // [E + 1]; [rows * K]: row * K + slot, an expert's together
     int *active;                    // [0]: how many experts have rows; then which, ascending
+    int *arrived;                   // zero between kernels: blocks that are done
 } route_args;
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
@@ -1733,42 +1760,39 @@ static __device__ int block_before(int x, int *all) {
     }
     return before + sum - x;
 }
-// Which rows each expert has, by the threads of one block, an expert each.
-static __device__ void group_by_expert(const route_args &p, int n) {
+// Which rows each expert has, in any order: by the threads of one block. at [E] is its own.
+static __device__ void group_by_expert(const route_args &p, int n, int *at) {
     int E = p.c.E, rows = 0, active = 0, some, more;
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) at[e] = 0;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) atomicAdd(&at[__ldcg(p.route + i)], 1);
+    __syncthreads();
     for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
-        int e = e0 + (int)threadIdx.x, count = 0, at, place;
-        UNROLL_BY(8)
-        for (int i = 0; e < E && i < n; i++) count += p.route[i] == e;
-        at = rows + block_before(count, &some);
-        place = active + block_before(count > 0, &more);
+        int e = e0 + (int)threadIdx.x, count = e < E ? at[e] : 0;
+        int first = rows + block_before(count, &some), place = active + block_before(count > 0, &more);
         rows += some, active += more;
-        if (e >= E) continue;
-        p.first[e] = at;
+        if (e < E) at[e] = p.first[e] = first;
         if (count) p.active[1 + place] = e;
-        for (int i = 0; count && i < n; i++)
-            if (p.route[i] == e) p.list[at++] = i;
     }
     if (threadIdx.x == 0) p.first[E] = rows, p.active[0] = active;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) p.list[atomicAdd(&at[__ldcg(p.route + i)], 1)] = i;
 }
 
-// Bound: latency, six rounds of a warp over the experts.
+// A warp a row; the last block groups them. Bound: latency, six rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
     SHARED_BYTES(bytes);
-    int n, warp = (int)threadIdx.x / WARP;
+    int n, warps = (int)blockDim.x / WARP, r = (int)blockIdx.x * warps + (int)threadIdx.x / WARP;
     grid_go();
     n = p.n->n_rows;
     grid_wait();
-    for (int r = warp; r < n; r += (int)blockDim.x / WARP)
-        route_row(p, r, (uint32_t *)(void *)bytes + (size_t)warp * (size_t)p.c.E);
-    __syncthreads();
-    group_by_expert(p, n * p.c.K);
+    if (r < n) route_row(p, r, (uint32_t *)(void *)bytes + (size_t)(r % warps) * (size_t)p.c.E);
+    if (last_block(p.arrived, (int)gridDim.x)) group_by_expert(p, n * p.c.K, (int *)(void *)bytes);
 }
 
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
 // all rows. An expert's weights are read once for NT * 8 rows. Bound: bytes, MB (us): w1 w3 53.5 (18) for one row, 292
-// (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52). A prompt's 2,048 rows are 77
-// an expert of 160: three readings, of which two come from L2; products bound it, 2 a clock of 256 x 8 and SM.
+// (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52).
 typedef struct {
     shape c;
     const counts *n;
@@ -1834,6 +1858,279 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
             for (int i = 0; i < spans[k].n; i += NT * 8) expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes);
         copies_wait<0>();
     }
+}
+
+// ---- products of many rows --------------------------------------------------------------------
+// Above, weights are decoded again for every 32 rows, and x is read from the caches for every tile of 16. Here a block
+// of eight warps has a tile of outputs and rows of the pass: a warp 16 MT of its outputs, whose weights no other reads,
+// and all of its rows, which come to shared memory in stages. A warp sums as eight warps do above: of units w, w + 8,
+// .. alone, for each w, and those sums in order: the same bits. Blocks go through tiles in turn, rows first, so that
+// those which run at once share weights. 256 outputs x 64 rows; of three planes x 32; 128 x 32 where tiles are few.
+// Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66 (matrices of bf16: three planes),
+// wq_b 71, wo_a 172 (three planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8 times 64 rows, of a tile of 256,
+// is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues 1,600 instructions for its two
+// warps, and 48 KB from L2, 30 bytes a clock; of FP4 twice the products, 2,500 instructions, 64 KB.
+
+enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
+static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }
+static __host__ __device__ constexpr int wide_outputs(int mt) { return WARPS * mt * TILE; }
+// Rows of a tile in eights, and the bytes of x in a stage for the most of them.
+static __host__ __device__ constexpr int wide_eights(int mt, int dtype, int planes) {
+    return planes == 1 ? 4 * mt : dtype == DSPARK_FP4 ? 2 : 4;
+}
+static __host__ __device__ constexpr int stage_bytes(int mt) {
+    return WARPS * mt * SLOT_BYTES + (mt == 1 ? 24 << 10 : 32 << 10);
+}
+static __host__ __device__ int tiles_along(int n, int each) { return (n + each - 1) / each; }
+
+// A tile: some outputs of a matrix for `live` rows of x, row i of which begins at [i] and has its sums in row to [i].
+typedef struct {
+    span s;
+    operand x;
+    float *y;
+    int y_stride, add, eights, live, at[MOST_COLUMNS], to[MOST_COLUMNS];
+} wide_tile;
+// Where a block is: in which of its tiles, in the units from w on, at which; and the stage that holds it.
+typedef struct { int k, w, unit, stage; } wide_at;
+
+// A unit of x to a stage: [plane][row][16 bytes each], a row as lanes read it, e-th eights of the four t together, and
+// every second row with halves of 128 bytes exchanged: lanes of two rows then read from all banks.
+static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, int unit) {
+    int of = t.s.dtype, most = of == DSPARK_FP4 ? 2 : of == DSPARK_FP8, chunks = of == DSPARK_F32 ? 2 : 3 + most;
+    int q = (int)threadIdx.x & ((1 << chunks) - 1), first = (int)threadIdx.x >> chunks;
+    int place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
+    const uint16_t *x = t.x.x + (unit << (chunks + 3)) + q * 8;
+    if (of != DSPARK_F32) place ^= (first & 1) * 64;
+    for (int p = 0, live = t.live, each = THREADS >> chunks; p < t.x.planes; p++, x += t.x.plane)
+        for (int r0 = first; r0 < live; r0 += 4 * each) {
+            int at[4];
+            UNROLL
+            for (int i = 0; i < 4; i++) at[i] = t.at[least(r0 + i * each, live - 1)];
+            UNROLL
+            for (int i = 0; i < 4; i++)
+                if (r0 + i * each < live)
+                    copy16(to + ((p * 8 * t.eights + r0 + i * each) << (chunks + 4)) + place, x + at[i]);
+        }
+}
+template <int DTYPE, int NT> struct from_stage {
+    const char *x;
+    __device__ __forceinline__ uint4 operator()(int p, int nt, int c, int e) const {
+        enum { EIGHTS = weights_of<DTYPE>::IN_16 / 8, ROW = weights_of<DTYPE>::CHUNKS * EIGHTS * 64 };
+        int g = (int)threadIdx.x % WARP / 4, t = (int)threadIdx.x % 4, i = c * EIGHTS + e;
+        int place = ROW < 128 ? i * 64 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
+        return *(const uint4 *)(const void *)(x + ((p * NT + nt) * 8 + g) * ROW + place + t * 16);
+    }
+};
+
+// The next unit of the block's tiles, of which it has n, to its stage.
+template <int MT> static __device__ __forceinline__ void ask_wide(const wide_tile *known, int n, wide_at &a,
+                                                                  char *bytes) {
+    int first = (int)threadIdx.x / WARP * MT;
+    if (a.k < n) {
+        const wide_tile &t = known[a.k % TILES_KNOWN];
+        char *stage = bytes + a.stage * stage_bytes(MT);
+        int units = t.s.pitch / UNIT;
+        UNROLL
+        for (int mt = 0; mt < MT; mt++)
+            if (first + mt < t.s.tiles) ask_piece(stage + (first + mt) * SLOT_BYTES, t.s, first + mt, a.unit);
+        ask_rows(stage + WARPS * MT * SLOT_BYTES, t, a.unit);
+        for (a.unit += WARPS; a.unit >= units && a.w < WARPS - 1;) a.unit = ++a.w;
+        if (a.unit >= units) a.k++, a.w = a.unit = 0;
+    }
+    copies_close();
+    a.stage = a.stage + 1 == wide_stages(MT) ? 0 : a.stage + 1;
+}
+
+template <int MT, int NT>
+static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*total)[NT][4]) {
+    int lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + (int)threadIdx.x / WARP * MT * TILE + lane / 4;
+    float shift = shift_of(t.s.dtype);
+    UNROLL
+    for (int nt = 0; nt < NT; nt++)
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            int column = nt * 8 + lane % 4 * 2 + half;
+            if (column >= t.live) continue;
+            float *y = t.y + (size_t)t.to[column] * (size_t)t.y_stride;
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                UNROLL
+                for (int i = 0; i < 2; i++) {
+                    int out = m0 + mt * TILE + 8 * i;
+                    float sum = total[mt][nt][2 * i + half] * shift;
+                    if (out < t.s.rows) y[out] = t.add ? y[out] + sum : sum;
+                }
+        }
+}
+// Tile k of the block's n. a: what is asked for next.
+template <int DTYPE, int MT, int NT, int X>
+static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, int n, wide_at &a, int &stage,
+                                                 char *bytes) {
+    const wide_tile &t = known[k % TILES_KNOWN];
+    int units = t.s.pitch / UNIT, first = (int)threadIdx.x / WARP * MT, live = first < t.s.tiles;
+    int late = threadIdx.x >= THREADS / 2;      // of two warps of a scheduler one asks while the other multiplies
+    float total[MT][NT][4];
+    zero<MT * NT * 4>(&total[0][0][0]);
+    for (int w = 0; w < WARPS; w++) {
+        float acc[X][MT][NT][4];
+        zero<X * MT * NT * 4>(&acc[0][0][0][0]);
+        for (int unit = w; unit < units; unit += WARPS) {
+            const char *from = bytes + stage * stage_bytes(MT);
+            uint32_t scale[MT];
+            piece q[MT];
+            UNROLL
+            for (int mt = 0; mt < MT; mt++) scale[mt] = scale_of<DTYPE>(t.s, least(first + mt, t.s.tiles - 1), unit);
+            copies_wait<wide_stages(MT) - 2>();
+            __syncthreads();        // all see the stage, and are done with the one before it
+            if (!late) ask_wide<MT>(known, n, a, bytes);
+            UNROLL
+            for (int mt = 0; live && mt < MT; mt++)
+                take_piece<DTYPE>(q[mt], from + (first + mt) * SLOT_BYTES, scale[mt]);
+            if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + WARPS * MT * SLOT_BYTES }, acc);
+            if (late) ask_wide<MT>(known, n, a, bytes);
+            stage = stage + 1 == wide_stages(MT) ? 0 : stage + 1;
+        }
+        UNROLL
+        for (int mt = 0; mt < MT; mt++)
+            UNROLL
+            for (int nt = 0; nt < NT; nt++)
+                UNROLL
+                for (int i = 0; i < 4; i++) {
+                    float sum = acc[0][mt][nt][i];
+                    for (int p = 1; p < X; p++) sum += acc[p][mt][nt][i];
+                    total[mt][nt][i] += sum;
+                }
+    }
+    if (live) put_wide<MT, NT>(t, total);
+}
+// Tiles of which find(i, tile) says what they are, all threads of a block together.
+template <int MT, class F> static __device__ __forceinline__ void wide(int n_tiles, char *bytes, const F &find) {
+    __shared__ wide_tile known[TILES_KNOWN];
+    int n = n_tiles > (int)blockIdx.x ? (n_tiles - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0, stage = 0;
+    wide_at a = { 0, 0, 0, 0 };
+    for (int k = 0; k < TILES_KNOWN - 1 && k < n; k++)
+        find((int)(blockIdx.x + (unsigned)k * gridDim.x), known[k]);
+    __syncthreads();
+    for (int i = 0; i < wide_stages(MT) - 1; i++) ask_wide<MT>(known, n, a, bytes);
+    for (int k = 0; k < n; k++) {
+        const wide_tile &t = known[k % TILES_KNOWN];
+        int next = k + TILES_KNOWN - 2;     // as far as may be asked for; nobody looks at the one before the last
+        if (k && next < n) find((int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
+        switch (t.x.planes == 1 ? -t.s.dtype : t.s.dtype) {
+        case -DSPARK_FP8:
+            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 1>(known, k, n, a, stage, bytes);
+            else wide_sums<DSPARK_FP8, MT, 4, 1>(known, k, n, a, stage, bytes);
+            break;
+        case -DSPARK_FP4:
+            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP4, MT, 4 * MT, 1>(known, k, n, a, stage, bytes);
+            else wide_sums<DSPARK_FP4, MT, 4, 1>(known, k, n, a, stage, bytes);
+            break;
+        case DSPARK_FP8: wide_sums<DSPARK_FP8, MT, 4, 3>(known, k, n, a, stage, bytes); break;
+        case DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 2, 3>(known, k, n, a, stage, bytes); break;
+        case DSPARK_F16: wide_sums<DSPARK_F16, MT, 4, 3>(known, k, n, a, stage, bytes); break;
+        case DSPARK_F32: wide_sums<DSPARK_F32, MT, 4, 3>(known, k, n, a, stage, bytes); break;
+        default: wide_sums<DSPARK_BF16, MT, 4, 3>(known, k, n, a, stage, bytes);
+        }
+    }
+    copies_wait<0>();
+}
+static __device__ __forceinline__ void set_tile(wide_tile &t, const matrix &w, int m0, int end, int outputs, int of) {
+    set_span(t.s, w, m0, tiles_along(least(end - m0, outputs), TILE), of);
+    t.s.rows = end;
+}
+
+// Tiles of a job: of each of its groups, of whose outputs a tile has no others.
+static __host__ __device__ int wide_tiles(const job &j, int rows, int mt) {
+    int group = j.group ? j.group : j.w.rows, columns = 8 * wide_eights(mt, j.w.dtype, j.x.planes);
+    return j.w.rows / group * tiles_along(group, wide_outputs(mt)) * tiles_along(rows, columns);
+}
+template <int MT> static __device__ void find_tile(const linears_args &p, int n, int i, wide_tile &t) {
+    int k = p.n_jobs - 1, me = (int)threadIdx.x;
+    if (me >= MOST_COLUMNS) return;
+    while (p.jobs[k].first_item > i) k--;
+    const job &j = p.jobs[k];
+    int eights = wide_eights(MT, j.w.dtype, j.x.planes), along = tiles_along(p.rows, 8 * eights), group, m0, r0, r;
+    i -= j.first_item, r0 = i % along * 8 * eights, i /= along;
+    group = j.group ? j.group : j.w.rows, along = tiles_along(group, wide_outputs(MT));
+    m0 = i / along * group + i % along * wide_outputs(MT), r = most(0, least(r0 + me, n - 1));
+    t.at[me] = r * j.x_stride + (j.group ? i / along * j.x_group : 0), t.to[me] = j.y_rows ? j.y_rows[r] : r;
+    if (me) return;
+    set_tile(t, j.w, m0, (i / along + 1) * group, wide_outputs(MT), k);
+    t.live = least(8 * eights, n - r0), t.eights = eights == 8 && t.live <= 32 ? 4 : eights, t.x = j.x;
+    t.y = j.y, t.y_stride = j.y_stride, t.add = j.add;
+}
+template <int MT> static __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
+linears_wide(const linears_args p) {
+    SHARED_BYTES(bytes);
+    grid_go();
+    int n = *p.n_rows;
+    grid_wait();
+    for (int r = (int)(blockIdx.x * WARPS + threadIdx.x / WARP); p.mix.out && r < n; r += (int)gridDim.x * WARPS)
+        post_comb(p.mix, r);
+    wide<MT>(p.n_items, bytes, [&](int i, wide_tile &t) { find_tile<MT>(p, n, i, t); });
+}
+
+// The same for experts. before[a]: tiles of the active ones before, the shared one last.
+enum { EXPERT_TILES = 2 };
+typedef struct { const expert *of; int first, n, eights, along; } expert_part;
+static __device__ expert_part part_of(const experts_args &p, int a) {
+    expert_part o = { p.shared, 0, p.n->n_rows, 4 * EXPERT_TILES, 0 };
+    if (a < p.active[0]) {
+        int e = p.active[1 + a];
+        o.of = p.experts + e, o.first = p.first[e], o.n = p.first[e + 1] - o.first;
+    }
+    if (!o.of) return o;
+    for (int i = 0; i < p.n_which; i++) if (o.of->w[p.which + i].dtype < DSPARK_FP8) o.eights = 4;
+    o.along = tiles_along(o.of->w[p.which].rows, wide_outputs(EXPERT_TILES));
+    return o;
+}
+static __device__ int expert_tiles(const experts_args &p, int *before) {
+    int n = p.active[0] + 1, tiles = 0, some;
+    for (int a0 = 0; a0 < n; a0 += THREADS) {
+        int a = a0 + (int)threadIdx.x, mine = 0;
+        if (a < n) {
+            expert_part o = part_of(p, a);
+            mine = tiles_along(o.n, 8 * o.eights) * o.along * p.n_which;
+        }
+        int at = tiles + block_before(mine, &some);
+        if (a < n) before[a] = at;
+        tiles += some;
+    }
+    __syncthreads();
+    return tiles;
+}
+static __device__ void find_expert(const experts_args &p, const int *before, int i, wide_tile &t) {
+    int low = 0, high = p.active[0], me = (int)threadIdx.x, K = p.c.K;
+    if (me >= MOST_COLUMNS) return;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (before[middle] <= i) low = middle;
+        else high = middle - 1;
+    }
+    expert_part o = part_of(p, low);
+    int rows = tiles_along(o.n, 8 * o.eights), m, r0, which, at, r, slot, shared = low == p.active[0];
+    i -= before[low], r0 = i % rows * 8 * o.eights, i /= rows, which = i / o.along;
+    m = i % o.along * wide_outputs(EXPERT_TILES), at = least(r0 + me, o.n - 1);
+    if (!shared) at = p.list[o.first + at];
+    r = shared ? at : at / K, slot = shared ? K : at % K;
+    t.to[me] = r * p.n_slots + slot, t.at[me] = (p.x_by_slot ? t.to[me] : r) * p.x.stride;
+    if (me) return;
+    const matrix &w = o.of->w[p.which + which];
+    int rounded = w.dtype >= DSPARK_FP8;
+    set_tile(t, w, m, w.rows, wide_outputs(EXPERT_TILES), which);
+    t.live = least(8 * o.eights, o.n - r0), t.eights = t.live <= 32 ? 4 : o.eights;
+    t.y = p.y[which], t.y_stride = p.y_stride, t.add = 0;
+    t.x.x = rounded ? p.x.rounded : p.x.plain, t.x.plane = p.x.plane, t.x.planes = rounded ? 1 : 3;
+}
+// Bound, of 160 experts: at 512 rows bytes, w1 w3 1,430 MB (480 us), w2 720 (240); at 2,048, 77 an expert, products at
+// 600 TFLOP/s, 690 us and 400.
+static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_args p) {
+    __shared__ int before[MAX_EXPERTS + 1];
+    SHARED_BYTES(bytes);
+    grid_go();
+    grid_wait();
+    int n = expert_tiles(p, before);
+    wide<EXPERT_TILES>(n, bytes, [&](int i, wide_tile &t) { find_expert(p, before, i, t); });
 }
 
 // ---- experts that lie in host memory ----------------------------------------------------------
@@ -2272,6 +2569,7 @@ typedef struct {
     const dspark_weights *w;
     shape s;
     int max_rows, sms, major, shared_most, layers;
+    int wide;                               // there is room for tiles of many rows
     dspark_status status;                   // the first failure, until pass_end gives it
     char message[256];
     cudaStream_t stream;
@@ -2529,11 +2827,31 @@ static void jobs_by_library(cuda *d, linears_args *p) {
     p->n_jobs = left;
 }
 
+static int count_tiles(linears_args *p, int mt) {
+    p->n_items = 0;
+    for (int i = 0; i < p->n_jobs; i++)
+        p->jobs[i].first_item = p->n_items, p->n_items += wide_tiles(p->jobs[i], p->rows, mt);
+    return p->n_items;
+}
+// A large tile is four small ones, of which two run beside each other in the time of three: what ends first.
+static void jobs_wide(cuda *d, const char *name, linears_args *p) {
+    int mt = 3 * blocks_of(count_tiles(p, 2), d->sms) <= 2 * blocks_of(count_tiles(p, 1), 2 * d->sms) ? 2 : 1,
+        n = count_tiles(p, mt), blocks = (3 - mt) * d->sms;
+    launch(d, name, mt == 1 ? linears_wide<1> : linears_wide<2>, grid_of(n ? smaller(n, blocks) : blocks, 1), THREADS,
+           (size_t)(wide_stages(mt) * stage_bytes(mt)), *p);
+}
+
 static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
     int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
     dim3 grid;
     if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
-    p->n_rows = n_rows, p->item_bytes = ITEM / 2;
+    if (!p->n_jobs && !p->mix.out) return;
+    p->n_rows = n_rows, p->rows = rows, p->item_bytes = ITEM / 2;
+    if (rows >= MANY_ROWS && d->wide) {
+        jobs_wide(d, name, p);
+        p->n_jobs = 0, p->mix.out = NULL;
+        return;
+    }
     do {        // few enough for a block to find its spans at once
         p->n_items = 0, p->item_bytes *= 2;
         for (int i = 0; i < p->n_jobs; i++)
@@ -2541,7 +2859,6 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
     } while (p->n_items > 2 * d->sms * (WARP - 1) && p->item_bytes < 1 << 20);
     p->n_blocks = smaller(p->n_items, 2 * d->sms);
     grid = grid_of(p->n_blocks + (p->mix.out ? blocks_of(rows, WARPS) : 0), blocks_of(rows, 8 * nt));
-    if (!p->n_jobs && !p->mix.out) return;
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>, grid, THREADS,
            (size_t)product_bytes(nt), *p);
     p->n_jobs = 0, p->mix.out = NULL;
@@ -2655,7 +2972,8 @@ static void op_attention(cuda *d, int l) {
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
         if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
-        LAUNCH(attend, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
+        launch(d, "attend", d->grid.rows < MANY_ROWS ? attend<1> : attend<2>,
+               grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
         LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
     }
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
@@ -2685,14 +3003,18 @@ static void cache_run(cuda *d, int l) {
     LAUNCH(cache_fill, grid_of(2 * d->sms, 1), THREADS, 0, p);
 }
 
-// Rows spread over experts: few of them have more than a quarter of them.
+// Rows spread over experts: few of them have more than half of them.
 static void experts_run(cuda *d, const char *name, experts_args &e, const layer_weights *w) {
-    int nt = d->grid.rows <= 8 ? 1 : d->grid.rows <= 32 ? 2 : 4;
+    if (d->grid.rows >= MANY_ROWS && d->wide) {
+        launch(d, name, experts_wide, grid_of(d->sms, 1), THREADS,
+               (size_t)(wide_stages(EXPERT_TILES) * stage_bytes(EXPERT_TILES)), e);
+        return;
+    }
     e.each_tile = items_of_tile(w->routed.w[e.which], ITEM), e.each = items_of(w->routed.w[e.which], ITEM);
     e.shared_tile = items_of_tile(w->shared.w[e.which], ITEM);
     e.shared_each = e.shared ? items_of(w->shared.w[e.which], ITEM) : 0;
-    launch(d, name, nt == 1 ? experts<1> : nt == 2 ? experts<2> : experts<4>, grid_of(2 * d->sms, 1), THREADS,
-           (size_t)product_bytes(nt), e);
+    launch(d, name, d->grid.rows <= 8 ? experts<1> : experts<2>, grid_of(2 * d->sms, 1), THREADS,
+           (size_t)product_bytes(d->grid.rows <= 8 ? 1 : 2), e);
 }
 
 static void op_moe(cuda *d, int l) {
@@ -2709,8 +3031,10 @@ static void op_moe(cuda *d, int l) {
     jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
+    r.arrived = d->arrived;
     threads = WARP * smaller(d->s.E > 512 ? 16 : 32, larger(8, d->grid.rows));
-    LAUNCH(route, grid_of(1, 1), threads, (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
+    LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
+           (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
@@ -3574,9 +3898,17 @@ static void set_shape(cuda *d) {
 // The largest block of shared memory that each kernel may ask for; and all take the same share of an SM's memory for
 // it: where two differ, the second waits until the SM is empty. 196 KB of an H100's 228: two blocks of products fit,
 // and their inputs stay in the first cache.
-template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes) {
+template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes, int share = 86) {
     if (bytes) TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 86));
+    TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, share));
+}
+// Tiles of many rows take all of it; where it is less than 216 KB, decoding's kernels do their work.
+static void allow_wide(cuda *d) {
+    int bytes[2] = { wide_stages(1) * stage_bytes(1), wide_stages(2) * stage_bytes(2) };
+    d->wide = d->shared_most >= bytes[1] + (8 << 10);
+    if (!d->wide) return;
+    allow(d, linears_wide<1>, bytes[0], 100), allow(d, linears_wide<2>, bytes[1], 100);
+    allow(d, experts_wide, bytes[1], 100);
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
@@ -3590,8 +3922,8 @@ static void allow_shared(cuda *d) {
     }
     allow(d, linears<1>, product_bytes(1)), allow(d, experts<1>, product_bytes(1));
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
-    allow(d, linears<4>, product_bytes(4)), allow(d, experts<4>, product_bytes(4));
-    allow(d, attend, (int)attend_bytes), allow(d, route, 64 << 10);
+    allow(d, linears<4>, product_bytes(4)), allow_wide(d);
+    allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes), allow(d, route, 64 << 10);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);

@@ -11,7 +11,7 @@ void dspark_cuda_trace(int on);
 const char *dspark_cuda_traced(int i, double *us);
 double dspark_cuda_copy_rate(size_t n);
 
-enum { CONTEXT = 4096, REPEATS = 15 };
+enum { CONTEXT = 4096, REPEATS = 15, PROMPT = 512 };      // PROMPT: rows of a pass of a prompt
 static const char *name;
 
 static double stored(const dspark_matrix *m) {
@@ -68,12 +68,12 @@ static void print_pass(const char *what, samples *us, const floors *f, double ra
     result_one(question, name, 1, 100 * floor_us / quantile(us, .5), "%");
 }
 
-// A pass of `rows` rows at the session's end, or (0) a draft.
+// A pass of `rows` rows at the session's end, PROMPT: of which the last has logits, or (0) a draft.
 static void run(dspark_session *s, const int32_t *ids, int rows) {
     dspark_pass_result out;
     int32_t tokens[DSPARK_MAX_BLOCK];
     float confidence[DSPARK_MAX_BLOCK];
-    if (rows) must(dspark__run_alone(s, ids, rows, s->n_run, 0, 0, &out));
+    if (rows) must(dspark__run_alone(s, ids, rows, s->n_run, 0, rows == PROMPT ? rows - 1 : 0, &out));
     else must(dspark_session_draft(s, ids[0], tokens, confidence, NULL));
 }
 
@@ -99,7 +99,8 @@ static void passes(dspark_session *s, const int32_t *ids, double rate) {
     }
 }
 
-// What the kernels of one name have of a pass of `rows` rows, or (0) of a draft, and how many there are.
+// What the kernels of one name have of a pass of `rows` rows, or (0) of a draft, and how many there are. Of a prompt's
+// pass bytes are not the floor, and two repeats are enough.
 enum { MAX_KERNELS = 64 };
 typedef struct { const char *name; double us; int n; } share;
 static void kernels(dspark_session *s, const int32_t *ids, int rows, double rate) {
@@ -107,15 +108,15 @@ static void kernels(dspark_session *s, const int32_t *ids, int rows, double rate
     share found[MAX_KERNELS];
     const char *kernel;
     double us;
-    int n = 0, k;
+    int n = 0, k, repeats = rows == PROMPT ? 2 : REPEATS;
     dspark_cuda_trace(1), run(s, ids, rows);
-    for (int pass = 0; pass < REPEATS; pass++) {
+    for (int pass = 0; pass < repeats; pass++) {
         dspark_cuda_trace(1), run(s, ids, rows);
         for (int i = 0; (kernel = dspark_cuda_traced(i, &us)) != NULL; i++) {
             for (k = 0; k < n && strcmp(found[k].name, kernel); k++) {}
             if (k == MAX_KERNELS) continue;
             if (k == n) found[n].name = kernel, found[n].us = found[n].n = 0, n++;
-            found[k].us += us / REPEATS, found[k].n++;
+            found[k].us += us / repeats, found[k].n++;
         }
     }
     dspark_cuda_trace(0);
@@ -124,10 +125,10 @@ static void kernels(dspark_session *s, const int32_t *ids, int rows, double rate
         double bytes = 0;
         for (int i = 0; i < N_READS; i++) if (!strcmp(found[k].name, reads[i])) bytes = f.bytes[i];
         snprintf(of, sizeof of, rows ? "%d rows" : "draft", rows);
-        snprintf(question, sizeof question, "cuda %s %s (%d launches)", of, found[k].name, found[k].n / REPEATS);
+        snprintf(question, sizeof question, "cuda %s %s (%d launches)", of, found[k].name, found[k].n / repeats);
         result_one(question, name, 1, found[k].us, "us");
         snprintf(question, sizeof question, "cuda %s %s share of floor", of, found[k].name);
-        if (bytes > 0) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
+        if (bytes > 0 && rows != PROMPT) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
     }
 }
 
@@ -142,14 +143,14 @@ int main(int argc, char **argv) {
     if (rate <= 0) die("cuda", "the device cannot be measured");
     memset(&desc, 0, sizeof desc);
     for (int i = 2; i < argc; i++) if (!synth_set(argv[i])) return 2;
-    desc.backend = dspark_cuda_backend(), name = synth ? "synth" : model_name(dir);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = PROMPT, name = synth ? "synth" : model_name(dir);
     if (synth) desc.files.map = synth_map, desc.files.unmap = synth_unmap, dir = ".";
     must(dspark_model_open(&m, dir, &desc));
     result_one("cuda copy", name, 1, rate, "GB/s");
-    n = dspark_model_config(m)->max_position_embeddings < CONTEXT + 64
+    n = dspark_model_config(m)->max_position_embeddings < CONTEXT + PROMPT
             ? dspark_model_config(m)->max_position_embeddings - 64
             : CONTEXT;
-    d = plain_desc(n + 64), s = session_open(m, &d);
+    d = plain_desc(n + (n == CONTEXT ? PROMPT : 64)), s = session_open(m, &d);
     int32_t *ids = (int32_t *)need((size_t)n, sizeof *ids);
     noise(m, ids, n, 1);
     start = seconds();
@@ -157,6 +158,7 @@ int main(int argc, char **argv) {
     result_one("cuda prefill", name, 1, n / (seconds() - start), "tokens/s");
     passes(s, ids, rate);
     kernels(s, ids, 1, rate), kernels(s, ids, 6, rate);
+    if (n == CONTEXT) kernels(s, ids, PROMPT, rate);
     if (dspark_model_config(m)->n_stages) kernels(s, ids, 0, rate);
     dspark_session_close(s), dspark_model_close(m), free(ids);
     return 0;

@@ -140,6 +140,31 @@ static void check_chunks(const char *dir, int n, const int *chunks, int n_chunks
     dspark_model_close(m), free(tokens);
 }
 
+/* Golden b with a gate in FP32 and one in FP16: with its own matrices all dtypes. */
+static const variant all_dtypes = { golden_b, { { NULL, NULL } },
+    { { "\"layers.1.ffn.gate.weight\":", "\"layers.1.ffn.gate.weight\":{\"dtype\":\"F32\",\"shape\":[6,288],"
+                                        "\"data_offsets\":[6345295,6352207]},\"unused.0\":" },
+      { "\"layers.2.ffn.gate.weight\":{\"dtype\":\"BF16\"", "\"layers.2.ffn.gate.weight\":{\"dtype\":\"F16\"" } },
+    joint, 6 * 288 };
+/* From 33 rows on products go through tiles of many rows, below it through decoding's kernels: here both, with parts of
+   tiles and experts of layer 0 (chosen by the token: 0 by experts 1 and 5, 3 by 0 and 1, 18 by 2 and 4, 5 by 2 and 3)
+   that have 0, 1, 63, 65 and 66, or all rows. */
+static void check_many(void) {
+    enum { N = 300 };
+    static int32_t same[N], some[129];
+    dspark_model_desc desc;
+    dspark_model *m;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = N;
+    desc.files.map = variant_map, desc.files.unmap = variant_unmap, desc.files.user = (void *)(uintptr_t)&all_dtypes;
+    for (int i = 0; i < COUNT(some); i++) some[i] = i < 63 ? 3 : i < 128 ? 18 : 5;
+    must(dspark_model_open(&m, golden_b, &desc));
+    ok(in_chunks(m, some, COUNT(some), COUNT(some)) == in_chunks(m, some, COUNT(some), 32),
+       "tiles of many rows leave the bits of few rows: every dtype, experts with 0, 1, 63, 65 and 66 rows of 129");
+    ok(in_chunks(m, same, N, N) == in_chunks(m, same, N, 32), "and where two experts have all rows of %d", N);
+    dspark_model_close(m);
+}
+
 /* ---- texts */
 
 enum { TEXT = 6, PROMPT = 21 };
@@ -445,6 +470,7 @@ int main(void) {
     check_heads();
     check_chunks(golden_a, 33, chunks_a, COUNT(chunks_a));
     check_chunks(golden_b, 41, chunks_b, COUNT(chunks_b));
+    check_many();
     check_texts(golden_b);
     check_choice(golden_b);
     check_draws(golden_b);

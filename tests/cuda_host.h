@@ -256,7 +256,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 template <class T> static inline T atomicAdd(T *p, T x) { T old = *p; *p += x; return old; }
 template <class T> static inline T atomicMax(T *p, T x) { T old = *p; if (x > old) *p = x; return old; }
 static inline void __threadfence(void) {}
-static inline float __ldcg(const float *p) { return *p; }
+template <class T> static inline T __ldcg(const T *p) { return *p; }
 static inline uint32_t host_bf16(float x) {
     uint32_t u = host_as_bits(x);
     return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
