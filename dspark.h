@@ -6518,12 +6518,13 @@ static float *dspark__scratch(dspark__cpu *d, int thread) {
     return d->thread_scratch + (size_t)thread * d->scratch_floats;
 }
 
-// The first of a share's outputs of a job: shares are whole fours.
-static int dspark__share_begin(const dspark__job *job, int share, int n_shares) {
-    return dspark__min(4 * (int)((int64_t)((job->n + 3) / 4) * share / n_shares), job->n);
+// Where a share of n things begins, which come in eaches.
+static int dspark__share_of(int n, int each, int share, int n_shares) {
+    return dspark__min(each * (int)((int64_t)((n + each - 1) / each) * share / n_shares), n);
 }
-
-// A kernel fetches the weights ahead of it, but not its first: those come while the job before still runs.
+static int dspark__share_begin(const dspark__job *job, int share, int n_shares) {
+    return dspark__share_of(job->n, 4, share, n_shares);
+}
 static void dspark__fetch_first(const dspark__job *job, int begin) {
 #ifdef __GNUC__
     const dspark_matrix *w = job->w;
@@ -6542,11 +6543,16 @@ static void dspark__fetch_first(const dspark__job *job, int begin) {
 static void dspark__run_share(dspark__cpu *d, int thread, int share, void *arg) {
     const int n_shares = *(const int *)arg;
     for (int j = 0; j < d->n_jobs; j++) {
-        const dspark__job *job = &d->jobs[j];
-        int begin = dspark__share_begin(job, share, n_shares),
-            end = dspark__share_begin(job, share + 1, n_shares);
-        if (j + 1 < d->n_jobs) dspark__fetch_first(job + 1, dspark__share_begin(job + 1, share, n_shares));
-        if (begin < end) d->k->linear(job, begin, end, dspark__scratch(d, thread));
+        dspark__job job = d->jobs[j];
+        int begin = dspark__share_begin(&job, share, n_shares),
+            end = dspark__share_begin(&job, share + 1, n_shares);
+        if (j + 1 < d->n_jobs) dspark__fetch_first(&d->jobs[j + 1], dspark__share_begin(&d->jobs[j + 1], share, n_shares));
+        if (job.n_rows >= n_shares * DSPARK__LINEAR_ROWS) {     // weights are decoded as often, inputs packed once
+            int first = dspark__share_of(job.n_rows, 16, share, n_shares);
+            job.n_rows = dspark__share_of(job.n_rows, 16, share + 1, n_shares) - first;
+            job.x += first, job.y += first, begin = 0, end = job.n;
+        }
+        if (begin < end) d->k->linear(&job, begin, end, dspark__scratch(d, thread));
     }
 }
 static void dspark__run_jobs(dspark__cpu *d) {

@@ -664,6 +664,7 @@ static int run(settings *o) {
     if (ask && (o->json || o->compare)) return error(BAD_CALL, "--json and --compare need a prompt (-p)");
     memset(&desc, 0, sizeof desc);
     desc.n_threads = o->threads, desc.progress = loading, desc.backend = backend_of(o);
+    if (o->backend) desc.max_rows = 512;        // a pass reads every expert once, however many rows of a prompt it has
     desc.fast_prefill = o->fast_prefill;
     status = dspark_model_open(&m, dir, &desc);
     if (!status) status = prepare_profile(o, m);
