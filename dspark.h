@@ -5498,16 +5498,18 @@ static int dspark__is_forced(const dspark_session *s) {
     return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
 }
 
-// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft. e NULL: as if
-// every draft were accepted.
+// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft, and less a
+// twentieth of all that for what no pass sees. e NULL: as if every draft were accepted.
 static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e) {
     const dspark__costs *c = &m->batch.costs;
-    double tokens = 0, best = 0, kept = e ? (double)e->got / (double)e->hoped : 1;
+    double tokens = 0, best = 0, took = c->plain_us, kept = e ? (double)e->got / (double)e->hoped : 1;
+    double draft = dspark__draft_time(m, dspark__max(1, c->drafting)) + a->extra_us;
     for (int l = 1; l <= a->limit; l++) {
-        tokens += e ? fmin(1, kept * (double)e->survival[l - 1]) : 1;
-        best = fmax(best, tokens * c->plain_us - c->growth[l]);
+        double gain;
+        tokens += e ? fmin(1, kept * (double)e->survival[l - 1]) : 1, gain = tokens * c->plain_us - c->growth[l];
+        if (gain > best) best = gain, took = c->plain_us + c->growth[l];
     }
-    return best - dspark__draft_time(m, dspark__max(1, c->drafting)) - a->extra_us;
+    return best - draft - (took + draft) / 20;
 }
 
 // To be found out with each text, and again now and then: texts differ, and change.
