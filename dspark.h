@@ -5554,7 +5554,8 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     a->plain_us = c->plain_us;
     dspark__account_begin(s, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
     while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
-    return dspark__gain(m, a, &s->experience) > 0 || (s->stats.steps % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
+    return dspark__gain(m, a, &s->experience) > 0 ||
+           (s->stats.steps % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
 }
 
 static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
@@ -6527,6 +6528,8 @@ static int dspark__share_of(int n, int each, int share, int n_shares) {
 static int dspark__share_begin(const dspark__job *job, int share, int n_shares) {
     return dspark__share_of(job->n, 4, share, n_shares);
 }
+
+// A kernel fetches the weights ahead of it, but not its first: those come while the job before still runs.
 static void dspark__fetch_first(const dspark__job *job, int begin) {
 #ifdef __GNUC__
     const dspark_matrix *w = job->w;
@@ -6545,10 +6548,11 @@ static void dspark__fetch_first(const dspark__job *job, int begin) {
 static void dspark__run_share(dspark__cpu *d, int thread, int share, void *arg) {
     const int n_shares = *(const int *)arg;
     for (int j = 0; j < d->n_jobs; j++) {
+        const dspark__job *next = &d->jobs[j + 1];
         dspark__job job = d->jobs[j];
         int begin = dspark__share_begin(&job, share, n_shares),
             end = dspark__share_begin(&job, share + 1, n_shares);
-        if (j + 1 < d->n_jobs) dspark__fetch_first(&d->jobs[j + 1], dspark__share_begin(&d->jobs[j + 1], share, n_shares));
+        if (j + 1 < d->n_jobs) dspark__fetch_first(next, dspark__share_begin(next, share, n_shares));
         if (job.n_rows >= n_shares * DSPARK__LINEAR_ROWS) {     // weights are decoded as often, inputs packed once
             int first = dspark__share_of(job.n_rows, 16, share, n_shares);
             job.n_rows = dspark__share_of(job.n_rows, 16, share + 1, n_shares) - first;
@@ -6962,8 +6966,8 @@ static void dspark__index_row(dspark__cpu *d, int thread, int r, void *arg) {
     dspark__index_query(d, r, dspark__row(d->turn[1], r, c->qk_rope_head_dim), keys);
     for (int i = 0, some; i < n; i += some) {
         some = dspark__min(n - i, DSPARK__INDEX_KEYS);
-        d->k->decode_fp4(state->key_codes + (size_t)i * (size_t)(I / 2), state->key_scales + (size_t)i * (size_t)(I / 32),
-                         some * I, keys);
+        d->k->decode_fp4(state->key_codes + (size_t)i * (size_t)(I / 2),
+                         state->key_scales + (size_t)i * (size_t)(I / 32), some * I, keys);
         d->k->index_scores(q, w, H, I, keys, some, scores + i);
     }
     dspark__top(scores, n, c->index_topk, d->chosen + (size_t)r * (size_t)c->index_topk);
