@@ -76,10 +76,10 @@
 
    NEVER SLOWER
    Each session has an account in modelled time (T and the draft's cost): a cycle's gain over plain decoding is added,
-   its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected. So any
-   text takes at most 1.01 of plain decoding, and three such outcomes where other texts like it (temperature 0, or a
-   verifier and a band of temperatures) have gained them: all of those together take 1.01 of plain decoding and one such
-   outcome. (schedule BLOCK and THRESHOLD draft always.)
+   its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected or, at a
+   text's first step and every 64th, to find out. So any text takes at most 1.01 of plain decoding, and three such
+   outcomes where other texts like it (temperature 0, or a verifier and a band of temperatures) have gained them: all of
+   those together take 1.01 of plain decoding and one such outcome. (schedule BLOCK and THRESHOLD draft always.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
