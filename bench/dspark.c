@@ -1,49 +1,49 @@
-// dspark [DIR [TEXTS [THREADS [PROMPTS [TOKENS]]]]]: DSpark against plain decoding, prompt by prompt in turn, over
-// held-out prompts (PROMPTS a domain, all if 0) at temperatures 0, 0.7 and 1, and over random bytes.
+// dspark [DIR [TEXTS [THREADS [PROMPTS [TOKENS]]]]]: DSpark against plain decoding over held-out prompts (PROMPTS a
+// domain, all if 0) at temperatures 0, 0.7 and 1, and over random bytes. Both write the same text, TURN tokens at a time
+// in turn: the machine's speed changes within a second, and then changes for both.
 //   dspark/plain D tT      tokens a second with DSpark over tokens a second without, the prompt left out: of a domain's
-//                          prompts, each decoded twice both ways (A B B A), the median, and (`all`) its whole time
+//                          prompts the median, and (`all`) of their whole time
 //   equal texts            coupled verification gives the tokens of plain decoding: percent of texts, all temperatures
 #include "bench.h"
 
-enum { N_TEMPERATURES = 3, N_NOISE = 8, NOISE_BYTES = 256, RANDOM = N_DOMAINS, N_KINDS };
+enum { N_TEMPERATURES = 3, N_NOISE = 8, NOISE_BYTES = 256, RANDOM = N_DOMAINS, N_KINDS, TURN = 16 };
 static const float temperatures[N_TEMPERATURES] = { 0, .7f, 1 };
 
-typedef struct { int32_t *ids; int n; double s; } answer;
+typedef struct { dspark_session *session; int32_t *ids; int n, done; double s; } answer;
 
-// One answer to a prompt; *a is reused.
-static void decode(dspark_model *m, const text *t, float temperature, uint64_t seed, int plain, int n_tokens, answer *a) {
+static void begin(dspark_model *m, const text *t, float temperature, uint64_t seed, int plain, int n_tokens, answer *a) {
     dspark_session_desc desc;
-    dspark_session *s;
-    dspark_step_result r;
-    double start;
     memset(&desc, 0, sizeof desc);
     desc.max_context = t->n + n_tokens + 1, desc.temperature = temperature, desc.seed = seed;
     desc.policy.plain = plain, desc.policy.quota = n_tokens;
-    s = session_open(m, &desc);
-    must(dspark_session_append(s, t->ids, t->n));
-    a->n = 0, start = seconds();
-    do {
-        must(dspark_step(&s, 1, NULL, &r));
+    a->session = session_open(m, &desc);
+    must(dspark_session_append(a->session, t->ids, t->n));
+    a->n = a->done = 0, a->s = 0;
+}
+
+static void go_on(answer *a, int until) {
+    dspark_step_result r;
+    double start = seconds();
+    while (!a->done && a->n < until) {
+        must(dspark_step(&a->session, 1, NULL, &r));
         must(r.status);
-        memcpy(a->ids + a->n, r.tokens, (size_t)r.n_tokens * sizeof *a->ids), a->n += r.n_tokens;
-    } while (!r.finish);
-    a->s = seconds() - start;
-    dspark_session_close(s);
+        memcpy(a->ids + a->n, r.tokens, (size_t)r.n_tokens * sizeof *a->ids), a->n += r.n_tokens, a->done = r.finish != 0;
+    }
+    a->s += seconds() - start;
 }
 
 typedef struct { samples ratio[N_KINDS][N_TEMPERATURES]; double s[N_KINDS][N_TEMPERATURES][2]; int texts, equal; } tally;
 
 static void compare(dspark_model *m, const text *t, int kind, int n_tokens, uint64_t seed, answer a[2], tally *all) {
     for (int i = 0; i < N_TEMPERATURES; i++) {
-        double s[2] = { 0, 0 };
-        for (int k = 0; k < 4; k++) {
-            int plain = k == 1 || k == 2;
-            decode(m, t, temperatures[i], seed, plain, n_tokens, &a[plain]), s[plain] += a[plain].s;
-        }
+        for (int plain = 0; plain < 2; plain++) begin(m, t, temperatures[i], seed, plain, n_tokens, &a[plain]);
+        for (int turn = 1; !a[0].done || !a[1].done; turn++)        // who begins changes
+            go_on(&a[turn & 1], turn * TURN), go_on(&a[~turn & 1], turn * TURN);
+        for (int plain = 0; plain < 2; plain++) dspark_session_close(a[plain].session);
         all->texts++, all->equal += a[0].n == a[1].n && !memcmp(a[0].ids, a[1].ids, (size_t)a[0].n * sizeof *a[0].ids);
         if (a[0].n < 8) continue;                           // too short to time
-        sample(&all->ratio[kind][i], s[1] / s[0]);
-        for (int k = 0; k < 2; k++) all->s[kind][i][k] += s[k];
+        sample(&all->ratio[kind][i], a[1].s / a[0].s);
+        for (int k = 0; k < 2; k++) all->s[kind][i][k] += a[k].s;
     }
 }
 
