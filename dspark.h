@@ -813,13 +813,16 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-// Of what stands between these no speed is asked, but that it compiles soon: a quarter of the time.
+// What stands between these computes little, or is written out as it shall run: it is to compile soon. Passes of GCC
+// that are left out here took a sixth of its time, and the code is as fast.
 #define DSPARK__PRAGMA(x) _Pragma(#x)
 #ifdef __clang__
 #define DSPARK__SOON DSPARK__PRAGMA(clang attribute push(__attribute__((minsize)), apply_to = function))
 #define DSPARK__SOON_END DSPARK__PRAGMA(clang attribute pop)
 #elif defined __GNUC__
-#define DSPARK__SOON DSPARK__PRAGMA(GCC push_options) DSPARK__PRAGMA(GCC optimize("O1", "fp-contract=off"))
+#define DSPARK__SOON DSPARK__PRAGMA(GCC push_options) \
+    DSPARK__PRAGMA(GCC optimize("O1", "fp-contract=off", "no-tree-pta", "no-tree-dominator-opts", "no-tree-ccp", \
+                                "no-reorder-blocks", "no-crossjumping"))
 #define DSPARK__SOON_END DSPARK__PRAGMA(GCC pop_options)
 #else
 #define DSPARK__SOON
@@ -6234,6 +6237,8 @@ typedef struct {
     // E2M1 in blocks of 32, two codes a byte; n is a multiple of 32. NaN becomes 0.
     void (*encode_fp4)(const float *x, int n, uint8_t *codes, uint8_t *scales);
     void (*decode_fp4)(const uint8_t *codes, const uint8_t *scales, int n, float *y);
+    // n / 2 adjacent pairs as complex numbers, times turn (cos, sin in turn), or its conjugate if direction is -1
+    void (*rope)(float *x, int n, const float *turn, float direction);
     void (*hadamard)(float *y, int n);      // y_i = n^-1/2 sum_j (-1)^popcount(i & j) y_j; n a power of two
     float (*dot)(const float *a, const float *b, int n);
     void (*axpy)(float *y, float a, const float *x, int n);         // y += a x
@@ -6368,16 +6373,16 @@ static void dspark__float_mode_restore(uint64_t old) {
 #define DSPARK__AT(name) DSPARK__PASTE(dspark__##name, DSPARK__PATH)
 
 // Path numbers as in DSPARK_PATH_*, which the preprocessor cannot read; 5 are products for 3. What is fast here is
-// written out: at O1 GCC takes half the time, and the code is as fast. (Its expensive optimizations put a vzeroupper
-// behind AVX: SSE instructions after it would wait for the upper halves, three times as long for a draw.)
+// written out. (GCC's expensive optimizations put a vzeroupper behind AVX: SSE instructions after it would wait for
+// the upper halves, three times as long for a draw.)
 #ifdef __clang__
 #define DSPARK__TARGET(x) DSPARK__PRAGMA(clang attribute push(__attribute__((target(x))), apply_to = function))
 #define DSPARK__TARGET_END DSPARK__PRAGMA(clang attribute pop)
 #elif defined __GNUC__
 #define DSPARK__TARGET(x) DSPARK__PRAGMA(GCC push_options) DSPARK__PRAGMA(GCC target(x))
 #define DSPARK__TARGET_END DSPARK__PRAGMA(GCC pop_options)
-#pragma GCC push_options
-#pragma GCC optimize("O1", "expensive-optimizations", "fp-contract=off")
+DSPARK__SOON
+#pragma GCC optimize("expensive-optimizations")
 #pragma GCC diagnostic push     // of GCC's own intrinsics (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -6411,7 +6416,7 @@ DSPARK__TARGET_END
 #endif
 #if defined __GNUC__ && !defined __clang__
 #pragma GCC diagnostic pop
-#pragma GCC pop_options
+DSPARK__SOON_END
 #endif
 
 // The kernels of a path, or of the best one (DSPARK_PATH_BEST); NULL where machine or build has it not.
@@ -6435,6 +6440,7 @@ static const dspark__kernels *dspark__kernels_choose(int path) {
     return path == DSPARK_PATH_BEST || path == DSPARK_PATH_PLAIN ? &dspark__kernels_1 : NULL;
 }
 
+DSPARK__SOON
 // >>cpu
 // The operations of dspark_backend in plain C over >>kernels: here is what is computed, there how a vector of
 // it. Buffers are [rows][...], a row's stride a multiple of 16 floats. Work is split by rows, by heads and by
@@ -6498,10 +6504,21 @@ static int dspark__expert_width(const dspark_config *c) {
 
 typedef void (*dspark__work)(dspark__cpu *, int thread, int item, void *arg);
 
+// Where a share of n things begins, which come in eaches.
+static int dspark__share_of(int n, int each, int share, int n_shares) {
+    return dspark__min(each * (int)((int64_t)((n + each - 1) / each) * share / n_shares), n);
+}
+// Many rows are shared as rows by all that is done to them: what a thread left in its second cache it finds there.
+static int dspark__many_rows(int n, int n_shares) { return n >= n_shares * DSPARK__LINEAR_ROWS; }
+static int dspark__rows_begin(int n, int share, int n_shares) {
+    return dspark__share_of(n, dspark__many_rows(n, n_shares) ? 16 : 1, share, n_shares);
+}
+
 // A thread's share of the items, in the float mode that the bits are defined by.
 static void dspark__each_share(dspark__cpu *d, int thread, int threads, int n, dspark__work f, void *arg) {
     uint64_t mode = dspark__float_mode_set();
-    for (int i = thread; i < n; i += threads) f(d, thread, i, arg);
+    int end = dspark__rows_begin(n, thread + 1, threads);
+    for (int i = dspark__rows_begin(n, thread, threads); i < end; i++) f(d, thread, i, arg);
     dspark__float_mode_restore(mode);
 }
 
@@ -6521,10 +6538,6 @@ static float *dspark__scratch(dspark__cpu *d, int thread) {
     return d->thread_scratch + (size_t)thread * d->scratch_floats;
 }
 
-// Where a share of n things begins, which come in eaches.
-static int dspark__share_of(int n, int each, int share, int n_shares) {
-    return dspark__min(each * (int)((int64_t)((n + each - 1) / each) * share / n_shares), n);
-}
 static int dspark__share_begin(const dspark__job *job, int share, int n_shares) {
     return dspark__share_of(job->n, 4, share, n_shares);
 }
@@ -6553,9 +6566,9 @@ static void dspark__run_share(dspark__cpu *d, int thread, int share, void *arg) 
         int begin = dspark__share_begin(&job, share, n_shares),
             end = dspark__share_begin(&job, share + 1, n_shares);
         if (j + 1 < d->n_jobs) dspark__fetch_first(next, dspark__share_begin(next, share, n_shares));
-        if (job.n_rows >= n_shares * DSPARK__LINEAR_ROWS) {     // weights are decoded as often, inputs packed once
-            int first = dspark__share_of(job.n_rows, 16, share, n_shares);
-            job.n_rows = dspark__share_of(job.n_rows, 16, share + 1, n_shares) - first;
+        if (dspark__many_rows(job.n_rows, n_shares)) {      // weights are decoded as often, inputs packed once
+            int first = dspark__rows_begin(job.n_rows, share, n_shares);
+            job.n_rows = dspark__rows_begin(job.n_rows, share + 1, n_shares) - first;
             job.x += first, job.y += first, begin = 0, end = job.n;
         }
         if (begin < end) d->k->linear(&job, begin, end, dspark__scratch(d, thread));
@@ -6646,29 +6659,9 @@ static void dspark__rope_angles(const double *freqs, int n, int position, float 
     }
 }
 
-// A product stays rounded: GCC at -O3 with FMA makes one fused step of a turn's product and sum, although
-// contraction is off.
-#if defined __GNUC__ && defined __x86_64__
-#define DSPARK__ROUNDED(x) __asm__("" : "+x"(x))
-#elif defined __GNUC__ && defined __aarch64__
-#define DSPARK__ROUNDED(x) __asm__("" : "+w"(x))
-#else
-#define DSPARK__ROUNDED(x) (void)(x)
-#endif
-
-// The last n dims of x [d], adjacent pairs as complex numbers, turned; direction -1: back.
-static void dspark__rope(float *x, int d, const float *turn, int n, float direction) {
-    x += d - n;
-    for (int i = 0; i < n; i += 2) {
-        float c = turn[i], s = direction * turn[i + 1];
-        float ac = x[i] * c, bs = x[i + 1] * s, as = x[i] * s, bc = x[i + 1] * c;
-        DSPARK__ROUNDED(ac);
-        DSPARK__ROUNDED(bs);
-        DSPARK__ROUNDED(as);
-        DSPARK__ROUNDED(bc);
-        x[i] = ac - bs;
-        x[i + 1] = as + bc;
-    }
+// The rotary dims of x [n], which are its last, turned; direction -1: back.
+static void dspark__rope(const dspark__cpu *d, float *x, int n, const float *turn, float direction) {
+    d->k->rope(x + n - d->c->qk_rope_head_dim, d->c->qk_rope_head_dim, turn, direction);
 }
 
 // ---- a pass -----------------------------------------------------------------------------------
@@ -6804,7 +6797,7 @@ static void dspark__attn_project(dspark__cpu *d, const dspark_layer *l) {
 static void dspark__finish_row(dspark__cpu *d, const float *norm, const float *turn, float *kv) {
     const dspark_config *c = d->c;
     d->k->rms_norm(kv, norm, c->head_dim, c->rms_norm_eps, kv);
-    dspark__rope(kv, c->head_dim, turn, c->qk_rope_head_dim, 1);
+    dspark__rope(d, kv, c->head_dim, turn, 1);
     d->k->round_fp8(kv, c->head_dim - c->qk_rope_head_dim, 64, kv);
 }
 
@@ -6864,7 +6857,7 @@ static void dspark__pool(dspark__cpu *d, const dspark_segment *s, const dspark_c
     d->k->pool(rows[0], rows[1], rows[2], n, p->d, out);
     d->k->rms_norm(out, p->norm, p->d, c->rms_norm_eps, out);
     dspark__rope_angles(d->freqs[1], c->qk_rope_head_dim / 2, i * p->ratio, turn);
-    dspark__rope(out, p->d, turn, c->qk_rope_head_dim, 1);
+    dspark__rope(d, out, p->d, turn, 1);
 }
 
 // If row r completes a group: the compressed row and, in CSA, its index key.
@@ -6907,7 +6900,7 @@ static void dspark__index_query(dspark__cpu *d, int r, const float *turn, float 
     uint8_t *codes = (uint8_t *)scratch, *scales = codes + I;
     float scale = 1 / sqrtf((float)I) * (1 / sqrtf((float)H));
     for (int h = 0; h < H; h++) {
-        dspark__rope(q + h * I, I, turn, c->qk_rope_head_dim, 1);
+        dspark__rope(d, q + h * I, I, turn, 1);
         d->k->hadamard(q + h * I, I);
         d->k->encode_fp4(q + h * I, I, codes, scales);
         d->k->decode_fp4(codes, scales, I, q + h * I);
@@ -6917,10 +6910,8 @@ static void dspark__index_query(dspark__cpu *d, int r, const float *turn, float 
 
 // A float's bits as an integer of the same order.
 static uint32_t dspark__ordered(float x) {
-    uint32_t u;
-    if (x == 0) x = 0;      // -0 is 0
-    memcpy(&u, &x, 4);
-    return u >> 31 ? ~u : u | 0x80000000u;
+    uint32_t u = dspark__bits_of(x + 0.0f);     // -0 becomes 0
+    return u ^ ((0u - (u >> 31)) | 0x80000000u);
 }
 
 // The k largest of scores [n], ascending by index; among equals the lower index wins.
@@ -6932,22 +6923,23 @@ static void dspark__top_few(const float *scores, int n, int k, int *chosen) {
     }
 }
 
-// The same for any number. The k-th largest is found a byte at a time, by counting.
+// The same for any number. The k-th largest is found a byte at a time, by counting, until what begins with its bytes
+// belongs to the k.
 static void dspark__top(const float *scores, int n, int k, int *chosen) {
     uint32_t kth = 0;
-    int equal = k, n_chosen = 0;    // how many of those equal to the k-th belong to the k
+    int equal = k, n_chosen = 0, done = 0;  // how many of those equal to the k-th belong to the k
     if (n <= 32) {
         dspark__top_few(scores, n, k, chosen);
         return;
     }
-    for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int shift = 24; shift >= 0 && !done; shift -= 8) {
         int counts[256] = { 0 }, digit = 255;
         for (int i = 0; i < n; i++) {
             uint32_t u = dspark__ordered(scores[i]);
             if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) counts[u >> shift & 255]++;
         }
         while (counts[digit] < equal) equal -= counts[digit--];
-        kth |= (uint32_t)digit << shift;
+        kth |= (uint32_t)digit << shift, done = counts[digit] == equal;
     }
     for (int i = 0; i < n; i++) {
         uint32_t u = dspark__ordered(scores[i]);
@@ -7024,7 +7016,7 @@ static void dspark__attend_part(dspark__cpu *d, int thread, int item, void *arg)
     const float **rows = d->attend_rows + (size_t)thread * d->attend_n;
     for (int h = 0; h < n_heads; h++) {
         d->k->rms_norm(q + h * D, NULL, D, c->rms_norm_eps, q + h * D);
-        dspark__rope(q + h * D, D, turn, c->qk_rope_head_dim, 1);
+        dspark__rope(d, q + h * D, D, turn, 1);
     }
     n = dspark__window_rows(d, r, a->layer, rows);
     if (l->ratio) {
@@ -7032,7 +7024,7 @@ static void dspark__attend_part(dspark__cpu *d, int thread, int item, void *arg)
         n += n_compressed, room += n_compressed * dspark__pad(D);
     }
     d->k->attend(q, n_heads, D, rows, n, 1 / sqrtf((float)D), l->attn_sink + first, room, o);
-    for (int h = 0; h < n_heads; h++) dspark__rope(o + h * D, D, turn, c->qk_rope_head_dim, -1);
+    for (int h = 0; h < n_heads; h++) dspark__rope(d, o + h * D, D, turn, -1);
 }
 
 // Group g's heads times its slice of wo_a (unrounded input), all groups' results times wo_b.
@@ -7281,7 +7273,6 @@ static void dspark__cpu_head(void *device) {
     dspark__project_logits(d, &d->w->hc_head, d->w->norm, d->logits);
 }
 
-DSPARK__SOON
 // ---- the drafter's own ------------------------------------------------------------------------
 
 // Taps of positions [inject_from, position) -> main_x = main_norm(main_proj taps) -> one row for each stage's
@@ -8453,13 +8444,16 @@ DSPARK__WORD void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c
     y[0] = dspark__v_sum(a), y[1] = dspark__v_sum(b), y[2] = dspark__v_sum(c), y[3] = dspark__v_sum(d);
 }
 #endif
-// The first n lanes (16 if n is more); the others are `fill`, or left alone.
+// The first n lanes (16 if n is more); the others are `fill`, or left alone. No function is called: accumulators would go
+// to memory and back at each step.
 #if DSPARK__PATH == 3 || DSPARK__PATH == 5
-DSPARK__CALLED dspark__v DSPARK__AT(load_some)(const float *p, int n, float fill) {
-    return DSPARK__AT(v_of)(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)(n > 0 ? (1u << n) - 1 : 0), p));
+DSPARK__INLINE __mmask16 DSPARK__AT(lanes)(int n) { return (__mmask16)(0xffffu >> (n < 16 ? 16 - n : 0)); }     // n > -16
+DSPARK__INLINE dspark__v dspark__v_load_n(const float *p, int n, float fill) {
+    return DSPARK__AT(v_of)(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), DSPARK__AT(lanes)(n), p));
 }
-DSPARK__CALLED void DSPARK__AT(store_some)(float *p, int n, dspark__v x) {
-    _mm512_mask_storeu_ps(p, (__mmask16)(n > 0 ? (1u << n) - 1 : 0), x.a);
+DSPARK__INLINE void dspark__v_store_n(float *p, int n, dspark__v x) {
+    if (n >= 16) dspark__v_store(p, x);
+    else _mm512_mask_storeu_ps(p, DSPARK__AT(lanes)(n), x.a);
 }
 #else
 DSPARK__CALLED dspark__v DSPARK__AT(load_some)(const float *p, int n, float fill) {
@@ -8472,7 +8466,6 @@ DSPARK__CALLED void DSPARK__AT(store_some)(float *p, int n, dspark__v x) {
     dspark__v_store(some, x);
     memcpy(p, some, (size_t)n * sizeof(float));
 }
-#endif
 DSPARK__WORD dspark__v dspark__v_load_n(const float *p, int n, float fill) {
     return n >= 16 ? dspark__v_load(p) : DSPARK__AT(load_some)(p, n, fill);
 }
@@ -8480,6 +8473,7 @@ DSPARK__WORD void dspark__v_store_n(float *p, int n, dspark__v x) {
     if (n >= 16) dspark__v_store(p, x);
     else DSPARK__AT(store_some)(p, n, x);
 }
+#endif
 
 #if DSPARK__PATH != 5
 // n FP4 scales, held in 2^-64 .. 2^64, as p_table wants them; up to 15 too many are written.
@@ -9039,6 +9033,18 @@ static void DSPARK__AT(hadamard)(float *y, int n) {
         dspark__v_store_n(y + i, n - i, dspark__v_mul(dspark__v_load_n(y + i, n - i, 0), scale));
 }
 
+static void DSPARK__AT(rope)(float *x, int n, const float *turn, float direction) {
+    float f[16];
+    dspark__v odd, sign, zero = dspark__v_zero();
+    for (int i = 0; i < 16; i++) f[i] = i & 1 ? 1.0f : -1.0f;
+    odd = dspark__v_load(f), sign = dspark__v_mul(odd, dspark__v_set(direction));
+    for (int i = 0; i < n; i += 16) {
+        dspark__v v = dspark__v_load_n(x + i, n - i, 0), t = dspark__v_load_n(turn + i, n - i, 0), u = dspark__v_swap1(t);
+        dspark__v c = dspark__v_less(odd, zero, t, u), s = dspark__v_mul(sign, dspark__v_less(odd, zero, u, t));
+        dspark__v_store_n(x + i, n - i, dspark__v_add(dspark__v_mul(v, c), dspark__v_mul(dspark__v_swap1(v), s)));
+    }
+}
+
 static float DSPARK__AT(dot)(const float *a, const float *b, int n) {
     dspark__v s = dspark__v_zero();
     for (int i = 0; i < n; i += 16)
@@ -9407,7 +9413,7 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
 
 #define DSPARK__KERNELS(name, linear) { \
         name, linear, DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4), \
-        DSPARK__AT(decode_fp4), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), \
+        DSPARK__AT(decode_fp4), DSPARK__AT(rope), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), \
         DSPARK__AT(sum_squares), \
         DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), \
         DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_scores), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \

@@ -208,7 +208,7 @@ static int vector_cases(const dspark__kernels *k, kernel_case *out) {
     static const int sizes[] = { 1, 7, 16, 33, 128, 301 };
     static float a[512], b[512], y[1024];
     static const char *const names[] = { "hadamard", "dot", "axpy", "sum_squares", "rms_norm", "rms_norm without weight", "swiglu",
-                                         "sigmoid", "tanh", "sqrt_softplus", "log_sum_exp" };
+                                         "sigmoid", "tanh", "sqrt_softplus", "rope", "rope back", "log_sum_exp" };
     int count = 0;
     for (int f = 0; f < (int)(sizeof names / sizeof *names); f++) {
         uint64_t hash = HASH_START;
@@ -229,6 +229,8 @@ static int vector_cases(const dspark__kernels *k, kernel_case *out) {
             case 7: k->sigmoid(y, n); break;
             case 8: k->tanh(y, n); break;
             case 9: k->sqrt_softplus(y, n); break;
+            case 10: k->rope(y, n / 2 * 2, b, 1); break;
+            case 11: k->rope(y, n / 2 * 2, b, -1); break;
             default: y[0] = k->log_sum_exp(a, n), written = 1;
             }
             hash = hash_floats(hash, y, written);
