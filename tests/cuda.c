@@ -6,7 +6,7 @@
 #include "tap.h"
 
 #ifdef DSPARK_CUDA_HOST
-extern size_t cuda_host_memory, cuda_host_used;
+extern size_t cuda_host_memory, cuda_host_used, cuda_host_back;
 extern long cuda_host_calls, cuda_host_fail_at, cuda_host_waits, cuda_host_products;
 void cuda_host_backwards(int on);
 #endif
@@ -172,14 +172,15 @@ static dspark_session *open_for_text(dspark_model *m, const int32_t *tokens, int
     dspark_session_desc d = session_desc(96);
     dspark_session *s;
     d.temperature = i ? .9f : 0, d.seed = (uint64_t)i, d.ignore_eos = 1, d.policy.plain = plain;
-    d.top_k = i == 1 ? 20 : 0;              /* drawn by the host; the others on the device */
+    if (i) d.top_k = 40, d.top_p = .95f, d.min_p = .001f;
+    d.logprobs = i == 3;                    /* drawn by the host; the others on the device */
     d.policy.schedule = i == 2 ? DSPARK_SCHEDULE_THRESHOLD : DSPARK_SCHEDULE_BLOCK, d.policy.threshold = .5f;
     s = open_session_as(m, &d);
     must(dspark_session_append(s, tokens + i, PROMPT + i));
     return s;
 }
 static int until(dspark_session **s, int n) {
-    dspark_step_result r[3];
+    dspark_step_result r[4];
     int short_ones = 1;
     while (short_ones) {
         must(dspark_step(s, n, NULL, r));
@@ -192,17 +193,26 @@ static int until(dspark_session **s, int n) {
 
 static void check_texts(const char *dir) {
     dspark_model *m = open_on_device(dir, 0);
-    dspark_session *plain[3], *drafted[3];
+    dspark_session *plain[4], *drafted[4];
     int32_t *tokens = golden_text(dir);
     int same_text = 0;
-    for (int i = 0; i < 3; i++) plain[i] = open_for_text(m, tokens, i, 1), drafted[i] = open_for_text(m, tokens, i, 0);
-    for (int i = 0; i < 3; i++) while (plain[i]->n_tokens < PROMPT + i + TEXT) step(plain[i]);
-    if (!until(drafted, 3)) bail(dspark_last_error(), "step");
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 4; i++) plain[i] = open_for_text(m, tokens, i, 1), drafted[i] = open_for_text(m, tokens, i, 0);
+    for (int i = 0; i < 4; i++) while (plain[i]->n_tokens < PROMPT + i + TEXT) step(plain[i]);
+    if (!until(drafted, 4)) bail(dspark_last_error(), "step");
+    for (int i = 0; i < 4; i++)
         same_text += !memcmp(plain[i]->tokens, drafted[i]->tokens, (size_t)(PROMPT + i + TEXT) * sizeof *tokens);
-    ok(same_text == 3, "%s: three sessions in one pass with DSpark have the texts of plain decoding alone", dir);
-    for (int i = 0; i < 3; i++) dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
+    ok(same_text == 4, "%s: four sessions in one pass with DSpark have the texts of plain decoding alone: greedy, filtered, "
+       "and one that the host draws for", dir);
+    for (int i = 0; i < 4; i++) dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
     dspark_model_close(m), free(tokens);
+}
+
+static dspark_device_draw draw_as(float temperature, int top_k, float top_p, float min_p, int i) {
+    dspark_device_draw d;
+    memset(&d, 0, sizeof d);
+    d.temperature = temperature, d.top_k = top_k, d.top_p = top_p, d.min_p = min_p, d.draft_row = -1;
+    d.seed = (uint64_t)i << 30, d.at = (uint64_t)i;
+    return d;
 }
 
 static void check_draws(const char *dir) {
@@ -213,26 +223,144 @@ static void check_draws(const char *dir) {
           *p = (float *)must_have(malloc((size_t)V * sizeof *p));
     int32_t there = 0, here = 0;
     for (int i = 0; i < N; i++) {
-        dspark_device_draw draw = { i % 3 ? .4f * (float)(i % 3) : 0, (uint64_t)i << 30, (uint64_t)i };
+        dspark_device_draw draw = draw_as(i % 3 ? .4f * (float)(i % 3) : 0, 0, 0, 0, i);
         for (int v = 0; v < V; v++) logits[v] = i % 5 ? (float)dice(4000) / 500 : (float)dice(3);      /* with ties */
         must(m->backend->draw(m->device, logits, &draw, &there));
         must(dspark_distribution(logits, V, draw.temperature, 0, 0, 0, p));
-        if (draw.temperature > 0) must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.position, 0, &here));
+        if (draw.temperature > 0) must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.at, 0, &here));
         else for (here = 0; p[here] == 0; here++) {}
         equal += here == there;
     }
     ok(equal == N, "%s: tokens drawn on the device are those that dspark_draw gives, ties at temperature 0 included",
        dir);
     for (int i = 0; i < 3; i++) {
-        dspark_device_draw draw = { i ? 1 : 0, 1, 1 };
+        dspark_device_draw draw = draw_as(i ? 1 : 0, 0, 0, 0, 1);
         for (int v = 0; v < V; v++) logits[v] = i == 2 ? -HUGE_VALF : 1;
         if (i < 2) logits[V - 3] = i ? NAN : HUGE_VALF;
         must(m->backend->draw(m->device, logits, &draw, &there));
+        draw.temperature = 1, draw.top_k = 5, draw.top_p = .5f;
+        none += there == -1;
+        must(m->backend->draw(m->device, logits, &draw, &there));
         none += there == -1;
     }
-    ok(none == 3, "%s: a row with NaN, with infinity or without mass gives no token", dir);
+    ok(none == 6, "%s: a row with NaN, with infinity or without mass gives no token, with filters and without", dir);
     dspark_model_close(m), free(logits), free(p);
 }
+
+/* Draws from rows whose best tokens are many and nearly as good, and often equal: a token too much or too few among
+   those that stay would be drawn, or missed. */
+static void check_filters(const char *dir) {
+    static const struct { const char *name; int top_k; float top_p, min_p; } filters[] = {
+        { "top-k", 17, 0, 0 }, { "top-k 1", 1, 0, 0 }, { "top-p", 0, .3f, 0 }, { "min-p", 0, 0, .5f },
+        { "all three", 40, .6f, .3f } };
+    dspark_model *m = open_on_device(dir, 8);
+    int V = dspark_model_config(m)->vocab_size;
+    float *logits = (float *)must_have(malloc((size_t)V * sizeof *logits)),
+          *p = (float *)must_have(malloc((size_t)V * sizeof *p));
+    for (int f = 0; f < COUNT(filters); f++) {
+        enum { N = 240 };
+        int equal = 0;
+        for (int i = 0; i < N; i++) {
+            dspark_device_draw draw = draw_as(1.5f, filters[f].top_k, filters[f].top_p, filters[f].min_p, i);
+            int32_t there, here;
+            if (i % 80 == 0)        /* equal ones; all different; all equal */
+                for (int v = 0; v < V; v++) logits[v] = i == 0 ? .7f * (float)dice(4) : i == 80 ? (float)dice(4000) / 1500 : 3;
+            if (i % 3 == 1) draw.purpose = DSPARK_DRAW_NEXT, draw.k = 5;
+            must(m->backend->draw(m->device, logits, &draw, &there));
+            must(dspark_distribution(logits, V, draw.temperature, draw.top_k, draw.top_p, draw.min_p, p));
+            must(dspark_draw(p, V, draw.seed, draw.purpose, draw.at, draw.k, &here));
+            equal += here == there;
+        }
+        ok(equal == N, "%s: %s: the device draws from the tokens that dspark_distribution leaves, ties included (%d of %d)",
+           dir, filters[f].name, equal, N);
+    }
+    dspark_model_close(m), free(logits), free(p);
+}
+
+/* ---- rejection */
+
+static dspark_session_desc rejecting(int seed) {
+    dspark_session_desc d = session_desc(96);
+    d.temperature = .9f, d.seed = (uint64_t)seed, d.ignore_eos = 1;
+    d.policy.verify = DSPARK_VERIFY_REJECTION, d.policy.schedule = DSPARK_SCHEDULE_BLOCK;
+    if (seed % 2) d.top_k = 60, d.top_p = .9f, d.min_p = .01f;
+    return d;
+}
+static int same_step(const dspark_step_result *a, const dspark_step_result *b) {
+    return a->n_tokens == b->n_tokens && a->n_accepted == b->n_accepted && a->n_drafted == b->n_drafted &&
+           !memcmp(a->tokens, b->tokens, (size_t)a->n_tokens * sizeof *a->tokens) &&
+           !memcmp(a->draft, b->draft, (size_t)a->n_drafted * sizeof *a->draft) &&
+           !memcmp(a->by, b->by, (size_t)a->n_tokens);
+}
+static void check_follows(const char *dir) {
+    enum { CYCLES = 10 };
+    dspark_model *m[2] = { open_model(dir), open_on_device(dir, 0) };
+    int32_t *tokens = golden_text(dir);
+    for (int seed = 0; seed < 4; seed++) {
+        dspark_session_desc d = rejecting(seed);
+        dspark_session *s[2];
+        int equal = 0, accepted = 0, refused = 0;
+        for (int i = 0; i < 2; i++) s[i] = open_session_as(m[i], &d), must(dspark_session_append(s[i], tokens, PROMPT));
+        for (int cycle = 0; cycle < CYCLES; cycle++) {
+            dspark_step_result a = step(s[0]), b = step(s[1]);
+            equal += same_step(&a, &b), accepted += a.n_accepted, refused += a.n_accepted < a.n_scheduled;
+        }
+        ok(equal == CYCLES && accepted && refused, "%s: rejection%s, seed %d: the CPU's drafts, what stands of them, and the "
+           "tokens in their place, %d cycles (%d drafts accepted, %d cycles that refuse one)", dir,
+           seed % 2 ? " and filters" : "", seed, equal, accepted, refused);
+        dspark_session_close(s[0]), dspark_session_close(s[1]);
+    }
+    dspark_model_close(m[0]), dspark_model_close(m[1]), free(tokens);
+}
+
+/* Two that the device verifies by rejection, one that the host does, one coupled, in one step and alone; lengths are
+   the block's, so a schedule cannot tell them either. */
+static void check_rejection_company(const char *dir) {
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *alone[4], *company[4];
+    dspark_step_result r[4];
+    int32_t *tokens = golden_text(dir);
+    int equal = 0, cycles = 4;
+    for (int i = 0; i < 4; i++) {
+        dspark_session_desc d = rejecting(i);
+        d.logprobs = i == 1;
+        if (i == 3) d.policy.verify = DSPARK_VERIFY_COUPLED;
+        alone[i] = open_session_as(m, &d), company[i] = open_session_as(m, &d);
+        must(dspark_session_append(alone[i], tokens + i, PROMPT)), must(dspark_session_append(company[i], tokens + i, PROMPT));
+    }
+    for (int cycle = 0; cycle < cycles; cycle++) {
+        must(dspark_step(company, 4, NULL, r));
+        for (int i = 0; i < 4; i++) {
+            dspark_step_result a = step(alone[i]);
+            equal += same_step(&a, &r[i]);
+        }
+    }
+    ok(equal == 4 * cycles, "%s: rejection: who shares the pass, the host's sessions included, changes no decision (%d of %d)",
+       dir, equal, 4 * cycles);
+    for (int i = 0; i < 4; i++) dspark_session_close(alone[i]), dspark_session_close(company[i]);
+    dspark_model_close(m), free(tokens);
+}
+
+#ifdef DSPARK_CUDA_HOST
+static void check_traffic(const char *dir) {
+    dspark_model *m = open_on_device(dir, 8);
+    dspark_session_desc d = rejecting(1);
+    dspark_session *s = open_session_as(m, &d);
+    int32_t *tokens = golden_text(dir);
+    size_t row = (size_t)dspark_model_config(m)->vocab_size * sizeof(float), most = 0;
+    long waits = 0;
+    must(dspark_session_append(s, tokens, PROMPT));
+    for (int cycle = 0; cycle < 4; cycle++) {
+        cuda_host_back = 0, cuda_host_waits = 0;
+        step(s);
+        if (cycle && cuda_host_back > most) most = cuda_host_back;
+        if (cycle && cuda_host_waits > waits) waits = cuda_host_waits;
+    }
+    ok(most < row && waits == 2, "%s: rejection with filters: a cycle waits twice, and %d bytes come back, no logits (%d a row)",
+       dir, (int)most, (int)row);
+    dspark_session_close(s), dspark_model_close(m), free(tokens);
+}
+#endif
 
 /* Would dspark_schedule have chosen these, of the first two of three sessions? */
 static int chosen_well(const dspark_step_result *r, int gamma) {
@@ -474,10 +602,13 @@ int main(void) {
     check_texts(golden_b);
     check_choice(golden_b);
     check_draws(golden_b);
+    check_filters(golden_b), check_filters(spark_tiny);
+    check_follows(golden_b), check_rejection_company(golden_b);
     check_copies(golden_b);
     check_longer(golden_b);
     check_prompt_block(golden_b);
 #ifdef DSPARK_CUDA_HOST
+    check_traffic(golden_b);
     check_cache(golden_b);
     check_failures();
 #endif
