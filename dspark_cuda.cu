@@ -1321,9 +1321,9 @@ static __device__ view view_of(const attend_args &p, const row &s, int drafts) {
     v.n_compressed = p.ratio ? (s.position + 1) / p.ratio : 0;
     v.selected = p.ratio == 4 && v.n_compressed > p.c.index_topk;
     if (v.selected) v.n_compressed = p.c.index_topk;
-    // by the number of keys alone: 32 a split, or what SPLITS splits need
+    // by the number of keys alone: 32 a split, or what SPLITS splits need; rows behind the pass' last may have none
     int n = v.n_window + v.n_compressed;
-    v.length = KEYS * ((n + KEYS * SPLITS - 1) / (KEYS * SPLITS));
+    v.length = KEYS * most(1, (n + KEYS * SPLITS - 1) / (KEYS * SPLITS));
     v.splits = (n + v.length - 1) / v.length;
     return v;
 }
@@ -2247,8 +2247,8 @@ typedef struct {
     int top_k, purpose, k, draft_row;       // as dspark_device_draw
     unsigned seed[2], at[2];
 } draw_row;
-// A row as a distribution: e = exp((logit - max) / temperature) of those whose logit is over the cut, or at it and whose
-// id is up to cut_id, and e >= min_p; over their sum.
+// A row as a distribution: e = exp((logit - max) / temperature), over its sum, of those tokens whose logit is over the
+// cut, or at it and their id up to cut_id, and whose e is no less than min_p.
 typedef struct {
     double max;                             // NaN: it is none
     unsigned long long sum, before, limit;  // of all that stays; a cut in the making: above its bytes, to be reached
@@ -4415,6 +4415,22 @@ static dspark_status cuda_state_pieces(void *p, int n_tokens, int restore, dspar
     }
     return status;
 }
+
+#ifdef DSPARK_CUDA_HOST
+// For tests/cuda.c: tokens of n rows of logits, of a draft pass or of the pass that verifies it.
+extern "C" void cuda_host_rows(void *device, int drafts, const float *logits, const dspark_device_draw *draws, int n,
+                               int32_t *tokens) {
+    cuda *d = (cuda *)device;
+    float *to = drafts ? d->draft_logits : d->logits;
+    drawn_args p = { &d->dev.n->n_logits, d->best, drafts ? d->dev.drafted : d->dev.tokens };
+    memcpy(to, logits, (size_t)n * (size_t)d->s.V * sizeof *to);
+    d->dev.n->n_logits = n, d->grid.weighs = weighs_of(d, draws, n);
+    draws_copy(d, draws, n);
+    run_draw(d, to, drafts ? d->draft_tallies : d->tallies, n, p.n, NULL, 0);
+    LAUNCH(drawn, grid_of(blocks_of(n, THREADS), 1), THREADS, 0, p);
+    memcpy(tokens, p.tokens, (size_t)n * sizeof *tokens);
+}
+#endif
 
 #ifdef DSPARK_CUDA_TIMED
 // 1: passes from now on are traced, the next one from its beginning.
