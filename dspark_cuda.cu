@@ -2814,7 +2814,7 @@ typedef struct {
     int *arrived, *chosen, *route, *first, *list, *active;
     unsigned long long *best, *mass;        // zeros between passes
     unsigned *peak;
-    int *weighed;
+    int *surveyed;
     tally *tallies, *draft_tallies;
     double *value;
     int *candidates;
@@ -3314,7 +3314,7 @@ static void run_draw(cuda *d, const float *logits, tally *tallies, int n, const 
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = n_rows, p.logits = logits, p.rows = rows, p.k = k, p.draws = d->dev.draws, p.best = d->best;
     p.chunk = blocks_of(blocks_of(d->s.V, blocks), 4) * 4;
-    p.tallies = tallies, p.peak = d->peak, p.arrived = d->weighed, p.mass = d->mass;
+    p.tallies = tallies, p.peak = d->peak, p.arrived = d->surveyed, p.mass = d->mass;
     p.draft_logits = d->draft_logits, p.draft_tallies = d->draft_tallies, p.drafted = d->dev.drafted;
     if (weighs) LAUNCH(survey, tiles, THREADS, 0, p);
     for (; p.by_weight < 2; p.by_weight++)
@@ -4054,7 +4054,7 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->post_comb = carve_rows(&v, n, COPIES + COPIES * COPIES);
     d->best = (unsigned long long *)carve(&v, (size_t)n, sizeof *d->best);
     d->mass = (unsigned long long *)carve(&v, (size_t)n * 256, sizeof *d->mass);
-    d->peak = (unsigned *)carve(&v, (size_t)n, sizeof *d->peak), d->weighed = carve_ints(&v, n, 1);
+    d->peak = (unsigned *)carve(&v, (size_t)n, sizeof *d->peak), d->surveyed = carve_ints(&v, n, 1);
     d->tallies = (tally *)carve(&v, (size_t)n, sizeof(tally));
     d->draft_tallies = (tally *)carve(&v, (size_t)n, sizeof(tally));
     d->turns = (float2 *)(void *)carve_rows(&v, n, 2 * d->s.R);
