@@ -108,8 +108,7 @@
    dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one
    seed, one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device,
    in float, but for sessions with an adjust hook or log-probabilities: asking for log-probabilities may change a text
-   where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread
-   on the host.
+   where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread on the host.
 
    WHAT IT DOES NOT DO
    Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
@@ -5862,8 +5861,8 @@ static void dspark__commit_prompt(dspark__lane *a, const dspark_pass_result *out
     s->has_logits = 1;
 }
 
-// A row whose token the device has drawn. (By rejection, where p_t <= p_d everywhere by rounding, it may be the draft that
-// was refused. It stands then, which is no other text.)
+// A row whose token the device has drawn. (By rejection, where p_t <= p_d everywhere by rounding, that may be the refused
+// draft. It stands then, which is no other text.)
 static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t drawn, int *accepted, int32_t *token) {
     *token = drawn, *accepted = i < a->length && drawn == a->s->tokens[a->s->n_tokens];
     if (drawn >= 0) return DSPARK_OK;
