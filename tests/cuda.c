@@ -440,8 +440,8 @@ static void check_follows(const char *dir) {
         all += cycles;
         dspark_session_close(s[0]), dspark_session_close(s[1]);
     }
-    ok(all > 2 * CYCLES && accepted > 9 && refused > 9, "%s: in %d cycles that accept %d drafts and refuse %d", dir, all,
-       accepted, refused);
+    ok(all > 2 * CYCLES && accepted > 9 && refused > 9, "%s: in %d cycles that accept %d drafts and refuse %d", dir,
+       all, accepted, refused);
     dspark_model_close(m[0]), dspark_model_close(m[1]), free(tokens);
 }
 
