@@ -107,9 +107,8 @@
    ON A GPU
    dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one
    seed, one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device,
-   in float, but for sessions with an adjust hook, log-probabilities, a filter or rejection: asking for
-   log-probabilities may change a text where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread
-   on the host.
+   in float, but for sessions with an adjust hook or log-probabilities: asking for log-probabilities may change a text
+   where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread on the host.
 
    WHAT IT DOES NOT DO
    Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
@@ -675,9 +674,14 @@ typedef struct {
     int inject_from;            // drafting: taps of positions [inject_from, position) enter the stages' windows first
 } dspark_segment;
 
-// A token drawn where the logits are: argmax of logit / temperature + the Gumbel noise of (seed, position), at
-// temperature 0 of the logit; -1 from a row that is no distribution. Temperature -1: no token, the logits.
-typedef struct { float temperature; uint64_t seed, position; } dspark_device_draw;
+// A token drawn where the logits are, with the random numbers of (seed, purpose, at, k): at temperature 0 their argmax,
+// else from dspark_distribution; of NEXT with a draft_row, what dspark_verify puts in place of the draft of that row of
+// the last draft pass, the draft itself if it stands. -1: the row is no distribution. Temperature -1: the logits.
+typedef struct {
+    float temperature, top_p, min_p;
+    int top_k, purpose, k, draft_row;
+    uint64_t seed, at;
+} dspark_device_draw;
 
 // A row of calibration.json: for sessions of this verifier at temperatures low .. high. curved: of prefixes of k + 1
 // drafts that the temperatures' product gave said[k][i], the share stood[k][i] was accepted.
@@ -5026,16 +5030,16 @@ static void dspark__calibrate(const dspark_calibration *row, float *c, int n) {
 
 // Are all tokens of a session drawn where the logits are? That is up to the session alone, never to its company.
 static int dspark__drawn_there(const dspark_session *s) {
-    const dspark_session_desc *d = &s->desc;
-    int filtered = d->top_k || (d->top_p > 0 && d->top_p < 1) || d->min_p > 0;
-    return s->model->backend->draft_steps && !d->adjust && !d->logprobs &&
-           (dspark__greedy(s) || (dspark__mode(s) == DSPARK_VERIFY_COUPLED && !filtered));
+    return s->model->backend->draft_steps && !s->desc.adjust && !s->desc.logprobs;
 }
 // The draw of the token behind the k-th that is not committed.
 static dspark_device_draw dspark__draw_there(const dspark_session *s, int k) {
+    const dspark_session_desc *d = &s->desc;
+    int rejection = dspark__mode(s) == DSPARK_VERIFY_REJECTION;
     dspark_device_draw draw;
-    draw.temperature = dspark__greedy(s) ? 0 : s->desc.temperature, draw.seed = s->desc.seed;
-    draw.position = (uint64_t)(s->n_tokens + k);
+    draw.temperature = dspark__greedy(s) ? 0 : d->temperature, draw.top_p = d->top_p, draw.min_p = d->min_p;
+    draw.top_k = d->top_k, draw.purpose = rejection ? DSPARK_DRAW_NEXT : DSPARK_DRAW_PLAIN, draw.k = rejection ? k : 0;
+    draw.draft_row = -1, draw.seed = d->seed, draw.at = rejection ? s->cycle : (uint64_t)(s->n_tokens + k);
     return draw;
 }
 
@@ -5601,6 +5605,7 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int 
         dspark_segment *g = &b->segments[pass->n_segments];
         if (!lanes[i].n_drafted || dspark__drawn_there(s) != there) continue;
         b->draws[pass->n_segments] = dspark__draw_there(s, 0);
+        if (b->draws[pass->n_segments].purpose) b->draws[pass->n_segments].purpose = DSPARK_DRAW_DRAFT;
         b->lane_of[pass->n_segments++] = i;
         *g = dspark__draft_segment(s, pass->n_rows, c->dspark_block_size);
         lanes[i].draft_row = pass->n_rows;
@@ -5786,6 +5791,7 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
         lanes[i].logits_row = logits;
         for (int k = 0; k < rows - g->logits_from; k++) {
             b->draws[logits + k] = dspark__draw_there(s, k);
+            if (k < lanes[i].length) b->draws[logits + k].draft_row = lanes[i].draft_row + k;
             if (lanes[i].n_prompt || !dspark__drawn_there(s)) b->draws[logits + k].temperature = -1;
             else pass.draws = b->draws;
         }
@@ -5858,7 +5864,8 @@ static void dspark__commit_prompt(dspark__lane *a, const dspark_pass_result *out
     s->has_logits = 1;
 }
 
-// A row whose token the device has drawn: what plain sampling gives there.
+// A row whose token the device has drawn. (By rejection, where p_t <= p_d everywhere by rounding, that may be the refused
+// draft. It stands then, which is no other text.)
 static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t drawn, int *accepted, int32_t *token) {
     *token = drawn, *accepted = i < a->length && drawn == a->s->tokens[a->s->n_tokens];
     if (drawn >= 0) return DSPARK_OK;
@@ -5965,6 +5972,7 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
 static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     int V = dspark__config(s)->vocab_size, accepted, finished;
     double log_sum = 0;
+    dspark_device_draw draw = dspark__draw_there(s, 0);
     dspark_verify_desc v;
     int32_t token;
     float *p = s->logits;
@@ -5973,7 +5981,6 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     v.cycle = s->cycle++;
     s->has_logits = 0;
     if (dspark__drawn_there(s)) {
-        dspark_device_draw draw = dspark__draw_there(s, 0);
         r->status = s->model->backend->draw(s->model->device, p, &draw, &token);
         if (!r->status && token < 0) r->status = dspark__fail(DSPARK_ERROR_NUMERIC, "the logits are no distribution");
     } else {
@@ -6028,8 +6035,8 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     double start = dspark__now_us();
     dspark__decide(m, lanes, n);
     status = dspark__cycle_there(m, lanes, n, &out, &done);
-    if (!status && !done) status = dspark__draft(m, lanes, n, 1);
     if (!status && !done) status = dspark__draft(m, lanes, n, 0);
+    if (!status && !done) status = dspark__draft(m, lanes, n, 1);   // the last: the device verifies by its logits
     if (!status && !done) status = dspark__schedule(m, lanes, n);
     if (!status && !done) status = dspark__target(m, lanes, n, &out);
     if (status) return status;

@@ -24,7 +24,8 @@
 // moe           linears, route, [cache_choose, cache_fill,] experts, swiglu, experts
 // head          stream, mix, linears
 // inject        take_taps, linears, round_rows, linears, inject_rows
-// a step        markov_begin, [linears, markov_gate,] linears, draw
+// draws         [survey, 4 sift, 4 sift, weigh,] draw, drawn
+// a step        markov_begin, [linears, markov_gate,] linears, [survey, .. weigh,] draw
 // 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
 // is of, and `linears` asks for its first 128 KB of weights an SM; then it waits (grid_wait).
@@ -1320,9 +1321,9 @@ static __device__ view view_of(const attend_args &p, const row &s, int drafts) {
     v.n_compressed = p.ratio ? (s.position + 1) / p.ratio : 0;
     v.selected = p.ratio == 4 && v.n_compressed > p.c.index_topk;
     if (v.selected) v.n_compressed = p.c.index_topk;
-    // by the number of keys alone: 32 a split, or what SPLITS splits need
+    // by the number of keys alone: 32 a split, or what SPLITS splits need; rows behind the pass' last may have none
     int n = v.n_window + v.n_compressed;
-    v.length = KEYS * ((n + KEYS * SPLITS - 1) / (KEYS * SPLITS));
+    v.length = KEYS * most(1, (n + KEYS * SPLITS - 1) / (KEYS * SPLITS));
     v.splits = (n + v.length - 1) / v.length;
     return v;
 }
@@ -2232,69 +2233,279 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 }
 
 // ---- draws ------------------------------------------------------------------------------------
-// argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; the lower token of
-// equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with NaN, +inf or
-// nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
+// A token of a row: argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit;
+// the lower token of equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with
+// NaN, +inf or nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
+// Where a filter stands before that, or a draft is to be refused with the probabilities of dspark_verify, the row is
+// weighed first: its largest logit (survey), the cuts of top-k and of top-p (sift, a byte of the logits at a time), the
+// sum of what stays (weigh). Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not
+// stored: it is the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches
+// and 4 for each of the cuts, .5 MB a row each.
 
-typedef struct { float temperature; unsigned seed[2], position[2]; } draw_row;
+typedef struct {
+    float temperature, top_p, min_p;        // top_p, min_p, top_k 0: off
+    int top_k, purpose, k, draft_row;       // as dspark_device_draw
+    unsigned seed[2], at[2];
+} draw_row;
+// A row as a distribution: e = exp((logit - max) / temperature), over its sum, of those tokens whose logit is over the
+// cut, or at it and their id up to cut_id, and whose e is no less than min_p.
+typedef struct {
+    double max;                             // NaN: it is none
+    unsigned long long sum, before, limit;  // of all that stays; a cut in the making: above its bytes, to be reached
+    uint32_t cut, prefix;                   // as `ordered`; the cut's bytes so far
+    int cut_id;
+} tally;
 typedef struct {
     shape c;
     const int *n;                           // rows
     const float *logits;                    // [row][V]
     const int *rows;                        // row i's logits and result are of rows[i] + k; NULL: i
     int k, chunk;
-    const draw_row *draws;                  // [i]; position + k counts
-    unsigned long long *best;
+    const draw_row *draws;                  // [i]; a step's are k further
+    unsigned long long *best;               // [row]
+    tally *tallies;                         // [row]
+    unsigned *peak;                         // [i], as the next two: zeros between kernels
+    int *arrived;
+    unsigned long long *mass;               // [i][256]
+    int by_weight, level;                   // of sift: top-p, not top-k; which byte
+    const float *draft_logits;              // of the last draft pass, by draft_row
+    const tally *draft_tallies;
+    const int *drafted;
 } draw_args;
+enum { SIFTED = 2048 };                     // tokens of a block that weighs
+#define UNITS 0x1p39                        // for e = 1: 2^24 tokens do not overflow, and an error is 2^-40 of the best
 #define NO_TOKEN 0xffffffffffffffffull
 static __device__ __forceinline__ int token_of(unsigned long long best) {
     return best == NO_TOKEN || best == 0 ? -1 : (int)(0xffffffffu - (uint32_t)best);
 }
+static __device__ __forceinline__ unsigned long long scored(uint32_t score, int token) {
+    return (unsigned long long)score << 32 | (0xffffffffu - (uint32_t)token);
+}
+static __device__ __forceinline__ int drawn_row(const draw_args &p, int i) { return (p.rows ? p.rows[i] : i) + p.k; }
+static __device__ __forceinline__ int refuses(const draw_row &d) {
+    return d.temperature > 0 && d.purpose == DSPARK_DRAW_NEXT && d.draft_row >= 0;
+}
+static __device__ __forceinline__ int is_weighed(const draw_row &d) {
+    return d.temperature > 0 &&
+           (d.top_k || d.top_p > 0 || d.min_p > 0 || d.purpose == DSPARK_DRAW_DRAFT || refuses(d));
+}
+static __device__ __forceinline__ unsigned long long of_lane(unsigned long long x, int mask) {
+    uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)x, mask),
+             high = (uint32_t)__shfl_xor_sync(ALL, (int)(x >> 32), mask);
+    return (unsigned long long)high << 32 | low;
+}
+static __device__ __forceinline__ float logit_of(uint32_t key) {       // what `ordered` came from
+    return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
+}
 
-// Words index & ~3 .. of Philox4x32-10 as dspark.h counts them, purpose 0 and k 0: the noise of plain sampling.
-static __device__ void noise_words(const draw_row &d, int k, uint32_t block, uint32_t *c) {
-    unsigned long long at = ((unsigned long long)d.position[1] << 32 | d.position[0]) + (unsigned long long)k;
+// e of a token, 0 of one that does not stay; as dspark_distribution takes what is too little for a float as 0.
+static __device__ double weight(const draw_row &d, const tally &t, float min_p, float z, int v) {
+    uint32_t key = ordered(z);
+    double e;
+    if (key < t.cut || (key == t.cut && v > t.cut_id)) return 0;
+    e = exp(((double)z - t.max) / (double)d.temperature);
+    return e >= (double)min_p && e > 0x1p-150 ? e : 0;
+}
+static __device__ __forceinline__ unsigned long long units(double e) { return (unsigned long long)(e * UNITS + .5); }
+static __device__ __forceinline__ float chance(const tally &t, double e) {
+    return (float)(e * UNITS / (double)t.sum);
+}
+
+static __global__ void __launch_bounds__(THREADS) survey(const draw_args p) {
+    int i = (int)blockIdx.y, from = (int)blockIdx.x * SIFTED, to = least(p.c.V, from + SIFTED), r;
+    uint32_t peak = 0;
+    grid_go();
+    grid_wait();
+    if (i >= *p.n || !is_weighed(p.draws[i])) return;
+    r = drawn_row(p, i);
+    const float *logits = p.logits + (size_t)r * (size_t)p.c.V;
+    for (int v = from + (int)threadIdx.x; v < to; v += THREADS) {
+        uint32_t key = logits[v] <= FLT_MAX ? ordered(logits[v]) : ALL;
+        if (key > peak) peak = key;
+    }
+    for (int k = 16; k; k /= 2) {
+        uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)peak, k);
+        if (other > peak) peak = other;
+    }
+    if (threadIdx.x % WARP == 0) atomicMax(&p.peak[i], peak);
+    if (!last_block(&p.arrived[i], (int)gridDim.x) || threadIdx.x) return;
+    peak = __ldcg(&p.peak[i]), p.peak[i] = 0;
+    tally t = { peak != ALL && logit_of(peak) >= -FLT_MAX ? (double)logit_of(peak) : NAN, 0, 0, 0, 0, 0, p.c.V };
+    p.tallies[r] = t;
+}
+
+// Of this thread's x and those of all before it; the last of `sums` is all.
+static __device__ unsigned long long block_scan(unsigned long long x, unsigned long long *sums /* [THREADS] */) {
+    int i = (int)threadIdx.x;
+    for (int step = 1; step <= THREADS; step *= 2) {
+        __syncthreads();
+        sums[i] = x;
+        __syncthreads();
+        if (i >= step) x += sums[i - step];
+    }
+    return x;
+}
+// All at the cut are as good, but only `stay` of them stay: the first by id.
+static __device__ void cut_equals(const draw_args &p, tally *t, const float *logits, uint32_t cut, int stay,
+                                  unsigned long long *sums) {
+    int each = (p.c.V + THREADS - 1) / THREADS, from = (int)threadIdx.x * each, to = least(p.c.V, from + each);
+    int equal = 0;
+    for (int v = from; v < to; v++) equal += ordered(logits[v]) == cut;
+    stay -= (int)block_scan((unsigned long long)equal, sums) - equal;
+    for (int v = from; v < to && stay > 0; v++)
+        if (ordered(logits[v]) == cut && --stay == 0) t->cut_id = v;
+}
+// The next byte of the cut, best first: the last before which there is less than the limit.
+static __device__ void sift_choose(const draw_args &p, const draw_row &d, int i, tally t, tally *out,
+                                   const float *logits) {
+    __shared__ unsigned long long sums[THREADS];
+    __shared__ int last, stay;
+    __shared__ uint32_t cut;
+    int byte = 255 - (int)threadIdx.x;
+    unsigned long long *mass = p.mass + (size_t)i * 256, mine = __ldcg(mass + byte);
+    unsigned long long before = block_scan(mine, sums) - mine;
+    mass[byte] = 0;
+    if (threadIdx.x == 0) last = stay = 0;
+    __syncthreads();
+    if (p.level == 0) {
+        double all = (double)sums[THREADS - 1];
+        t.limit = p.by_weight ? (unsigned long long)ceil((double)d.top_p * all) : (unsigned long long)d.top_k;
+    }
+    before += t.before;
+    if (mine && before < t.limit) atomicMax(&last, (int)threadIdx.x + 1);
+    __syncthreads();
+    if ((int)threadIdx.x + 1 == last) {
+        t.before = before, t.prefix = t.prefix << 8 | (uint32_t)byte;
+        if (p.level == 3) {
+            unsigned long long each = p.by_weight ? units(weight(d, t, 0, logit_of(t.prefix), 0)) : 1;
+            unsigned long long some = (t.limit - before + each - 1) / each;
+            if (some < mine / each) stay = (int)some;
+            else if (t.prefix != t.cut) t.cut_id = p.c.V;
+            t.cut = cut = t.prefix, t.prefix = 0, t.before = 0;
+        }
+        *out = t;
+    }
+    __syncthreads();
+    if (stay) cut_equals(p, out, logits, cut, stay, sums);
+}
+static __global__ void __launch_bounds__(THREADS) sift(const draw_args p) {
+    __shared__ unsigned low[256], high[256];        // of sums of up to SIFTED, 20 bits and the rest
+    int i = (int)blockIdx.y, from = (int)blockIdx.x * SIFTED, to = least(p.c.V, from + SIFTED), r;
+    grid_go();
+    grid_wait();
+    if (i >= *p.n) return;
+    const draw_row d = p.draws[i];
+    if (!is_weighed(d) || !(p.by_weight ? d.top_p > 0 : d.top_k > 0)) return;
+    r = drawn_row(p, i);
+    const tally t = p.tallies[r];
+    const float *logits = p.logits + (size_t)r * (size_t)p.c.V;
+    if (!(t.max >= -FLT_MAX)) return;
+    low[threadIdx.x] = high[threadIdx.x] = 0;
+    __syncthreads();
+    for (int v = from + (int)threadIdx.x; v < to; v += THREADS) {
+        uint32_t key = ordered(logits[v]), byte = key >> (24 - 8 * p.level) & 255;
+        unsigned long long mine = 1;
+        if ((unsigned long long)key >> (32 - 8 * p.level) != t.prefix) continue;
+        if (p.by_weight) mine = units(weight(d, t, 0, logits[v], v));
+        if (mine & 0xfffff) atomicAdd(&low[byte], (unsigned)(mine & 0xfffff));
+        if (mine >> 20) atomicAdd(&high[byte], (unsigned)(mine >> 20));
+    }
+    __syncthreads();
+    unsigned long long sum = ((unsigned long long)high[threadIdx.x] << 20) + low[threadIdx.x];
+    if (sum) atomicAdd(&p.mass[(size_t)i * 256 + threadIdx.x], sum);
+    if (last_block(&p.arrived[i], (int)gridDim.x)) sift_choose(p, d, i, t, &p.tallies[r], logits);
+}
+
+static __global__ void __launch_bounds__(THREADS) weigh(const draw_args p) {
+    int i = (int)blockIdx.y, from = (int)blockIdx.x * SIFTED, to = least(p.c.V, from + SIFTED), r;
+    unsigned long long sum = 0;
+    grid_go();
+    grid_wait();
+    if (i >= *p.n || !is_weighed(p.draws[i])) return;
+    r = drawn_row(p, i);
+    const draw_row d = p.draws[i];
+    const tally t = p.tallies[r];
+    if (!(t.max >= -FLT_MAX)) return;
+    for (int v = from + (int)threadIdx.x; v < to; v += THREADS)
+        sum += units(weight(d, t, d.min_p, p.logits[(size_t)r * (size_t)p.c.V + (size_t)v], v));
+    for (int k = 16; k; k /= 2) sum += of_lane(sum, k);
+    if (threadIdx.x % WARP == 0 && sum) atomicAdd(&p.tallies[r].sum, sum);
+}
+
+// Words index & ~3 .. of Philox4x32-10 as dspark.h counts them; of a step: for PLAIN k positions, else k rows further.
+static __device__ void noise_words(const draw_row &d, int purpose, int k, uint32_t block, uint32_t *c) {
+    int plain = purpose == DSPARK_DRAW_PLAIN;
+    unsigned long long at = ((unsigned long long)d.at[1] << 32 | d.at[0]) + (unsigned long long)(plain ? k : 0);
     uint32_t k0 = d.seed[0], k1 = d.seed[1];
-    c[0] = block, c[1] = (uint32_t)at, c[2] = (uint32_t)(at >> 32), c[3] = (uint32_t)DSPARK_DRAW_PLAIN << 16;
+    c[0] = block, c[1] = (uint32_t)at, c[2] = (uint32_t)(at >> 32);
+    c[3] = (uint32_t)purpose << 16 | (uint32_t)(plain ? 0 : d.k + k);
     for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
         unsigned long long a = (unsigned long long)c[0] * 0xD2511F53u, b = (unsigned long long)c[2] * 0xCD9E8D57u;
         c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0, c[1] = (uint32_t)b;
         c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1, c[3] = (uint32_t)a;
     }
 }
-// -log(-log u), u = (word + 1/2) 2^-32: near 1 by what is missing from it, of which a float holds all that counts.
-static __device__ float gumbel(uint32_t w) {
+// -log u, u = (word + 1/2) 2^-32: near 1 by what is missing from it, of which a float holds all that counts.
+static __device__ float waiting(uint32_t w) {
     float u = ((float)w + 0.5f) * 2.3283064365386963e-10f,
           missing = ((float)(0xffffffffu - w) + 0.5f) * 2.3283064365386963e-10f;
-    return -logf(w >> 31 ? -log1pf(-missing) : -logf(u));
+    return w >> 31 ? -log1pf(-missing) : -logf(u);
+}
+
+// Does the draft of this place stand? x iff u p_d(x) < p_t(x).
+static __device__ int stands(const draw_args &p, const draw_row &d, const float *logits, const tally &t, int x) {
+    float p_t = chance(t, weight(d, t, d.min_p, logits[x], x));
+    const tally q = p.draft_tallies[d.draft_row];
+    float z = p.draft_logits[(size_t)d.draft_row * (size_t)p.c.V + (size_t)x];
+    float p_d = chance(q, weight(d, q, d.min_p, z, x));
+    uint32_t w[4];
+    noise_words(d, DSPARK_DRAW_ACCEPT, 0, 0, w);
+    return ((double)w[0] + 0.5) * 0x1p-32 * (double)p_d < (double)p_t;
+}
+// For one that does not: a token's max(0, p_t - p_d) over its -log u, above all scores by p_t alone, which count where
+// there is no such difference.
+static __device__ uint32_t rest_score(const draw_args &p, const draw_row &d, const tally &t, double e, int v,
+                                      uint32_t w) {
+    const tally q = p.draft_tallies[d.draft_row];
+    float z = p.draft_logits[(size_t)d.draft_row * (size_t)p.c.V + (size_t)v], p_t = chance(t, e);
+    float rest = p_t - chance(q, weight(d, q, d.min_p, z, v));
+    return rest > 0 ? ordered(rest / waiting(w)) : __float_as_uint(p_t / waiting(w));
 }
 
 static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
     int i = (int)blockIdx.y, V = p.c.V, r, from = (int)blockIdx.x * p.chunk, to = least(V, from + p.chunk);
+    int weighed, refused;
     unsigned long long best = 0;
     grid_go();
     grid_wait();
     if (i >= *p.n || p.draws[i].temperature < 0) return;
-    r = (p.rows ? p.rows[i] : i) + p.k;
+    r = drawn_row(p, i);
     const draw_row d = p.draws[i];
+    const tally t = p.tallies[r];
     const float *logits = p.logits + (size_t)r * (size_t)V;
+    weighed = is_weighed(d), refused = refuses(d);
+    if (weighed && !(t.max >= -FLT_MAX)) return;
+    if (refused && stands(p, d, logits, t, p.drafted[d.draft_row])) {
+        if (blockIdx.x + threadIdx.x == 0) p.best[r] = scored(ALL - 1, p.drafted[d.draft_row]);
+        return;
+    }
     for (int v = from + 4 * (int)threadIdx.x; v < to; v += 4 * THREADS) {
         uint32_t w[4] = { 0, 0, 0, 0 };
-        if (d.temperature > 0) noise_words(d, p.k, (uint32_t)v / 4, w);
+        if (d.temperature > 0) noise_words(d, d.purpose, p.k, (uint32_t)v / 4, w);
         for (int j = 0; j < 4 && v + j < to; j++) {
             float z = logits[v + j];
+            double e = 0;
             unsigned long long key;
             if (!(z <= FLT_MAX)) best = NO_TOKEN;
             if (!(z >= -FLT_MAX)) continue;
-            if (d.temperature > 0) z = z / d.temperature + gumbel(w[j]);
-            key = (unsigned long long)ordered(z) << 32 | (0xffffffffu - (uint32_t)(v + j));
+            if (weighed && !((e = weight(d, t, d.min_p, z, v + j)) > 0)) continue;
+            if (refused) key = scored(rest_score(p, d, t, e, v + j, w[j]), v + j);
+            else key = scored(ordered(d.temperature > 0 ? z / d.temperature - logf(waiting(w[j])) : z), v + j);
             if (key > best) best = key;
         }
     }
     for (int k = 16; k; k /= 2) {
-        uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)best, k),
-                 high = (uint32_t)__shfl_xor_sync(ALL, (int)(best >> 32), k);
-        unsigned long long other = (unsigned long long)high << 32 | low;
+        unsigned long long other = of_lane(best, k);
         if (other > best) best = other;
     }
     if (threadIdx.x % WARP == 0) atomicMax(&p.best[r], best);
@@ -2379,7 +2590,9 @@ static __device__ void choose_rows(const choose_args &p, int i) {
     for (int k = 0; k < n; k++) {
         row r = { a.state, k ? p.drafted[a.draft_row + k - 1] : a.id, a.position + k, 0, first, a.position, n };
         draw_row d = a.draw;
-        d.position[0] += (unsigned)k, d.position[1] += d.position[0] < (unsigned)k;
+        if (d.purpose != DSPARK_DRAW_PLAIN) d.k = k;
+        else d.at[0] += (unsigned)k, d.at[1] += d.at[0] < (unsigned)k;
+        d.draft_row = k + 1 < n ? a.draft_row + k : -1;
         p.rows[first + k] = r, p.logit_rows[first + k] = first + k, p.draws[first + k] = d;
     }
     if (i + 1 < p.what->n) return;
@@ -2532,8 +2745,9 @@ enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP
 typedef struct { unsigned char op, sub; short layer; } operation;
 
 // A pass' kind, and how many rows, .. its grids are made for. indexed: a row has keys to choose among; whole: blocks of
-// a prompt.
-typedef struct { int drafts, rows, logits, injected, segments, indexed, whole; } extent;
+// a prompt; weighs: what draws ask for.
+enum { WEIGHED = 1, BY_COUNT = 2, BY_WEIGHT = 4 };
+typedef struct { int drafts, rows, logits, injected, segments, indexed, whole, weighs; } extent;
 
 // What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
 typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
@@ -2598,7 +2812,10 @@ typedef struct {
     uint16_t *query;
     float *query_w, *scores, *part;
     int *arrived, *chosen, *route, *first, *list, *active;
-    unsigned long long *best;               // zeros between passes
+    unsigned long long *best, *mass;        // zeros between passes
+    unsigned *peak;
+    int *surveyed;
+    tally *tallies, *draft_tallies;
     double *value;
     int *candidates;
 
@@ -3089,17 +3306,26 @@ static void op_inject(cuda *d) {
 }
 
 // Best tokens of n rows, row i those of rows[i] + k.
-static void run_draw(cuda *d, const float *logits, int n, const int *n_rows, const int *rows, int k) {
+static void run_draw(cuda *d, const float *logits, tally *tallies, int n, const int *n_rows, const int *rows, int k) {
     draw_args p;
+    int weighs = d->grid.weighs;
     int blocks = larger(1, smaller(blocks_of(d->s.V, 4 * THREADS), blocks_of(4 * d->sms, n)));
+    dim3 tiles = grid_of(blocks_of(d->s.V, SIFTED), n);
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = n_rows, p.logits = logits, p.rows = rows, p.k = k, p.draws = d->dev.draws, p.best = d->best;
     p.chunk = blocks_of(blocks_of(d->s.V, blocks), 4) * 4;
+    p.tallies = tallies, p.peak = d->peak, p.arrived = d->surveyed, p.mass = d->mass;
+    p.draft_logits = d->draft_logits, p.draft_tallies = d->draft_tallies, p.drafted = d->dev.drafted;
+    if (weighs) LAUNCH(survey, tiles, THREADS, 0, p);
+    for (; p.by_weight < 2; p.by_weight++)
+        for (p.level = 0; weighs & (p.by_weight ? BY_WEIGHT : BY_COUNT) && p.level < 4; p.level++)
+            LAUNCH(sift, tiles, THREADS, 0, p);
+    if (weighs) LAUNCH(weigh, tiles, THREADS, 0, p);
     LAUNCH(draw, grid_of(blocks, n), THREADS, 0, p);
 }
 static void op_draw(cuda *d) {
     drawn_args p = { &d->dev.n->n_logits, d->best, d->dev.tokens };
-    run_draw(d, d->logits, d->grid.logits, p.n, NULL, 0);
+    run_draw(d, d->logits, d->tallies, d->grid.logits, p.n, NULL, 0);
     LAUNCH(drawn, grid_of(blocks_of(d->grid.logits, THREADS), 1), THREADS, 0, p);
 }
 
@@ -3133,7 +3359,7 @@ static void op_steps(cuda *d, int n_steps) {
     drawn_args p = { &d->dev.n->n_rows, d->best, d->dev.drafted };
     for (int k = 0; k < n_steps; k++) {
         draft_step(d, k, 1);
-        run_draw(d, d->draft_logits, d->grid.segments, &d->dev.n->n_segments, d->dev.segment_row, k);
+        run_draw(d, d->draft_logits, d->draft_tallies, d->grid.segments, &d->dev.n->n_segments, d->dev.segment_row, k);
     }
     LAUNCH(drawn, grid_of(blocks_of(d->grid.rows, THREADS), 1), THREADS, 0, p);
 }
@@ -3226,14 +3452,26 @@ static int inject_all(cuda *d, const dspark_pass *pass) {
     return n;
 }
 
-static draw_row draw_of(const dspark_device_draw *d) {
-    draw_row r = { d->temperature, { (unsigned)d->seed, (unsigned)(d->seed >> 32) },
-                   { (unsigned)d->position, (unsigned)(d->position >> 32) } };
+static draw_row draw_of(const cuda *d, const dspark_device_draw *a) {
+    draw_row r = { a->temperature, a->top_p < 1 ? a->top_p : 0, a->min_p, a->top_k < d->s.V ? a->top_k : 0, a->purpose,
+                   a->k, a->draft_row, { (unsigned)a->seed, (unsigned)(a->seed >> 32) },
+                   { (unsigned)a->at, (unsigned)(a->at >> 32) } };
     return r;
 }
 static void draws_copy(cuda *d, const dspark_device_draw *from, int n) {
-    for (int i = 0; i < n; i++) d->host.draws[i] = draw_of(&from[i]);
+    for (int i = 0; i < n; i++) d->host.draws[i] = draw_of(d, &from[i]);
     block_copy(d, d->dev.draws, d->host.draws, (size_t)n, sizeof(draw_row));
+}
+// WEIGHED and BY_* of n draws
+static int weighs_of(const cuda *d, const dspark_device_draw *draws, int n) {
+    int weighs = 0;
+    for (int i = 0; draws && i < n; i++) {
+        draw_row r = draw_of(d, &draws[i]);
+        if (!(r.temperature > 0)) continue;
+        if (r.purpose || r.top_k || r.top_p > 0 || r.min_p > 0) weighs |= WEIGHED;
+        weighs |= (r.top_k ? BY_COUNT : 0) | (r.top_p > 0 ? BY_WEIGHT : 0);
+    }
+    return weighs;
 }
 
 // Begins the noting of a pass, by itself or behind a draft.
@@ -3245,6 +3483,7 @@ static void pass_note(cuda *d, const dspark_pass *pass, int n_logits, int n_inje
     e->logits = smaller(bucket(n_logits), e->rows), e->injected = smaller(bucket(n_injected), d->max_rows);
     e->segments = smaller(bucket(pass->n_segments), e->rows), e->indexed = 0;
     e->whole = pass->whole && d->fast_prefill;
+    e->weighs = weighs_of(d, pass->draws, e->drafts || pass->choice ? pass->n_segments : n_logits);
     for (int i = 0; i < pass->n_segments; i++)
         e->indexed |= (pass->segments[i].position + pass->segments[i].n_rows) / 4 > d->s.index_topk;
     d->draws = pass->draws != NULL, d->choice = pass->choice != NULL;
@@ -3263,7 +3502,7 @@ static void choice_begin(cuda *d, const dspark_pass *pass) {
         pick *p = &d->host.picks[i];
         p->state = ((const state *)g->state)->table, p->id = pass->ids[i], p->position = g->position;
         p->draft_row = c->draft_row[i], p->limit = g->n_rows - 1, p->weight = c->weight[i],
-        p->threshold = c->threshold[i], p->draw = draw_of(&pass->draws[i]);
+        p->threshold = c->threshold[i], p->draw = draw_of(d, &pass->draws[i]);
         p->calibration = *c->calibration[i];
     }
     d->host.what->n = pass->n_segments, d->host.what->budget = c->budget;
@@ -3337,8 +3576,9 @@ static uint64_t calls_of(const cuda *d) {
     }
     for (int i = 0; i < d->n_passes; i++) {
         const extent *e = &d->passes[i];
-        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments, e->indexed, e->whole };
-        for (int k = 0; k < 7; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
+        const int sizes[] = { e->drafts, e->rows, e->logits, e->injected, e->segments, e->indexed, e->whole,
+                              e->weighs };
+        for (int k = 0; k < 8; k++) calls = (calls ^ (uint64_t)sizes[k]) * 1099511628211u;
     }
     return calls;
 }
@@ -3430,7 +3670,7 @@ static dspark_status cuda_draw(void *device, const float *logits, const dspark_d
     cuda *d = (cuda *)device;
     if (d->status) return result(d);
     memset(d->host.n, 0, sizeof *d->host.n);
-    d->host.n->n_logits = d->grid.logits = 1, d->n_ops = d->pending = 0;
+    d->host.n->n_logits = d->grid.logits = 1, d->n_ops = d->pending = 0, d->grid.weighs = weighs_of(d, draw_it, 1);
     memcpy(d->host_logits, logits, (size_t)d->s.V * sizeof *logits);
     block_copy(d, d->dev.n, d->host.n, 1, sizeof *d->host.n);
     block_copy(d, d->logits, d->host_logits, (size_t)d->s.V, sizeof *logits);
@@ -3813,6 +4053,10 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->residual = carve_rows(&v, n, COPIES * h), d->mixes = carve_rows(&v, n, MIX),
     d->post_comb = carve_rows(&v, n, COPIES + COPIES * COPIES);
     d->best = (unsigned long long *)carve(&v, (size_t)n, sizeof *d->best);
+    d->mass = (unsigned long long *)carve(&v, (size_t)n * 256, sizeof *d->mass);
+    d->peak = (unsigned *)carve(&v, (size_t)n, sizeof *d->peak), d->surveyed = carve_ints(&v, n, 1);
+    d->tallies = (tally *)carve(&v, (size_t)n, sizeof(tally));
+    d->draft_tallies = (tally *)carve(&v, (size_t)n, sizeof(tally));
     d->turns = (float2 *)(void *)carve_rows(&v, n, 2 * d->s.R);
     d->partial = carve_rows(&v, n, h / SLICE * WARP), d->x = carve_input(&v, n, h), d->y = carve_rows(&v, n, h);
     d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
@@ -3929,7 +4173,8 @@ static void allow_shared(cuda *d) {
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
     allow(d, index_query, 0), allow(d, index_scores, 0), allow(d, attend_merge, 0);
     allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
-    allow(d, draw, 0), allow(d, drawn, 0), allow(d, choose, 0), allow(d, take_taps, 0);
+    allow(d, survey, 0), allow(d, sift, 0), allow(d, weigh, 0), allow(d, draw, 0), allow(d, drawn, 0);
+    allow(d, choose, 0), allow(d, take_taps, 0);
 }
 
 static void open_device(cuda *d) {
@@ -4170,6 +4415,22 @@ static dspark_status cuda_state_pieces(void *p, int n_tokens, int restore, dspar
     }
     return status;
 }
+
+#ifdef DSPARK_CUDA_HOST
+// For tests/cuda.c: tokens of n rows of logits, of a draft pass or of the pass that verifies it.
+extern "C" void cuda_host_rows(void *device, int drafts, const float *logits, const dspark_device_draw *draws, int n,
+                               int32_t *tokens) {
+    cuda *d = (cuda *)device;
+    float *to = drafts ? d->draft_logits : d->logits;
+    drawn_args p = { &d->dev.n->n_logits, d->best, drafts ? d->dev.drafted : d->dev.tokens };
+    memcpy(to, logits, (size_t)n * (size_t)d->s.V * sizeof *to);
+    d->dev.n->n_logits = n, d->grid.weighs = weighs_of(d, draws, n);
+    draws_copy(d, draws, n);
+    run_draw(d, to, drafts ? d->draft_tallies : d->tallies, n, p.n, NULL, 0);
+    LAUNCH(drawn, grid_of(blocks_of(n, THREADS), 1), THREADS, 0, p);
+    memcpy(tokens, p.tokens, (size_t)n * sizeof *tokens);
+}
+#endif
 
 #ifdef DSPARK_CUDA_TIMED
 // 1: passes from now on are traced, the next one from its beginning.

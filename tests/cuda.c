@@ -6,9 +6,11 @@
 #include "tap.h"
 
 #ifdef DSPARK_CUDA_HOST
-extern size_t cuda_host_memory, cuda_host_used;
+extern size_t cuda_host_memory, cuda_host_used, cuda_host_back;
 extern long cuda_host_calls, cuda_host_fail_at, cuda_host_waits, cuda_host_products;
 void cuda_host_backwards(int on);
+void cuda_host_rows(void *device, int drafts, const float *logits, const dspark_device_draw *draws, int n,
+                    int32_t *tokens);
 #endif
 
 /* ---- the golden cases */
@@ -172,14 +174,15 @@ static dspark_session *open_for_text(dspark_model *m, const int32_t *tokens, int
     dspark_session_desc d = session_desc(96);
     dspark_session *s;
     d.temperature = i ? .9f : 0, d.seed = (uint64_t)i, d.ignore_eos = 1, d.policy.plain = plain;
-    d.top_k = i == 1 ? 20 : 0;              /* drawn by the host; the others on the device */
+    if (i) d.top_k = 40, d.top_p = .95f, d.min_p = .001f;
+    d.logprobs = i == 3;                    /* drawn by the host; the others on the device */
     d.policy.schedule = i == 2 ? DSPARK_SCHEDULE_THRESHOLD : DSPARK_SCHEDULE_BLOCK, d.policy.threshold = .5f;
     s = open_session_as(m, &d);
     must(dspark_session_append(s, tokens + i, PROMPT + i));
     return s;
 }
 static int until(dspark_session **s, int n) {
-    dspark_step_result r[3];
+    dspark_step_result r[4];
     int short_ones = 1;
     while (short_ones) {
         must(dspark_step(s, n, NULL, r));
@@ -192,17 +195,26 @@ static int until(dspark_session **s, int n) {
 
 static void check_texts(const char *dir) {
     dspark_model *m = open_on_device(dir, 0);
-    dspark_session *plain[3], *drafted[3];
+    dspark_session *plain[4], *drafted[4];
     int32_t *tokens = golden_text(dir);
     int same_text = 0;
-    for (int i = 0; i < 3; i++) plain[i] = open_for_text(m, tokens, i, 1), drafted[i] = open_for_text(m, tokens, i, 0);
-    for (int i = 0; i < 3; i++) while (plain[i]->n_tokens < PROMPT + i + TEXT) step(plain[i]);
-    if (!until(drafted, 3)) bail(dspark_last_error(), "step");
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 4; i++) plain[i] = open_for_text(m, tokens, i, 1), drafted[i] = open_for_text(m, tokens, i, 0);
+    for (int i = 0; i < 4; i++) while (plain[i]->n_tokens < PROMPT + i + TEXT) step(plain[i]);
+    if (!until(drafted, 4)) bail(dspark_last_error(), "step");
+    for (int i = 0; i < 4; i++)
         same_text += !memcmp(plain[i]->tokens, drafted[i]->tokens, (size_t)(PROMPT + i + TEXT) * sizeof *tokens);
-    ok(same_text == 3, "%s: three sessions in one pass with DSpark have the texts of plain decoding alone", dir);
-    for (int i = 0; i < 3; i++) dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
+    ok(same_text == 4, "%s: four sessions in one pass with DSpark have the texts of plain decoding alone: greedy, "
+       "filtered, and one that the host draws for", dir);
+    for (int i = 0; i < 4; i++) dspark_session_close(plain[i]), dspark_session_close(drafted[i]);
     dspark_model_close(m), free(tokens);
+}
+
+static dspark_device_draw draw_as(float temperature, int top_k, float top_p, float min_p, int i) {
+    dspark_device_draw d;
+    memset(&d, 0, sizeof d);
+    d.temperature = temperature, d.top_k = top_k, d.top_p = top_p, d.min_p = min_p, d.draft_row = -1;
+    d.seed = (uint64_t)i << 30, d.at = (uint64_t)i;
+    return d;
 }
 
 static void check_draws(const char *dir) {
@@ -213,26 +225,276 @@ static void check_draws(const char *dir) {
           *p = (float *)must_have(malloc((size_t)V * sizeof *p));
     int32_t there = 0, here = 0;
     for (int i = 0; i < N; i++) {
-        dspark_device_draw draw = { i % 3 ? .4f * (float)(i % 3) : 0, (uint64_t)i << 30, (uint64_t)i };
+        dspark_device_draw draw = draw_as(i % 3 ? .4f * (float)(i % 3) : 0, 0, 0, 0, i);
         for (int v = 0; v < V; v++) logits[v] = i % 5 ? (float)dice(4000) / 500 : (float)dice(3);      /* with ties */
         must(m->backend->draw(m->device, logits, &draw, &there));
         must(dspark_distribution(logits, V, draw.temperature, 0, 0, 0, p));
-        if (draw.temperature > 0) must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.position, 0, &here));
+        if (draw.temperature > 0) must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.at, 0, &here));
         else for (here = 0; p[here] == 0; here++) {}
         equal += here == there;
     }
     ok(equal == N, "%s: tokens drawn on the device are those that dspark_draw gives, ties at temperature 0 included",
        dir);
     for (int i = 0; i < 3; i++) {
-        dspark_device_draw draw = { i ? 1 : 0, 1, 1 };
+        dspark_device_draw draw = draw_as(i ? 1 : 0, 0, 0, 0, 1);
         for (int v = 0; v < V; v++) logits[v] = i == 2 ? -HUGE_VALF : 1;
         if (i < 2) logits[V - 3] = i ? NAN : HUGE_VALF;
         must(m->backend->draw(m->device, logits, &draw, &there));
+        draw.temperature = 1, draw.top_k = 5, draw.top_p = .5f;
+        none += there == -1;
+        must(m->backend->draw(m->device, logits, &draw, &there));
         none += there == -1;
     }
-    ok(none == 3, "%s: a row with NaN, with infinity or without mass gives no token", dir);
+    ok(none == 6, "%s: a row with NaN, with infinity or without mass gives no token, with filters and without", dir);
     dspark_model_close(m), free(logits), free(p);
 }
+
+/* Draws from rows whose best tokens are many and nearly as good, and often equal: a token too much or too few among
+   those that stay would be drawn, or missed. */
+static void check_filters(const char *dir) {
+    static const struct { const char *name; int top_k; float top_p, min_p; } filters[] = {
+        { "top-k", 17, 0, 0 }, { "top-k 1", 1, 0, 0 }, { "top-p", 0, .3f, 0 }, { "min-p", 0, 0, .5f },
+        { "all three", 40, .6f, .3f } };
+    enum { N = 240, EACH = N / 3 };
+    dspark_model *m = open_on_device(dir, 8);
+    int V = dspark_model_config(m)->vocab_size;
+    float *logits = (float *)must_have(malloc((size_t)V * sizeof *logits)),
+          *p = (float *)must_have(malloc((size_t)V * sizeof *p));
+    for (int f = 0; f < COUNT(filters); f++) {
+        int equal = 0;
+        for (int i = 0; i < N; i++) {
+            dspark_device_draw draw = draw_as(1.5f, filters[f].top_k, filters[f].top_p, filters[f].min_p, i);
+            int32_t there, here;
+            for (int v = 0; v < V && i % EACH == 0; v++)        /* many equal ones; all different; all equal */
+                logits[v] = !i ? .7f * (float)dice(4) : i == EACH ? (float)dice(4000) / 1500 : 3;
+            if (i % 3 == 1) draw.purpose = DSPARK_DRAW_NEXT, draw.k = 5;
+            must(m->backend->draw(m->device, logits, &draw, &there));
+            must(dspark_distribution(logits, V, draw.temperature, draw.top_k, draw.top_p, draw.min_p, p));
+            must(dspark_draw(p, V, draw.seed, draw.purpose, draw.at, draw.k, &here));
+            equal += here == there;
+        }
+        ok(equal == N, "%s: %s: the device draws from the tokens that dspark_distribution leaves, ties included", dir,
+           filters[f].name);
+    }
+    dspark_model_close(m), free(logits), free(p);
+}
+
+/* ---- rejection */
+
+#ifdef DSPARK_CUDA_HOST
+enum { ROWS = 128 };
+/* A draft for each of ROWS rows of the drafter's logits q, then what the target's, p, make of it. */
+static void reject_rows(dspark_model *m, const float *q, const float *p, dspark_device_draw *draws, int32_t *drafts,
+                        int32_t *tokens) {
+    for (int i = 0; i < ROWS; i++) draws[i].purpose = DSPARK_DRAW_DRAFT, draws[i].draft_row = -1;
+    cuda_host_rows(m->device, 1, q, draws, ROWS, drafts);
+    for (int i = 0; i < ROWS; i++) draws[i].purpose = DSPARK_DRAW_NEXT, draws[i].draft_row = i;
+    cuda_host_rows(m->device, 0, p, draws, ROWS, tokens);
+}
+
+/* What the CPU drafts from a row and puts in its place. */
+static int32_t reject_on_cpu(const float *q, const float *p, const dspark_device_draw *d, int32_t *draft,
+                             int *accepted) {
+    static float p_d[VOCAB], p_t[VOCAB];
+    dspark_verify_desc v;
+    int32_t token = 0;
+    must(dspark_distribution(q, VOCAB, d->temperature, d->top_k, d->top_p, d->min_p, p_d));
+    must(dspark_distribution(p, VOCAB, d->temperature, d->top_k, d->top_p, d->min_p, p_t));
+    must(dspark_draw(p_d, VOCAB, d->seed, DSPARK_DRAW_DRAFT, d->at, d->k, draft));
+    memset(&v, 0, sizeof v);        /* row k of a block */
+    v.p_target = p_t - d->k * VOCAB, v.p_draft = p_d - d->k * VOCAB, v.draft = draft - d->k, v.n = d->k + 1;
+    v.vocab = VOCAB, v.mode = DSPARK_VERIFY_REJECTION, v.seed = d->seed, v.cycle = d->at;
+    must(dspark__verify_row(&v, d->k, accepted, &token));
+    return *accepted ? *draft : token;
+}
+/* From the same logits: every draft and every decision. Temperatures, filters and how well the drafter knows the target
+   differ from row to row. */
+static void check_rejection_rows(void) {
+    enum { BATCHES = 8, N = BATCHES * ROWS };
+    dspark_model *m = open_on_device(golden_b, ROWS);
+    static float q[ROWS * VOCAB], p[ROWS * VOCAB];
+    dspark_device_draw draws[ROWS];
+    int32_t drafts[ROWS], tokens[ROWS], x, token;
+    int same_drafts = 0, same_tokens = 0, stood = 0, alone = 0, accepted;
+    for (int b = 0; b < BATCHES; b++) {
+        for (int i = 0; i < ROWS * VOCAB; i++) {
+            p[i] = (float)dice(4000) / 500;
+            q[i] = p[i] + (float)(i / VOCAB % 4) * ((float)dice(1000) / 1000 - .5f);
+        }
+        for (int i = 0; i < ROWS; i++) {
+            int top_k = i % 3 == 1 ? 30 : 0;
+            float top_p = i % 5 > 2 ? .8f : 0, min_p = i % 7 > 4 ? .3f : 0;
+            draws[i] = draw_as(.6f + .1f * (float)(i % 8), top_k, top_p, min_p, b * ROWS + i), draws[i].k = i % 6;
+        }
+        reject_rows(m, q, p, draws, drafts, tokens);
+        for (int i = 0; i < ROWS; i++) {
+            token = reject_on_cpu(q + i * VOCAB, p + i * VOCAB, &draws[i], &x, &accepted);
+            same_drafts += x == drafts[i], same_tokens += token == tokens[i], stood += accepted;
+        }
+    }
+    ok(same_drafts == N, "rejection, %d rows: the drafts are the CPU's, from the same logits", N);
+    ok(same_tokens == N && stood > N / 4 && stood < N, "and so is what comes in their place (%d stand)", stood);
+    cuda_host_backwards(1);
+    for (int i = 0; i < ROWS; i++) {
+        draws[i].purpose = DSPARK_DRAW_DRAFT, draws[i].draft_row = -1;
+        cuda_host_rows(m->device, 1, q + i * VOCAB, &draws[i], 1, &drafts[i]);
+        draws[i].purpose = DSPARK_DRAW_NEXT, draws[i].draft_row = 0;
+        cuda_host_rows(m->device, 0, p + i * VOCAB, &draws[i], 1, &token);
+        alone += token == tokens[i];
+    }
+    cuda_host_backwards(0);
+    ok(alone == ROWS, "and a row has it alone as among %d, whatever the order of threads", ROWS);
+    dspark_model_close(m);
+}
+
+/* Counts against n probabilities, in sigmas of chi-square. */
+static double sigmas(const int *count, const double *p, int cells, int n) {
+    double chi = 0, df = -1;
+    for (int i = 0; i < cells; i++) {
+        if (p[i] > 0) chi += (count[i] - n * p[i]) * (count[i] - n * p[i]) / (n * p[i]), df++;
+        else if (count[i]) return HUGE_VAL;
+    }
+    return (cbrt(chi / df) - (1 - 2 / (9 * df))) / sqrt(2 / (9 * df));
+}
+/* Four tokens with chances, all others with none: what is drafted and what comes in its place, in all 16 ways. */
+static void check_rejection_exact(void) {
+    enum { BATCHES = 40, N = BATCHES * ROWS };
+    static const int four[4] = { 5, 60, 171, 290 };
+    static const float z_t[4] = { 1.2f, .3f, -.4f, .5f }, z_d[4] = { .1f, 1.1f, .2f, -1 };
+    static float q[ROWS * VOCAB], p[ROWS * VOCAB], p_d[VOCAB], p_t[VOCAB];
+    dspark_model *m = open_on_device(golden_b, ROWS);
+    double joint_of[16], target[4], draft[4], naive[4] = { 0 }, rest = 0;
+    int pairs[16] = { 0 }, out[4] = { 0 };
+    for (int i = 0; i < ROWS * VOCAB; i++) q[i] = p[i] = -HUGE_VALF;
+    for (int i = 0; i < 4 * ROWS; i++)
+        q[i / 4 * VOCAB + four[i % 4]] = z_d[i % 4], p[i / 4 * VOCAB + four[i % 4]] = z_t[i % 4];
+    must(dspark_distribution(q, VOCAB, .8f, 0, 0, 0, p_d)), must(dspark_distribution(p, VOCAB, .8f, 0, 0, 0, p_t));
+    for (int i = 0; i < 4; i++) target[i] = p_t[four[i]], draft[i] = p_d[four[i]];
+    for (int i = 0; i < 4; i++) rest += fmax(0, target[i] - draft[i]);
+    for (int i = 0; i < 16; i++) {
+        double x = draft[i / 4], stands = fmin(1, target[i / 4] / x);
+        joint_of[i] = x * (stands * (i / 4 == i % 4) + (1 - stands) * fmax(0, target[i % 4] - draft[i % 4]) / rest);
+        naive[i % 4] += x * (stands * (i / 4 == i % 4) + (1 - stands) * target[i % 4]);
+    }
+    for (int b = 0; b < BATCHES; b++) {
+        dspark_device_draw draws[ROWS];
+        int32_t drafts[ROWS], tokens[ROWS];
+        for (int i = 0; i < ROWS; i++) draws[i] = draw_as(.8f, 0, 0, 0, b * ROWS + i), draws[i].k = i % 5;
+        reject_rows(m, q, p, draws, drafts, tokens);
+        for (int i = 0; i < ROWS; i++) {
+            int x = 0, y = 0;
+            while (x < 3 && four[x] != drafts[i]) x++;
+            while (y < 3 && four[y] != tokens[i]) y++;
+            pairs[4 * x + y]++, out[y]++;
+        }
+    }
+    ok(fabs(sigmas(pairs, joint_of, 16, N)) < 4, "rejection, %d rows: a draft and what comes in its place have the "
+       "joint of min(1, p_t / p_d) and the residual (%+.1f sigma)", N, sigmas(pairs, joint_of, 16, N));
+    ok(fabs(sigmas(out, target, 4, N)) < 4, "and what comes is the target's (%+.1f sigma)", sigmas(out, target, 4, N));
+    ok(sigmas(out, naive, 4, N) > 6 && sigmas(out, draft, 4, N) > 6,
+       "control: neither the drafter's, nor what refused drafts replaced from p_t would be (%+.1f, %+.1f sigma)",
+       sigmas(out, draft, 4, N), sigmas(out, naive, 4, N));
+    dspark_model_close(m);
+}
+#endif
+
+/* At a temperature at which the golden model's drafter is often right. */
+static dspark_session_desc rejecting(int seed) {
+    dspark_session_desc d = session_desc(96);
+    d.temperature = 3, d.seed = (uint64_t)seed, d.ignore_eos = 1;
+    d.policy.verify = DSPARK_VERIFY_REJECTION, d.policy.schedule = DSPARK_SCHEDULE_BLOCK;
+    if (seed % 2) d.top_k = 200, d.top_p = .9f, d.min_p = .01f;
+    return d;
+}
+static int same_step(const dspark_step_result *a, const dspark_step_result *b) {
+    return a->n_tokens == b->n_tokens && a->n_accepted == b->n_accepted && a->n_drafted == b->n_drafted &&
+           !memcmp(a->tokens, b->tokens, (size_t)a->n_tokens * sizeof *a->tokens) &&
+           !memcmp(a->draft, b->draft, (size_t)a->n_drafted * sizeof *a->draft) &&
+           !memcmp(a->by, b->by, (size_t)a->n_tokens);
+}
+/* The CPU's cycles, where the block is verified and where the device chooses (ASYNC), with filters and without: until a
+   rounding of the model falls to the other side, which shows in the confidence before anything is drawn. */
+static void check_follows(const char *dir) {
+    enum { CYCLES = 12 };
+    static const float flat[] = { 100, 101, 102, 103 };
+    dspark_model *m[2] = { open_model(dir), open_on_device(dir, 0) };
+    int32_t *tokens = golden_text(dir);
+    int all = 0, accepted = 0, refused = 0;
+    for (int seed = 0; seed < 4; seed++) {
+        dspark_session_desc d = rejecting(seed);
+        dspark_session *s[2];
+        int cycles = 0, equal = 0;
+        if (seed > 1) d.policy.schedule = DSPARK_SCHEDULE_ASYNC;
+        for (int i = 0; i < 2; i++) {
+            set_costs(m[i], flat, COUNT(flat), 1, 0);
+            s[i] = open_session_as(m[i], &d);
+            must(dspark_session_append(s[i], tokens, PROMPT));
+        }
+        for (; cycles < CYCLES; cycles++) {
+            dspark_step_result a = step(s[0]), b = step(s[1]);
+            if (!(fabsf(a.confidence[0] - b.confidence[0]) < 1e-5f)) break;
+            equal += same_step(&a, &b), accepted += a.n_accepted, refused += a.n_accepted < a.n_scheduled;
+        }
+        ok(equal == cycles, "%s: rejection%s%s: the CPU's drafts, tokens and who made them (%d cycles)", dir,
+           seed % 2 ? " with filters" : "", seed > 1 ? ", lengths chosen on the device" : "", cycles);
+        all += cycles;
+        dspark_session_close(s[0]), dspark_session_close(s[1]);
+    }
+    ok(all > 2 * CYCLES && accepted > 9 && refused > 9, "%s: in %d cycles that accept %d drafts and refuse %d", dir,
+       all, accepted, refused);
+    dspark_model_close(m[0]), dspark_model_close(m[1]), free(tokens);
+}
+
+/* Two that the device verifies by rejection, one that the host does, one coupled, in one step and alone; each verifies
+   its whole block, so that no schedule looks at the company. */
+static void check_rejection_company(const char *dir) {
+    enum { CYCLES = 4 };
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *alone[4], *company[4];
+    dspark_step_result r[4];
+    int32_t *tokens = golden_text(dir);
+    int equal = 0;
+    for (int i = 0; i < 4; i++) {
+        dspark_session_desc d = rejecting(i);
+        d.logprobs = i == 1;
+        if (i == 3) d.policy.verify = DSPARK_VERIFY_COUPLED;
+        alone[i] = open_session_as(m, &d), company[i] = open_session_as(m, &d);
+        must(dspark_session_append(alone[i], tokens + i, PROMPT));
+        must(dspark_session_append(company[i], tokens + i, PROMPT));
+    }
+    for (int cycle = 0; cycle < CYCLES; cycle++) {
+        must(dspark_step(company, 4, NULL, r));
+        for (int i = 0; i < 4; i++) {
+            dspark_step_result a = step(alone[i]);
+            equal += same_step(&a, &r[i]);
+        }
+    }
+    ok(equal == 4 * CYCLES, "%s: rejection: who shares the pass, the host's sessions included, changes no decision",
+       dir);
+    for (int i = 0; i < 4; i++) dspark_session_close(alone[i]), dspark_session_close(company[i]);
+    dspark_model_close(m), free(tokens);
+}
+
+#ifdef DSPARK_CUDA_HOST
+static void check_traffic(const char *dir) {
+    dspark_model *m = open_on_device(dir, 8);
+    dspark_session_desc d = rejecting(1);
+    dspark_session *s = open_session_as(m, &d);
+    int32_t *tokens = golden_text(dir);
+    size_t row = (size_t)dspark_model_config(m)->vocab_size * sizeof(float), most = 0;
+    long waits = 0;
+    must(dspark_session_append(s, tokens, PROMPT));
+    for (int cycle = 0; cycle < 4; cycle++) {
+        cuda_host_back = 0, cuda_host_waits = 0;
+        step(s);
+        if (cycle && cuda_host_back > most) most = cuda_host_back;
+        if (cycle && cuda_host_waits > waits) waits = cuda_host_waits;
+    }
+    ok(most < row && waits == 2, "%s: rejection with filters: a cycle waits twice, and less than a row of logits comes "
+       "back (%d bytes, %d a row)", dir, (int)most, (int)row);
+    dspark_session_close(s), dspark_model_close(m), free(tokens);
+}
+#endif
 
 /* Would dspark_schedule have chosen these, of the first two of three sessions? */
 static int chosen_well(const dspark_step_result *r, int gamma) {
@@ -474,10 +736,13 @@ int main(void) {
     check_texts(golden_b);
     check_choice(golden_b);
     check_draws(golden_b);
+    check_filters(golden_b), check_filters(spark_tiny);
+    check_follows(golden_b), check_rejection_company(golden_b);
     check_copies(golden_b);
     check_longer(golden_b);
     check_prompt_block(golden_b);
 #ifdef DSPARK_CUDA_HOST
+    check_traffic(golden_a), check_rejection_rows(), check_rejection_exact();
     check_cache(golden_b);
     check_failures();
 #endif

@@ -292,7 +292,7 @@ extern size_t cuda_host_used;
 void cuda_host_backwards(int on);
 }
 #ifdef CUDA_HOST_IMPLEMENTATION
-size_t cuda_host_memory = (size_t)1 << 31, cuda_host_used;
+size_t cuda_host_memory = (size_t)1 << 31, cuda_host_used, cuda_host_back;
 long cuda_host_calls, cuda_host_fail_at, cuda_host_launches, cuda_host_waits;
 void cuda_host_backwards(int on) { host.backwards = on; }
 #endif
@@ -367,8 +367,9 @@ static inline void host_do(cudaStream_t s, const std::function<void()> &call) {
     if (s && s->capture) s->capture->push_back(call);
     else call();
 }
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t s) {
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind, cudaStream_t s) {
     HOST_CALL();
+    if (kind == cudaMemcpyDeviceToHost) cuda_host_back += n;
     host_do(s, [=] { memcpy(to, from, n); });
     return cudaSuccess;
 }
