@@ -56,7 +56,6 @@ enum { COPIES = 4, MIX = (2 + COPIES) * COPIES };       // hc_mult, and the numb
 enum { SLICE = 32 };                                    // dims of the hidden state that a block of the stream owns
 enum { UNIT = 128, TILE = 16 };    // bytes of a weight row that a warp takes at once; rows of a tile
 enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32 };      // parts of a long attention; keys at once; rows in the buffers
-enum { WEIGHT_SHIFT = 16 };    // decoded FP8 and FP4 weights are 2^-16 of their value: room for scales
 enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
 
 #define ALL 0xffffffffu
@@ -76,9 +75,17 @@ static inline void keep(int) {}
 template <int PENDING> static inline void copies_wait(void) {}
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
-    host_mma(c, a, b);
+    host_mma(c, a, b, 0);
+}
+static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t b0, uint32_t b1, int first) {
+    const uint32_t all[4] = { a[0][pair], a[1][pair], a[0][pair + 1], a[1][pair + 1] }, b[2] = { b0, b1 };
+    if (first) c[0] = c[1] = c[2] = c[3] = 0;
+    host_mma(c, all, b, 1);
 }
 static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
+static inline uint4 load_rows(const char *row) { return host_load_rows(row); }
+static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
+static inline uint32_t f16x2(float low, float high) { return host_f16x2(low, high); }
 static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, high); }
 static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16x2(a, b); }
 #else
@@ -132,11 +139,47 @@ __device__ __forceinline__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// The same of f16, a[half][pair]: rows g + 8 half, pairs `pair` and the next. first: c is 0.
+__device__ __forceinline__ void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t b0, uint32_t b1,
+                                        int first) {
+    float c0 = first ? 0 : c[0], c1 = first ? 0 : c[1], c2 = first ? 0 : c[2], c3 = first ? 0 : c[3];
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0][pair]), "r"(a[1][pair]), "r"(a[0][pair + 1]), "r"(a[1][pair + 1]), "r"(b0), "r"(b1), "f"(c0),
+          "f"(c1), "f"(c2), "f"(c3));
+}
 // Four 8 x 8 tiles of shared memory, lane i giving row i % 8 of tile i / 8: r[j] has of tile j rows 2t and 2t + 1 at
 // column g, as mma takes b.
 __device__ __forceinline__ void load_transposed(uint32_t *r, const uint16_t *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)));
+}
+// Likewise four tiles of eight rows of 16 bytes: of each, bytes 4t .. 4t + 3 of row g.
+__device__ __forceinline__ uint4 load_rows(const char *row) {
+    uint4 r;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"((uint32_t)__cvta_generic_to_shared(row)));
+    return r;
+}
+// Four E4M3 codes, in pairs.
+__device__ __forceinline__ uint2 f16_of_e4m3(uint32_t codes) {
+    uint2 r;
+#if __CUDA_ARCH__ >= 890
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+        : "=r"(r.x), "=r"(r.y) : "r"(codes));
+#else
+    uint32_t x = __byte_perm(codes, 0, 0x1404), y = __byte_perm(codes, 0, 0x3424);       // times 2^-8 in f16's places
+    x = (x & 0x80008000u) | (x & 0x7f007f00u) >> 1, y = (y & 0x80008000u) | (y & 0x7f007f00u) >> 1;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r.x) : "r"(x), "r"(0x5c005c00u));
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r.y) : "r"(y), "r"(0x5c005c00u));
+#endif
+    return r;
+}
+__device__ __forceinline__ uint32_t f16x2(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
 }
 __device__ __forceinline__ uint32_t bf16x2(float low, float high) {
     uint32_t r;
@@ -230,10 +273,11 @@ static __device__ __forceinline__ float e4m3_value(uint32_t code) {
 
 // ---- rows of inputs ---------------------------------------------------------------------------
 
-// A row as products take it: bf16, in each eight the order 0 4 1 5 2 6 3 7, in which weights decode. rounded
-// [rows][stride]: to FP8 per 128 and back, exact. plain [3][rows][stride]: three numbers whose sum is the input. Zeros
-// up to the stride.
-typedef struct { uint16_t *rounded, *plain; int stride; size_t plane; } input;
+// A row as products take it, in some of three forms. rounded [rows][stride]: FP8 codes per 128, as f16, and their
+// scale: exact. halves [2][rows][stride]: two f16 numbers whose sum, times a scale of the 128, is the input to 2^-24 of
+// it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is. Scales [rows][stride / 128].
+// Zeros up to the stride.
+typedef struct { uint16_t *rounded, *halves, *plain; float *rounded_scale, *halves_scale; int stride; size_t plane; } input;
 
 // The largest of the threads that share a block of values, `threads` in a row, a power of two.
 static __device__ __forceinline__ float group_max(float a, int threads) {
@@ -245,26 +289,55 @@ static __device__ __forceinline__ float largest_of(const float *v) {
     for (int i = 0; i < 8; i++) a = fmaxf(a, fabsf(v[i]));
     return a;
 }
-static __device__ __forceinline__ uint4 pack8(const float *v) {
-    return make_uint4(bf16x2(v[0], v[4]), bf16x2(v[1], v[5]), bf16x2(v[2], v[6]), bf16x2(v[3], v[7]));
+static __device__ __forceinline__ float f16_value(uint32_t u) {
+    float a = __uint_as_float((u & 0x7fffu) << 13) * exp2i(112);
+    if ((u & 0x7c00u) == 0x7c00u) a = __uint_as_float(0x7f800000u | (u & 0x3ffu) << 13);
+    return __uint_as_float(__float_as_uint(a) | (u << 16 & 0x80000000u));
 }
-// Eight values of a row, at `at`, both ways; all threads of a warp call it, 16 of them share a block of 128. `live` 0:
-// none.
-static __device__ void put_input(const input &x, int row, int at, float *v, int live) {
-    float a = group_max(live ? largest_of(v) : 0, 16), up = exp2i(fp8_exponent(a)), down = exp2i(-fp8_exponent(a)),
-          w[8];
+// Eight numbers of each form at `to` of a buffer, of a block whose largest is a.
+static __device__ __forceinline__ void put_rounded(const input &x, size_t to, const float *v, float a) {
+    int e = fp8_exponent(a);
+    uint32_t w[4];
+    for (int i = 0; i < 4; i++)
+        w[i] = f16x2(nearest_e4m3(v[2 * i] * exp2i(-e)), nearest_e4m3(v[2 * i + 1] * exp2i(-e)));
+    *(uint4 *)(void *)(x.rounded + to) = make_uint4(w[0], w[1], w[2], w[3]);
+    if (to % 128 == 0) x.rounded_scale[to / 128] = a <= FLT_MAX ? exp2i(e) : HUGE_VALF;     // infinity stays
+}
+static __device__ __forceinline__ void put_halves(const input &x, size_t to, const float *v, float a) {
+    int e = (int)(__float_as_uint(fmaxf(a, exp2i(-112))) >> 23) - 127 - 14;         // a 2^-e < 2^15
+    float rest[8];
+    uint32_t w[4];
+    for (int i = 0; i < 8; i++) rest[i] = v[i] * exp2i(-e);
+    for (int p = 0; p < 2; p++) {
+        for (int i = 0; i < 4; i++) {
+            w[i] = f16x2(rest[2 * i], rest[2 * i + 1]);
+            rest[2 * i] -= f16_value(w[i] & 0xffffu), rest[2 * i + 1] -= f16_value(w[i] >> 16);
+        }
+        *(uint4 *)(void *)(x.halves + (size_t)p * x.plane + to) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+    if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
+}
+static __device__ __forceinline__ void put_plain(const input &x, size_t to, const float *v) {
+    float rest[8];
+    uint32_t w[4];
+    for (int i = 0; i < 8; i++) rest[i] = v[i];
+    for (int p = 0; p < 3; p++) {
+        for (int i = 0; i < 4; i++) {
+            w[i] = bf16x2(rest[2 * i], rest[2 * i + 1]);
+            rest[2 * i] -= __uint_as_float(w[i] << 16), rest[2 * i + 1] -= __uint_as_float(w[i] & 0xffff0000u);
+        }
+        *(uint4 *)(void *)(x.plain + (size_t)p * x.plane + to) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+// Eight values of a row, at `at`, in the forms that x has; all threads of a warp call it, 16 of them share a block of
+// 128. `live` 0: none.
+static __device__ void put_input(const input &x, int row, int at, const float *v, int live) {
+    float a = group_max(live ? largest_of(v) : 0, 16);
     size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
     if (!live) return;
-    for (int i = 0; i < 8; i++) w[i] = nearest_e4m3(v[i] * down) * up;
-    *(uint4 *)(void *)(x.rounded + to) = pack8(w);
-    for (int p = 0; x.plain && p < 3; p++) {
-        uint4 some = pack8(v);
-        *(uint4 *)(void *)(x.plain + (size_t)p * x.plane + to) = some;
-        v[0] -= __uint_as_float(some.x << 16), v[4] -= __uint_as_float(some.x & 0xffff0000u);
-        v[1] -= __uint_as_float(some.y << 16), v[5] -= __uint_as_float(some.y & 0xffff0000u);
-        v[2] -= __uint_as_float(some.z << 16), v[6] -= __uint_as_float(some.z & 0xffff0000u);
-        v[3] -= __uint_as_float(some.w << 16), v[7] -= __uint_as_float(some.w & 0xffff0000u);
-    }
+    if (x.rounded) put_rounded(x, to, v, a);
+    if (x.halves) put_halves(x, to, v, a);
+    if (x.plain) put_plain(x, to, v);
 }
 static __device__ __forceinline__ void load8(float *v, const float *from) {
     float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
@@ -415,58 +488,80 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
     return n;
 }
 
-// A lane's part of a unit of 16 rows: 16 bytes of rows g and g + 8, then of both 64 bytes further.
-typedef struct { uint4 v[4]; uint32_t scale; } piece;
-enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };     // a unit in shared memory, each lane's part in its own place
+// A unit of 16 rows in shared memory: 16 bytes of rows g and g + 8, then of both 64 bytes further, each 512 bytes where
+// lane (g, t) has its 16 at place_of(lane); 16 bytes of FP4's scales for each g behind them. Eight lanes in turn, and
+// the eight g of a t, are then on all banks.
+enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };
+static __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
 
-static __device__ __forceinline__ void ask_piece(char *slot, const span &s, int tile, int unit) {
-    int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, m0 = s.m0 + tile * TILE, pitch = s.pitch;
-    int step = s.dtype == DSPARK_F32 ? 16 : 64;     // eight floats are 32 bytes: a lane takes them in a row
-    const uint8_t *p = s.data + (size_t)(m0 + g) * (size_t)pitch + (size_t)(unit * UNIT + (step == 16 ? 32 : 16) * t);
-    char *to = slot + lane * 16;
-    copy16(to, p), copy16(to + 512, p + 8 * (size_t)pitch);
-    copy16(to + 1024, p + step), copy16(to + 1536, p + step + 8 * (size_t)pitch);
-    if (s.dtype == DSPARK_FP4)
-        copy4(slot + 2048 + lane * 4,
-              s.scale + (((size_t)(m0 / TILE) * (size_t)(pitch / UNIT) + (size_t)unit) * WARP + (size_t)lane) * 4);
+// Where the lane's first 16 bytes of a unit lie, and its four of FP4's scales.
+static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit, const uint8_t **p,
+                                               const uint8_t **scale) {
+    int lane = (int)threadIdx.x % WARP, m0 = s.m0 + tile * TILE;
+    *p = s.data + (size_t)(m0 + lane / 4) * (size_t)s.pitch + (size_t)(unit * UNIT + lane % 4 * 16);
+    *scale = s.scale + (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
+}
+static __device__ __forceinline__ void ask_unit(char *slot, const uint8_t *p, size_t eight_rows, int fp4,
+                                                const uint8_t *scale) {
+    int lane = (int)threadIdx.x % WARP;
+    char *to = slot + place_of(lane);
+    copy16(to, p), copy16(to + 512, p + eight_rows);
+    copy16(to + 1024, p + 64), copy16(to + 1536, p + eight_rows + 64);
+    if (fp4) copy4(slot + 2048 + lane * 4, scale);
+}
+// What a lane has of a unit. v[2 c + half]: its 16 bytes of row g + 8 half, chunk c. FP4: v[j], words 2 b + half: eight
+// codes of row g + 8 half, block 2 j + b of 32; their scales are bytes of scale's word j in the same order. FP8: one
+// scale.
+typedef struct { uint4 v[4], scale; } piece;
+template <int DTYPE>
+static __device__ __forceinline__ void take_piece(piece &q, const char *slot, uint32_t scale) {
+    int lane = (int)threadIdx.x % WARP;
+    if (DTYPE == DSPARK_FP4) {
+        const char *from = slot + lane / 8 % 2 * 512;
+        UNROLL
+        for (int j = 0; j < 4; j++)
+            q.v[j] = load_rows(from + j / 2 * 1024 + place_of(lane % 8 * 4 + j % 2 * 2 + lane / 16));
+        q.scale = *(const uint4 *)(const void *)(slot + 2048 + lane / 4 * 16);
+    } else {
+        UNROLL
+        for (int i = 0; i < 4; i++) q.v[i] = *(const uint4 *)(const void *)(slot + 512 * i + place_of(lane));
+        q.scale.x = scale;
+    }
 }
 // The scale of a whole unit, where it has one.
 template <int DTYPE> static __device__ __forceinline__ uint32_t scale_of(const span &s, int tile, int unit) {
     if (DTYPE != DSPARK_FP8) return 0;
     return s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
 }
-template <int DTYPE>
-static __device__ __forceinline__ void take_piece(piece &q, const char *slot, uint32_t scale) {
-    int lane = (int)threadIdx.x % WARP;
-    UNROLL
-    for (int i = 0; i < 4; i++) q.v[i] = *(const uint4 *)(const void *)(slot + 512 * i + 16 * lane);
-    q.scale = DTYPE == DSPARK_FP4 ? *(const uint32_t *)(const void *)(slot + 2048 + 4 * lane) : scale;
-}
 
-// Of a dtype: elements that a lane takes at once, how often in a unit, and bf16 planes that a weight falls into.
-template <int DTYPE> struct weights_of { enum { IN_16 = 8, CHUNKS = 2, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_FP8> { enum { IN_16 = 16, CHUNKS = 2, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_FP4> { enum { IN_16 = 32, CHUNKS = 2, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_F16> { enum { IN_16 = 8, CHUNKS = 2, PLANES = 2 }; };
-template <> struct weights_of<DSPARK_F32> { enum { IN_16 = 8, CHUNKS = 1, PLANES = 3 }; };
+// Of a dtype: numbers in a unit; eights of them that a lane has in a row; bf16 planes that a weight falls into; chains
+// of sums.
+template <int DTYPE> struct weights_of { enum { IN_UNIT = 64, EIGHTS = 1, PLANES = 1, SUMS = 3 }; };
+template <> struct weights_of<DSPARK_FP8> { enum { IN_UNIT = 128, EIGHTS = 2, PLANES = 1, SUMS = 1 }; };
+template <> struct weights_of<DSPARK_FP4> { enum { IN_UNIT = 256, EIGHTS = 1, PLANES = 1, SUMS = 1 }; };
+template <> struct weights_of<DSPARK_F16> { enum { IN_UNIT = 64, EIGHTS = 1, PLANES = 2, SUMS = 3 }; };
+template <> struct weights_of<DSPARK_F32> { enum { IN_UNIT = 32, EIGHTS = 1, PLANES = 3, SUMS = 3 }; };
 
 static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// 2^e in both halves, as bf16
-static __device__ __forceinline__ uint32_t power_bf16x2(uint32_t e) { return (e + 127) << 7 | (e + 127) << 23; }
-
-// Eight FP4 codes, low nibble first, to pairs (0, 4), (1, 5), (2, 6), (3, 7) times factor: e e m becomes a bf16's low
-// exponent bits and first mantissa bit, 2^-126 of the value.
-static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t factor, uint32_t *a) {
-    for (int i = 0; i < 4; i++) {
-        uint32_t w = codes >> 4 * i;
-        a[i] = mul_bf16x2((w & 0x00070007u) << 6 | (w & 0x00080008u) << 12, factor);
-    }
+// Eight FP4 codes as `arranged` left them, to pairs (0, 1), (2, 3) .. of f16, 2^-14 of the value: e e m becomes the low
+// bits of the exponent and the first of the mantissa. A byte has a code in bits 7 and 3 2 1, and one in their mirror
+// image.
+enum { FP4_SHIFT = 14 };
+static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t *a) {
+    uint32_t mirrored = __brev(codes), bits = 0x8e008e00u;
+    a[0] = codes & bits, a[1] = codes << 8 & bits, a[2] = mirrored & bits, a[3] = mirrored << 8 & bits;
 }
-static __device__ __forceinline__ uint32_t fp4_factor(uint32_t scale) {
-    return power_bf16x2(scale - 127 + 126 - WEIGHT_SHIFT);
+static __host__ __device__ __forceinline__ uint32_t arranged(uint32_t codes) {
+    uint32_t to = 0;
+    for (int i = 0; i < 8; i++) {       // byte 1 of each half for the first pair, 0 for the next; mirrored 2 0 3 1
+        uint32_t code = codes >> 4 * i & 15, byte = i < 4 ? (uint32_t)(i % 2 * 2 + (i < 2)) : (0x1302u >> 4 * (i - 4)) & 15;
+        to |= (i < 4 ? (code & 8) << 4 | (code & 7) << 1
+                     : code >> 3 | (code & 4) << 2 | (code & 2) << 4 | (code & 1) << 6) << 8 * byte;
+    }
+    return to;
 }
 
 // Numbers (low, high) in pairs, as floats, to planes.
@@ -477,101 +572,195 @@ static __device__ __forceinline__ void planes_of(float low, float high, uint32_t
         low -= __uint_as_float(w << 16), high -= __uint_as_float(w & 0xffff0000u);
     }
 }
-static __device__ __forceinline__ float f16_value(uint32_t u) {
-    float a = __uint_as_float((u & 0x7fffu) << 13) * exp2i(112);
-    if ((u & 0x7c00u) == 0x7c00u) a = __uint_as_float(0x7f800000u | (u & 0x3ffu) << 13);
-    return __uint_as_float(__float_as_uint(a) | (u << 16 & 0x80000000u));
-}
-
-// Eight weights of row half `half` (g or g + 8), the e-th of chunk c: a[plane][pair], pairs (0, 4), (1, 5), (2, 6), (3,
-// 7).
+// A lane's eight i of a unit, row g + 8 half: a[plane][pair] in bf16.
 template <int DTYPE>
-static __device__ __forceinline__ void decode(const piece &q, int c, int half, int e, uint32_t (*a)[4]) {
-    const uint4 &v = q.v[2 * c + half];
-    if (DTYPE == DSPARK_FP8) {
-        uint32_t factor = power_bf16x2(q.scale - 127 + 120 - WEIGHT_SHIFT), w0 = word(v, 2 * e),
-                 w1 = word(v, 2 * e + 1);
-        for (int i = 0; i < 2; i++) {
-            uint32_t w = __byte_perm(w0, w1, i ? 0x7632 : 0x5410);
-            a[0][2 * i] = mul_bf16x2((w & 0x007f007fu) << 4 | (w & 0x00800080u) << 8, factor);
-            a[0][2 * i + 1] = mul_bf16x2((w & 0x7f007f00u) >> 4 | (w & 0x80008000u), factor);
-        }
-    } else if (DTYPE == DSPARK_FP4) {
-        decode_fp4(word(v, e), fp4_factor(q.scale >> 8 * (2 * half + c) & 255), a[0]);
-    } else if (DTYPE == DSPARK_F32) {
-        const uint4 &u = q.v[2 + half];     // both chunks are one eight
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].x), __uint_as_float(u.x), a, 0);
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].y), __uint_as_float(u.y), a, 1);
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].z), __uint_as_float(u.z), a, 2);
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].w), __uint_as_float(u.w), a, 3);
-    } else {
-        for (int i = 0; i < 2; i++) {
-            uint32_t w0 = i ? v.y : v.x, w1 = i ? v.w : v.z;
-            uint32_t low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
-            if (DTYPE == DSPARK_BF16) a[0][2 * i] = low, a[0][2 * i + 1] = high;
-            else {
-                planes_of<weights_of<DTYPE>::PLANES>(f16_value(low & 0xffffu), f16_value(low >> 16), a, 2 * i);
-                planes_of<weights_of<DTYPE>::PLANES>(f16_value(high & 0xffffu), f16_value(high >> 16), a, 2 * i + 1);
-            }
+static __device__ __forceinline__ void decode_plain(const piece &q, int i, int half, uint32_t (*a)[4]) {
+    enum { PLANES = weights_of<DTYPE>::PLANES };
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+        uint32_t w = word(q.v[2 * i + half], k);
+        if (DTYPE == DSPARK_BF16) a[0][k] = w;
+        else if (DTYPE == DSPARK_F16) planes_of<PLANES>(f16_value(w & 0xffffu), f16_value(w >> 16), a, k);
+        else {
+            const uint4 &v = q.v[k / 2 * 2 + half];     // four floats of each chunk are an eight
+            planes_of<PLANES>(__uint_as_float(k % 2 ? v.z : v.x), __uint_as_float(k % 2 ? v.w : v.y), a, k);
         }
     }
 }
 
-typedef struct { const uint16_t *x; size_t plane; int planes; } operand;
+typedef struct { const uint16_t *x; const float *scale; size_t plane; int planes; } operand;
+// The form of x that goes with weights of a dtype; as_is: not rounded.
+static __host__ __device__ __forceinline__ operand operand_of(const input &x, int dtype, int as_is) {
+    operand o = { x.plain, NULL, x.plane, 3 };
+    if (dtype < DSPARK_FP8) return o;
+    o.x = as_is ? x.halves : x.rounded, o.scale = as_is ? x.halves_scale : x.rounded_scale, o.planes = as_is ? 2 : 1;
+    return o;
+}
 
-// Eight numbers of a unit of x, for row g of eight `nt` and chunk c's e-th eight of the lane. From where it lies; at
-// [nt]: where the lane's row begins.
+// Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and 2t
+// + 1, s[row][128]. From where it lies: at [nt] is where the lane's row begins, scales [nt][2] where the two rows' do.
+template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x, int t) {
+    if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)(x + t * 8);
+    const uint2 a = *(const uint2 *)(const void *)(x + t * 4), b = *(const uint2 *)(const void *)(x + 16 + t * 4);
+    return make_uint4(a.x, a.y, b.x, b.y);
+}
 template <int DTYPE> struct from_memory {
     const operand &x;
     const int *at;
+    const float *const (*scale)[2];
     int unit;
-    __device__ __forceinline__ uint4 operator()(int p, int nt, int c, int e) const {
-        enum { IN_16 = weights_of<DTYPE>::IN_16 };
-        int k = (unit * weights_of<DTYPE>::CHUNKS + c) * 4 * IN_16 + (int)threadIdx.x % 4 * IN_16 + 8 * e;
-        return *(const uint4 *)(const void *)(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k));
+    __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
+        enum { EIGHTS = weights_of<DTYPE>::EIGHTS };
+        int t = (int)threadIdx.x % 4, k = unit * weights_of<DTYPE>::IN_UNIT + i / EIGHTS * EIGHTS * 32 + i % EIGHTS * 8;
+        return eight_at<DTYPE>(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k + (EIGHTS - 1) * 8 * t), t);
+    }
+    __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
+        UNROLL
+        for (int j = 0; j < 2; j++)
+            if (DTYPE == DSPARK_FP4) {
+                const float2 both = *(const float2 *)(const void *)(scale[nt][j] + unit * 2);
+                s[j][0] = both.x, s[j][1] = both.y;
+            } else s[j][0] = scale[nt][j][unit];
     }
 };
-// acc[p][mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of plane p of x, which `b` gives. Planes apart:
-// three short chains of products, not a long one.
-template <int DTYPE, int MT, int NT, int X, class B>
-static __device__ __forceinline__ void multiply(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
-    enum { PLANES = weights_of<DTYPE>::PLANES };
-    UNROLL
-    for (int c = 0; c < weights_of<DTYPE>::CHUNKS; c++)
-        UNROLL
-        for (int e = 0; e < weights_of<DTYPE>::IN_16 / 8; e++) {
-            uint32_t a[MT][2][PLANES][4];
-            UNROLL
-            for (int mt = 0; mt < MT; mt++)
-                decode<DTYPE>(q[mt], c, 0, e, a[mt][0]), decode<DTYPE>(q[mt], c, 1, e, a[mt][1]);
-            UNROLL
-            for (int p = 0; p < X; p++)
-                UNROLL
-                for (int nt = 0; nt < NT; nt++) {
-                    const uint4 x = b(p, nt, c, e);
-                    UNROLL
-                    for (int i = 0; i < PLANES; i++) {
-                        if (i + p > 2) continue;        // below 2^-24 of the product
-                        UNROLL
-                        for (int mt = 0; mt < MT; mt++)
-                            mma(acc[p][mt][nt], a[mt][0][i][0], a[mt][1][i][0], a[mt][0][i][1], a[mt][1][i][1], x.x,
-                                x.y);
-                        UNROLL
-                        for (int mt = 0; mt < MT; mt++)
-                            mma(acc[p][mt][nt], a[mt][0][i][2], a[mt][1][i][2], a[mt][0][i][3], a[mt][1][i][3], x.z,
-                                x.w);
-                    }
-                }
-        }
-}
 
 template <int N> static __device__ __forceinline__ void zero(float *v) {
     UNROLL
     for (int i = 0; i < N; i++) v[i] = 0;
 }
 
-// What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans.
-typedef struct { const span *spans; char *slots; int n, k, i0, tile, unit, slot; } feed;
+// c += 32 numbers of 16 weight rows times those of 8 rows of x.
+static __device__ __forceinline__ void mma_eight(float *c, const uint32_t (*a)[4], const uint4 &x, int first) {
+    mma_f16(c, a, 0, x.x, x.y, first), mma_f16(c, a, 2, x.z, x.w, 0);
+}
+// acc[mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of x, of X planes, which `b` gives. FP8: its 128
+// products are summed, and enter with both scales. FP4: 32 products enter a sum of 128 with their scale, and that enters
+// with the scale of x.
+template <int MT, int NT, int X, class B>
+static __device__ __forceinline__ void multiply_fp8(const piece *q, const B &b, float (*acc)[NT][4]) {
+    float sum[MT][NT][4];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        uint32_t a[MT][2][4];
+        UNROLL
+        for (int k = 0; k < MT * 8; k++) {
+            int mt = k / 8, half = k / 4 % 2;
+            if (k % 2) continue;
+            const uint2 two = f16_of_e4m3(word(q[mt].v[i / 2 * 2 + half], i % 2 * 2 + k / 2 % 2));
+            a[mt][half][k % 4] = two.x, a[mt][half][k % 4 + 1] = two.y;
+        }
+        UNROLL
+        for (int p = 0; p < X; p++)
+            UNROLL
+            for (int nt = 0; nt < NT; nt++) {
+                const uint4 x = b(p, nt, i);
+                UNROLL
+                for (int mt = 0; mt < MT; mt++) mma_eight(sum[mt][nt], a[mt], x, !i && !p);
+            }
+    }
+    UNROLL
+    for (int nt = 0; nt < NT; nt++) {
+        float s[2][2];
+        b.scales(nt, s);
+        UNROLL
+        for (int mt = 0; mt < MT; mt++)
+            UNROLL
+            for (int k = 0; k < 4; k++)
+                acc[mt][nt][k] = fmaf(sum[mt][nt][k], s[k % 2][0] * e8m0(q[mt].scale.x), acc[mt][nt][k]);
+    }
+}
+// The float 2^(byte - 127) of byte i of a word, 1 and up.
+static __device__ __forceinline__ float scale_float(uint32_t w, int i) {
+    return __uint_as_float((i == 3 ? w >> 1 : w << (23 - 8 * i)) & 0x7f800000u);
+}
+template <int MT, int NT, int X, class B>
+static __device__ __forceinline__ void multiply_fp4(const piece *q, const B &b, float (*acc)[NT][4]) {
+    UNROLL
+    for (int c = 0; c < 2; c++) {
+        float part[MT][NT][4];
+        zero<MT * NT * 4>(&part[0][0][0]);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            uint32_t a[MT][2][4];
+            float sum[MT][NT][4];
+            int j = 2 * c + i / 2, first = i % 2 * 2;
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                UNROLL
+                for (int half = 0; half < 2; half++) decode_fp4(word(q[mt].v[j], first + half), a[mt][half]);
+            UNROLL
+            for (int p = 0; p < X; p++)
+                UNROLL
+                for (int nt = 0; nt < NT; nt++) {
+                    const uint4 x = b(p, nt, 4 * c + i);
+                    UNROLL
+                    for (int mt = 0; mt < MT; mt++) mma_eight(sum[mt][nt], a[mt], x, !p);
+                }
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                UNROLL
+                for (int nt = 0; nt < NT; nt++)
+                    UNROLL
+                    for (int k = 0; k < 4; k++) {
+                        float by = scale_float(word(q[mt].scale, j), first + k / 2);
+                        part[mt][nt][k] = fmaf(sum[mt][nt][k], by, part[mt][nt][k]);
+                    }
+        }
+        UNROLL
+        for (int nt = 0; nt < NT; nt++) {
+            float s[2][2];
+            b.scales(nt, s);
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                UNROLL
+                for (int k = 0; k < 4; k++) acc[mt][nt][k] = fmaf(part[mt][nt][k], s[k % 2][c], acc[mt][nt][k]);
+        }
+    }
+}
+// acc[p][mt][nt] += the same of plane p of x. Planes apart: three short chains of products, not a long one.
+template <int DTYPE, int MT, int NT, class B>
+static __device__ __forceinline__ void multiply_plain(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
+    enum { PLANES = weights_of<DTYPE>::PLANES };
+    UNROLL
+    for (int j = 0; j < weights_of<DTYPE>::IN_UNIT / 32; j++) {
+        uint32_t a[MT][2][PLANES][4];
+        UNROLL
+        for (int mt = 0; mt < MT; mt++)
+            decode_plain<DTYPE>(q[mt], j, 0, a[mt][0]), decode_plain<DTYPE>(q[mt], j, 1, a[mt][1]);
+        UNROLL
+        for (int p = 0; p < 3; p++)
+            UNROLL
+            for (int nt = 0; nt < NT; nt++) {
+                const uint4 x = b(p, nt, j);
+                UNROLL
+                for (int i = 0; i < PLANES; i++) {
+                    if (i + p > 2) continue;        // below 2^-24 of the product
+                    UNROLL
+                    for (int mt = 0; mt < MT; mt++)
+                        mma(acc[p][mt][nt], a[mt][0][i][0], a[mt][1][i][0], a[mt][0][i][1], a[mt][1][i][1], x.x, x.y);
+                    UNROLL
+                    for (int mt = 0; mt < MT; mt++)
+                        mma(acc[p][mt][nt], a[mt][0][i][2], a[mt][1][i][2], a[mt][0][i][3], a[mt][1][i][3], x.z, x.w);
+                }
+            }
+    }
+}
+template <int DTYPE, int MT, int NT, int X, class B>
+static __device__ __forceinline__ void multiply(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
+    if constexpr (DTYPE == DSPARK_FP8) multiply_fp8<MT, NT, X>(q, b, acc[0]);
+    else if constexpr (DTYPE == DSPARK_FP4) multiply_fp4<MT, NT, X>(q, b, acc[0]);
+    else multiply_plain<DTYPE, MT, NT>(q, b, acc);
+}
+
+// What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans: the
+// lane's bytes of it, where they lie 8 rows on, units left of the tile and tiles of the span.
+typedef struct {
+    const span *spans;
+    const uint8_t *p, *scale;
+    size_t eight_rows;
+    char *slots;
+    int n, k, i0, fp4, each, units, tiles, slot;
+} feed;
 
 static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
 static __host__ __device__ constexpr int tiles_at_once(int nt) { return (nt < 4 ? 4 : 8) / nt; }
@@ -586,26 +775,36 @@ static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
 
 // To the first span that has units for the warp.
 static __device__ __forceinline__ void feed_span(feed &f) {
-    while (f.k < f.n && (int)threadIdx.x / WARP >= f.spans[f.k].pitch / UNIT) f.k++;
+    int warp = (int)threadIdx.x / WARP;
+    for (f.tiles = 0; f.k < f.n; f.k++) {
+        const span &s = f.spans[f.k];
+        f.units = f.each = (s.pitch / UNIT - warp + WARPS - 1) / WARPS;
+        if (!f.each) continue;
+        unit_at(s, 0, warp, &f.p, &f.scale);
+        f.eight_rows = 8 * (size_t)s.pitch, f.fp4 = s.dtype == DSPARK_FP4, f.tiles = s.tiles;
+        return;
+    }
+}
+template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
+    f.units = f.each;
+    f.p += 2 * f.eight_rows - (size_t)(f.each * WARPS * UNIT);
+    f.scale += f.eight_rows / 8 - (size_t)(f.each * WARPS * UNIT);
+    if (--f.tiles) return;
+    if ((f.i0 += NT * 8) >= f.spans[f.k].n) f.i0 = 0, f.k++;
+    feed_span(f);
 }
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
-    if (f.k < f.n) {
-        const span &s = f.spans[f.k];
-        ask_piece(f.slots + f.slot * SLOT_BYTES, s, f.tile, f.unit);
-        if ((f.unit += WARPS) >= s.pitch / UNIT) {
-            f.unit = (int)threadIdx.x / WARP;
-            if (++f.tile == s.tiles) {
-                f.tile = 0;
-                if ((f.i0 += NT * 8) >= s.n) f.i0 = 0, f.k++, feed_span(f);
-            }
-        }
+    if (f.tiles) {
+        ask_unit(f.slots + f.slot * SLOT_BYTES, f.p, f.eight_rows, f.fp4, f.scale);
+        f.p += WARPS * UNIT, f.scale += WARPS * UNIT;
+        if (!--f.units) feed_tile<NT>(f);
     }
     copies_close();
     f.slot = f.slot + 1 == slots_of(NT) ? 0 : f.slot + 1;
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
-    f.spans = spans, f.n = n, f.k = f.i0 = f.tile = f.slot = 0, f.unit = (int)threadIdx.x / WARP;
-    f.slots = bytes + parts_bytes(NT) + f.unit * slots_of(NT) * SLOT_BYTES;
+    f.spans = spans, f.n = n, f.k = f.i0 = f.slot = 0;
+    f.slots = bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES;
     feed_span(f);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
@@ -632,7 +831,7 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
 // once and not one after the other.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
-    enum { LINES = weights_of<DTYPE>::IN_16 / 8 };      // of 64 numbers, in a unit and plane; floats have half of one
+    enum { LINES = weights_of<DTYPE>::IN_UNIT / 64 };   // of 64 numbers, in a unit and plane; floats have half of one
     int units = s.pitch / UNIT, warp = (int)threadIdx.x / WARP, t = (int)threadIdx.x % 4, any = 0;
     for (int i = t; DTYPE != DSPARK_F32 && warp + i / LINES * WARPS < units; i += 4)
         UNROLL
@@ -647,19 +846,26 @@ static __device__ __forceinline__ void warm(const span &s, const operand &x, con
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
                                                  float *part) {
-    int units = s.pitch / UNIT;
+    enum { SUMS = weights_of<DTYPE>::SUMS };
+    int units = s.pitch / UNIT, t = (int)threadIdx.x % 4;
+    const float *scale[NT][2];
+    UNROLL
+    for (int i = 0; DTYPE >= DSPARK_FP8 && i < NT * 2; i++)     // of the rows whose sums the lane has
+        scale[i / 2][i % 2] = x.scale + (size_t)(__shfl_sync(ALL, at[i / 2], 8 * t + i % 2 * 4) / 128);
     warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
-        float acc[X][1][NT][4];
-        zero<X * NT * 4>(&acc[0][0][0][0]);
+        float acc[SUMS][1][NT][4];
+        zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
+            if (DTYPE == DSPARK_FP4) __syncwarp();      // lanes read what others asked for
             take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, scale_of<DTYPE>(s, tile, unit));
-            multiply<DTYPE, 1, NT, X>(&q, from_memory<DTYPE>{ x, at, unit }, acc);
+            multiply<DTYPE, 1, NT, X>(&q, from_memory<DTYPE>{ x, at, scale, unit }, acc);
+            if (DTYPE == DSPARK_FP4) __syncwarp();
             ask<NT>(f);
         }
-        put_part<NT, X>(part, tile, acc);
+        put_part<NT, SUMS>(part, tile, acc);
     }
 }
 template <int NT>
@@ -668,15 +874,12 @@ static __device__ __forceinline__ void tile_sums_of(const span &s, const operand
     switch (x.planes == 1 ? -s.dtype : s.dtype) {
     case -DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 1>(s, x, at, f, part); break;
     case -DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 1>(s, x, at, f, part); break;
-    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 3>(s, x, at, f, part); break;
-    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 3>(s, x, at, f, part); break;
+    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 2>(s, x, at, f, part); break;
+    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 2>(s, x, at, f, part); break;
     case DSPARK_F16: tile_sums<DSPARK_F16, NT, 3>(s, x, at, f, part); break;
     case DSPARK_F32: tile_sums<DSPARK_F32, NT, 3>(s, x, at, f, part); break;
     default: tile_sums<DSPARK_BF16, NT, 3>(s, x, at, f, part);
     }
-}
-static __device__ __forceinline__ float shift_of(int dtype) {
-    return dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1;
 }
 
 static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
@@ -753,7 +956,7 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
         int m = k % TILE, r = r0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), out = s.m0 + tile * TILE + m;
         if (r >= n || out >= s.rows) continue;
         float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
-        float sum = total<NT>(part, tile, r - r0, m) * shift_of(s.dtype);
+        float sum = total<NT>(part, tile, r - r0, m);
         *y = j.add ? *y + sum : sum;
     }
     __syncthreads();
@@ -787,6 +990,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
 // Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays.
 typedef struct {
     const uint16_t *x;              // [rows][stride], as input.rounded
+    const float *x_scales;          // [rows][stride / 128]
     int stride, n;
     uint8_t *codes;                 // [rows][n]
     float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]
@@ -795,21 +999,16 @@ static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
     int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
     grid_go();
     grid_wait();
-    for (int at = 0; at < p.n; at += THREADS * 8) {
-        int mine = at + (int)threadIdx.x * 8, live = mine < p.n, e;
-        uint4 w = make_uint4(0, 0, 0, 0);
+    for (int at = (int)threadIdx.x * 8; at < p.n; at += THREADS * 8) {
+        size_t from = (size_t)r * (size_t)p.stride + (size_t)at;
+        const uint4 w = *(const uint4 *)(const void *)(p.x + from);
         uint32_t code[2] = { 0, 0 };
-        if (live) w = *(const uint4 *)(const void *)(p.x + (size_t)r * (size_t)p.stride + (size_t)mine);
-        float v[8];
-        for (int i = 0; i < 4; i++)
-            v[i] = __uint_as_float(word(w, i) << 16), v[4 + i] = __uint_as_float(word(w, i) & 0xffff0000u);
-        e = fp8_exponent(group_max(largest_of(v), 16));
-        if (!live) continue;
-        for (int i = 0; i < 8; i++) code[i / 4] |= e4m3_code(nearest_e4m3(v[i] * exp2i(-e))) << i % 4 * 8;
-        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)mine) = { code[0], code[1] };
-        if (mine % 128 == 0)
-            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(mine / 128)) * DSPARK_PROMPT_BLOCK +
-                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = exp2i(e);
+        for (int i = 0; i < 8; i++)
+            code[i / 4] |= e4m3_code(f16_value(word(w, i / 2) >> i % 2 * 16 & 0xffff)) << i % 4 * 8;
+        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)at) = { code[0], code[1] };
+        if (at % 128 == 0)
+            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(at / 128)) * DSPARK_PROMPT_BLOCK +
+                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = p.x_scales[from / 128];
     }
 }
 
@@ -1244,6 +1443,17 @@ static __device__ void index_top(const index_args &p, int i, int n) {
     }
 }
 
+// Eight FP4 codes of a key, low nibble first, to bf16 pairs (0, 4), (1, 5), (2, 6), (3, 7) with their scale, 2^-16 of
+// the value: room for scales. e e m becomes the exponent's low bits and the mantissa's first, 2^-126 of the value.
+enum { KEY_SHIFT = 16 };
+static __device__ __forceinline__ void decode_key_codes(uint32_t codes, uint32_t scale, uint32_t *a) {
+    uint32_t e = scale + 126 - KEY_SHIFT, factor = e << 7 | e << 23;        // 2^(e - 127) in both halves
+    for (int i = 0; i < 4; i++) {
+        uint32_t w = codes >> 4 * i;
+        a[i] = mul_bf16x2((w & 0x00070007u) << 6 | (w & 0x00080008u) << 12, factor);
+    }
+}
+
 // sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights; the last block of a row chooses.
 // Bound: at 1,024 keys (4,096 tokens) latency: .07 MB a row; at 262,144 keys bytes, 18 MB (6 us) for one row, and
 // products for six: 26 GFLOP, 43 us at 600 TFLOP/s.
@@ -1268,8 +1478,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
             UNROLL
             for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
                 if (e < each)
-                    decode_fp4(from[e], fp4_factor(scales[key * (size_t)each + (size_t)((t * each + e) / 4)]),
-                               a[half][e]);
+                    decode_key_codes(from[e], scales[key * (size_t)each + (size_t)((t * each + e) / 4)], a[half][e]);
         }
         for (int h = 0; h < H; h += 8) {
             float acc[4] = { 0, 0, 0, 0 };
@@ -1290,7 +1499,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
             sum[half] += __shfl_xor_sync(ALL, sum[half], 1);
             sum[half] += __shfl_xor_sync(ALL, sum[half], 2);
             if (t == half && m0 + g + 8 * half < n)
-                p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(WEIGHT_SHIFT);
+                p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(KEY_SHIFT);
         }
     }
     if (last_block(&p.arrived[i], (int)gridDim.x)) index_top(p, i, n);
@@ -1307,7 +1516,8 @@ typedef struct {
     const float *q, *kv, *sink;     // [rows][H * D], [rows][D] of this pass, [H]
     const int *chosen;              // [ATTEND_ROWS][index_topk]
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
-    input o;                        // [rows][H * D]
+    input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
+    int o_group, o_pitch;
 } attend_args;
 
 // What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
@@ -1616,10 +1826,11 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
 // Splits in order, the sink, the turn back; eight dims a thread. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
 // six rows 5). In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
 static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
-    int D = p.c.D, R = p.c.R, groups = p.c.H * D / 8;
-    for (int first = (int)(blockIdx.y * THREADS); first < groups; first += (int)gridDim.y * THREADS) {
-        int group = first + (int)threadIdx.x, live = group < groups, h = live ? group * 8 / D : 0,
-            at = live ? group * 8 % D : 0;
+    int D = p.c.D, R = p.c.R;
+    for (int first = (int)(blockIdx.y * THREADS * 8); first < p.o.stride; first += (int)(gridDim.y * THREADS * 8)) {
+        int place = first + (int)threadIdx.x * 8, from_group = place % p.o_pitch,
+            dim = place / p.o_pitch * p.o_group + from_group, live = from_group < p.o_group && dim < p.c.H * D,
+            h = live ? dim / D : 0, at = live ? dim % D : 0;
         const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
         size_t next = (size_t)p.c.H * (size_t)(D + 4);
         float m = p.sink[h], sum, x[8], o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
@@ -1640,7 +1851,7 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
                 float2 turn = turn_of(p.turns, R / 2, r, p.set, (at + d - (D - R)) / 2);
                 turn_pair(o[d], o[d + 1], turn.x, -turn.y);
             }
-        put_input(p.o, r, group * 8, o, live);
+        put_input(p.o, r, place, o, live);
     }
 }
 static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
@@ -1823,8 +2034,8 @@ static __device__ __forceinline__ void span_rows(const experts_args &p, int part
 // Rows i0 .. of those that take the expert.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
                                                                      feed &f, float *part) {
-    int at[NT], K = p.c.K, rounded = s.dtype >= DSPARK_FP8;
-    operand x = { rounded ? p.x.rounded : p.x.plain, p.x.plane, rounded ? 1 : 3 };
+    int at[NT], K = p.c.K;
+    operand x = operand_of(p.x, s.dtype, 0);
     for (int nt = 0; nt < NT; nt++) {
         int i = least(i0 + nt * 8 + (int)threadIdx.x % WARP / 4, s.n - 1);
         int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
@@ -1837,7 +2048,7 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
         if (i >= s.n || o >= s.rows) continue;
         int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
         p.y[s.of][(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] =
-            total<NT>(part, tile, i - i0, out) * shift_of(s.dtype);
+            total<NT>(part, tile, i - i0, out);
     }
     __syncthreads();
 }
@@ -1874,12 +2085,13 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
 enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
 static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }
 static __host__ __device__ constexpr int wide_outputs(int mt) { return WARPS * mt * TILE; }
-// Rows of a tile in eights, and the bytes of x in a stage for the most of them.
+// Rows of a tile in eights. A stage: weights, the scales of x [row][2], and x, for the most of them.
 static __host__ __device__ constexpr int wide_eights(int mt, int dtype, int planes) {
-    return planes == 1 ? 4 * mt : dtype == DSPARK_FP4 ? 2 : 4;
+    return dtype == DSPARK_FP4 ? (planes == 1 ? 4 : 2) : dtype == DSPARK_FP8 ? 4 * mt : 4;
 }
+static __host__ __device__ constexpr int stage_rows(int mt) { return WARPS * mt * SLOT_BYTES; }
 static __host__ __device__ constexpr int stage_bytes(int mt) {
-    return WARPS * mt * SLOT_BYTES + (mt == 1 ? 24 << 10 : 32 << 10);
+    return stage_rows(mt) + MOST_COLUMNS * 2 * 4 + (mt == 1 ? 16 << 10 : 32 << 10);
 }
 static __host__ __device__ int tiles_along(int n, int each) { return (n + each - 1) / each; }
 
@@ -1893,13 +2105,21 @@ typedef struct {
 // Where a block is: in which of its tiles, in the units from w on, at which; and the stage that holds it.
 typedef struct { int k, w, unit, stage; } wide_at;
 
-// A unit of x to a stage: [plane][row][16 bytes each], a row as lanes read it, e-th eights of the four t together, and
-// every second row with halves of 128 bytes exchanged: lanes of two rows then read from all banks.
+// A unit of x to a stage: its scales [row][2], then [plane][row][16 bytes each], a row as lanes read it, the e-th
+// eights of the four t together, and every second row with halves of 128 bytes exchanged: lanes of two rows then read
+// from all banks.
 static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, int unit) {
-    int of = t.s.dtype, most = of == DSPARK_FP4 ? 2 : of == DSPARK_FP8, chunks = of == DSPARK_F32 ? 2 : 3 + most;
+    int of = t.s.dtype, chunks = of == DSPARK_F32 ? 2 : of < DSPARK_FP8 ? 3 : of == DSPARK_FP8 ? 4 : 5,
+        most = of == DSPARK_FP8;
     int q = (int)threadIdx.x & ((1 << chunks) - 1), first = (int)threadIdx.x >> chunks;
     int place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
     const uint16_t *x = t.x.x + (unit << (chunks + 3)) + q * 8;
+    if (of >= DSPARK_FP8) {
+        int i = (int)threadIdx.x / 2, which = (int)threadIdx.x % 2, each = of == DSPARK_FP4 ? 2 : 1;
+        if (i < t.live && which < each)
+            copy4(to + (int)threadIdx.x * 4, t.x.scale + (t.at[i] / 128 + unit * each + which));
+        to += MOST_COLUMNS * 2 * 4;
+    }
     if (of != DSPARK_F32) place ^= (first & 1) * 64;
     for (int p = 0, live = t.live, each = THREADS >> chunks; p < t.x.planes; p++, x += t.x.plane)
         for (int r0 = first; r0 < live; r0 += 4 * each) {
@@ -1914,11 +2134,15 @@ static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, in
 }
 template <int DTYPE, int NT> struct from_stage {
     const char *x;
-    __device__ __forceinline__ uint4 operator()(int p, int nt, int c, int e) const {
-        enum { EIGHTS = weights_of<DTYPE>::IN_16 / 8, ROW = weights_of<DTYPE>::CHUNKS * EIGHTS * 64 };
-        int g = (int)threadIdx.x % WARP / 4, t = (int)threadIdx.x % 4, i = c * EIGHTS + e;
-        int place = ROW < 128 ? i * 64 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
-        return *(const uint4 *)(const void *)(x + ((p * NT + nt) * 8 + g) * ROW + place + t * 16);
+    __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
+        enum { ROW = weights_of<DTYPE>::IN_UNIT * 2, SCALES = DTYPE >= DSPARK_FP8 ? MOST_COLUMNS * 2 * 4 : 0 };
+        int g = (int)threadIdx.x % WARP / 4, place = ROW < 128 ? 0 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
+        return eight_at<DTYPE>((const uint16_t *)(const void *)(x + SCALES + ((p * NT + nt) * 8 + g) * ROW + place),
+                               (int)threadIdx.x % 4);
+    }
+    __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
+        const float4 all = *(const float4 *)(const void *)(x + (nt * 8 + (int)threadIdx.x % 4 * 2) * 8);
+        s[0][0] = all.x, s[0][1] = all.y, s[1][0] = all.z, s[1][1] = all.w;
     }
 };
 
@@ -1932,8 +2156,12 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
         int units = t.s.pitch / UNIT;
         UNROLL
         for (int mt = 0; mt < MT; mt++)
-            if (first + mt < t.s.tiles) ask_piece(stage + (first + mt) * SLOT_BYTES, t.s, first + mt, a.unit);
-        ask_rows(stage + WARPS * MT * SLOT_BYTES, t, a.unit);
+            if (first + mt < t.s.tiles) {
+                const uint8_t *p, *scale;
+                unit_at(t.s, first + mt, a.unit, &p, &scale);
+                ask_unit(stage + (first + mt) * SLOT_BYTES, p, 8 * (size_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
+            }
+        ask_rows(stage + stage_rows(MT), t, a.unit);
         for (a.unit += WARPS; a.unit >= units && a.w < WARPS - 1;) a.unit = ++a.w;
         if (a.unit >= units) a.k++, a.w = a.unit = 0;
     }
@@ -1944,7 +2172,6 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
 template <int MT, int NT>
 static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*total)[NT][4]) {
     int lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + (int)threadIdx.x / WARP * MT * TILE + lane / 4;
-    float shift = shift_of(t.s.dtype);
     UNROLL
     for (int nt = 0; nt < NT; nt++)
         UNROLL
@@ -1957,7 +2184,7 @@ static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*tota
                 UNROLL
                 for (int i = 0; i < 2; i++) {
                     int out = m0 + mt * TILE + 8 * i;
-                    float sum = total[mt][nt][2 * i + half] * shift;
+                    float sum = total[mt][nt][2 * i + half];
                     if (out < t.s.rows) y[out] = t.add ? y[out] + sum : sum;
                 }
         }
@@ -1966,14 +2193,15 @@ static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*tota
 template <int DTYPE, int MT, int NT, int X>
 static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, int n, wide_at &a, int &stage,
                                                  char *bytes) {
+    enum { SUMS = weights_of<DTYPE>::SUMS };
     const wide_tile &t = known[k % TILES_KNOWN];
     int units = t.s.pitch / UNIT, first = (int)threadIdx.x / WARP * MT, live = first < t.s.tiles;
     int late = threadIdx.x >= THREADS / 2;      // of two warps of a scheduler one asks while the other multiplies
     float total[MT][NT][4];
     zero<MT * NT * 4>(&total[0][0][0]);
     for (int w = 0; w < WARPS; w++) {
-        float acc[X][MT][NT][4];
-        zero<X * MT * NT * 4>(&acc[0][0][0][0]);
+        float acc[SUMS][MT][NT][4];
+        zero<SUMS * MT * NT * 4>(&acc[0][0][0][0]);
         for (int unit = w; unit < units; unit += WARPS) {
             const char *from = bytes + stage * stage_bytes(MT);
             uint32_t scale[MT];
@@ -1986,7 +2214,7 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
             UNROLL
             for (int mt = 0; live && mt < MT; mt++)
                 take_piece<DTYPE>(q[mt], from + (first + mt) * SLOT_BYTES, scale[mt]);
-            if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + WARPS * MT * SLOT_BYTES }, acc);
+            if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + stage_rows(MT) }, acc);
             if (late) ask_wide<MT>(known, n, a, bytes);
             stage = stage + 1 == wide_stages(MT) ? 0 : stage + 1;
         }
@@ -1997,7 +2225,7 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
                 UNROLL
                 for (int i = 0; i < 4; i++) {
                     float sum = acc[0][mt][nt][i];
-                    for (int p = 1; p < X; p++) sum += acc[p][mt][nt][i];
+                    for (int p = 1; p < SUMS; p++) sum += acc[p][mt][nt][i];
                     total[mt][nt][i] += sum;
                 }
     }
@@ -2021,12 +2249,12 @@ template <int MT, class F> static __device__ __forceinline__ void wide(int n_til
             if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 1>(known, k, n, a, stage, bytes);
             else wide_sums<DSPARK_FP8, MT, 4, 1>(known, k, n, a, stage, bytes);
             break;
-        case -DSPARK_FP4:
-            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP4, MT, 4 * MT, 1>(known, k, n, a, stage, bytes);
-            else wide_sums<DSPARK_FP4, MT, 4, 1>(known, k, n, a, stage, bytes);
+        case DSPARK_FP8:
+            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 2>(known, k, n, a, stage, bytes);
+            else wide_sums<DSPARK_FP8, MT, 4, 2>(known, k, n, a, stage, bytes);
             break;
-        case DSPARK_FP8: wide_sums<DSPARK_FP8, MT, 4, 3>(known, k, n, a, stage, bytes); break;
-        case DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 2, 3>(known, k, n, a, stage, bytes); break;
+        case -DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 4, 1>(known, k, n, a, stage, bytes); break;
+        case DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 2, 2>(known, k, n, a, stage, bytes); break;
         case DSPARK_F16: wide_sums<DSPARK_F16, MT, 4, 3>(known, k, n, a, stage, bytes); break;
         case DSPARK_F32: wide_sums<DSPARK_F32, MT, 4, 3>(known, k, n, a, stage, bytes); break;
         default: wide_sums<DSPARK_BF16, MT, 4, 3>(known, k, n, a, stage, bytes);
@@ -2080,7 +2308,7 @@ static __device__ expert_part part_of(const experts_args &p, int a) {
         o.of = p.experts + e, o.first = p.first[e], o.n = p.first[e + 1] - o.first;
     }
     if (!o.of) return o;
-    for (int i = 0; i < p.n_which; i++) if (o.of->w[p.which + i].dtype < DSPARK_FP8) o.eights = 4;
+    for (int i = 0; i < p.n_which; i++) if (o.of->w[p.which + i].dtype != DSPARK_FP8) o.eights = 4;
     o.along = tiles_along(o.of->w[p.which].rows, wide_outputs(EXPERT_TILES));
     return o;
 }
@@ -2116,11 +2344,10 @@ static __device__ void find_expert(const experts_args &p, const int *before, int
     t.to[me] = r * p.n_slots + slot, t.at[me] = (p.x_by_slot ? t.to[me] : r) * p.x.stride;
     if (me) return;
     const matrix &w = o.of->w[p.which + which];
-    int rounded = w.dtype >= DSPARK_FP8;
     set_tile(t, w, m, w.rows, wide_outputs(EXPERT_TILES), which);
     t.live = least(8 * o.eights, o.n - r0), t.eights = t.live <= 32 ? 4 : o.eights;
     t.y = p.y[which], t.y_stride = p.y_stride, t.add = 0;
-    t.x.x = rounded ? p.x.rounded : p.x.plain, t.x.plane = p.x.plane, t.x.planes = rounded ? 1 : 3;
+    t.x = operand_of(p.x, w.dtype, 0);
 }
 // Bound, of 160 experts: at 512 rows bytes, w1 w3 1,430 MB (480 us), w2 720 (240); at 2,048, 77 an expert, products at
 // 600 TFLOP/s, 690 us and 400.
@@ -2692,12 +2919,10 @@ static int bucket(int n) { return n <= 8 ? n : n <= 64 ? (n + 7) / 8 * 8 : (n + 
 
 // ---- products ---------------------------------------------------------------------------------
 
-static void job_add(linears_args *p, const matrix &w, const input &x, float *y, int y_stride) {
+static void job_add(linears_args *p, const matrix &w, const input &x, float *y, int y_stride, int as_is = 0) {
     job *j = &p->jobs[p->n_jobs++];
-    int rounded = w.dtype >= DSPARK_FP8;
     memset(j, 0, sizeof *j);
-    j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride;
-    j->x.x = rounded ? x.rounded : x.plain, j->x.plane = x.plane, j->x.planes = rounded ? 1 : 3;
+    j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride, j->x = operand_of(x, w.dtype, as_is);
 }
 
 // ---- blocks of prompts through cuBLASLt
@@ -2795,7 +3020,7 @@ static void product_run(cuda *d, const product *p, const matrix &w, const uint8_
 // The product for a job of a block, the same each time; NULL: the library has none.
 static const product *product_of(cuda *d, const job *j) {
     product *p = d->products;
-    if (!j->w.block_scale || j->group || j->add || j->y_rows || j->w.cols % 16 || j->w.rows % 16) return NULL;
+    if (!j->w.block_scale || j->x.planes > 1 || j->group || j->add || j->y_rows || j->w.cols % 16 || j->w.rows % 16) return NULL;
     for (; p < d->products + d->n_products; p++)
         if (p->rows == j->w.rows && p->cols == j->w.cols && p->y_stride == j->y_stride) return p->possible ? p : NULL;
     if (d->n_products == MAX_PRODUCTS) return NULL;
@@ -2816,7 +3041,7 @@ static void jobs_by_library(cuda *d, linears_args *p) {
             p->jobs[left++] = *j;
             continue;
         }
-        codes_args c = { j->x.x, j->x_stride, n, d->codes, d->code_scales };
+        codes_args c = { j->x.x, j->x.scale, j->x_stride, n, d->codes, d->code_scales };
         if (last != j->x.x) LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
         last = j->x.x;
         for (int b = 0; b < d->n_rows / DSPARK_PROMPT_BLOCK; b++)
@@ -2969,16 +3194,16 @@ static void op_attention(cuda *d, int l) {
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
+    a.o_group = w->wo_a.cols, a.o_pitch = blocks_of(a.o_group, 256) * 256;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
         if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
         launch(d, "attend", d->grid.rows < MANY_ROWS ? attend<1> : attend<2>,
                grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
-        LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
+        LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->o.stride, 8 * THREADS))), THREADS, 0, a);
     }
-    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
-    p.jobs[0].x.x = d->o.plain, p.jobs[0].x.planes = 3;        // wo_a takes its input as it is
-    p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = w->wo_a.cols;
+    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
+    p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = a.o_pitch;
     jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
     o->rows = d->dev.rows, o->layer = l, o->ratio = w->ratio;
     o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
@@ -3117,14 +3342,12 @@ static void draft_step(cuda *d, int k, int drawn_here) {
     LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
     if (kind == DSPARK_HEAD_NONE) return;
     if (kind != DSPARK_HEAD_VANILLA) {
-        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
-        p.jobs[0].x.x = d->markov_in.plain, p.jobs[0].x.planes = 3;
+        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank, 1);
         jobs_run(d, "linears markov joint", &p, n, &d->dev.n->n_segments);
         LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
     }
-    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
-    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
-    p.jobs[0].y_rows = d->dev.segment_row;
+    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V, 1);
+    p.jobs[0].add = 1, p.jobs[0].y_rows = d->dev.segment_row;
     jobs_run(d, "linears markov_w2", &p, n, &d->dev.n->n_segments);
 }
 
@@ -3446,7 +3669,7 @@ static float *cuda_draft_logits(void *device) { return ((cuda *)device)->host_dr
 // ---- weights ----------------------------------------------------------------------------------
 // The checkpoint is walked twice: what it takes is counted, then all of it goes to the device in the order in which it
 // is stored there, through two pinned buffers. Matrices keep their bytes; rows are padded to whole units, tiles to 16
-// rows; FP4's scales are put in the order in which lanes want them.
+// rows; FP4's codes and scales are put in the order in which lanes want them.
 
 typedef struct {
     cuda *d;
@@ -3506,26 +3729,40 @@ static const float *up_floats(uploader *u, const float *p, size_t n) {
 
 // A scale that decoding has no room for.
 static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
-    int room = m->dtype == DSPARK_FP8 ? 150 : 144;
+    int room = 254 - (m->dtype == DSPARK_FP4 ? FP4_SHIFT : 0);
     if (byte > room)
         fail(u->d, DSPARK_ERROR_UNSUPPORTED, "cuda: a matrix of %d x %d has a scale of 2^%d, expected at most 2^%d",
              m->rows, m->cols, byte - 127, room - 127);
 }
 
-// Lane (g, t) of a tile's unit: the scales of rows g and g + 8, chunks 0 and 1, at [lane][2 half + chunk].
+// For g of a tile's unit 16 bytes: block b's scales of rows g and g + 8 at 2 b, with what decoding leaves out.
 static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
     int blocks = m->cols / 32;
     for (int m0 = 0; m0 < m->rows; m0 += TILE)
         for (int unit = 0; unit < units; unit++) {
-            uint8_t some[WARP * 4];
-            for (int i = 0; u->slab && i < WARP * 4; i++) {
-                int r = m0 + i / 16 + 8 * (i >> 1 & 1), block = unit * 8 + (i & 1) * 4 + (i / 4 & 3);
+            uint8_t some[UNIT];
+            for (int i = 0; u->slab && i < UNIT; i++) {
+                int r = m0 + i / 16 + i % 2 * 8, block = unit * 8 + i % 16 / 2;
                 some[i] = 127;
                 if (r < m->rows && block < blocks)
                     check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
+                some[i] = (uint8_t)(some[i] + FP4_SHIFT);
             }
             up_put(u, some, sizeof some);
         }
+}
+// FP4 codes in the order of decoding, on the device, or where they are at home in host memory.
+typedef struct { uint32_t *codes; size_t n; } arrange_args;
+static __global__ void __launch_bounds__(THREADS) arrange(const arrange_args p) {
+    for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < p.n; i += gridDim.x * (size_t)THREADS)
+        p.codes[i] = arranged(p.codes[i]);
+}
+static void up_arrange(uploader *u, const matrix &m) {
+    cuda *d = u->d;
+    arrange_args p = { (uint32_t *)(uintptr_t)m.data, (size_t)m.rows * (size_t)m.pitch / 4 };
+    if (!u->slab) return;
+    if (!u->home) up_flush(u);
+    d->in_turn = 1, LAUNCH(arrange, grid_of(2 * d->sms, 1), THREADS, 0, p), d->in_turn = 0;
 }
 
 static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
@@ -3551,6 +3788,7 @@ static matrix up_matrix(uploader *u, const dspark_matrix *m) {
         up_put(u, NULL, (size_t)out.pitch - each);
     }
     up_put(u, NULL, (size_t)(-m->rows & (TILE - 1)) * (size_t)out.pitch);
+    if (m->dtype == DSPARK_FP4) up_arrange(u, out);
     if (m->dtype < DSPARK_FP8) return out;
     out.scale = up_begin(u);
     if (m->dtype == DSPARK_FP4) up_fp4_scales(u, m, out.pitch / UNIT);
@@ -3739,11 +3977,17 @@ static float *carve_rows(carver *v, int rows, int n) {
     return (float *)carve(v, (size_t)rows * (size_t)n, sizeof(float));
 }
 static int *carve_ints(carver *v, int rows, int n) { return (int *)carve(v, (size_t)rows * (size_t)n, sizeof(int)); }
-static input carve_input(carver *v, int rows, int n) {
+// An input in the forms that its products take.
+enum { ROUNDED = 1, HALVES = 2, PLAIN = 4 };
+static input carve_input(carver *v, int rows, int n, int forms = ROUNDED | PLAIN) {
     input x;
+    memset(&x, 0, sizeof x);
     x.stride = blocks_of(n, 256) * 256, x.plane = (size_t)rows * (size_t)x.stride;
-    x.rounded = (uint16_t *)carve(v, x.plane, sizeof *x.rounded),
-    x.plain = (uint16_t *)carve(v, 3 * x.plane, sizeof *x.plain);
+    if (forms & ROUNDED) x.rounded = (uint16_t *)carve(v, x.plane, sizeof *x.rounded);
+    if (forms & ROUNDED) x.rounded_scale = carve_rows(v, rows, x.stride / 128);
+    if (forms & HALVES) x.halves = (uint16_t *)carve(v, 2 * x.plane, sizeof *x.halves);
+    if (forms & HALVES) x.halves_scale = carve_rows(v, rows, x.stride / 128);
+    if (forms & PLAIN) x.plain = (uint16_t *)carve(v, 3 * x.plane, sizeof *x.plain);
     return x;
 }
 
@@ -3760,9 +4004,10 @@ static void carve_block(cuda *d, pass_block *b, carver *v) {
 
 static void carve_attention(cuda *d, carver *v, int n) {
     const shape *c = &d->s;
-    int low = d->c->o_groups * d->c->o_lora_rank;
+    int low = d->c->o_groups * d->c->o_lora_rank, group = c->H * c->D / d->c->o_groups, forms = 0;
+    for (int l = 0; l < d->layers; l++) forms |= d->w->layers[l].wo_a.dtype < DSPARK_FP8 ? PLAIN : HALVES;
     d->qr = carve_rows(v, n, c->q_lora), d->qr_in = carve_input(v, n, c->q_lora), d->kv = carve_rows(v, n, c->D);
-    d->q = carve_rows(v, n, c->H * c->D), d->o = carve_input(v, n, c->H * c->D);
+    d->q = carve_rows(v, n, c->H * c->D), d->o = carve_input(v, n, d->c->o_groups * blocks_of(group, 256) * 256, forms);
     d->low = carve_rows(v, n, low), d->low_in = carve_input(v, n, low);
     d->pool_kv = carve_rows(v, n, 2 * c->D), d->pool_gate = carve_rows(v, n, 2 * c->D);
     d->index_kv = carve_rows(v, n, 2 * c->I), d->index_gate = carve_rows(v, n, 2 * c->I);
@@ -3802,7 +4047,8 @@ static void carve_drafter(cuda *d, carver *v, int n) {
     d->draft_logits = carve_rows(v, n, d->s.V), d->candidates = carve_ints(v, n, 1);
     d->value = (double *)carve(v, (size_t)n * DSPARK_MAX_BLOCK, sizeof *d->value);
     d->e = carve_rows(v, n, rank), d->rnn = carve_rows(v, n, rank), d->z = carve_rows(v, n, 3 * rank);
-    d->markov_in = carve_input(v, n, 2 * rank + h), d->markov_out = carve_input(v, n, rank);
+    d->markov_in = carve_input(v, n, 2 * rank + h, HALVES | PLAIN);
+    d->markov_out = carve_input(v, n, rank, HALVES | PLAIN);
 }
 // Rows to whole 64: products read so many, and give sums that nobody takes.
 static size_t carve_all(cuda *d, uint8_t *base) {
