@@ -66,10 +66,13 @@ enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1
 #define UNROLL
 #define UNROLL_BY(n)
 #define SHARED_BYTES(name) char *name = host.shared
+#define IN_GLOBAL(p) ((void)0)
 static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
-static inline void copy16(void *to, const void *from) { memcpy(to, from, 16); }
-static inline void copy4(void *to, const void *from) { memcpy(to, from, 4); }
+typedef char *shared_at;
+static inline shared_at place_in(char *shared) { return shared; }
+template <int AT> static inline void copy16(shared_at to, const void *from) { memcpy(to + AT, from, 16); }
+template <int AT> static inline void copy4(shared_at to, const void *from) { memcpy(to + AT, from, 4); }
 static inline void copies_close(void) {}
 static inline void keep(int) {}
 template <int PENDING> static inline void copies_wait(void) {}
@@ -83,7 +86,7 @@ static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t 
     host_mma(c, all, b, 1);
 }
 static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
-static inline uint4 load_rows(const char *row) { return host_load_rows(row); }
+template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
 static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
 static inline uint32_t f16x2(float low, float high) { return host_f16x2(low, high); }
 static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, high); }
@@ -93,6 +96,7 @@ static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16
 #define TEXT_OF(x) #x
 #define UNROLL_BY(n) _Pragma(TEXT_OF(unroll n))
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
+#define IN_GLOBAL(p) __builtin_assume(__isGlobal(p))       // its loads need not ask where it points
 // The kernel before has ended and its stores are seen: before any read of what a kernel of this pass wrote
 // (programmatic launches). What the pass is of stands before its first kernel begins (op_pass): counts and rows are
 // read ahead.
@@ -116,14 +120,15 @@ __device__ __forceinline__ void grid_go(void) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Into shared memory, without waiting: what was asked for before a close is one group, and groups land in order.
-__device__ __forceinline__ void copy16(void *to, const void *from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+// Into shared memory, AT bytes on from a place, without waiting: what was asked for before a close is one group, and
+// groups land in order.
+typedef uint32_t shared_at;
+__device__ __forceinline__ shared_at place_in(char *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+template <int AT> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1], 16;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
-__device__ __forceinline__ void copy4(void *to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0 + %2], [%1], 4;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
 __device__ __forceinline__ void keep(int x) { asm volatile("" :: "r"(x)); }       // x is needed
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -156,10 +161,10 @@ __device__ __forceinline__ void load_transposed(uint32_t *r, const uint16_t *row
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)));
 }
 // Likewise four tiles of eight rows of 16 bytes: of each, bytes 4t .. 4t + 3 of row g.
-__device__ __forceinline__ uint4 load_rows(const char *row) {
+template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
     uint4 r;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"((uint32_t)__cvta_generic_to_shared(row)));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(row), "n"(AT));
     return r;
 }
 // Four E4M3 codes, in pairs.
@@ -501,13 +506,13 @@ static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit
     *p = s.data + (size_t)(m0 + lane / 4) * (size_t)s.pitch + (size_t)(unit * UNIT + lane % 4 * 16);
     *scale = s.scale + (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
 }
-static __device__ __forceinline__ void ask_unit(char *slot, const uint8_t *p, size_t eight_rows, int fp4,
+static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, size_t eight_rows, int fp4,
                                                 const uint8_t *scale) {
     int lane = (int)threadIdx.x % WARP;
-    char *to = slot + place_of(lane);
-    copy16(to, p), copy16(to + 512, p + eight_rows);
-    copy16(to + 1024, p + 64), copy16(to + 1536, p + eight_rows + 64);
-    if (fp4) copy4(slot + 2048 + lane * 4, scale);
+    shared_at to = slot + place_of(lane);
+    const uint8_t *below = p + eight_rows;
+    copy16<0>(to, p), copy16<512>(to, below), copy16<1024>(to, p + 64), copy16<1536>(to, below + 64);
+    if (fp4) copy4<2048>(slot + lane * 4, scale);
 }
 // What a lane has of a unit. v[2 c + half]: its 16 bytes of row g + 8 half, chunk c. FP4: v[j], words 2 b + half: eight
 // codes of row g + 8 half, block 2 j + b of 32; their scales are bytes of scale's word j in the same order. FP8: one
@@ -517,10 +522,10 @@ template <int DTYPE>
 static __device__ __forceinline__ void take_piece(piece &q, const char *slot, uint32_t scale) {
     int lane = (int)threadIdx.x % WARP;
     if (DTYPE == DSPARK_FP4) {
-        const char *from = slot + lane / 8 % 2 * 512;
-        UNROLL
-        for (int j = 0; j < 4; j++)
-            q.v[j] = load_rows(from + j / 2 * 1024 + place_of(lane % 8 * 4 + j % 2 * 2 + lane / 16));
+        shared_at from = place_in((char *)(uintptr_t)slot) + lane / 8 % 2 * 512,
+                  even = from + place_of(lane % 8 * 4 + lane / 16), odd = from + place_of(lane % 8 * 4 + lane / 16 + 2);
+        q.v[0] = load_rows<0>(even), q.v[1] = load_rows<0>(odd);
+        q.v[2] = load_rows<1024>(even), q.v[3] = load_rows<1024>(odd);
         q.scale = *(const uint4 *)(const void *)(slot + 2048 + lane / 4 * 16);
     } else {
         UNROLL
@@ -528,10 +533,9 @@ static __device__ __forceinline__ void take_piece(piece &q, const char *slot, ui
         q.scale.x = scale;
     }
 }
-// The scale of a whole unit, where it has one.
-template <int DTYPE> static __device__ __forceinline__ uint32_t scale_of(const span &s, int tile, int unit) {
-    if (DTYPE != DSPARK_FP8) return 0;
-    return s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
+// FP8: where the scales of a tile's units are.
+static __device__ __forceinline__ const uint8_t *scales_of(const span &s, int tile) {
+    return s.scale + (size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT);
 }
 
 // Of a dtype: numbers in a unit; eights of them that a lane has in a row; bf16 planes that a weight falls into; chains
@@ -598,29 +602,29 @@ static __host__ __device__ __forceinline__ operand operand_of(const input &x, in
 }
 
 // Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and 2t
-// + 1, s[row][128]. From where it lies: at [nt] is where the lane's row begins, scales [nt][2] where the two rows' do.
+// + 1, s[row][128]. From where it lies: at [nt] is where row g begins, scale_at [nt][2] where the two rows' scales do.
 template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x, int t) {
     if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)(x + t * 8);
     const uint2 a = *(const uint2 *)(const void *)(x + t * 4), b = *(const uint2 *)(const void *)(x + 16 + t * 4);
     return make_uint4(a.x, a.y, b.x, b.y);
 }
 template <int DTYPE> struct from_memory {
-    const operand &x;
-    const int *at;
-    const float *const (*scale)[2];
-    int unit;
+    const uint16_t *const *x;       // the planes
+    const float *scale;
+    const uint32_t *at, (*scale_at)[2];
+    uint32_t unit;
     __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
         enum { EIGHTS = weights_of<DTYPE>::EIGHTS };
-        int t = (int)threadIdx.x % 4, k = unit * weights_of<DTYPE>::IN_UNIT + i / EIGHTS * EIGHTS * 32 + i % EIGHTS * 8;
-        return eight_at<DTYPE>(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k + (EIGHTS - 1) * 8 * t), t);
+        uint32_t t = threadIdx.x % 4, from = at[nt] + unit * weights_of<DTYPE>::IN_UNIT + (EIGHTS - 1) * 8 * t;
+        return eight_at<DTYPE>(x[p] + from + (i / EIGHTS * EIGHTS * 32 + i % EIGHTS * 8), (int)t);
     }
     __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
         UNROLL
         for (int j = 0; j < 2; j++)
             if (DTYPE == DSPARK_FP4) {
-                const float2 both = *(const float2 *)(const void *)(scale[nt][j] + unit * 2);
+                const float2 both = *(const float2 *)(const void *)(scale + (scale_at[nt][j] + unit * 2));
                 s[j][0] = both.x, s[j][1] = both.y;
-            } else s[j][0] = scale[nt][j][unit];
+            } else s[j][0] = scale[scale_at[nt][j] + unit];
     }
 };
 
@@ -675,6 +679,9 @@ static __device__ __forceinline__ float scale_float(uint32_t w, int i) {
 }
 template <int MT, int NT, int X, class B>
 static __device__ __forceinline__ void multiply_fp4(const piece *q, const B &b, float (*acc)[NT][4]) {
+    float s[NT][2][2];
+    UNROLL
+    for (int nt = 0; nt < NT; nt++) b.scales(nt, s[nt]);
     UNROLL
     for (int c = 0; c < 2; c++) {
         float part[MT][NT][4];
@@ -707,14 +714,11 @@ static __device__ __forceinline__ void multiply_fp4(const piece *q, const B &b, 
                     }
         }
         UNROLL
-        for (int nt = 0; nt < NT; nt++) {
-            float s[2][2];
-            b.scales(nt, s);
+        for (int nt = 0; nt < NT; nt++)
             UNROLL
             for (int mt = 0; mt < MT; mt++)
                 UNROLL
-                for (int k = 0; k < 4; k++) acc[mt][nt][k] = fmaf(part[mt][nt][k], s[k % 2][c], acc[mt][nt][k]);
-        }
+                for (int k = 0; k < 4; k++) acc[mt][nt][k] = fmaf(part[mt][nt][k], s[nt][k % 2][c], acc[mt][nt][k]);
     }
 }
 // acc[p][mt][nt] += the same of plane p of x. Planes apart: three short chains of products, not a long one.
@@ -753,7 +757,7 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
 }
 
 // What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans: the
-// lane's bytes of it, where they lie 8 rows on, units left of the tile and tiles of the span.
+// lane's bytes of it, units left of the tile and tiles of the span, in bytes which slot.
 typedef struct {
     const span *spans;
     const uint8_t *p, *scale;
@@ -795,12 +799,12 @@ template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
 }
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
     if (f.tiles) {
-        ask_unit(f.slots + f.slot * SLOT_BYTES, f.p, f.eight_rows, f.fp4, f.scale);
+        ask_unit(place_in(f.slots + f.slot), f.p, f.eight_rows, f.fp4, f.scale);
         f.p += WARPS * UNIT, f.scale += WARPS * UNIT;
         if (!--f.units) feed_tile<NT>(f);
     }
     copies_close();
-    f.slot = f.slot + 1 == slots_of(NT) ? 0 : f.slot + 1;
+    f.slot = f.slot == (slots_of(NT) - 1) * SLOT_BYTES ? 0 : f.slot + SLOT_BYTES;
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
     f.spans = spans, f.n = n, f.k = f.i0 = f.slot = 0;
@@ -831,7 +835,7 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
 // once and not one after the other.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
-    enum { LINES = weights_of<DTYPE>::IN_UNIT / 64 };   // of 64 numbers, in a unit and plane; floats have half of one
+    enum { LINES = weights_of<DTYPE>::IN_UNIT / 64 | (DTYPE == DSPARK_F32) };    // of 64 numbers, in a unit and plane; floats have half of one
     int units = s.pitch / UNIT, warp = (int)threadIdx.x / WARP, t = (int)threadIdx.x % 4, any = 0;
     for (int i = t; DTYPE != DSPARK_F32 && warp + i / LINES * WARPS < units; i += 4)
         UNROLL
@@ -847,21 +851,30 @@ template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
                                                  float *part) {
     enum { SUMS = weights_of<DTYPE>::SUMS };
-    int units = s.pitch / UNIT, t = (int)threadIdx.x % 4;
-    const float *scale[NT][2];
+    int units = s.pitch / UNIT;
+    uint32_t from[NT], scale_at[NT][2];
+    const uint16_t *planes[X];
     UNROLL
-    for (int i = 0; DTYPE >= DSPARK_FP8 && i < NT * 2; i++)     // of the rows whose sums the lane has
-        scale[i / 2][i % 2] = x.scale + (size_t)(__shfl_sync(ALL, at[i / 2], 8 * t + i % 2 * 4) / 128);
+    for (int p = 0; p < X; p++) planes[p] = x.x + (size_t)p * x.plane;
+    IN_GLOBAL(x.x), IN_GLOBAL(x.scale);
+    UNROLL
+    for (int i = 0; i < NT * 2; i++) {
+        from[i / 2] = (uint32_t)at[i / 2];
+        if (DTYPE >= DSPARK_FP8)        // of the rows whose sums the lane has
+            scale_at[i / 2][i % 2] = (uint32_t)__shfl_sync(ALL, at[i / 2], (int)threadIdx.x % 4 * 8 + i % 2 * 4) / 128;
+    }
     warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
+        const uint8_t *scales = scales_of(s, tile);
         float acc[SUMS][1][NT][4];
         zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
             if (DTYPE == DSPARK_FP4) __syncwarp();      // lanes read what others asked for
-            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, scale_of<DTYPE>(s, tile, unit));
-            multiply<DTYPE, 1, NT, X>(&q, from_memory<DTYPE>{ x, at, scale, unit }, acc);
+            take_piece<DTYPE>(q, f.slots + f.slot, DTYPE == DSPARK_FP8 ? scales[unit] : 0);
+            multiply<DTYPE, 1, NT, X>(
+                &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
             if (DTYPE == DSPARK_FP4) __syncwarp();
             ask<NT>(f);
         }
@@ -2108,19 +2121,19 @@ typedef struct { int k, w, unit, stage; } wide_at;
 // A unit of x to a stage: its scales [row][2], then [plane][row][16 bytes each], a row as lanes read it, the e-th
 // eights of the four t together, and every second row with halves of 128 bytes exchanged: lanes of two rows then read
 // from all banks.
-static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, int unit) {
+static __device__ __forceinline__ void ask_rows(shared_at to, const wide_tile &t, int unit) {
     int of = t.s.dtype, chunks = of == DSPARK_F32 ? 2 : of < DSPARK_FP8 ? 3 : of == DSPARK_FP8 ? 4 : 5,
         most = of == DSPARK_FP8;
     int q = (int)threadIdx.x & ((1 << chunks) - 1), first = (int)threadIdx.x >> chunks;
-    int place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
+    int lane_place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
     const uint16_t *x = t.x.x + (unit << (chunks + 3)) + q * 8;
     if (of >= DSPARK_FP8) {
         int i = (int)threadIdx.x / 2, which = (int)threadIdx.x % 2, each = of == DSPARK_FP4 ? 2 : 1;
         if (i < t.live && which < each)
-            copy4(to + (int)threadIdx.x * 4, t.x.scale + (t.at[i] / 128 + unit * each + which));
+            copy4<0>(to + (int)threadIdx.x * 4, t.x.scale + (t.at[i] / 128 + unit * each + which));
         to += MOST_COLUMNS * 2 * 4;
     }
-    if (of != DSPARK_F32) place ^= (first & 1) * 64;
+    if (of != DSPARK_F32) lane_place ^= (first & 1) * 64;
     for (int p = 0, live = t.live, each = THREADS >> chunks; p < t.x.planes; p++, x += t.x.plane)
         for (int r0 = first; r0 < live; r0 += 4 * each) {
             int at[4];
@@ -2129,15 +2142,15 @@ static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, in
             UNROLL
             for (int i = 0; i < 4; i++)
                 if (r0 + i * each < live)
-                    copy16(to + ((p * 8 * t.eights + r0 + i * each) << (chunks + 4)) + place, x + at[i]);
+                    copy16<0>(to + ((p * 8 * t.eights + r0 + i * each) << (chunks + 4)) + lane_place, x + at[i]);
         }
 }
 template <int DTYPE, int NT> struct from_stage {
     const char *x;
     __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
         enum { ROW = weights_of<DTYPE>::IN_UNIT * 2, SCALES = DTYPE >= DSPARK_FP8 ? MOST_COLUMNS * 2 * 4 : 0 };
-        int g = (int)threadIdx.x % WARP / 4, place = ROW < 128 ? 0 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
-        return eight_at<DTYPE>((const uint16_t *)(const void *)(x + SCALES + ((p * NT + nt) * 8 + g) * ROW + place),
+        int g = (int)threadIdx.x % WARP / 4, from = ROW < 128 ? 0 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
+        return eight_at<DTYPE>((const uint16_t *)(const void *)(x + SCALES + ((p * NT + nt) * 8 + g) * ROW + from),
                                (int)threadIdx.x % 4);
     }
     __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
@@ -2152,7 +2165,7 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
     int first = (int)threadIdx.x / WARP * MT;
     if (a.k < n) {
         const wide_tile &t = known[a.k % TILES_KNOWN];
-        char *stage = bytes + a.stage * stage_bytes(MT);
+        shared_at stage = place_in(bytes + a.stage * stage_bytes(MT));
         int units = t.s.pitch / UNIT;
         UNROLL
         for (int mt = 0; mt < MT; mt++)
@@ -2207,7 +2220,8 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
             uint32_t scale[MT];
             piece q[MT];
             UNROLL
-            for (int mt = 0; mt < MT; mt++) scale[mt] = scale_of<DTYPE>(t.s, least(first + mt, t.s.tiles - 1), unit);
+            for (int mt = 0; mt < MT; mt++)
+                scale[mt] = DTYPE == DSPARK_FP8 ? scales_of(t.s, least(first + mt, t.s.tiles - 1))[unit] : 0;
             copies_wait<wide_stages(MT) - 2>();
             __syncthreads();        // all see the stage, and are done with the one before it
             if (!late) ask_wide<MT>(known, n, a, bytes);
