@@ -45,6 +45,7 @@
 #endif
 #include "dspark.h"
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -70,7 +71,7 @@ enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1
 static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
 typedef char *shared_at;
-static inline shared_at place_in(char *shared) { return shared; }
+static inline shared_at place_in(const char *shared) { return (char *)(uintptr_t)shared; }
 template <int AT> static inline void copy16(shared_at to, const void *from) { memcpy(to + AT, from, 16); }
 template <int AT> static inline void copy4(shared_at to, const void *from) { memcpy(to + AT, from, 4); }
 static inline void copies_close(void) {}
@@ -86,6 +87,7 @@ static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t 
     host_mma(c, all, b, 1);
 }
 static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
+template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)(const void *)(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
 static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
 static inline uint32_t f16x2(float low, float high) { return host_f16x2(low, high); }
@@ -123,7 +125,17 @@ __device__ __forceinline__ void grid_go(void) {
 // Into shared memory, AT bytes on from a place, without waiting: what was asked for before a close is one group, and
 // groups land in order.
 typedef uint32_t shared_at;
-__device__ __forceinline__ shared_at place_in(char *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ shared_at place_in(const char *shared) {
+    shared_at at = (uint32_t)__cvta_generic_to_shared(shared);
+    asm("" : "+r"(at));         // a number that is kept, and not made again for each use
+    return at;
+}
+template <int AT> __device__ __forceinline__ uint4 load16(shared_at from) {
+    uint4 r;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from), "n"(AT));
+    return r;
+}
 template <int AT> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1], 16;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
@@ -506,7 +518,7 @@ static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit
     *p = s.data + (size_t)(m0 + lane / 4) * (size_t)s.pitch + (size_t)(unit * UNIT + lane % 4 * 16);
     *scale = s.scale + (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
 }
-static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, size_t eight_rows, int fp4,
+static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, uint32_t eight_rows, int fp4,
                                                 const uint8_t *scale) {
     int lane = (int)threadIdx.x % WARP;
     shared_at to = slot + place_of(lane);
@@ -519,18 +531,18 @@ static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p
 // scale.
 typedef struct { uint4 v[4], scale; } piece;
 template <int DTYPE>
-static __device__ __forceinline__ void take_piece(piece &q, const char *slot, uint32_t scale) {
+static __device__ __forceinline__ void take_piece(piece &q, shared_at slot, uint32_t scale) {
     int lane = (int)threadIdx.x % WARP;
     if (DTYPE == DSPARK_FP4) {
-        shared_at from = place_in((char *)(uintptr_t)slot) + lane / 8 % 2 * 512,
-                  even = from + place_of(lane % 8 * 4 + lane / 16), odd = from + place_of(lane % 8 * 4 + lane / 16 + 2);
+        shared_at from = slot + lane / 8 % 2 * 512, even = from + place_of(lane % 8 * 4 + lane / 16),
+                  odd = from + place_of(lane % 8 * 4 + lane / 16 + 2);
         q.v[0] = load_rows<0>(even), q.v[1] = load_rows<0>(odd);
         q.v[2] = load_rows<1024>(even), q.v[3] = load_rows<1024>(odd);
-        q.scale = *(const uint4 *)(const void *)(slot + 2048 + lane / 4 * 16);
+        q.scale = load16<2048>(slot + lane / 4 * 16);
     } else {
-        UNROLL
-        for (int i = 0; i < 4; i++) q.v[i] = *(const uint4 *)(const void *)(slot + 512 * i + place_of(lane));
-        q.scale.x = scale;
+        shared_at from = slot + place_of(lane);
+        q.v[0] = load16<0>(from), q.v[1] = load16<512>(from), q.v[2] = load16<1024>(from);
+        q.v[3] = load16<1536>(from), q.scale.x = scale;
     }
 }
 // FP8: where the scales of a tile's units are.
@@ -602,10 +614,11 @@ static __host__ __device__ __forceinline__ operand operand_of(const input &x, in
 }
 
 // Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and 2t
-// + 1, s[row][128]. From where it lies: at [nt] is where row g begins, scale_at [nt][2] where the two rows' scales do.
-template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x, int t) {
-    if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)(x + t * 8);
-    const uint2 a = *(const uint2 *)(const void *)(x + t * 4), b = *(const uint2 *)(const void *)(x + 16 + t * 4);
+// + 1, s[row][128]. From where it lies: at [nt] is where the lane's part of row g begins, scale_at [nt][2] where the two
+// rows' scales do.
+template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x) {
+    if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)x;
+    const uint2 a = *(const uint2 *)(const void *)x, b = *(const uint2 *)(const void *)(x + 16);
     return make_uint4(a.x, a.y, b.x, b.y);
 }
 template <int DTYPE> struct from_memory {
@@ -615,8 +628,8 @@ template <int DTYPE> struct from_memory {
     uint32_t unit;
     __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
         enum { EIGHTS = weights_of<DTYPE>::EIGHTS };
-        uint32_t t = threadIdx.x % 4, from = at[nt] + unit * weights_of<DTYPE>::IN_UNIT + (EIGHTS - 1) * 8 * t;
-        return eight_at<DTYPE>(x[p] + from + (i / EIGHTS * EIGHTS * 32 + i % EIGHTS * 8), (int)t);
+        uint32_t from = at[nt] + unit * weights_of<DTYPE>::IN_UNIT;
+        return eight_at<DTYPE>(x[p] + from + (i / EIGHTS * EIGHTS * 32 + i % EIGHTS * 8));
     }
     __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
         UNROLL
@@ -757,19 +770,23 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
 }
 
 // What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans: the
-// lane's bytes of it, units left of the tile and tiles of the span, in bytes which slot.
+// lane's bytes of it, units left of the tile and tiles of the span, the warp's slots and which of them.
 typedef struct {
     const span *spans;
     const uint8_t *p, *scale;
-    size_t eight_rows;
-    char *slots;
-    int n, k, i0, fp4, each, units, tiles, slot;
+    uint32_t eight_rows;
+    shared_at slots, slot;
+    int n, k, i0, fp4, each, units, tiles;
 } feed;
 
 static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
 static __host__ __device__ constexpr int tiles_at_once(int nt) { return (nt < 4 ? 4 : 8) / nt; }
-// Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]; then the warps' slots.
+// Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]; then the warps' slots. Where a pass
+// has few rows, a span may have more tiles.
 static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_once(nt) * WARPS * nt * 8 * 17 * 4; }
+static __device__ __forceinline__ int most_tiles(int nt, int width) {
+    return least(WARP, tiles_at_once(nt) * nt * 8 / width);
+}
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * SLOT_BYTES; }
 
 // Where the share of a block begins.
@@ -780,54 +797,53 @@ static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
 // To the first span that has units for the warp.
 static __device__ __forceinline__ void feed_span(feed &f) {
     int warp = (int)threadIdx.x / WARP;
-    for (f.tiles = 0; f.k < f.n; f.k++) {
+    for (f.tiles = 0, f.units = INT_MAX; f.k < f.n; f.k++) {
         const span &s = f.spans[f.k];
         f.units = f.each = (s.pitch / UNIT - warp + WARPS - 1) / WARPS;
         if (!f.each) continue;
         unit_at(s, 0, warp, &f.p, &f.scale);
-        f.eight_rows = 8 * (size_t)s.pitch, f.fp4 = s.dtype == DSPARK_FP4, f.tiles = s.tiles;
+        f.eight_rows = 8 * (uint32_t)s.pitch, f.fp4 = s.dtype == DSPARK_FP4, f.tiles = s.tiles;
         return;
     }
 }
 template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
     f.units = f.each;
-    f.p += 2 * f.eight_rows - (size_t)(f.each * WARPS * UNIT);
-    f.scale += f.eight_rows / 8 - (size_t)(f.each * WARPS * UNIT);
+    f.p += 2 * (ptrdiff_t)f.eight_rows - f.each * WARPS * UNIT;
+    f.scale += (ptrdiff_t)(f.eight_rows / 8) - f.each * WARPS * UNIT;
     if (--f.tiles) return;
     if ((f.i0 += NT * 8) >= f.spans[f.k].n) f.i0 = 0, f.k++;
     feed_span(f);
 }
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
-    if (f.tiles) {
-        ask_unit(place_in(f.slots + f.slot), f.p, f.eight_rows, f.fp4, f.scale);
-        f.p += WARPS * UNIT, f.scale += WARPS * UNIT;
-        if (!--f.units) feed_tile<NT>(f);
-    }
+    if (f.tiles) ask_unit(f.slot, f.p, f.eight_rows, f.fp4, f.scale);
     copies_close();
-    f.slot = f.slot == (slots_of(NT) - 1) * SLOT_BYTES ? 0 : f.slot + SLOT_BYTES;
+    f.p += WARPS * UNIT, f.scale += WARPS * UNIT;
+    f.slot = f.slot == f.slots + (slots_of(NT) - 1) * SLOT_BYTES ? f.slots : f.slot + SLOT_BYTES;
+    if (!--f.units) feed_tile<NT>(f);
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
-    f.spans = spans, f.n = n, f.k = f.i0 = f.slot = 0;
-    f.slots = bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES;
+    memset(&f, 0, sizeof f), f.spans = spans, f.n = n;
+    f.slots = f.slot = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES);
     feed_span(f);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
 
 template <int NT, int X>
-static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[1][NT][4]) {
+static __device__ __forceinline__ void put_part(float *part, int width, int tile, float (*acc)[1][NT][4]) {
     int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    float *to = part + (size_t)((tile * WARPS + (int)threadIdx.x / WARP) * NT * 8 * 17);
+    float *to = part + (tile * WARPS + (int)threadIdx.x / WARP) * width * 17;
     for (int nt = 0; nt < NT; nt++)
         for (int i = 0; i < 4; i++) {
+            int column = nt * 8 + 2 * t + (i & 1);
             float sum = acc[0][0][nt][i];
             for (int p = 1; p < X; p++) sum += acc[p][0][nt][i];
-            to[(nt * 8 + 2 * t + (i & 1)) * 17 + g + 8 * (i >> 1)] = sum;
+            if (column < width) to[column * 17 + g + 8 * (i >> 1)] = sum;
         }
 }
 // Output m of tile `tile` for row n of x: the warps' sums in order.
-template <int NT> static __device__ __forceinline__ float total(const float *part, int tile, int n, int m) {
+static __device__ __forceinline__ float total(const float *part, int width, int tile, int n, int m) {
     float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += part[((tile * WARPS + w) * NT * 8 + n) * 17 + m];
+    for (int w = 0; w < WARPS; w++) sum += part[((tile * WARPS + w) * width + n) * 17 + m];
     return sum;
 }
 
@@ -849,49 +865,51 @@ static __device__ __forceinline__ void warm(const span &s, const operand &x, con
 // A span for the rows of x that `at` says; the sums stand in `part` behind the next barrier.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
-                                                 float *part) {
+                                                 float *part, int width) {
     enum { SUMS = weights_of<DTYPE>::SUMS };
     int units = s.pitch / UNIT;
     uint32_t from[NT], scale_at[NT][2];
     const uint16_t *planes[X];
     UNROLL
     for (int p = 0; p < X; p++) planes[p] = x.x + (size_t)p * x.plane;
-    IN_GLOBAL(x.x), IN_GLOBAL(x.scale);
+    IN_GLOBAL(x.x);
+    if (DTYPE >= DSPARK_FP8) IN_GLOBAL(x.scale);
     UNROLL
     for (int i = 0; i < NT * 2; i++) {
-        from[i / 2] = (uint32_t)at[i / 2];
+        from[i / 2] = (uint32_t)at[i / 2] + threadIdx.x % 4 * (DTYPE == DSPARK_F32 ? 4 : weights_of<DTYPE>::EIGHTS * 8);
         if (DTYPE >= DSPARK_FP8)        // of the rows whose sums the lane has
             scale_at[i / 2][i % 2] = (uint32_t)__shfl_sync(ALL, at[i / 2], (int)threadIdx.x % 4 * 8 + i % 2 * 4) / 128;
     }
     warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
         const uint8_t *scales = scales_of(s, tile);
+        if (DTYPE == DSPARK_FP8) IN_GLOBAL(scales);
         float acc[SUMS][1][NT][4];
         zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
             if (DTYPE == DSPARK_FP4) __syncwarp();      // lanes read what others asked for
-            take_piece<DTYPE>(q, f.slots + f.slot, DTYPE == DSPARK_FP8 ? scales[unit] : 0);
+            take_piece<DTYPE>(q, f.slot, DTYPE == DSPARK_FP8 ? scales[unit] : 0);
             multiply<DTYPE, 1, NT, X>(
                 &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
             if (DTYPE == DSPARK_FP4) __syncwarp();
             ask<NT>(f);
         }
-        put_part<NT, SUMS>(part, tile, acc);
+        put_part<NT, SUMS>(part, width, tile, acc);
     }
 }
 template <int NT>
 static __device__ __forceinline__ void tile_sums_of(const span &s, const operand &x, const int *at, feed &f,
-                                                    float *part) {
+                                                    float *part, int width) {
     switch (x.planes == 1 ? -s.dtype : s.dtype) {
-    case -DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 1>(s, x, at, f, part); break;
-    case -DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 1>(s, x, at, f, part); break;
-    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 2>(s, x, at, f, part); break;
-    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 2>(s, x, at, f, part); break;
-    case DSPARK_F16: tile_sums<DSPARK_F16, NT, 3>(s, x, at, f, part); break;
-    case DSPARK_F32: tile_sums<DSPARK_F32, NT, 3>(s, x, at, f, part); break;
-    default: tile_sums<DSPARK_BF16, NT, 3>(s, x, at, f, part);
+    case -DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 1>(s, x, at, f, part, width); break;
+    case -DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 1>(s, x, at, f, part, width); break;
+    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 2>(s, x, at, f, part, width); break;
+    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 2>(s, x, at, f, part, width); break;
+    case DSPARK_F16: tile_sums<DSPARK_F16, NT, 3>(s, x, at, f, part, width); break;
+    case DSPARK_F32: tile_sums<DSPARK_F32, NT, 3>(s, x, at, f, part, width); break;
+    default: tile_sums<DSPARK_BF16, NT, 3>(s, x, at, f, part, width);
     }
 }
 
@@ -957,19 +975,19 @@ static __device__ __forceinline__ void item_of(const linears_args &p, int i, ite
 static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
 // Rows r0 .. of the n.
 template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
-                                                                     feed &f, float *part) {
+                                                                     feed &f, float *part, int width) {
     int at[NT];
     for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
         int r = least(r0 + nt * 8 + (int)threadIdx.x % WARP / 4, n - 1);
         at[nt] = r * j.x_stride + (j.group ? s.m0 / j.group * j.x_group : 0);
     }
-    tile_sums_of<NT>(s, j.x, at, f, part);
+    tile_sums_of<NT>(s, j.x, at, f, part, width);
     __syncthreads();
-    for (int k = (int)threadIdx.x; k < s.tiles * TILE * NT * 8; k += THREADS) {
-        int m = k % TILE, r = r0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), out = s.m0 + tile * TILE + m;
+    for (int k = (int)threadIdx.x; k < s.tiles * TILE * width; k += THREADS) {
+        int m = k % TILE, tile = k / TILE / width, r = r0 + k / TILE % width, out = s.m0 + tile * TILE + m;
         if (r >= n || out >= s.rows) continue;
         float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
-        float sum = total<NT>(part, tile, r - r0, m);
+        float sum = total(part, width, tile, r - r0, m);
         *y = j.add ? *y + sum : sum;
     }
     __syncthreads();
@@ -978,7 +996,7 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, item, end;
+    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
     feed f;
     grid_go();
     if (block >= p.n_blocks) {
@@ -990,11 +1008,11 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     }
     item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
     for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, tiles_at_once(NT), spans);
+        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
         feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
         if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
-            linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes);
+            linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
         copies_wait<0>();
     }
     if (n < 0) grid_wait();
@@ -2025,6 +2043,7 @@ typedef struct {
     const int *first, *list, *active;
     int which, n_which;             // matrices w[which] .. of an expert
     int n_slots;                    // K + 1: slot K is the shared expert's
+    int rows;                       // of the pass, at most
     int x_by_slot;                  // x has a row for each slot; else for each row of the pass
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
@@ -2046,7 +2065,7 @@ static __device__ __forceinline__ void span_rows(const experts_args &p, int part
 }
 // Rows i0 .. of those that take the expert.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
-                                                                     feed &f, float *part) {
+                                                                     feed &f, float *part, int width) {
     int at[NT], K = p.c.K;
     operand x = operand_of(p.x, s.dtype, 0);
     for (int nt = 0; nt < NT; nt++) {
@@ -2054,14 +2073,14 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
         int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
         at[nt] = (p.x_by_slot ? r * p.n_slots + slot : r) * p.x.stride;
     }
-    tile_sums_of<NT>(s, x, at, f, part);
+    tile_sums_of<NT>(s, x, at, f, part, width);
     __syncthreads();
-    for (int k = (int)threadIdx.x; k < s.tiles * TILE * NT * 8; k += THREADS) {
-        int out = k % TILE, i = i0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), o = s.m0 + tile * TILE + out;
+    for (int k = (int)threadIdx.x; k < s.tiles * TILE * width; k += THREADS) {
+        int out = k % TILE, tile = k / TILE / width, i = i0 + k / TILE % width, o = s.m0 + tile * TILE + out;
         if (i >= s.n || o >= s.rows) continue;
         int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
         p.y[s.of][(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] =
-            total<NT>(part, tile, i - i0, out);
+            total(part, width, tile, i - i0, out);
     }
     __syncthreads();
 }
@@ -2069,17 +2088,18 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int n, item, end;
+    int n, item, end, width = least(NT * 8, p.rows);
     feed f;
     grid_go();
     grid_wait();
     n = (p.active[0] * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, tiles_at_once(NT), spans);
+        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
         feed_begin<NT>(f, spans, some, bytes);
         for (int k = 0; k < some; k++)
-            for (int i = 0; i < spans[k].n; i += NT * 8) expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes);
+            for (int i = 0; i < spans[k].n; i += NT * 8)
+                expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes, width);
         copies_wait<0>();
     }
 }
@@ -2150,8 +2170,8 @@ template <int DTYPE, int NT> struct from_stage {
     __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
         enum { ROW = weights_of<DTYPE>::IN_UNIT * 2, SCALES = DTYPE >= DSPARK_FP8 ? MOST_COLUMNS * 2 * 4 : 0 };
         int g = (int)threadIdx.x % WARP / 4, from = ROW < 128 ? 0 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
-        return eight_at<DTYPE>((const uint16_t *)(const void *)(x + SCALES + ((p * NT + nt) * 8 + g) * ROW + from),
-                               (int)threadIdx.x % 4);
+        from += (int)threadIdx.x % 4 * (DTYPE == DSPARK_F32 ? 8 : 16);
+        return eight_at<DTYPE>((const uint16_t *)(const void *)(x + SCALES + ((p * NT + nt) * 8 + g) * ROW + from));
     }
     __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
         const float4 all = *(const float4 *)(const void *)(x + (nt * 8 + (int)threadIdx.x % 4 * 2) * 8);
@@ -2172,7 +2192,7 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
             if (first + mt < t.s.tiles) {
                 const uint8_t *p, *scale;
                 unit_at(t.s, first + mt, a.unit, &p, &scale);
-                ask_unit(stage + (first + mt) * SLOT_BYTES, p, 8 * (size_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
+                ask_unit(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
             }
         ask_rows(stage + stage_rows(MT), t, a.unit);
         for (a.unit += WARPS; a.unit >= units && a.w < WARPS - 1;) a.unit = ++a.w;
@@ -2227,7 +2247,7 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
             if (!late) ask_wide<MT>(known, n, a, bytes);
             UNROLL
             for (int mt = 0; live && mt < MT; mt++)
-                take_piece<DTYPE>(q[mt], from + (first + mt) * SLOT_BYTES, scale[mt]);
+                take_piece<DTYPE>(q[mt], place_in(from + (first + mt) * SLOT_BYTES), scale[mt]);
             if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + stage_rows(MT) }, acc);
             if (late) ask_wide<MT>(known, n, a, bytes);
             stage = stage + 1 == wide_stages(MT) ? 0 : stage + 1;
@@ -3276,7 +3296,7 @@ static void op_moe(cuda *d, int l) {
            (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
-    e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
+    e.n_which = 2, e.rows = d->grid.rows, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
     experts_run(d, "experts w1 w3", e, w);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
