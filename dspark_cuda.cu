@@ -11,10 +11,11 @@
 // of rows. An attention's keys are cut by their number alone. Compile without contraction (-fmad=false): fused products
 // are written fmaf.
 //
-// EXACT PRODUCTS. FP8 and FP4 weights with their scales, and rounded inputs with theirs, are bf16 numbers as they are:
-// one mma.m16n8k16 sums exact products in fp32. Inputs that are not rounded (of wo_a and of bf16 matrices) go in as
-// three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
-// 16 or 32 rows; from 33 on a block has a tile of outputs and rows (products of many rows).
+// EXACT PRODUCTS. FP8 and FP4 codes are f16 numbers: one mma.m16n8k16 sums exact products in fp32. Scales, powers of
+// two, enter outside of it: where 128 products of FP8 are summed, 32 of FP4, and those of 128 rounded inputs. Inputs
+// that are not rounded go in as two f16 planes with a scale (wo_a's), or where a matrix is of bf16 as three bf16 planes
+// whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
+// 33 on a block has a tile of outputs and rows (products of many rows).
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
 // a pass        turns (cos and sin of each row's position)
@@ -29,12 +30,14 @@
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
 // is of, and `linears` asks for its first 128 KB of weights an SM; then it waits (grid_wait).
 //
-// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor): 9,130,
-// 42 %. gate w1 w3 282, 89 %; the head 403, 89 %; wo_b 571, 86 %; wq_b 693, 80 %; wq_a and what is beside it 489, 62 %;
-// wo_a 877, 56 %: three planes of x; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %: a unit of FP4 takes a warp
-// some 500 instructions, of which 300 decode, and four warps of a scheduler need 3,500 clocks for it where bytes allow
-// 2,400. Others 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212,
-// swiglu 209, index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
+// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), when FP8
+// and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403, 89 %; wo_b 571, 86 %; wq_b 693, 80
+// %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %. Others
+// 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212, swiglu 209,
+// index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
+// COUNTED (SASS of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows; then, in bf16): FP4 274 (438), FP8
+// 120 (278), times wo_a's planes 142 (308), bf16 115 (127). The four warps of a scheduler issue 1,100 for FP4 while
+// bytes take 2,400 clocks.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -91,6 +94,7 @@ template <int AT> static inline uint4 load16(shared_at from) { return *(const ui
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
 static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
 static inline uint32_t f16x2(float low, float high) { return host_f16x2(low, high); }
+static inline float f16_value(uint32_t u) { return host_f16_value(u); }
 static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, high); }
 static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16x2(a, b); }
 #else
@@ -198,6 +202,11 @@ __device__ __forceinline__ uint32_t f16x2(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
+__device__ __forceinline__ float f16_value(uint32_t u) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((uint16_t)u));
+    return x;
+}
 __device__ __forceinline__ uint32_t bf16x2(float low, float high) {
     uint32_t r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -294,7 +303,12 @@ static __device__ __forceinline__ float e4m3_value(uint32_t code) {
 // scale: exact. halves [2][rows][stride]: two f16 numbers whose sum, times a scale of the 128, is the input to 2^-24 of
 // it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is. Scales [rows][stride / 128].
 // Zeros up to the stride.
-typedef struct { uint16_t *rounded, *halves, *plain; float *rounded_scale, *halves_scale; int stride; size_t plane; } input;
+typedef struct {
+    uint16_t *rounded, *halves, *plain;
+    float *rounded_scale, *halves_scale;
+    int stride;
+    size_t plane;
+} input;
 
 // The largest of the threads that share a block of values, `threads` in a row, a power of two.
 static __device__ __forceinline__ float group_max(float a, int threads) {
@@ -305,11 +319,6 @@ static __device__ __forceinline__ float largest_of(const float *v) {
     float a = 0;
     for (int i = 0; i < 8; i++) a = fmaxf(a, fabsf(v[i]));
     return a;
-}
-static __device__ __forceinline__ float f16_value(uint32_t u) {
-    float a = __uint_as_float((u & 0x7fffu) << 13) * exp2i(112);
-    if ((u & 0x7c00u) == 0x7c00u) a = __uint_as_float(0x7f800000u | (u & 0x3ffu) << 13);
-    return __uint_as_float(__float_as_uint(a) | (u << 16 & 0x80000000u));
 }
 // Eight numbers of each form at `to` of a buffer, of a block whose largest is a.
 static __device__ __forceinline__ void put_rounded(const input &x, size_t to, const float *v, float a) {
@@ -438,17 +447,17 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 
 // ---- linears ----------------------------------------------------------------------------------
 // Weights as the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit of each. A lane has 16 bytes
-// of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both sides
-// agree. A warp asks for its units ahead, four of 2 KB, into slots of shared memory whose bytes only the lane that
-// asked reads again: no barrier on the way in, and what is asked for goes on over the ends of tiles and matrices. 128
-// KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors,
-// index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1
-// (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on, reading x for each unit from the
-// caches binds instead; from 33 on other kernels do it.
+// of rows g and g + 8 at a time, of FP4 four of each block of 32, so that a product has one scale a row, and multiplies
+// them as fragments: which k a fragment holds is free, if both sides agree. A warp asks for its units ahead, four of 2
+// KB, into slots of shared memory that only it reads: no barrier on the way in, and what is asked for goes on over the
+// ends of tiles and matrices. 128 KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB
+// (us): wq_a, wkv, compressors, index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6
+// (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on,
+// reading x for each unit from the caches binds instead; from 33 on other kernels do it.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
-    const uint8_t *scale;    // FP8: [rows / 128][units]; FP4: [tiles][units][lane][4], a lane's four blocks of a unit
+    const uint8_t *scale;           // FP8: [rows / 128][units]; FP4: [tiles][units][8][16], as up_fp4_scales says
     const float *block_scale;       // FP8, where the library may take it: [rows / 128][cols / 128 to whole fours]
     int rows, cols, pitch, dtype;
 } matrix;
@@ -563,19 +572,18 @@ static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
 }
 
 // Eight FP4 codes as `arranged` left them, to pairs (0, 1), (2, 3) .. of f16, 2^-14 of the value: e e m becomes the low
-// bits of the exponent and the first of the mantissa. A byte has a code in bits 7 and 3 2 1, and one in their mirror
-// image.
+// bits of the exponent and the first of the mantissa. A byte has one code in bits 7 and 3 2 1, another in their mirror
+// image: seven instructions for the eight.
 enum { FP4_SHIFT = 14 };
 static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t *a) {
     uint32_t mirrored = __brev(codes), bits = 0x8e008e00u;
     a[0] = codes & bits, a[1] = codes << 8 & bits, a[2] = mirrored & bits, a[3] = mirrored << 8 & bits;
 }
-static __host__ __device__ __forceinline__ uint32_t arranged(uint32_t codes) {
+static __device__ __forceinline__ uint32_t arranged(uint32_t codes) {
     uint32_t to = 0;
-    for (int i = 0; i < 8; i++) {       // byte 1 of each half for the first pair, 0 for the next; mirrored 2 0 3 1
-        uint32_t code = codes >> 4 * i & 15, byte = i < 4 ? (uint32_t)(i % 2 * 2 + (i < 2)) : (0x1302u >> 4 * (i - 4)) & 15;
-        to |= (i < 4 ? (code & 8) << 4 | (code & 7) << 1
-                     : code >> 3 | (code & 4) << 2 | (code & 2) << 4 | (code & 1) << 6) << 8 * byte;
+    for (int i = 0; i < 8; i++) {
+        uint32_t code = codes >> 4 * i & 15, byte = (code & 8) << 4 | (code & 7) << 1;
+        to |= (i < 4 ? byte : __brev(byte) >> 24) << 8 * (0x13022031u >> 4 * i & 15);
     }
     return to;
 }
@@ -613,9 +621,9 @@ static __host__ __device__ __forceinline__ operand operand_of(const input &x, in
     return o;
 }
 
-// Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and 2t
-// + 1, s[row][128]. From where it lies: at [nt] is where the lane's part of row g begins, scale_at [nt][2] where the two
-// rows' scales do.
+// Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and
+// 2t + 1, s[row][128]. From where it lies: at [nt] is where the lane's part of row g begins, scale_at [nt][2] where the
+// two rows' scales do.
 template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x) {
     if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)x;
     const uint2 a = *(const uint2 *)(const void *)x, b = *(const uint2 *)(const void *)(x + 16);
@@ -651,8 +659,8 @@ static __device__ __forceinline__ void mma_eight(float *c, const uint32_t (*a)[4
     mma_f16(c, a, 0, x.x, x.y, first), mma_f16(c, a, 2, x.z, x.w, 0);
 }
 // acc[mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of x, of X planes, which `b` gives. FP8: its 128
-// products are summed, and enter with both scales. FP4: 32 products enter a sum of 128 with their scale, and that enters
-// with the scale of x.
+// products are summed, and enter with both scales. FP4: 32 products enter a sum of 128 with their scale, and that
+// enters with the scale of x.
 template <int MT, int NT, int X, class B>
 static __device__ __forceinline__ void multiply_fp8(const piece *q, const B &b, float (*acc)[NT][4]) {
     float sum[MT][NT][4];
@@ -851,7 +859,7 @@ static __device__ __forceinline__ float total(const float *part, int width, int 
 // once and not one after the other.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
-    enum { LINES = weights_of<DTYPE>::IN_UNIT / 64 | (DTYPE == DSPARK_F32) };    // of 64 numbers, in a unit and plane; floats have half of one
+    enum { LINES = weights_of<DTYPE>::IN_UNIT < 64 ? 1 : weights_of<DTYPE>::IN_UNIT / 64 };     // in a unit and plane
     int units = s.pitch / UNIT, warp = (int)threadIdx.x / WARP, t = (int)threadIdx.x % 4, any = 0;
     for (int i = t; DTYPE != DSPARK_F32 && warp + i / LINES * WARPS < units; i += 4)
         UNROLL
@@ -2961,7 +2969,7 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
 
 // ---- blocks of prompts through cuBLASLt
 // Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
-// take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on bf16 needs
+// take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs
 // some 60. Its sums keep fewer bits, and the way it takes follows the shape: so the rows are always 512, and the first
 // choice of a shape stays. The routed experts, wo_a and bf16 matrices remain with the kernels above.
 
@@ -3054,7 +3062,8 @@ static void product_run(cuda *d, const product *p, const matrix &w, const uint8_
 // The product for a job of a block, the same each time; NULL: the library has none.
 static const product *product_of(cuda *d, const job *j) {
     product *p = d->products;
-    if (!j->w.block_scale || j->x.planes > 1 || j->group || j->add || j->y_rows || j->w.cols % 16 || j->w.rows % 16) return NULL;
+    if (!j->w.block_scale || j->x.planes > 1 || j->group || j->add || j->y_rows) return NULL;
+    if (j->w.cols % 16 || j->w.rows % 16) return NULL;
     for (; p < d->products + d->n_products; p++)
         if (p->rows == j->w.rows && p->cols == j->w.cols && p->y_stride == j->y_stride) return p->possible ? p : NULL;
     if (d->n_products == MAX_PRODUCTS) return NULL;
@@ -3296,7 +3305,8 @@ static void op_moe(cuda *d, int l) {
            (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
-    e.n_which = 2, e.rows = d->grid.rows, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
+    e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
+    e.y_stride = width;
     experts_run(d, "experts w1 w3", e, w);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
