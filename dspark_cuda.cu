@@ -301,8 +301,8 @@ static __device__ __forceinline__ float e4m3_value(uint32_t code) {
 
 // A row as products take it, in some of three forms. rounded [rows][stride]: FP8 codes per 128, as f16, and their
 // scale: exact. halves [2][rows][stride]: two f16 numbers whose sum, times a scale of the 128, is the input to 2^-24 of
-// it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is. Scales [rows][stride / 128].
-// Zeros up to the stride.
+// it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is; of 32, at 8 t those that lane
+// t of a product takes: 2t and 2t + 1 of each eight. Scales [rows][stride / 128]. Zeros up to the stride.
 typedef struct {
     uint16_t *rounded, *halves, *plain;
     float *rounded_scale, *halves_scale;
@@ -344,16 +344,15 @@ static __device__ __forceinline__ void put_halves(const input &x, size_t to, con
     if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
 }
 static __device__ __forceinline__ void put_plain(const input &x, size_t to, const float *v) {
+    uint16_t *out = x.plain + to - to % 32 + to % 32 / 4;
     float rest[8];
-    uint32_t w[4];
     for (int i = 0; i < 8; i++) rest[i] = v[i];
-    for (int p = 0; p < 3; p++) {
-        for (int i = 0; i < 4; i++) {
-            w[i] = bf16x2(rest[2 * i], rest[2 * i + 1]);
-            rest[2 * i] -= __uint_as_float(w[i] << 16), rest[2 * i + 1] -= __uint_as_float(w[i] & 0xffff0000u);
+    for (int p = 0; p < 3; p++, out += x.plane)
+        for (int t = 0; t < 4; t++) {
+            uint32_t w = bf16x2(rest[2 * t], rest[2 * t + 1]);
+            rest[2 * t] -= __uint_as_float(w << 16), rest[2 * t + 1] -= __uint_as_float(w & 0xffff0000u);
+            *(uint32_t *)(void *)(out + 8 * t) = w;
         }
-        *(uint4 *)(void *)(x.plain + (size_t)p * x.plane + to) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
 }
 // Eight values of a row, at `at`, in the forms that x has; all threads of a warp call it, 16 of them share a block of
 // 128. `live` 0: none.
@@ -535,23 +534,23 @@ static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p
     copy16<0>(to, p), copy16<512>(to, below), copy16<1024>(to, p + 64), copy16<1536>(to, below + 64);
     if (fp4) copy4<2048>(slot + lane * 4, scale);
 }
-// What a lane has of a unit. v[2 c + half]: its 16 bytes of row g + 8 half, chunk c. FP4: v[j], words 2 b + half: eight
-// codes of row g + 8 half, block 2 j + b of 32; their scales are bytes of scale's word j in the same order. FP8: one
-// scale.
+// What a lane has of a unit. FP8, F32, v[2 c + half]: its 16 bytes of row g + 8 half, chunk c. The others, v[j], words
+// 2 b + half: four bytes of row g + 8 half, of the 16 at 2 j + b. FP4's scales are bytes of scale's word j in the same
+// order; FP8 has one scale.
 typedef struct { uint4 v[4], scale; } piece;
 template <int DTYPE>
 static __device__ __forceinline__ void take_piece(piece &q, shared_at slot, uint32_t scale) {
     int lane = (int)threadIdx.x % WARP;
-    if (DTYPE == DSPARK_FP4) {
+    if (DTYPE == DSPARK_FP8 || DTYPE == DSPARK_F32) {
+        shared_at from = slot + place_of(lane);
+        q.v[0] = load16<0>(from), q.v[1] = load16<512>(from), q.v[2] = load16<1024>(from);
+        q.v[3] = load16<1536>(from), q.scale.x = scale;
+    } else {
         shared_at from = slot + lane / 8 % 2 * 512, even = from + place_of(lane % 8 * 4 + lane / 16),
                   odd = from + place_of(lane % 8 * 4 + lane / 16 + 2);
         q.v[0] = load_rows<0>(even), q.v[1] = load_rows<0>(odd);
         q.v[2] = load_rows<1024>(even), q.v[3] = load_rows<1024>(odd);
-        q.scale = load16<2048>(slot + lane / 4 * 16);
-    } else {
-        shared_at from = slot + place_of(lane);
-        q.v[0] = load16<0>(from), q.v[1] = load16<512>(from), q.v[2] = load16<1024>(from);
-        q.v[3] = load16<1536>(from), q.scale.x = scale;
+        if (DTYPE == DSPARK_FP4) q.scale = load16<2048>(slot + lane / 4 * 16);
     }
 }
 // FP8: where the scales of a tile's units are.
@@ -602,7 +601,7 @@ static __device__ __forceinline__ void decode_plain(const piece &q, int i, int h
     enum { PLANES = weights_of<DTYPE>::PLANES };
     UNROLL
     for (int k = 0; k < 4; k++) {
-        uint32_t w = word(q.v[2 * i + half], k);
+        uint32_t w = word(q.v[2 * i + k / 2], k % 2 * 2 + half);
         if (DTYPE == DSPARK_BF16) a[0][k] = w;
         else if (DTYPE == DSPARK_F16) planes_of<PLANES>(f16_value(w & 0xffffu), f16_value(w >> 16), a, k);
         else {
@@ -621,13 +620,18 @@ static __host__ __device__ __forceinline__ operand operand_of(const input &x, in
     return o;
 }
 
+// Where a lane's first eight is in 32 numbers of x.
+template <int DTYPE> static __device__ __forceinline__ uint32_t lane_eight(void) {
+    uint32_t t = threadIdx.x % 4;
+    return DTYPE == DSPARK_F32 ? t % 2 * 16 + t / 2 * 2 : t * 8;
+}
 // Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and
 // 2t + 1, s[row][128]. From where it lies: at [nt] is where the lane's part of row g begins, scale_at [nt][2] where the
 // two rows' scales do.
 template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x) {
     if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)x;
-    const uint2 a = *(const uint2 *)(const void *)x, b = *(const uint2 *)(const void *)(x + 16);
-    return make_uint4(a.x, a.y, b.x, b.y);
+    const uint32_t *pair = (const uint32_t *)(const void *)x;
+    return make_uint4(pair[0], pair[4], pair[2], pair[6]);
 }
 template <int DTYPE> struct from_memory {
     const uint16_t *const *x;       // the planes
@@ -884,7 +888,7 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
     if (DTYPE >= DSPARK_FP8) IN_GLOBAL(x.scale);
     UNROLL
     for (int i = 0; i < NT * 2; i++) {
-        from[i / 2] = (uint32_t)at[i / 2] + threadIdx.x % 4 * (DTYPE == DSPARK_F32 ? 4 : weights_of<DTYPE>::EIGHTS * 8);
+        from[i / 2] = (uint32_t)at[i / 2] + lane_eight<DTYPE>() * weights_of<DTYPE>::EIGHTS;
         if (DTYPE >= DSPARK_FP8)        // of the rows whose sums the lane has
             scale_at[i / 2][i % 2] = (uint32_t)__shfl_sync(ALL, at[i / 2], (int)threadIdx.x % 4 * 8 + i % 2 * 4) / 128;
     }
@@ -897,11 +901,11 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
-            if (DTYPE == DSPARK_FP4) __syncwarp();      // lanes read what others asked for
+            __syncwarp();       // lanes read what others asked for
             take_piece<DTYPE>(q, f.slot, DTYPE == DSPARK_FP8 ? scales[unit] : 0);
             multiply<DTYPE, 1, NT, X>(
                 &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
-            if (DTYPE == DSPARK_FP4) __syncwarp();
+            __syncwarp();
             ask<NT>(f);
         }
         put_part<NT, SUMS>(part, width, tile, acc);
@@ -2178,7 +2182,7 @@ template <int DTYPE, int NT> struct from_stage {
     __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
         enum { ROW = weights_of<DTYPE>::IN_UNIT * 2, SCALES = DTYPE >= DSPARK_FP8 ? MOST_COLUMNS * 2 * 4 : 0 };
         int g = (int)threadIdx.x % WARP / 4, from = ROW < 128 ? 0 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
-        from += (int)threadIdx.x % 4 * (DTYPE == DSPARK_F32 ? 8 : 16);
+        from += (int)lane_eight<DTYPE>() * 2;
         return eight_at<DTYPE>((const uint16_t *)(const void *)(x + SCALES + ((p * NT + nt) * 8 + g) * ROW + from));
     }
     __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
