@@ -35,8 +35,8 @@
 // %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %. Others
 // 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212, swiglu 209,
 // index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
-// COUNTED (SASS of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows; then, in bf16): FP4 274 (438), FP8
-// 120 (278), times wo_a's planes 142 (308), bf16 115 (127). The four warps of a scheduler issue 1,100 for FP4 while
+// COUNTED (SASS of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows; through bf16): FP4 274 (438), FP8
+// 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a scheduler issue 1,100 for FP4 while
 // bytes take 2,400 clocks.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
@@ -79,6 +79,7 @@ template <int AT> static inline void copy16(shared_at to, const void *from) { me
 template <int AT> static inline void copy4(shared_at to, const void *from) { memcpy(to + AT, from, 4); }
 static inline void copies_close(void) {}
 static inline void keep(int) {}
+static inline void fetch(const void *) {}
 template <int PENDING> static inline void copies_wait(void) {}
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
@@ -146,6 +147,8 @@ template <int AT> __device__ __forceinline__ void copy16(shared_at to, const voi
 template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0 + %2], [%1], 4;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
+// The line at p comes to the second cache.
+__device__ __forceinline__ void fetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 __device__ __forceinline__ void keep(int x) { asm volatile("" :: "r"(x)); }       // x is needed
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
@@ -301,8 +304,8 @@ static __device__ __forceinline__ float e4m3_value(uint32_t code) {
 
 // A row as products take it, in some of three forms. rounded [rows][stride]: FP8 codes per 128, as f16, and their
 // scale: exact. halves [2][rows][stride]: two f16 numbers whose sum, times a scale of the 128, is the input to 2^-24 of
-// it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is; of 32, at 8 t those that lane
-// t of a product takes: 2t and 2t + 1 of each eight. Scales [rows][stride / 128]. Zeros up to the stride.
+// it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is; of 32, at 8 t those that
+// lane t of a product takes: 2t and 2t + 1 of each eight. Scales [rows][stride / 128]. Zeros up to the stride.
 typedef struct {
     uint16_t *rounded, *halves, *plain;
     float *rounded_scale, *halves_scale;
@@ -519,12 +522,13 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
 enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };
 static __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
 
-// Where the lane's first 16 bytes of a unit lie, and its four of FP4's scales.
+// Where the lane's first 16 bytes of a unit lie, and its four of FP4's scales, else anywhere.
 static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit, const uint8_t **p,
                                                const uint8_t **scale) {
     int lane = (int)threadIdx.x % WARP, m0 = s.m0 + tile * TILE;
     *p = s.data + (size_t)(m0 + lane / 4) * (size_t)s.pitch + (size_t)(unit * UNIT + lane % 4 * 16);
-    *scale = s.scale + (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
+    *scale = s.dtype == DSPARK_FP4 ? s.scale : s.data;
+    *scale += (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
 }
 static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, uint32_t eight_rows, int fp4,
                                                 const uint8_t *scale) {
@@ -834,7 +838,7 @@ template <int NT> static __device__ __forceinline__ void ask(feed &f) {
     if (!--f.units) feed_tile<NT>(f);
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
-    memset(&f, 0, sizeof f), f.spans = spans, f.n = n;
+    memset(&f, 0, sizeof f), f.spans = spans, f.n = n, f.p = f.scale = (const uint8_t *)bytes;
     f.slots = f.slot = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES);
     feed_span(f);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
@@ -881,7 +885,7 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
     enum { SUMS = weights_of<DTYPE>::SUMS };
     int units = s.pitch / UNIT;
     uint32_t from[NT], scale_at[NT][2];
-    const uint16_t *planes[X];
+    const uint16_t *planes[X];      // of x
     UNROLL
     for (int p = 0; p < X; p++) planes[p] = x.x + (size_t)p * x.plane;
     IN_GLOBAL(x.x);
@@ -894,7 +898,7 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
     }
     warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
-        const uint8_t *scales = scales_of(s, tile);
+        const uint8_t *scales = DTYPE == DSPARK_FP8 ? scales_of(s, tile) : NULL;
         if (DTYPE == DSPARK_FP8) IN_GLOBAL(scales);
         float acc[SUMS][1][NT][4];
         zero<SUMS * NT * 4>(&acc[0][0][0][0]);
@@ -2063,7 +2067,8 @@ typedef struct {
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
-    int n = p.active[0], a = i / (p.each * p.n_which), e = p.active[1 + least(a, p.c.E - 1)], of_tile = p.each_tile;
+    int n = __ldcg(p.active), a = i / (p.each * p.n_which), e = __ldcg(p.active + 1 + least(a, p.c.E - 1)),
+        of_tile = p.each_tile;
     const expert *of = p.experts + e;
     if (a >= n) a = n, of = p.shared, of_tile = p.shared_tile;
     i -= a * p.each * p.n_which;
@@ -2071,9 +2076,10 @@ static __device__ __forceinline__ void item_of(const experts_args &p, int i, ite
     it.w = of->w[p.which + it.of], it.tile = i % of_tile ? -1 : i / of_tile, it.part = a * p.n_which + it.of;
 }
 static __device__ __forceinline__ void span_rows(const experts_args &p, int part, span &s) {
-    int a = part / p.n_which, e = a < p.active[0] ? p.active[1 + a] : -1;
-    if (e >= 0) s.list = p.list + p.first[e];
-    s.n = e >= 0 ? p.first[e + 1] - p.first[e] : p.n->n_rows;
+    int a = part / p.n_which, e = a < __ldcg(p.active) ? __ldcg(p.active + 1 + a) : -1;
+    int first = e >= 0 ? __ldcg(p.first + e) : 0;
+    if (e >= 0) s.list = p.list + first;
+    s.n = e >= 0 ? __ldcg(p.first + e + 1) - first : p.n->n_rows;
 }
 // Rows i0 .. of those that take the expert.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
@@ -2103,8 +2109,10 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     int n, item, end, width = least(NT * 8, p.rows);
     feed f;
     grid_go();
+    for (int i = (int)threadIdx.x * 128; !blockIdx.x && i < (p.c.E + 1) * (int)sizeof(expert); i += THREADS * 128)
+        fetch((const char *)p.experts + i);         // which nobody has read since the pass before
     grid_wait();
-    n = (p.active[0] * p.each + p.shared_each) * p.n_which;
+    n = (__ldcg(p.active) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), spans);
@@ -2121,11 +2129,12 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
 // of eight warps has a tile of outputs and rows of the pass: a warp 16 MT of its outputs, whose weights no other reads,
 // and all of its rows, which come to shared memory in stages. A warp sums as eight warps do above: of units w, w + 8,
 // .. alone, for each w, and those sums in order: the same bits. Blocks go through tiles in turn, rows first, so that
-// those which run at once share weights. 256 outputs x 64 rows; of three planes x 32; 128 x 32 where tiles are few.
-// Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66 (matrices of bf16: three planes),
-// wq_b 71, wo_a 172 (three planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8 times 64 rows, of a tile of 256,
-// is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues 1,600 instructions for its two
-// warps, and 48 KB from L2, 30 bytes a clock; of FP4 twice the products, 2,500 instructions, 64 KB.
+// those which run at once share weights. 256 outputs x 64 rows; of FP4, whose sums take registers, and of bf16 x 32;
+// 128 x 32 where tiles are few. Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66
+// (matrices of bf16: three planes), wq_b 71, wo_a 115 (two planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8
+// times 64 rows, of a tile of 256, is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues
+// 1,500 instructions for its two warps, and 48 KB from L2, 30 bytes a clock; of FP4 times 32 rows as many, 2,200
+// instructions.
 
 enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
 static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }
@@ -3315,8 +3324,8 @@ static void op_moe(cuda *d, int l) {
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
-    e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down,
-    e.y_stride = d->s.h;
+    e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
+    e.y[0] = d->down, e.y_stride = d->s.h;
     experts_run(d, "experts w2", e, w);
 }
 
