@@ -28,7 +28,7 @@
 // a step        markov_begin, [linears, markov_gate,] linears, draw
 // 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
-// is of, and `linears` asks for its first 128 KB of weights an SM; then it waits (grid_wait).
+// is of, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM; then it waits (grid_wait).
 //
 // MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), when FP8
 // and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403, 89 %; wo_b 571, 86 %; wq_b 693, 80
@@ -2060,6 +2060,7 @@ typedef struct {
     int which, n_which;             // matrices w[which] .. of an expert
     int n_slots;                    // K + 1: slot K is the shared expert's
     int rows;                       // of the pass, at most
+    int routed;                     // 1: the routes stand before the kernel ahead has ended
     int x_by_slot;                  // x has a row for each slot; else for each row of the pass
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
@@ -2103,25 +2104,31 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
     __syncthreads();
 }
 
+// w1 and w3 let the next kernel begin only when the routes stand, so what begins after that one may read them before it
+// waits: w2 asks for its first weights while its inputs are still made.
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int n, item, end, width = least(NT * 8, p.rows);
+    int n, item, end, width = least(NT * 8, p.rows), waits = p.routed;
     feed f;
+    if (!waits) {
+        for (int i = (int)threadIdx.x * 128; !blockIdx.x && i < (p.c.E + 1) * (int)sizeof(expert); i += THREADS * 128)
+            fetch((const char *)p.experts + i);     // which nobody has read since the pass before
+        grid_wait();
+    }
     grid_go();
-    for (int i = (int)threadIdx.x * 128; !blockIdx.x && i < (p.c.E + 1) * (int)sizeof(expert); i += THREADS * 128)
-        fetch((const char *)p.experts + i);         // which nobody has read since the pass before
-    grid_wait();
     n = (__ldcg(p.active) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), spans);
         feed_begin<NT>(f, spans, some, bytes);
+        if (waits) grid_wait(), waits = 0;
         for (int k = 0; k < some; k++)
             for (int i = 0; i < spans[k].n; i += NT * 8)
                 expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes, width);
         copies_wait<0>();
     }
+    if (waits) grid_wait();
 }
 
 // ---- products of many rows --------------------------------------------------------------------
@@ -3324,7 +3331,7 @@ static void op_moe(cuda *d, int l) {
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
-    e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
+    e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
     e.y[0] = d->down, e.y_stride = d->s.h;
     experts_run(d, "experts w2", e, w);
 }
