@@ -11,10 +11,11 @@
 // of rows. An attention's keys are cut by their number alone. Compile without contraction (-fmad=false): fused products
 // are written fmaf.
 //
-// EXACT PRODUCTS. FP8 and FP4 weights with their scales, and rounded inputs with theirs, are bf16 numbers as they are:
-// one mma.m16n8k16 sums exact products in fp32. Inputs that are not rounded (of wo_a and of bf16 matrices) go in as
-// three bf16 planes whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8,
-// 16 or 32 rows; from 33 on a block has a tile of outputs and rows (products of many rows).
+// EXACT PRODUCTS. FP8 and FP4 codes are f16 numbers: one mma.m16n8k16 sums exact products in fp32. Scales, powers of
+// two, enter outside of it: where 128 products of FP8 are summed, 32 of FP4, and those of 128 rounded inputs. Inputs
+// that are not rounded go in as two f16 planes with a scale (wo_a's), or where a matrix is of bf16 as three bf16 planes
+// whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
+// 33 on a block has a tile of outputs and rows (products of many rows).
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
 // a pass        turns (cos and sin of each row's position)
@@ -28,14 +29,16 @@
 // a step        markov_begin, [linears, markov_gate,] linears, [survey, .. weigh,] draw
 // 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
-// is of, and `linears` asks for its first 128 KB of weights an SM; then it waits (grid_wait).
+// is of, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM; then it waits (grid_wait).
 //
-// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor): 9,130,
-// 42 %. gate w1 w3 282, 89 %; the head 403, 89 %; wo_b 571, 86 %; wq_b 693, 80 %; wq_a and what is beside it 489, 62 %;
-// wo_a 877, 56 %: three planes of x; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %: a unit of FP4 takes a warp
-// some 500 instructions, of which 300 decode, and four warps of a scheduler need 3,500 clocks for it where bytes allow
-// 2,400. Others 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212,
-// swiglu 209, index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
+// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), when FP8
+// and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403, 89 %; wo_b 571, 86 %; wq_b 693, 80
+// %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %. Others
+// 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212, swiglu 209,
+// index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
+// COUNTED (SASS of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows; through bf16): FP4 274 (438), FP8
+// 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a scheduler issue 1,100 for FP4 while
+// bytes take 2,400 clocks.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -46,6 +49,7 @@
 #endif
 #include "dspark.h"
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -57,7 +61,6 @@ enum { COPIES = 4, MIX = (2 + COPIES) * COPIES };       // hc_mult, and the numb
 enum { SLICE = 32 };                                    // dims of the hidden state that a block of the stream owns
 enum { UNIT = 128, TILE = 16 };    // bytes of a weight row that a warp takes at once; rows of a tile
 enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32 };      // parts of a long attention; keys at once; rows in the buffers
-enum { WEIGHT_SHIFT = 16 };    // decoded FP8 and FP4 weights are 2^-16 of their value: room for scales
 enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
 
 #define ALL 0xffffffffu
@@ -68,18 +71,32 @@ enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1
 #define UNROLL
 #define UNROLL_BY(n)
 #define SHARED_BYTES(name) char *name = host.shared
+#define IN_GLOBAL(p) ((void)0)
 static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
-static inline void copy16(void *to, const void *from) { memcpy(to, from, 16); }
-static inline void copy4(void *to, const void *from) { memcpy(to, from, 4); }
+typedef char *shared_at;
+static inline shared_at place_in(const char *shared) { return (char *)(uintptr_t)shared; }
+template <int AT> static inline void copy16(shared_at to, const void *from) { memcpy(to + AT, from, 16); }
+template <int AT> static inline void copy4(shared_at to, const void *from) { memcpy(to + AT, from, 4); }
 static inline void copies_close(void) {}
 static inline void keep(int) {}
+static inline void fetch(const void *) {}
 template <int PENDING> static inline void copies_wait(void) {}
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
-    host_mma(c, a, b);
+    host_mma(c, a, b, 0);
+}
+static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t b0, uint32_t b1, int first) {
+    const uint32_t all[4] = { a[0][pair], a[1][pair], a[0][pair + 1], a[1][pair + 1] }, b[2] = { b0, b1 };
+    if (first) c[0] = c[1] = c[2] = c[3] = 0;
+    host_mma(c, all, b, 1);
 }
 static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
+template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)(const void *)(from + AT); }
+template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
+static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
+static inline uint32_t f16x2(float low, float high) { return host_f16x2(low, high); }
+static inline float f16_value(uint32_t u) { return host_f16_value(u); }
 static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, high); }
 static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16x2(a, b); }
 #else
@@ -87,6 +104,7 @@ static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16
 #define TEXT_OF(x) #x
 #define UNROLL_BY(n) _Pragma(TEXT_OF(unroll n))
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
+#define IN_GLOBAL(p) __builtin_assume(__isGlobal(p))       // its loads need not ask where it points
 // The kernel before has ended and its stores are seen: before any read of what a kernel of this pass wrote
 // (programmatic launches). What the pass is of stands before its first kernel begins (op_pass): counts and rows are
 // read ahead.
@@ -110,15 +128,28 @@ __device__ __forceinline__ void grid_go(void) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Into shared memory, without waiting: what was asked for before a close is one group, and groups land in order.
-__device__ __forceinline__ void copy16(void *to, const void *from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+// Into shared memory, AT bytes on from a place, without waiting: what was asked for before a close is one group, and
+// groups land in order.
+typedef uint32_t shared_at;
+__device__ __forceinline__ shared_at place_in(const char *shared) {
+    shared_at at = (uint32_t)__cvta_generic_to_shared(shared);
+    asm("" : "+r"(at));         // a number that is kept, and not made again for each use
+    return at;
 }
-__device__ __forceinline__ void copy4(void *to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+template <int AT> __device__ __forceinline__ uint4 load16(shared_at from) {
+    uint4 r;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from), "n"(AT));
+    return r;
 }
+template <int AT> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1], 16;" :: "r"(to), "l"(from), "n"(AT) : "memory");
+}
+template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0 + %2], [%1], 4;" :: "r"(to), "l"(from), "n"(AT) : "memory");
+}
+// The line at p comes to the second cache.
+__device__ __forceinline__ void fetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 __device__ __forceinline__ void keep(int x) { asm volatile("" :: "r"(x)); }       // x is needed
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
@@ -133,11 +164,52 @@ __device__ __forceinline__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// The same of f16, a[half][pair]: rows g + 8 half, pairs `pair` and the next. first: c is 0.
+__device__ __forceinline__ void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t b0, uint32_t b1,
+                                        int first) {
+    float c0 = first ? 0 : c[0], c1 = first ? 0 : c[1], c2 = first ? 0 : c[2], c3 = first ? 0 : c[3];
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0][pair]), "r"(a[1][pair]), "r"(a[0][pair + 1]), "r"(a[1][pair + 1]), "r"(b0), "r"(b1), "f"(c0),
+          "f"(c1), "f"(c2), "f"(c3));
+}
 // Four 8 x 8 tiles of shared memory, lane i giving row i % 8 of tile i / 8: r[j] has of tile j rows 2t and 2t + 1 at
 // column g, as mma takes b.
 __device__ __forceinline__ void load_transposed(uint32_t *r, const uint16_t *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)));
+}
+// Likewise four tiles of eight rows of 16 bytes: of each, bytes 4t .. 4t + 3 of row g.
+template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
+    uint4 r;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(row), "n"(AT));
+    return r;
+}
+// Four E4M3 codes, in pairs.
+__device__ __forceinline__ uint2 f16_of_e4m3(uint32_t codes) {
+    uint2 r;
+#if __CUDA_ARCH__ >= 890
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+        : "=r"(r.x), "=r"(r.y) : "r"(codes));
+#else
+    uint32_t x = __byte_perm(codes, 0, 0x1404), y = __byte_perm(codes, 0, 0x3424);       // times 2^-8 in f16's places
+    x = (x & 0x80008000u) | (x & 0x7f007f00u) >> 1, y = (y & 0x80008000u) | (y & 0x7f007f00u) >> 1;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r.x) : "r"(x), "r"(0x5c005c00u));
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r.y) : "r"(y), "r"(0x5c005c00u));
+#endif
+    return r;
+}
+__device__ __forceinline__ uint32_t f16x2(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+__device__ __forceinline__ float f16_value(uint32_t u) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((uint16_t)u));
+    return x;
 }
 __device__ __forceinline__ uint32_t bf16x2(float low, float high) {
     uint32_t r;
@@ -231,10 +303,16 @@ static __device__ __forceinline__ float e4m3_value(uint32_t code) {
 
 // ---- rows of inputs ---------------------------------------------------------------------------
 
-// A row as products take it: bf16, in each eight the order 0 4 1 5 2 6 3 7, in which weights decode. rounded
-// [rows][stride]: to FP8 per 128 and back, exact. plain [3][rows][stride]: three numbers whose sum is the input. Zeros
-// up to the stride.
-typedef struct { uint16_t *rounded, *plain; int stride; size_t plane; } input;
+// A row as products take it, in some of three forms. rounded [rows][stride]: FP8 codes per 128, as f16, and their
+// scale: exact. halves [2][rows][stride]: two f16 numbers whose sum, times a scale of the 128, is the input to 2^-24 of
+// it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is; of 32, at 8 t those that
+// lane t of a product takes: 2t and 2t + 1 of each eight. Scales [rows][stride / 128]. Zeros up to the stride.
+typedef struct {
+    uint16_t *rounded, *halves, *plain;
+    float *rounded_scale, *halves_scale;
+    int stride;
+    size_t plane;
+} input;
 
 // The largest of the threads that share a block of values, `threads` in a row, a power of two.
 static __device__ __forceinline__ float group_max(float a, int threads) {
@@ -246,26 +324,49 @@ static __device__ __forceinline__ float largest_of(const float *v) {
     for (int i = 0; i < 8; i++) a = fmaxf(a, fabsf(v[i]));
     return a;
 }
-static __device__ __forceinline__ uint4 pack8(const float *v) {
-    return make_uint4(bf16x2(v[0], v[4]), bf16x2(v[1], v[5]), bf16x2(v[2], v[6]), bf16x2(v[3], v[7]));
+// Eight numbers of each form at `to` of a buffer, of a block whose largest is a.
+static __device__ __forceinline__ void put_rounded(const input &x, size_t to, const float *v, float a) {
+    int e = fp8_exponent(a);
+    uint32_t w[4];
+    for (int i = 0; i < 4; i++)
+        w[i] = f16x2(nearest_e4m3(v[2 * i] * exp2i(-e)), nearest_e4m3(v[2 * i + 1] * exp2i(-e)));
+    *(uint4 *)(void *)(x.rounded + to) = make_uint4(w[0], w[1], w[2], w[3]);
+    if (to % 128 == 0) x.rounded_scale[to / 128] = a <= FLT_MAX ? exp2i(e) : HUGE_VALF;     // infinity stays
 }
-// Eight values of a row, at `at`, both ways; all threads of a warp call it, 16 of them share a block of 128. `live` 0:
-// none.
-static __device__ void put_input(const input &x, int row, int at, float *v, int live) {
-    float a = group_max(live ? largest_of(v) : 0, 16), up = exp2i(fp8_exponent(a)), down = exp2i(-fp8_exponent(a)),
-          w[8];
+static __device__ __forceinline__ void put_halves(const input &x, size_t to, const float *v, float a) {
+    int e = (int)(__float_as_uint(fmaxf(a, exp2i(-112))) >> 23) - 127 - 14;         // a 2^-e < 2^15
+    float rest[8];
+    uint32_t w[4];
+    for (int i = 0; i < 8; i++) rest[i] = v[i] * exp2i(-e);
+    for (int p = 0; p < 2; p++) {
+        for (int i = 0; i < 4; i++) {
+            w[i] = f16x2(rest[2 * i], rest[2 * i + 1]);
+            rest[2 * i] -= f16_value(w[i] & 0xffffu), rest[2 * i + 1] -= f16_value(w[i] >> 16);
+        }
+        *(uint4 *)(void *)(x.halves + (size_t)p * x.plane + to) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+    if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
+}
+static __device__ __forceinline__ void put_plain(const input &x, size_t to, const float *v) {
+    uint16_t *out = x.plain + to - to % 32 + to % 32 / 4;
+    float rest[8];
+    for (int i = 0; i < 8; i++) rest[i] = v[i];
+    for (int p = 0; p < 3; p++, out += x.plane)
+        for (int t = 0; t < 4; t++) {
+            uint32_t w = bf16x2(rest[2 * t], rest[2 * t + 1]);
+            rest[2 * t] -= __uint_as_float(w << 16), rest[2 * t + 1] -= __uint_as_float(w & 0xffff0000u);
+            *(uint32_t *)(void *)(out + 8 * t) = w;
+        }
+}
+// Eight values of a row, at `at`, in the forms that x has; all threads of a warp call it, 16 of them share a block of
+// 128. `live` 0: none.
+static __device__ void put_input(const input &x, int row, int at, const float *v, int live) {
+    float a = group_max(live ? largest_of(v) : 0, 16);
     size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
     if (!live) return;
-    for (int i = 0; i < 8; i++) w[i] = nearest_e4m3(v[i] * down) * up;
-    *(uint4 *)(void *)(x.rounded + to) = pack8(w);
-    for (int p = 0; x.plain && p < 3; p++) {
-        uint4 some = pack8(v);
-        *(uint4 *)(void *)(x.plain + (size_t)p * x.plane + to) = some;
-        v[0] -= __uint_as_float(some.x << 16), v[4] -= __uint_as_float(some.x & 0xffff0000u);
-        v[1] -= __uint_as_float(some.y << 16), v[5] -= __uint_as_float(some.y & 0xffff0000u);
-        v[2] -= __uint_as_float(some.z << 16), v[6] -= __uint_as_float(some.z & 0xffff0000u);
-        v[3] -= __uint_as_float(some.w << 16), v[7] -= __uint_as_float(some.w & 0xffff0000u);
-    }
+    if (x.rounded) put_rounded(x, to, v, a);
+    if (x.halves) put_halves(x, to, v, a);
+    if (x.plain) put_plain(x, to, v);
 }
 static __device__ __forceinline__ void load8(float *v, const float *from) {
     float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
@@ -349,17 +450,17 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 
 // ---- linears ----------------------------------------------------------------------------------
 // Weights as the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit of each. A lane has 16 bytes
-// of rows g and g + 8 at a time and multiplies them as fragments: which k a fragment holds is free, if both sides
-// agree. A warp asks for its units ahead, four of 2 KB, into slots of shared memory whose bytes only the lane that
-// asked reads again: no barrier on the way in, and what is asked for goes on over the ends of tiles and matrices. 128
-// KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors,
-// index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1
-// (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on, reading x for each unit from the
-// caches binds instead; from 33 on other kernels do it.
+// of rows g and g + 8 at a time, of FP4 four of each block of 32, so that a product has one scale a row, and multiplies
+// them as fragments: which k a fragment holds is free, if both sides agree. A warp asks for its units ahead, four of 2
+// KB, into slots of shared memory that only it reads: no barrier on the way in, and what is asked for goes on over the
+// ends of tiles and matrices. 128 KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB
+// (us): wq_a, wkv, compressors, index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6
+// (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on,
+// reading x for each unit from the caches binds instead; from 33 on other kernels do it.
 
 typedef struct {
     const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
-    const uint8_t *scale;    // FP8: [rows / 128][units]; FP4: [tiles][units][lane][4], a lane's four blocks of a unit
+    const uint8_t *scale;           // FP8: [rows / 128][units]; FP4: [tiles][units][8][16], as up_fp4_scales says
     const float *block_scale;       // FP8, where the library may take it: [rows / 128][cols / 128 to whole fours]
     int rows, cols, pitch, dtype;
 } matrix;
@@ -416,58 +517,79 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
     return n;
 }
 
-// A lane's part of a unit of 16 rows: 16 bytes of rows g and g + 8, then of both 64 bytes further.
-typedef struct { uint4 v[4]; uint32_t scale; } piece;
-enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };     // a unit in shared memory, each lane's part in its own place
+// A unit of 16 rows in shared memory: 16 bytes of rows g and g + 8, then of both 64 bytes further, each 512 bytes where
+// lane (g, t) has its 16 at place_of(lane); 16 bytes of FP4's scales for each g behind them. Eight lanes in turn, and
+// the eight g of a t, are then on all banks.
+enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };
+static __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
 
-static __device__ __forceinline__ void ask_piece(char *slot, const span &s, int tile, int unit) {
-    int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, m0 = s.m0 + tile * TILE, pitch = s.pitch;
-    int step = s.dtype == DSPARK_F32 ? 16 : 64;     // eight floats are 32 bytes: a lane takes them in a row
-    const uint8_t *p = s.data + (size_t)(m0 + g) * (size_t)pitch + (size_t)(unit * UNIT + (step == 16 ? 32 : 16) * t);
-    char *to = slot + lane * 16;
-    copy16(to, p), copy16(to + 512, p + 8 * (size_t)pitch);
-    copy16(to + 1024, p + step), copy16(to + 1536, p + step + 8 * (size_t)pitch);
-    if (s.dtype == DSPARK_FP4)
-        copy4(slot + 2048 + lane * 4,
-              s.scale + (((size_t)(m0 / TILE) * (size_t)(pitch / UNIT) + (size_t)unit) * WARP + (size_t)lane) * 4);
+// Where the lane's first 16 bytes of a unit lie, and its four of FP4's scales, else anywhere.
+static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit, const uint8_t **p,
+                                               const uint8_t **scale) {
+    int lane = (int)threadIdx.x % WARP, m0 = s.m0 + tile * TILE;
+    *p = s.data + (size_t)(m0 + lane / 4) * (size_t)s.pitch + (size_t)(unit * UNIT + lane % 4 * 16);
+    *scale = s.dtype == DSPARK_FP4 ? s.scale : s.data;
+    *scale += (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
 }
-// The scale of a whole unit, where it has one.
-template <int DTYPE> static __device__ __forceinline__ uint32_t scale_of(const span &s, int tile, int unit) {
-    if (DTYPE != DSPARK_FP8) return 0;
-    return s.scale[(size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT) + (size_t)unit];
-}
-template <int DTYPE>
-static __device__ __forceinline__ void take_piece(piece &q, const char *slot, uint32_t scale) {
+static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, uint32_t eight_rows, int fp4,
+                                                const uint8_t *scale) {
     int lane = (int)threadIdx.x % WARP;
-    UNROLL
-    for (int i = 0; i < 4; i++) q.v[i] = *(const uint4 *)(const void *)(slot + 512 * i + 16 * lane);
-    q.scale = DTYPE == DSPARK_FP4 ? *(const uint32_t *)(const void *)(slot + 2048 + 4 * lane) : scale;
+    shared_at to = slot + place_of(lane);
+    const uint8_t *below = p + eight_rows;
+    copy16<0>(to, p), copy16<512>(to, below), copy16<1024>(to, p + 64), copy16<1536>(to, below + 64);
+    if (fp4) copy4<2048>(slot + lane * 4, scale);
+}
+// What a lane has of a unit. FP8, F32, v[2 c + half]: its 16 bytes of row g + 8 half, chunk c. The others, v[j], words
+// 2 b + half: four bytes of row g + 8 half, of the 16 at 2 j + b. FP4's scales are bytes of scale's word j in the same
+// order; FP8 has one scale.
+typedef struct { uint4 v[4], scale; } piece;
+template <int DTYPE>
+static __device__ __forceinline__ void take_piece(piece &q, shared_at slot, uint32_t scale) {
+    int lane = (int)threadIdx.x % WARP;
+    if (DTYPE == DSPARK_FP8 || DTYPE == DSPARK_F32) {
+        shared_at from = slot + place_of(lane);
+        q.v[0] = load16<0>(from), q.v[1] = load16<512>(from), q.v[2] = load16<1024>(from);
+        q.v[3] = load16<1536>(from), q.scale.x = scale;
+    } else {
+        shared_at from = slot + lane / 8 % 2 * 512, even = from + place_of(lane % 8 * 4 + lane / 16),
+                  odd = from + place_of(lane % 8 * 4 + lane / 16 + 2);
+        q.v[0] = load_rows<0>(even), q.v[1] = load_rows<0>(odd);
+        q.v[2] = load_rows<1024>(even), q.v[3] = load_rows<1024>(odd);
+        if (DTYPE == DSPARK_FP4) q.scale = load16<2048>(slot + lane / 4 * 16);
+    }
+}
+// FP8: where the scales of a tile's units are.
+static __device__ __forceinline__ const uint8_t *scales_of(const span &s, int tile) {
+    return s.scale + (size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT);
 }
 
-// Of a dtype: elements that a lane takes at once, how often in a unit, and bf16 planes that a weight falls into.
-template <int DTYPE> struct weights_of { enum { IN_16 = 8, CHUNKS = 2, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_FP8> { enum { IN_16 = 16, CHUNKS = 2, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_FP4> { enum { IN_16 = 32, CHUNKS = 2, PLANES = 1 }; };
-template <> struct weights_of<DSPARK_F16> { enum { IN_16 = 8, CHUNKS = 2, PLANES = 2 }; };
-template <> struct weights_of<DSPARK_F32> { enum { IN_16 = 8, CHUNKS = 1, PLANES = 3 }; };
+// Of a dtype: numbers in a unit; eights of them that a lane has in a row; bf16 planes that a weight falls into; chains
+// of sums.
+template <int DTYPE> struct weights_of { enum { IN_UNIT = 64, EIGHTS = 1, PLANES = 1, SUMS = 3 }; };
+template <> struct weights_of<DSPARK_FP8> { enum { IN_UNIT = 128, EIGHTS = 2, PLANES = 1, SUMS = 1 }; };
+template <> struct weights_of<DSPARK_FP4> { enum { IN_UNIT = 256, EIGHTS = 1, PLANES = 1, SUMS = 1 }; };
+template <> struct weights_of<DSPARK_F16> { enum { IN_UNIT = 64, EIGHTS = 1, PLANES = 2, SUMS = 3 }; };
+template <> struct weights_of<DSPARK_F32> { enum { IN_UNIT = 32, EIGHTS = 1, PLANES = 3, SUMS = 3 }; };
 
 static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// 2^e in both halves, as bf16
-static __device__ __forceinline__ uint32_t power_bf16x2(uint32_t e) { return (e + 127) << 7 | (e + 127) << 23; }
-
-// Eight FP4 codes, low nibble first, to pairs (0, 4), (1, 5), (2, 6), (3, 7) times factor: e e m becomes a bf16's low
-// exponent bits and first mantissa bit, 2^-126 of the value.
-static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t factor, uint32_t *a) {
-    for (int i = 0; i < 4; i++) {
-        uint32_t w = codes >> 4 * i;
-        a[i] = mul_bf16x2((w & 0x00070007u) << 6 | (w & 0x00080008u) << 12, factor);
-    }
+// Eight FP4 codes as `arranged` left them, to pairs (0, 1), (2, 3) .. of f16, 2^-14 of the value: e e m becomes the low
+// bits of the exponent and the first of the mantissa. A byte has one code in bits 7 and 3 2 1, another in their mirror
+// image: seven instructions for the eight.
+enum { FP4_SHIFT = 14 };
+static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t *a) {
+    uint32_t mirrored = __brev(codes), bits = 0x8e008e00u;
+    a[0] = codes & bits, a[1] = codes << 8 & bits, a[2] = mirrored & bits, a[3] = mirrored << 8 & bits;
 }
-static __device__ __forceinline__ uint32_t fp4_factor(uint32_t scale) {
-    return power_bf16x2(scale - 127 + 126 - WEIGHT_SHIFT);
+static __device__ __forceinline__ uint32_t arranged(uint32_t codes) {
+    uint32_t to = 0;
+    for (int i = 0; i < 8; i++) {
+        uint32_t code = codes >> 4 * i & 15, byte = (code & 8) << 4 | (code & 7) << 1;
+        to |= (i < 4 ? byte : __brev(byte) >> 24) << 8 * (0x13022031u >> 4 * i & 15);
+    }
+    return to;
 }
 
 // Numbers (low, high) in pairs, as floats, to planes.
@@ -478,106 +600,210 @@ static __device__ __forceinline__ void planes_of(float low, float high, uint32_t
         low -= __uint_as_float(w << 16), high -= __uint_as_float(w & 0xffff0000u);
     }
 }
-static __device__ __forceinline__ float f16_value(uint32_t u) {
-    float a = __uint_as_float((u & 0x7fffu) << 13) * exp2i(112);
-    if ((u & 0x7c00u) == 0x7c00u) a = __uint_as_float(0x7f800000u | (u & 0x3ffu) << 13);
-    return __uint_as_float(__float_as_uint(a) | (u << 16 & 0x80000000u));
-}
-
-// Eight weights of row half `half` (g or g + 8), the e-th of chunk c: a[plane][pair], pairs (0, 4), (1, 5), (2, 6), (3,
-// 7).
+// A lane's eight i of a unit, row g + 8 half: a[plane][pair] in bf16.
 template <int DTYPE>
-static __device__ __forceinline__ void decode(const piece &q, int c, int half, int e, uint32_t (*a)[4]) {
-    const uint4 &v = q.v[2 * c + half];
-    if (DTYPE == DSPARK_FP8) {
-        uint32_t factor = power_bf16x2(q.scale - 127 + 120 - WEIGHT_SHIFT), w0 = word(v, 2 * e),
-                 w1 = word(v, 2 * e + 1);
-        for (int i = 0; i < 2; i++) {
-            uint32_t w = __byte_perm(w0, w1, i ? 0x7632 : 0x5410);
-            a[0][2 * i] = mul_bf16x2((w & 0x007f007fu) << 4 | (w & 0x00800080u) << 8, factor);
-            a[0][2 * i + 1] = mul_bf16x2((w & 0x7f007f00u) >> 4 | (w & 0x80008000u), factor);
-        }
-    } else if (DTYPE == DSPARK_FP4) {
-        decode_fp4(word(v, e), fp4_factor(q.scale >> 8 * (2 * half + c) & 255), a[0]);
-    } else if (DTYPE == DSPARK_F32) {
-        const uint4 &u = q.v[2 + half];     // both chunks are one eight
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].x), __uint_as_float(u.x), a, 0);
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].y), __uint_as_float(u.y), a, 1);
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].z), __uint_as_float(u.z), a, 2);
-        planes_of<weights_of<DTYPE>::PLANES>(__uint_as_float(q.v[half].w), __uint_as_float(u.w), a, 3);
-    } else {
-        for (int i = 0; i < 2; i++) {
-            uint32_t w0 = i ? v.y : v.x, w1 = i ? v.w : v.z;
-            uint32_t low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
-            if (DTYPE == DSPARK_BF16) a[0][2 * i] = low, a[0][2 * i + 1] = high;
-            else {
-                planes_of<weights_of<DTYPE>::PLANES>(f16_value(low & 0xffffu), f16_value(low >> 16), a, 2 * i);
-                planes_of<weights_of<DTYPE>::PLANES>(f16_value(high & 0xffffu), f16_value(high >> 16), a, 2 * i + 1);
-            }
-        }
-    }
-}
-
-typedef struct { const uint16_t *x; size_t plane; int planes; } operand;
-
-// Eight numbers of a unit of x, for row g of eight `nt` and chunk c's e-th eight of the lane. From where it lies; at
-// [nt]: where the lane's row begins.
-template <int DTYPE> struct from_memory {
-    const operand &x;
-    const int *at;
-    int unit;
-    __device__ __forceinline__ uint4 operator()(int p, int nt, int c, int e) const {
-        enum { IN_16 = weights_of<DTYPE>::IN_16 };
-        int k = (unit * weights_of<DTYPE>::CHUNKS + c) * 4 * IN_16 + (int)threadIdx.x % 4 * IN_16 + 8 * e;
-        return *(const uint4 *)(const void *)(x.x + (size_t)p * x.plane + (size_t)(at[nt] + k));
-    }
-};
-// acc[p][mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of plane p of x, which `b` gives. Planes apart:
-// three short chains of products, not a long one.
-template <int DTYPE, int MT, int NT, int X, class B>
-static __device__ __forceinline__ void multiply(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
+static __device__ __forceinline__ void decode_plain(const piece &q, int i, int half, uint32_t (*a)[4]) {
     enum { PLANES = weights_of<DTYPE>::PLANES };
     UNROLL
-    for (int c = 0; c < weights_of<DTYPE>::CHUNKS; c++)
-        UNROLL
-        for (int e = 0; e < weights_of<DTYPE>::IN_16 / 8; e++) {
-            uint32_t a[MT][2][PLANES][4];
-            UNROLL
-            for (int mt = 0; mt < MT; mt++)
-                decode<DTYPE>(q[mt], c, 0, e, a[mt][0]), decode<DTYPE>(q[mt], c, 1, e, a[mt][1]);
-            UNROLL
-            for (int p = 0; p < X; p++)
-                UNROLL
-                for (int nt = 0; nt < NT; nt++) {
-                    const uint4 x = b(p, nt, c, e);
-                    UNROLL
-                    for (int i = 0; i < PLANES; i++) {
-                        if (i + p > 2) continue;        // below 2^-24 of the product
-                        UNROLL
-                        for (int mt = 0; mt < MT; mt++)
-                            mma(acc[p][mt][nt], a[mt][0][i][0], a[mt][1][i][0], a[mt][0][i][1], a[mt][1][i][1], x.x,
-                                x.y);
-                        UNROLL
-                        for (int mt = 0; mt < MT; mt++)
-                            mma(acc[p][mt][nt], a[mt][0][i][2], a[mt][1][i][2], a[mt][0][i][3], a[mt][1][i][3], x.z,
-                                x.w);
-                    }
-                }
+    for (int k = 0; k < 4; k++) {
+        uint32_t w = word(q.v[2 * i + k / 2], k % 2 * 2 + half);
+        if (DTYPE == DSPARK_BF16) a[0][k] = w;
+        else if (DTYPE == DSPARK_F16) planes_of<PLANES>(f16_value(w & 0xffffu), f16_value(w >> 16), a, k);
+        else {
+            const uint4 &v = q.v[k / 2 * 2 + half];     // four floats of each chunk are an eight
+            planes_of<PLANES>(__uint_as_float(k % 2 ? v.z : v.x), __uint_as_float(k % 2 ? v.w : v.y), a, k);
         }
+    }
 }
+
+typedef struct { const uint16_t *x; const float *scale; size_t plane; int planes; } operand;
+// The form of x that goes with weights of a dtype; as_is: not rounded.
+static __host__ __device__ __forceinline__ operand operand_of(const input &x, int dtype, int as_is) {
+    operand o = { x.plain, NULL, x.plane, 3 };
+    if (dtype < DSPARK_FP8) return o;
+    o.x = as_is ? x.halves : x.rounded, o.scale = as_is ? x.halves_scale : x.rounded_scale, o.planes = as_is ? 2 : 1;
+    return o;
+}
+
+// Where a lane's first eight is in 32 numbers of x.
+template <int DTYPE> static __device__ __forceinline__ uint32_t lane_eight(void) {
+    uint32_t t = threadIdx.x % 4;
+    return DTYPE == DSPARK_F32 ? t % 2 * 16 + t / 2 * 2 : t * 8;
+}
+// Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and
+// 2t + 1, s[row][128]. From where it lies: at [nt] is where the lane's part of row g begins, scale_at [nt][2] where the
+// two rows' scales do.
+template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x) {
+    if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)x;
+    const uint32_t *pair = (const uint32_t *)(const void *)x;
+    return make_uint4(pair[0], pair[4], pair[2], pair[6]);
+}
+template <int DTYPE> struct from_memory {
+    const uint16_t *const *x;       // the planes
+    const float *scale;
+    const uint32_t *at, (*scale_at)[2];
+    uint32_t unit;
+    __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
+        enum { EIGHTS = weights_of<DTYPE>::EIGHTS };
+        uint32_t from = at[nt] + unit * weights_of<DTYPE>::IN_UNIT;
+        return eight_at<DTYPE>(x[p] + from + (i / EIGHTS * EIGHTS * 32 + i % EIGHTS * 8));
+    }
+    __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
+        UNROLL
+        for (int j = 0; j < 2; j++)
+            if (DTYPE == DSPARK_FP4) {
+                const float2 both = *(const float2 *)(const void *)(scale + (scale_at[nt][j] + unit * 2));
+                s[j][0] = both.x, s[j][1] = both.y;
+            } else s[j][0] = scale[scale_at[nt][j] + unit];
+    }
+};
 
 template <int N> static __device__ __forceinline__ void zero(float *v) {
     UNROLL
     for (int i = 0; i < N; i++) v[i] = 0;
 }
 
-// What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans.
-typedef struct { const span *spans; char *slots; int n, k, i0, tile, unit, slot; } feed;
+// c += 32 numbers of 16 weight rows times those of 8 rows of x.
+static __device__ __forceinline__ void mma_eight(float *c, const uint32_t (*a)[4], const uint4 &x, int first) {
+    mma_f16(c, a, 0, x.x, x.y, first), mma_f16(c, a, 2, x.z, x.w, 0);
+}
+// acc[mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of x, of X planes, which `b` gives. FP8: its 128
+// products are summed, and enter with both scales. FP4: 32 products enter a sum of 128 with their scale, and that
+// enters with the scale of x.
+template <int MT, int NT, int X, class B>
+static __device__ __forceinline__ void multiply_fp8(const piece *q, const B &b, float (*acc)[NT][4]) {
+    float sum[MT][NT][4];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        uint32_t a[MT][2][4];
+        UNROLL
+        for (int k = 0; k < MT * 8; k++) {
+            int mt = k / 8, half = k / 4 % 2;
+            if (k % 2) continue;
+            const uint2 two = f16_of_e4m3(word(q[mt].v[i / 2 * 2 + half], i % 2 * 2 + k / 2 % 2));
+            a[mt][half][k % 4] = two.x, a[mt][half][k % 4 + 1] = two.y;
+        }
+        UNROLL
+        for (int p = 0; p < X; p++)
+            UNROLL
+            for (int nt = 0; nt < NT; nt++) {
+                const uint4 x = b(p, nt, i);
+                UNROLL
+                for (int mt = 0; mt < MT; mt++) mma_eight(sum[mt][nt], a[mt], x, !i && !p);
+            }
+    }
+    UNROLL
+    for (int nt = 0; nt < NT; nt++) {
+        float s[2][2];
+        b.scales(nt, s);
+        UNROLL
+        for (int mt = 0; mt < MT; mt++)
+            UNROLL
+            for (int k = 0; k < 4; k++)
+                acc[mt][nt][k] = fmaf(sum[mt][nt][k], s[k % 2][0] * e8m0(q[mt].scale.x), acc[mt][nt][k]);
+    }
+}
+// The float 2^(byte - 127) of byte i of a word, 1 and up.
+static __device__ __forceinline__ float scale_float(uint32_t w, int i) {
+    return __uint_as_float((i == 3 ? w >> 1 : w << (23 - 8 * i)) & 0x7f800000u);
+}
+template <int MT, int NT, int X, class B>
+static __device__ __forceinline__ void multiply_fp4(const piece *q, const B &b, float (*acc)[NT][4]) {
+    float s[NT][2][2];
+    UNROLL
+    for (int nt = 0; nt < NT; nt++) b.scales(nt, s[nt]);
+    UNROLL
+    for (int c = 0; c < 2; c++) {
+        float part[MT][NT][4];
+        zero<MT * NT * 4>(&part[0][0][0]);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            uint32_t a[MT][2][4];
+            float sum[MT][NT][4];
+            int j = 2 * c + i / 2, first = i % 2 * 2;
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                UNROLL
+                for (int half = 0; half < 2; half++) decode_fp4(word(q[mt].v[j], first + half), a[mt][half]);
+            UNROLL
+            for (int p = 0; p < X; p++)
+                UNROLL
+                for (int nt = 0; nt < NT; nt++) {
+                    const uint4 x = b(p, nt, 4 * c + i);
+                    UNROLL
+                    for (int mt = 0; mt < MT; mt++) mma_eight(sum[mt][nt], a[mt], x, !p);
+                }
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                UNROLL
+                for (int nt = 0; nt < NT; nt++)
+                    UNROLL
+                    for (int k = 0; k < 4; k++) {
+                        float by = scale_float(word(q[mt].scale, j), first + k / 2);
+                        part[mt][nt][k] = fmaf(sum[mt][nt][k], by, part[mt][nt][k]);
+                    }
+        }
+        UNROLL
+        for (int nt = 0; nt < NT; nt++)
+            UNROLL
+            for (int mt = 0; mt < MT; mt++)
+                UNROLL
+                for (int k = 0; k < 4; k++) acc[mt][nt][k] = fmaf(part[mt][nt][k], s[nt][k % 2][c], acc[mt][nt][k]);
+    }
+}
+// acc[p][mt][nt] += the same of plane p of x. Planes apart: three short chains of products, not a long one.
+template <int DTYPE, int MT, int NT, class B>
+static __device__ __forceinline__ void multiply_plain(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
+    enum { PLANES = weights_of<DTYPE>::PLANES };
+    UNROLL
+    for (int j = 0; j < weights_of<DTYPE>::IN_UNIT / 32; j++) {
+        uint32_t a[MT][2][PLANES][4];
+        UNROLL
+        for (int mt = 0; mt < MT; mt++)
+            decode_plain<DTYPE>(q[mt], j, 0, a[mt][0]), decode_plain<DTYPE>(q[mt], j, 1, a[mt][1]);
+        UNROLL
+        for (int p = 0; p < 3; p++)
+            UNROLL
+            for (int nt = 0; nt < NT; nt++) {
+                const uint4 x = b(p, nt, j);
+                UNROLL
+                for (int i = 0; i < PLANES; i++) {
+                    if (i + p > 2) continue;        // below 2^-24 of the product
+                    UNROLL
+                    for (int mt = 0; mt < MT; mt++)
+                        mma(acc[p][mt][nt], a[mt][0][i][0], a[mt][1][i][0], a[mt][0][i][1], a[mt][1][i][1], x.x, x.y);
+                    UNROLL
+                    for (int mt = 0; mt < MT; mt++)
+                        mma(acc[p][mt][nt], a[mt][0][i][2], a[mt][1][i][2], a[mt][0][i][3], a[mt][1][i][3], x.z, x.w);
+                }
+            }
+    }
+}
+template <int DTYPE, int MT, int NT, int X, class B>
+static __device__ __forceinline__ void multiply(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
+    if constexpr (DTYPE == DSPARK_FP8) multiply_fp8<MT, NT, X>(q, b, acc[0]);
+    else if constexpr (DTYPE == DSPARK_FP4) multiply_fp4<MT, NT, X>(q, b, acc[0]);
+    else multiply_plain<DTYPE, MT, NT>(q, b, acc);
+}
+
+// What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans: the
+// lane's bytes of it, units left of the tile and tiles of the span, the warp's slots and which of them.
+typedef struct {
+    const span *spans;
+    const uint8_t *p, *scale;
+    uint32_t eight_rows;
+    shared_at slots, slot;
+    int n, k, i0, fp4, each, units, tiles;
+} feed;
 
 static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
 static __host__ __device__ constexpr int tiles_at_once(int nt) { return (nt < 4 ? 4 : 8) / nt; }
-// Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]; then the warps' slots.
+// Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]; then the warps' slots. Where a pass
+// has few rows, a span may have more tiles.
 static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_once(nt) * WARPS * nt * 8 * 17 * 4; }
+static __device__ __forceinline__ int most_tiles(int nt, int width) {
+    return least(WARP, tiles_at_once(nt) * nt * 8 / width);
+}
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * SLOT_BYTES; }
 
 // Where the share of a block begins.
@@ -587,45 +813,54 @@ static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
 
 // To the first span that has units for the warp.
 static __device__ __forceinline__ void feed_span(feed &f) {
-    while (f.k < f.n && (int)threadIdx.x / WARP >= f.spans[f.k].pitch / UNIT) f.k++;
+    int warp = (int)threadIdx.x / WARP;
+    for (f.tiles = 0, f.units = INT_MAX; f.k < f.n; f.k++) {
+        const span &s = f.spans[f.k];
+        f.units = f.each = (s.pitch / UNIT - warp + WARPS - 1) / WARPS;
+        if (!f.each) continue;
+        unit_at(s, 0, warp, &f.p, &f.scale);
+        f.eight_rows = 8 * (uint32_t)s.pitch, f.fp4 = s.dtype == DSPARK_FP4, f.tiles = s.tiles;
+        return;
+    }
+}
+template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
+    f.units = f.each;
+    f.p += 2 * (ptrdiff_t)f.eight_rows - f.each * WARPS * UNIT;
+    f.scale += (ptrdiff_t)(f.eight_rows / 8) - f.each * WARPS * UNIT;
+    if (--f.tiles) return;
+    if ((f.i0 += NT * 8) >= f.spans[f.k].n) f.i0 = 0, f.k++;
+    feed_span(f);
 }
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
-    if (f.k < f.n) {
-        const span &s = f.spans[f.k];
-        ask_piece(f.slots + f.slot * SLOT_BYTES, s, f.tile, f.unit);
-        if ((f.unit += WARPS) >= s.pitch / UNIT) {
-            f.unit = (int)threadIdx.x / WARP;
-            if (++f.tile == s.tiles) {
-                f.tile = 0;
-                if ((f.i0 += NT * 8) >= s.n) f.i0 = 0, f.k++, feed_span(f);
-            }
-        }
-    }
+    if (f.tiles) ask_unit(f.slot, f.p, f.eight_rows, f.fp4, f.scale);
     copies_close();
-    f.slot = f.slot + 1 == slots_of(NT) ? 0 : f.slot + 1;
+    f.p += WARPS * UNIT, f.scale += WARPS * UNIT;
+    f.slot = f.slot == f.slots + (slots_of(NT) - 1) * SLOT_BYTES ? f.slots : f.slot + SLOT_BYTES;
+    if (!--f.units) feed_tile<NT>(f);
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
-    f.spans = spans, f.n = n, f.k = f.i0 = f.tile = f.slot = 0, f.unit = (int)threadIdx.x / WARP;
-    f.slots = bytes + parts_bytes(NT) + f.unit * slots_of(NT) * SLOT_BYTES;
+    memset(&f, 0, sizeof f), f.spans = spans, f.n = n, f.p = f.scale = (const uint8_t *)bytes;
+    f.slots = f.slot = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES);
     feed_span(f);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
 
 template <int NT, int X>
-static __device__ __forceinline__ void put_part(float *part, int tile, float (*acc)[1][NT][4]) {
+static __device__ __forceinline__ void put_part(float *part, int width, int tile, float (*acc)[1][NT][4]) {
     int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    float *to = part + (size_t)((tile * WARPS + (int)threadIdx.x / WARP) * NT * 8 * 17);
+    float *to = part + (tile * WARPS + (int)threadIdx.x / WARP) * width * 17;
     for (int nt = 0; nt < NT; nt++)
         for (int i = 0; i < 4; i++) {
+            int column = nt * 8 + 2 * t + (i & 1);
             float sum = acc[0][0][nt][i];
             for (int p = 1; p < X; p++) sum += acc[p][0][nt][i];
-            to[(nt * 8 + 2 * t + (i & 1)) * 17 + g + 8 * (i >> 1)] = sum;
+            if (column < width) to[column * 17 + g + 8 * (i >> 1)] = sum;
         }
 }
 // Output m of tile `tile` for row n of x: the warps' sums in order.
-template <int NT> static __device__ __forceinline__ float total(const float *part, int tile, int n, int m) {
+static __device__ __forceinline__ float total(const float *part, int width, int tile, int n, int m) {
     float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += part[((tile * WARPS + w) * NT * 8 + n) * 17 + m];
+    for (int w = 0; w < WARPS; w++) sum += part[((tile * WARPS + w) * width + n) * 17 + m];
     return sum;
 }
 
@@ -633,7 +868,7 @@ template <int NT> static __device__ __forceinline__ float total(const float *par
 // once and not one after the other.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
-    enum { LINES = weights_of<DTYPE>::IN_16 / 8 };      // of 64 numbers, in a unit and plane; floats have half of one
+    enum { LINES = weights_of<DTYPE>::IN_UNIT < 64 ? 1 : weights_of<DTYPE>::IN_UNIT / 64 };     // in a unit and plane
     int units = s.pitch / UNIT, warp = (int)threadIdx.x / WARP, t = (int)threadIdx.x % 4, any = 0;
     for (int i = t; DTYPE != DSPARK_F32 && warp + i / LINES * WARPS < units; i += 4)
         UNROLL
@@ -647,37 +882,52 @@ static __device__ __forceinline__ void warm(const span &s, const operand &x, con
 // A span for the rows of x that `at` says; the sums stand in `part` behind the next barrier.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
-                                                 float *part) {
+                                                 float *part, int width) {
+    enum { SUMS = weights_of<DTYPE>::SUMS };
     int units = s.pitch / UNIT;
+    uint32_t from[NT], scale_at[NT][2];
+    const uint16_t *planes[X];      // of x
+    UNROLL
+    for (int p = 0; p < X; p++) planes[p] = x.x + (size_t)p * x.plane;
+    IN_GLOBAL(x.x);
+    if (DTYPE >= DSPARK_FP8) IN_GLOBAL(x.scale);
+    UNROLL
+    for (int i = 0; i < NT * 2; i++) {
+        from[i / 2] = (uint32_t)at[i / 2] + lane_eight<DTYPE>() * weights_of<DTYPE>::EIGHTS;
+        if (DTYPE >= DSPARK_FP8)        // of the rows whose sums the lane has
+            scale_at[i / 2][i % 2] = (uint32_t)__shfl_sync(ALL, at[i / 2], (int)threadIdx.x % 4 * 8 + i % 2 * 4) / 128;
+    }
     warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
-        float acc[X][1][NT][4];
-        zero<X * NT * 4>(&acc[0][0][0][0]);
+        const uint8_t *scales = DTYPE == DSPARK_FP8 ? scales_of(s, tile) : NULL;
+        if (DTYPE == DSPARK_FP8) IN_GLOBAL(scales);
+        float acc[SUMS][1][NT][4];
+        zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
-            take_piece<DTYPE>(q, f.slots + f.slot * SLOT_BYTES, scale_of<DTYPE>(s, tile, unit));
-            multiply<DTYPE, 1, NT, X>(&q, from_memory<DTYPE>{ x, at, unit }, acc);
+            __syncwarp();       // lanes read what others asked for
+            take_piece<DTYPE>(q, f.slot, DTYPE == DSPARK_FP8 ? scales[unit] : 0);
+            multiply<DTYPE, 1, NT, X>(
+                &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
+            __syncwarp();
             ask<NT>(f);
         }
-        put_part<NT, X>(part, tile, acc);
+        put_part<NT, SUMS>(part, width, tile, acc);
     }
 }
 template <int NT>
 static __device__ __forceinline__ void tile_sums_of(const span &s, const operand &x, const int *at, feed &f,
-                                                    float *part) {
+                                                    float *part, int width) {
     switch (x.planes == 1 ? -s.dtype : s.dtype) {
-    case -DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 1>(s, x, at, f, part); break;
-    case -DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 1>(s, x, at, f, part); break;
-    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 3>(s, x, at, f, part); break;
-    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 3>(s, x, at, f, part); break;
-    case DSPARK_F16: tile_sums<DSPARK_F16, NT, 3>(s, x, at, f, part); break;
-    case DSPARK_F32: tile_sums<DSPARK_F32, NT, 3>(s, x, at, f, part); break;
-    default: tile_sums<DSPARK_BF16, NT, 3>(s, x, at, f, part);
+    case -DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 1>(s, x, at, f, part, width); break;
+    case -DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 1>(s, x, at, f, part, width); break;
+    case DSPARK_FP8: tile_sums<DSPARK_FP8, NT, 2>(s, x, at, f, part, width); break;
+    case DSPARK_FP4: tile_sums<DSPARK_FP4, NT, 2>(s, x, at, f, part, width); break;
+    case DSPARK_F16: tile_sums<DSPARK_F16, NT, 3>(s, x, at, f, part, width); break;
+    case DSPARK_F32: tile_sums<DSPARK_F32, NT, 3>(s, x, at, f, part, width); break;
+    default: tile_sums<DSPARK_BF16, NT, 3>(s, x, at, f, part, width);
     }
-}
-static __device__ __forceinline__ float shift_of(int dtype) {
-    return dtype >= DSPARK_FP8 ? exp2i(WEIGHT_SHIFT) : 1;
 }
 
 static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
@@ -742,19 +992,19 @@ static __device__ __forceinline__ void item_of(const linears_args &p, int i, ite
 static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
 // Rows r0 .. of the n.
 template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
-                                                                     feed &f, float *part) {
+                                                                     feed &f, float *part, int width) {
     int at[NT];
     for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
         int r = least(r0 + nt * 8 + (int)threadIdx.x % WARP / 4, n - 1);
         at[nt] = r * j.x_stride + (j.group ? s.m0 / j.group * j.x_group : 0);
     }
-    tile_sums_of<NT>(s, j.x, at, f, part);
+    tile_sums_of<NT>(s, j.x, at, f, part, width);
     __syncthreads();
-    for (int k = (int)threadIdx.x; k < s.tiles * TILE * NT * 8; k += THREADS) {
-        int m = k % TILE, r = r0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), out = s.m0 + tile * TILE + m;
+    for (int k = (int)threadIdx.x; k < s.tiles * TILE * width; k += THREADS) {
+        int m = k % TILE, tile = k / TILE / width, r = r0 + k / TILE % width, out = s.m0 + tile * TILE + m;
         if (r >= n || out >= s.rows) continue;
         float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
-        float sum = total<NT>(part, tile, r - r0, m) * shift_of(s.dtype);
+        float sum = total(part, width, tile, r - r0, m);
         *y = j.add ? *y + sum : sum;
     }
     __syncthreads();
@@ -763,7 +1013,7 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, item, end;
+    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
     feed f;
     grid_go();
     if (block >= p.n_blocks) {
@@ -775,11 +1025,11 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     }
     item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
     for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, tiles_at_once(NT), spans);
+        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
         feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
         if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
-            linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes);
+            linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
         copies_wait<0>();
     }
     if (n < 0) grid_wait();
@@ -788,6 +1038,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
 // Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays.
 typedef struct {
     const uint16_t *x;              // [rows][stride], as input.rounded
+    const float *x_scales;          // [rows][stride / 128]
     int stride, n;
     uint8_t *codes;                 // [rows][n]
     float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]
@@ -796,21 +1047,16 @@ static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
     int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
     grid_go();
     grid_wait();
-    for (int at = 0; at < p.n; at += THREADS * 8) {
-        int mine = at + (int)threadIdx.x * 8, live = mine < p.n, e;
-        uint4 w = make_uint4(0, 0, 0, 0);
+    for (int at = (int)threadIdx.x * 8; at < p.n; at += THREADS * 8) {
+        size_t from = (size_t)r * (size_t)p.stride + (size_t)at;
+        const uint4 w = *(const uint4 *)(const void *)(p.x + from);
         uint32_t code[2] = { 0, 0 };
-        if (live) w = *(const uint4 *)(const void *)(p.x + (size_t)r * (size_t)p.stride + (size_t)mine);
-        float v[8];
-        for (int i = 0; i < 4; i++)
-            v[i] = __uint_as_float(word(w, i) << 16), v[4 + i] = __uint_as_float(word(w, i) & 0xffff0000u);
-        e = fp8_exponent(group_max(largest_of(v), 16));
-        if (!live) continue;
-        for (int i = 0; i < 8; i++) code[i / 4] |= e4m3_code(nearest_e4m3(v[i] * exp2i(-e))) << i % 4 * 8;
-        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)mine) = { code[0], code[1] };
-        if (mine % 128 == 0)
-            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(mine / 128)) * DSPARK_PROMPT_BLOCK +
-                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = exp2i(e);
+        for (int i = 0; i < 8; i++)
+            code[i / 4] |= e4m3_code(f16_value(word(w, i / 2) >> i % 2 * 16 & 0xffff)) << i % 4 * 8;
+        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)at) = { code[0], code[1] };
+        if (at % 128 == 0)
+            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(at / 128)) * DSPARK_PROMPT_BLOCK +
+                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = p.x_scales[from / 128];
     }
 }
 
@@ -1245,6 +1491,17 @@ static __device__ void index_top(const index_args &p, int i, int n) {
     }
 }
 
+// Eight FP4 codes of a key, low nibble first, to bf16 pairs (0, 4), (1, 5), (2, 6), (3, 7) with their scale, 2^-16 of
+// the value: room for scales. e e m becomes the exponent's low bits and the mantissa's first, 2^-126 of the value.
+enum { KEY_SHIFT = 16 };
+static __device__ __forceinline__ void decode_key_codes(uint32_t codes, uint32_t scale, uint32_t *a) {
+    uint32_t e = scale + 126 - KEY_SHIFT, factor = e << 7 | e << 23;        // 2^(e - 127) in both halves
+    for (int i = 0; i < 4; i++) {
+        uint32_t w = codes >> 4 * i;
+        a[i] = mul_bf16x2((w & 0x00070007u) << 6 | (w & 0x00080008u) << 12, factor);
+    }
+}
+
 // sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights; the last block of a row chooses.
 // Bound: at 1,024 keys (4,096 tokens) latency: .07 MB a row; at 262,144 keys bytes, 18 MB (6 us) for one row, and
 // products for six: 26 GFLOP, 43 us at 600 TFLOP/s.
@@ -1269,8 +1526,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
             UNROLL
             for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
                 if (e < each)
-                    decode_fp4(from[e], fp4_factor(scales[key * (size_t)each + (size_t)((t * each + e) / 4)]),
-                               a[half][e]);
+                    decode_key_codes(from[e], scales[key * (size_t)each + (size_t)((t * each + e) / 4)], a[half][e]);
         }
         for (int h = 0; h < H; h += 8) {
             float acc[4] = { 0, 0, 0, 0 };
@@ -1291,7 +1547,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
             sum[half] += __shfl_xor_sync(ALL, sum[half], 1);
             sum[half] += __shfl_xor_sync(ALL, sum[half], 2);
             if (t == half && m0 + g + 8 * half < n)
-                p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(WEIGHT_SHIFT);
+                p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(KEY_SHIFT);
         }
     }
     if (last_block(&p.arrived[i], (int)gridDim.x)) index_top(p, i, n);
@@ -1308,7 +1564,8 @@ typedef struct {
     const float *q, *kv, *sink;     // [rows][H * D], [rows][D] of this pass, [H]
     const int *chosen;              // [ATTEND_ROWS][index_topk]
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
-    input o;                        // [rows][H * D]
+    input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
+    int o_group, o_pitch;
 } attend_args;
 
 // What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
@@ -1617,10 +1874,11 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
 // Splits in order, the sink, the turn back; eight dims a thread. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
 // six rows 5). In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
 static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
-    int D = p.c.D, R = p.c.R, groups = p.c.H * D / 8;
-    for (int first = (int)(blockIdx.y * THREADS); first < groups; first += (int)gridDim.y * THREADS) {
-        int group = first + (int)threadIdx.x, live = group < groups, h = live ? group * 8 / D : 0,
-            at = live ? group * 8 % D : 0;
+    int D = p.c.D, R = p.c.R;
+    for (int first = (int)(blockIdx.y * THREADS * 8); first < p.o.stride; first += (int)(gridDim.y * THREADS * 8)) {
+        int place = first + (int)threadIdx.x * 8, from_group = place % p.o_pitch,
+            dim = place / p.o_pitch * p.o_group + from_group, live = from_group < p.o_group && dim < p.c.H * D,
+            h = live ? dim / D : 0, at = live ? dim % D : 0;
         const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
         size_t next = (size_t)p.c.H * (size_t)(D + 4);
         float m = p.sink[h], sum, x[8], o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
@@ -1641,7 +1899,7 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
                 float2 turn = turn_of(p.turns, R / 2, r, p.set, (at + d - (D - R)) / 2);
                 turn_pair(o[d], o[d + 1], turn.x, -turn.y);
             }
-        put_input(p.o, r, group * 8, o, live);
+        put_input(p.o, r, place, o, live);
     }
 }
 static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
@@ -1802,6 +2060,8 @@ typedef struct {
     const int *first, *list, *active;
     int which, n_which;             // matrices w[which] .. of an expert
     int n_slots;                    // K + 1: slot K is the shared expert's
+    int rows;                       // of the pass, at most
+    int routed;                     // 1: the routes stand before the kernel ahead has ended
     int x_by_slot;                  // x has a row for each slot; else for each row of the pass
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
@@ -1809,7 +2069,8 @@ typedef struct {
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
-    int n = p.active[0], a = i / (p.each * p.n_which), e = p.active[1 + least(a, p.c.E - 1)], of_tile = p.each_tile;
+    int n = __ldcg(p.active), a = i / (p.each * p.n_which), e = __ldcg(p.active + 1 + least(a, p.c.E - 1)),
+        of_tile = p.each_tile;
     const expert *of = p.experts + e;
     if (a >= n) a = n, of = p.shared, of_tile = p.shared_tile;
     i -= a * p.each * p.n_which;
@@ -1817,48 +2078,58 @@ static __device__ __forceinline__ void item_of(const experts_args &p, int i, ite
     it.w = of->w[p.which + it.of], it.tile = i % of_tile ? -1 : i / of_tile, it.part = a * p.n_which + it.of;
 }
 static __device__ __forceinline__ void span_rows(const experts_args &p, int part, span &s) {
-    int a = part / p.n_which, e = a < p.active[0] ? p.active[1 + a] : -1;
-    if (e >= 0) s.list = p.list + p.first[e];
-    s.n = e >= 0 ? p.first[e + 1] - p.first[e] : p.n->n_rows;
+    int a = part / p.n_which, e = a < __ldcg(p.active) ? __ldcg(p.active + 1 + a) : -1;
+    int first = e >= 0 ? __ldcg(p.first + e) : 0;
+    if (e >= 0) s.list = p.list + first;
+    s.n = e >= 0 ? __ldcg(p.first + e + 1) - first : p.n->n_rows;
 }
 // Rows i0 .. of those that take the expert.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
-                                                                     feed &f, float *part) {
-    int at[NT], K = p.c.K, rounded = s.dtype >= DSPARK_FP8;
-    operand x = { rounded ? p.x.rounded : p.x.plain, p.x.plane, rounded ? 1 : 3 };
+                                                                     feed &f, float *part, int width) {
+    int at[NT], K = p.c.K;
+    operand x = operand_of(p.x, s.dtype, 0);
     for (int nt = 0; nt < NT; nt++) {
         int i = least(i0 + nt * 8 + (int)threadIdx.x % WARP / 4, s.n - 1);
         int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
         at[nt] = (p.x_by_slot ? r * p.n_slots + slot : r) * p.x.stride;
     }
-    tile_sums_of<NT>(s, x, at, f, part);
+    tile_sums_of<NT>(s, x, at, f, part, width);
     __syncthreads();
-    for (int k = (int)threadIdx.x; k < s.tiles * TILE * NT * 8; k += THREADS) {
-        int out = k % TILE, i = i0 + k / TILE % (NT * 8), tile = k / TILE / (NT * 8), o = s.m0 + tile * TILE + out;
+    for (int k = (int)threadIdx.x; k < s.tiles * TILE * width; k += THREADS) {
+        int out = k % TILE, tile = k / TILE / width, i = i0 + k / TILE % width, o = s.m0 + tile * TILE + out;
         if (i >= s.n || o >= s.rows) continue;
         int r = s.list ? s.list[i] / K : i, slot = s.list ? s.list[i] % K : K;
         p.y[s.of][(size_t)(r * p.n_slots + slot) * (size_t)p.y_stride + (size_t)o] =
-            total<NT>(part, tile, i - i0, out) * shift_of(s.dtype);
+            total(part, width, tile, i - i0, out);
     }
     __syncthreads();
 }
 
+// w1 and w3 let the next kernel begin only when the routes stand, so what begins after that one may read them before it
+// waits: w2 asks for its first weights while its inputs are still made.
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int n, item, end;
+    int n, item, end, width = least(NT * 8, p.rows), waits = p.routed;
     feed f;
+    if (!waits) {
+        for (int i = (int)threadIdx.x * 128; !blockIdx.x && i < (p.c.E + 1) * (int)sizeof(expert); i += THREADS * 128)
+            fetch((const char *)p.experts + i);     // which nobody has read since the pass before
+        grid_wait();
+    }
     grid_go();
-    grid_wait();
-    n = (p.active[0] * p.each + p.shared_each) * p.n_which;
+    n = (__ldcg(p.active) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, tiles_at_once(NT), spans);
+        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
         feed_begin<NT>(f, spans, some, bytes);
+        if (waits) grid_wait(), waits = 0;
         for (int k = 0; k < some; k++)
-            for (int i = 0; i < spans[k].n; i += NT * 8) expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes);
+            for (int i = 0; i < spans[k].n; i += NT * 8)
+                expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes, width);
         copies_wait<0>();
     }
+    if (waits) grid_wait();
 }
 
 // ---- products of many rows --------------------------------------------------------------------
@@ -1866,21 +2137,23 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
 // of eight warps has a tile of outputs and rows of the pass: a warp 16 MT of its outputs, whose weights no other reads,
 // and all of its rows, which come to shared memory in stages. A warp sums as eight warps do above: of units w, w + 8,
 // .. alone, for each w, and those sums in order: the same bits. Blocks go through tiles in turn, rows first, so that
-// those which run at once share weights. 256 outputs x 64 rows; of three planes x 32; 128 x 32 where tiles are few.
-// Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66 (matrices of bf16: three planes),
-// wq_b 71, wo_a 172 (three planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8 times 64 rows, of a tile of 256,
-// is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues 1,600 instructions for its two
-// warps, and 48 KB from L2, 30 bytes a clock; of FP4 twice the products, 2,500 instructions, 64 KB.
+// those which run at once share weights. 256 outputs x 64 rows; of FP4, whose sums take registers, and of bf16 x 32;
+// 128 x 32 where tiles are few. Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66
+// (matrices of bf16: three planes), wq_b 71, wo_a 115 (two planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8
+// times 64 rows, of a tile of 256, is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues
+// 1,500 instructions for its two warps, and 48 KB from L2, 30 bytes a clock; of FP4 times 32 rows as many, 2,200
+// instructions.
 
 enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
 static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }
 static __host__ __device__ constexpr int wide_outputs(int mt) { return WARPS * mt * TILE; }
-// Rows of a tile in eights, and the bytes of x in a stage for the most of them.
+// Rows of a tile in eights. A stage: weights, the scales of x [row][2], and x, for the most of them.
 static __host__ __device__ constexpr int wide_eights(int mt, int dtype, int planes) {
-    return planes == 1 ? 4 * mt : dtype == DSPARK_FP4 ? 2 : 4;
+    return dtype == DSPARK_FP4 ? (planes == 1 ? 4 : 2) : dtype == DSPARK_FP8 ? 4 * mt : 4;
 }
+static __host__ __device__ constexpr int stage_rows(int mt) { return WARPS * mt * SLOT_BYTES; }
 static __host__ __device__ constexpr int stage_bytes(int mt) {
-    return WARPS * mt * SLOT_BYTES + (mt == 1 ? 24 << 10 : 32 << 10);
+    return stage_rows(mt) + MOST_COLUMNS * 2 * 4 + (mt == 1 ? 16 << 10 : 32 << 10);
 }
 static __host__ __device__ int tiles_along(int n, int each) { return (n + each - 1) / each; }
 
@@ -1894,14 +2167,22 @@ typedef struct {
 // Where a block is: in which of its tiles, in the units from w on, at which; and the stage that holds it.
 typedef struct { int k, w, unit, stage; } wide_at;
 
-// A unit of x to a stage: [plane][row][16 bytes each], a row as lanes read it, e-th eights of the four t together, and
-// every second row with halves of 128 bytes exchanged: lanes of two rows then read from all banks.
-static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, int unit) {
-    int of = t.s.dtype, most = of == DSPARK_FP4 ? 2 : of == DSPARK_FP8, chunks = of == DSPARK_F32 ? 2 : 3 + most;
+// A unit of x to a stage: its scales [row][2], then [plane][row][16 bytes each], a row as lanes read it, the e-th
+// eights of the four t together, and every second row with halves of 128 bytes exchanged: lanes of two rows then read
+// from all banks.
+static __device__ __forceinline__ void ask_rows(shared_at to, const wide_tile &t, int unit) {
+    int of = t.s.dtype, chunks = of == DSPARK_F32 ? 2 : of < DSPARK_FP8 ? 3 : of == DSPARK_FP8 ? 4 : 5,
+        most = of == DSPARK_FP8;
     int q = (int)threadIdx.x & ((1 << chunks) - 1), first = (int)threadIdx.x >> chunks;
-    int place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
+    int lane_place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
     const uint16_t *x = t.x.x + (unit << (chunks + 3)) + q * 8;
-    if (of != DSPARK_F32) place ^= (first & 1) * 64;
+    if (of >= DSPARK_FP8) {
+        int i = (int)threadIdx.x / 2, which = (int)threadIdx.x % 2, each = of == DSPARK_FP4 ? 2 : 1;
+        if (i < t.live && which < each)
+            copy4<0>(to + (int)threadIdx.x * 4, t.x.scale + (t.at[i] / 128 + unit * each + which));
+        to += MOST_COLUMNS * 2 * 4;
+    }
+    if (of != DSPARK_F32) lane_place ^= (first & 1) * 64;
     for (int p = 0, live = t.live, each = THREADS >> chunks; p < t.x.planes; p++, x += t.x.plane)
         for (int r0 = first; r0 < live; r0 += 4 * each) {
             int at[4];
@@ -1910,16 +2191,20 @@ static __device__ __forceinline__ void ask_rows(char *to, const wide_tile &t, in
             UNROLL
             for (int i = 0; i < 4; i++)
                 if (r0 + i * each < live)
-                    copy16(to + ((p * 8 * t.eights + r0 + i * each) << (chunks + 4)) + place, x + at[i]);
+                    copy16<0>(to + ((p * 8 * t.eights + r0 + i * each) << (chunks + 4)) + lane_place, x + at[i]);
         }
 }
 template <int DTYPE, int NT> struct from_stage {
     const char *x;
-    __device__ __forceinline__ uint4 operator()(int p, int nt, int c, int e) const {
-        enum { EIGHTS = weights_of<DTYPE>::IN_16 / 8, ROW = weights_of<DTYPE>::CHUNKS * EIGHTS * 64 };
-        int g = (int)threadIdx.x % WARP / 4, t = (int)threadIdx.x % 4, i = c * EIGHTS + e;
-        int place = ROW < 128 ? i * 64 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
-        return *(const uint4 *)(const void *)(x + ((p * NT + nt) * 8 + g) * ROW + place + t * 16);
+    __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const {
+        enum { ROW = weights_of<DTYPE>::IN_UNIT * 2, SCALES = DTYPE >= DSPARK_FP8 ? MOST_COLUMNS * 2 * 4 : 0 };
+        int g = (int)threadIdx.x % WARP / 4, from = ROW < 128 ? 0 : i / 2 * 128 + ((i & 1) ^ (g & 1)) * 64;
+        from += (int)lane_eight<DTYPE>() * 2;
+        return eight_at<DTYPE>((const uint16_t *)(const void *)(x + SCALES + ((p * NT + nt) * 8 + g) * ROW + from));
+    }
+    __device__ __forceinline__ void scales(int nt, float (*s)[2]) const {
+        const float4 all = *(const float4 *)(const void *)(x + (nt * 8 + (int)threadIdx.x % 4 * 2) * 8);
+        s[0][0] = all.x, s[0][1] = all.y, s[1][0] = all.z, s[1][1] = all.w;
     }
 };
 
@@ -1929,12 +2214,16 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
     int first = (int)threadIdx.x / WARP * MT;
     if (a.k < n) {
         const wide_tile &t = known[a.k % TILES_KNOWN];
-        char *stage = bytes + a.stage * stage_bytes(MT);
+        shared_at stage = place_in(bytes + a.stage * stage_bytes(MT));
         int units = t.s.pitch / UNIT;
         UNROLL
         for (int mt = 0; mt < MT; mt++)
-            if (first + mt < t.s.tiles) ask_piece(stage + (first + mt) * SLOT_BYTES, t.s, first + mt, a.unit);
-        ask_rows(stage + WARPS * MT * SLOT_BYTES, t, a.unit);
+            if (first + mt < t.s.tiles) {
+                const uint8_t *p, *scale;
+                unit_at(t.s, first + mt, a.unit, &p, &scale);
+                ask_unit(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
+            }
+        ask_rows(stage + stage_rows(MT), t, a.unit);
         for (a.unit += WARPS; a.unit >= units && a.w < WARPS - 1;) a.unit = ++a.w;
         if (a.unit >= units) a.k++, a.w = a.unit = 0;
     }
@@ -1945,7 +2234,6 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
 template <int MT, int NT>
 static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*total)[NT][4]) {
     int lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + (int)threadIdx.x / WARP * MT * TILE + lane / 4;
-    float shift = shift_of(t.s.dtype);
     UNROLL
     for (int nt = 0; nt < NT; nt++)
         UNROLL
@@ -1958,7 +2246,7 @@ static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*tota
                 UNROLL
                 for (int i = 0; i < 2; i++) {
                     int out = m0 + mt * TILE + 8 * i;
-                    float sum = total[mt][nt][2 * i + half] * shift;
+                    float sum = total[mt][nt][2 * i + half];
                     if (out < t.s.rows) y[out] = t.add ? y[out] + sum : sum;
                 }
         }
@@ -1967,27 +2255,29 @@ static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*tota
 template <int DTYPE, int MT, int NT, int X>
 static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, int n, wide_at &a, int &stage,
                                                  char *bytes) {
+    enum { SUMS = weights_of<DTYPE>::SUMS };
     const wide_tile &t = known[k % TILES_KNOWN];
     int units = t.s.pitch / UNIT, first = (int)threadIdx.x / WARP * MT, live = first < t.s.tiles;
     int late = threadIdx.x >= THREADS / 2;      // of two warps of a scheduler one asks while the other multiplies
     float total[MT][NT][4];
     zero<MT * NT * 4>(&total[0][0][0]);
     for (int w = 0; w < WARPS; w++) {
-        float acc[X][MT][NT][4];
-        zero<X * MT * NT * 4>(&acc[0][0][0][0]);
+        float acc[SUMS][MT][NT][4];
+        zero<SUMS * MT * NT * 4>(&acc[0][0][0][0]);
         for (int unit = w; unit < units; unit += WARPS) {
             const char *from = bytes + stage * stage_bytes(MT);
             uint32_t scale[MT];
             piece q[MT];
             UNROLL
-            for (int mt = 0; mt < MT; mt++) scale[mt] = scale_of<DTYPE>(t.s, least(first + mt, t.s.tiles - 1), unit);
+            for (int mt = 0; mt < MT; mt++)
+                scale[mt] = DTYPE == DSPARK_FP8 ? scales_of(t.s, least(first + mt, t.s.tiles - 1))[unit] : 0;
             copies_wait<wide_stages(MT) - 2>();
             __syncthreads();        // all see the stage, and are done with the one before it
             if (!late) ask_wide<MT>(known, n, a, bytes);
             UNROLL
             for (int mt = 0; live && mt < MT; mt++)
-                take_piece<DTYPE>(q[mt], from + (first + mt) * SLOT_BYTES, scale[mt]);
-            if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + WARPS * MT * SLOT_BYTES }, acc);
+                take_piece<DTYPE>(q[mt], place_in(from + (first + mt) * SLOT_BYTES), scale[mt]);
+            if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + stage_rows(MT) }, acc);
             if (late) ask_wide<MT>(known, n, a, bytes);
             stage = stage + 1 == wide_stages(MT) ? 0 : stage + 1;
         }
@@ -1998,7 +2288,7 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
                 UNROLL
                 for (int i = 0; i < 4; i++) {
                     float sum = acc[0][mt][nt][i];
-                    for (int p = 1; p < X; p++) sum += acc[p][mt][nt][i];
+                    for (int p = 1; p < SUMS; p++) sum += acc[p][mt][nt][i];
                     total[mt][nt][i] += sum;
                 }
     }
@@ -2022,12 +2312,12 @@ template <int MT, class F> static __device__ __forceinline__ void wide(int n_til
             if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 1>(known, k, n, a, stage, bytes);
             else wide_sums<DSPARK_FP8, MT, 4, 1>(known, k, n, a, stage, bytes);
             break;
-        case -DSPARK_FP4:
-            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP4, MT, 4 * MT, 1>(known, k, n, a, stage, bytes);
-            else wide_sums<DSPARK_FP4, MT, 4, 1>(known, k, n, a, stage, bytes);
+        case DSPARK_FP8:
+            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 2>(known, k, n, a, stage, bytes);
+            else wide_sums<DSPARK_FP8, MT, 4, 2>(known, k, n, a, stage, bytes);
             break;
-        case DSPARK_FP8: wide_sums<DSPARK_FP8, MT, 4, 3>(known, k, n, a, stage, bytes); break;
-        case DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 2, 3>(known, k, n, a, stage, bytes); break;
+        case -DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 4, 1>(known, k, n, a, stage, bytes); break;
+        case DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 2, 2>(known, k, n, a, stage, bytes); break;
         case DSPARK_F16: wide_sums<DSPARK_F16, MT, 4, 3>(known, k, n, a, stage, bytes); break;
         case DSPARK_F32: wide_sums<DSPARK_F32, MT, 4, 3>(known, k, n, a, stage, bytes); break;
         default: wide_sums<DSPARK_BF16, MT, 4, 3>(known, k, n, a, stage, bytes);
@@ -2081,7 +2371,7 @@ static __device__ expert_part part_of(const experts_args &p, int a) {
         o.of = p.experts + e, o.first = p.first[e], o.n = p.first[e + 1] - o.first;
     }
     if (!o.of) return o;
-    for (int i = 0; i < p.n_which; i++) if (o.of->w[p.which + i].dtype < DSPARK_FP8) o.eights = 4;
+    for (int i = 0; i < p.n_which; i++) if (o.of->w[p.which + i].dtype != DSPARK_FP8) o.eights = 4;
     o.along = tiles_along(o.of->w[p.which].rows, wide_outputs(EXPERT_TILES));
     return o;
 }
@@ -2117,11 +2407,10 @@ static __device__ void find_expert(const experts_args &p, const int *before, int
     t.to[me] = r * p.n_slots + slot, t.at[me] = (p.x_by_slot ? t.to[me] : r) * p.x.stride;
     if (me) return;
     const matrix &w = o.of->w[p.which + which];
-    int rounded = w.dtype >= DSPARK_FP8;
     set_tile(t, w, m, w.rows, wide_outputs(EXPERT_TILES), which);
     t.live = least(8 * o.eights, o.n - r0), t.eights = t.live <= 32 ? 4 : o.eights;
     t.y = p.y[which], t.y_stride = p.y_stride, t.add = 0;
-    t.x.x = rounded ? p.x.rounded : p.x.plain, t.x.plane = p.x.plane, t.x.planes = rounded ? 1 : 3;
+    t.x = operand_of(p.x, w.dtype, 0);
 }
 // Bound, of 160 experts: at 512 rows bytes, w1 w3 1,430 MB (480 us), w2 720 (240); at 2,048, 77 an expert, products at
 // 600 TFLOP/s, 690 us and 400.
@@ -2909,17 +3198,15 @@ static int bucket(int n) { return n <= 8 ? n : n <= 64 ? (n + 7) / 8 * 8 : (n + 
 
 // ---- products ---------------------------------------------------------------------------------
 
-static void job_add(linears_args *p, const matrix &w, const input &x, float *y, int y_stride) {
+static void job_add(linears_args *p, const matrix &w, const input &x, float *y, int y_stride, int as_is = 0) {
     job *j = &p->jobs[p->n_jobs++];
-    int rounded = w.dtype >= DSPARK_FP8;
     memset(j, 0, sizeof *j);
-    j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride;
-    j->x.x = rounded ? x.rounded : x.plain, j->x.plane = x.plane, j->x.planes = rounded ? 1 : 3;
+    j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride, j->x = operand_of(x, w.dtype, as_is);
 }
 
 // ---- blocks of prompts through cuBLASLt
 // Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
-// take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on bf16 needs
+// take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs
 // some 60. Its sums keep fewer bits, and the way it takes follows the shape: so the rows are always 512, and the first
 // choice of a shape stays. The routed experts, wo_a and bf16 matrices remain with the kernels above.
 
@@ -3012,7 +3299,8 @@ static void product_run(cuda *d, const product *p, const matrix &w, const uint8_
 // The product for a job of a block, the same each time; NULL: the library has none.
 static const product *product_of(cuda *d, const job *j) {
     product *p = d->products;
-    if (!j->w.block_scale || j->group || j->add || j->y_rows || j->w.cols % 16 || j->w.rows % 16) return NULL;
+    if (!j->w.block_scale || j->x.planes > 1 || j->group || j->add || j->y_rows) return NULL;
+    if (j->w.cols % 16 || j->w.rows % 16) return NULL;
     for (; p < d->products + d->n_products; p++)
         if (p->rows == j->w.rows && p->cols == j->w.cols && p->y_stride == j->y_stride) return p->possible ? p : NULL;
     if (d->n_products == MAX_PRODUCTS) return NULL;
@@ -3033,7 +3321,7 @@ static void jobs_by_library(cuda *d, linears_args *p) {
             p->jobs[left++] = *j;
             continue;
         }
-        codes_args c = { j->x.x, j->x_stride, n, d->codes, d->code_scales };
+        codes_args c = { j->x.x, j->x.scale, j->x_stride, n, d->codes, d->code_scales };
         if (last != j->x.x) LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
         last = j->x.x;
         for (int b = 0; b < d->n_rows / DSPARK_PROMPT_BLOCK; b++)
@@ -3186,16 +3474,16 @@ static void op_attention(cuda *d, int l) {
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
+    a.o_group = w->wo_a.cols, a.o_pitch = blocks_of(a.o_group, 256) * 256;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
         if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
         launch(d, "attend", d->grid.rows < MANY_ROWS ? attend<1> : attend<2>,
                grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
-        LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->s.H * d->s.D / 8, THREADS))), THREADS, 0, a);
+        LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->o.stride, 8 * THREADS))), THREADS, 0, a);
     }
-    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows);
-    p.jobs[0].x.x = d->o.plain, p.jobs[0].x.planes = 3;        // wo_a takes its input as it is
-    p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = w->wo_a.cols;
+    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
+    p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = a.o_pitch;
     jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
     o->rows = d->dev.rows, o->layer = l, o->ratio = w->ratio;
     o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
@@ -3254,13 +3542,14 @@ static void op_moe(cuda *d, int l) {
            (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
-    e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1], e.y_stride = width;
+    e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
+    e.y_stride = width;
     experts_run(d, "experts w1 w3", e, w);
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
-    e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down,
-    e.y_stride = d->s.h;
+    e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
+    e.y[0] = d->down, e.y_stride = d->s.h;
     experts_run(d, "experts w2", e, w);
 }
 
@@ -3343,14 +3632,12 @@ static void draft_step(cuda *d, int k, int drawn_here) {
     LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
     if (kind == DSPARK_HEAD_NONE) return;
     if (kind != DSPARK_HEAD_VANILLA) {
-        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
-        p.jobs[0].x.x = d->markov_in.plain, p.jobs[0].x.planes = 3;
+        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank, 1);
         jobs_run(d, "linears markov joint", &p, n, &d->dev.n->n_segments);
         LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
     }
-    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
-    p.jobs[0].x.x = d->markov_out.plain, p.jobs[0].x.planes = 3, p.jobs[0].add = 1,
-    p.jobs[0].y_rows = d->dev.segment_row;
+    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V, 1);
+    p.jobs[0].add = 1, p.jobs[0].y_rows = d->dev.segment_row;
     jobs_run(d, "linears markov_w2", &p, n, &d->dev.n->n_segments);
 }
 
@@ -3686,7 +3973,7 @@ static float *cuda_draft_logits(void *device) { return ((cuda *)device)->host_dr
 // ---- weights ----------------------------------------------------------------------------------
 // The checkpoint is walked twice: what it takes is counted, then all of it goes to the device in the order in which it
 // is stored there, through two pinned buffers. Matrices keep their bytes; rows are padded to whole units, tiles to 16
-// rows; FP4's scales are put in the order in which lanes want them.
+// rows; FP4's codes and scales are put in the order in which lanes want them.
 
 typedef struct {
     cuda *d;
@@ -3746,26 +4033,40 @@ static const float *up_floats(uploader *u, const float *p, size_t n) {
 
 // A scale that decoding has no room for.
 static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
-    int room = m->dtype == DSPARK_FP8 ? 150 : 144;
+    int room = 254 - (m->dtype == DSPARK_FP4 ? FP4_SHIFT : 0);
     if (byte > room)
         fail(u->d, DSPARK_ERROR_UNSUPPORTED, "cuda: a matrix of %d x %d has a scale of 2^%d, expected at most 2^%d",
              m->rows, m->cols, byte - 127, room - 127);
 }
 
-// Lane (g, t) of a tile's unit: the scales of rows g and g + 8, chunks 0 and 1, at [lane][2 half + chunk].
+// For g of a tile's unit 16 bytes: block b's scales of rows g and g + 8 at 2 b, with what decoding leaves out.
 static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
     int blocks = m->cols / 32;
     for (int m0 = 0; m0 < m->rows; m0 += TILE)
         for (int unit = 0; unit < units; unit++) {
-            uint8_t some[WARP * 4];
-            for (int i = 0; u->slab && i < WARP * 4; i++) {
-                int r = m0 + i / 16 + 8 * (i >> 1 & 1), block = unit * 8 + (i & 1) * 4 + (i / 4 & 3);
+            uint8_t some[UNIT];
+            for (int i = 0; u->slab && i < UNIT; i++) {
+                int r = m0 + i / 16 + i % 2 * 8, block = unit * 8 + i % 16 / 2;
                 some[i] = 127;
                 if (r < m->rows && block < blocks)
                     check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
+                some[i] = (uint8_t)(some[i] + FP4_SHIFT);
             }
             up_put(u, some, sizeof some);
         }
+}
+// FP4 codes in the order of decoding, on the device, or where they are at home in host memory.
+typedef struct { uint32_t *codes; size_t n; } arrange_args;
+static __global__ void __launch_bounds__(THREADS) arrange(const arrange_args p) {
+    for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < p.n; i += gridDim.x * (size_t)THREADS)
+        p.codes[i] = arranged(p.codes[i]);
+}
+static void up_arrange(uploader *u, const matrix &m) {
+    cuda *d = u->d;
+    arrange_args p = { (uint32_t *)(uintptr_t)m.data, (size_t)m.rows * (size_t)m.pitch / 4 };
+    if (!u->slab) return;
+    if (!u->home) up_flush(u);
+    d->in_turn = 1, LAUNCH(arrange, grid_of(2 * d->sms, 1), THREADS, 0, p), d->in_turn = 0;
 }
 
 static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
@@ -3791,6 +4092,7 @@ static matrix up_matrix(uploader *u, const dspark_matrix *m) {
         up_put(u, NULL, (size_t)out.pitch - each);
     }
     up_put(u, NULL, (size_t)(-m->rows & (TILE - 1)) * (size_t)out.pitch);
+    if (m->dtype == DSPARK_FP4) up_arrange(u, out);
     if (m->dtype < DSPARK_FP8) return out;
     out.scale = up_begin(u);
     if (m->dtype == DSPARK_FP4) up_fp4_scales(u, m, out.pitch / UNIT);
@@ -3979,11 +4281,17 @@ static float *carve_rows(carver *v, int rows, int n) {
     return (float *)carve(v, (size_t)rows * (size_t)n, sizeof(float));
 }
 static int *carve_ints(carver *v, int rows, int n) { return (int *)carve(v, (size_t)rows * (size_t)n, sizeof(int)); }
-static input carve_input(carver *v, int rows, int n) {
+// An input in the forms that its products take.
+enum { ROUNDED = 1, HALVES = 2, PLAIN = 4 };
+static input carve_input(carver *v, int rows, int n, int forms = ROUNDED | PLAIN) {
     input x;
+    memset(&x, 0, sizeof x);
     x.stride = blocks_of(n, 256) * 256, x.plane = (size_t)rows * (size_t)x.stride;
-    x.rounded = (uint16_t *)carve(v, x.plane, sizeof *x.rounded),
-    x.plain = (uint16_t *)carve(v, 3 * x.plane, sizeof *x.plain);
+    if (forms & ROUNDED) x.rounded = (uint16_t *)carve(v, x.plane, sizeof *x.rounded);
+    if (forms & ROUNDED) x.rounded_scale = carve_rows(v, rows, x.stride / 128);
+    if (forms & HALVES) x.halves = (uint16_t *)carve(v, 2 * x.plane, sizeof *x.halves);
+    if (forms & HALVES) x.halves_scale = carve_rows(v, rows, x.stride / 128);
+    if (forms & PLAIN) x.plain = (uint16_t *)carve(v, 3 * x.plane, sizeof *x.plain);
     return x;
 }
 
@@ -4000,9 +4308,10 @@ static void carve_block(cuda *d, pass_block *b, carver *v) {
 
 static void carve_attention(cuda *d, carver *v, int n) {
     const shape *c = &d->s;
-    int low = d->c->o_groups * d->c->o_lora_rank;
+    int low = d->c->o_groups * d->c->o_lora_rank, group = c->H * c->D / d->c->o_groups, forms = 0;
+    for (int l = 0; l < d->layers; l++) forms |= d->w->layers[l].wo_a.dtype < DSPARK_FP8 ? PLAIN : HALVES;
     d->qr = carve_rows(v, n, c->q_lora), d->qr_in = carve_input(v, n, c->q_lora), d->kv = carve_rows(v, n, c->D);
-    d->q = carve_rows(v, n, c->H * c->D), d->o = carve_input(v, n, c->H * c->D);
+    d->q = carve_rows(v, n, c->H * c->D), d->o = carve_input(v, n, d->c->o_groups * blocks_of(group, 256) * 256, forms);
     d->low = carve_rows(v, n, low), d->low_in = carve_input(v, n, low);
     d->pool_kv = carve_rows(v, n, 2 * c->D), d->pool_gate = carve_rows(v, n, 2 * c->D);
     d->index_kv = carve_rows(v, n, 2 * c->I), d->index_gate = carve_rows(v, n, 2 * c->I);
@@ -4042,7 +4351,8 @@ static void carve_drafter(cuda *d, carver *v, int n) {
     d->draft_logits = carve_rows(v, n, d->s.V), d->candidates = carve_ints(v, n, 1);
     d->value = (double *)carve(v, (size_t)n * DSPARK_MAX_BLOCK, sizeof *d->value);
     d->e = carve_rows(v, n, rank), d->rnn = carve_rows(v, n, rank), d->z = carve_rows(v, n, 3 * rank);
-    d->markov_in = carve_input(v, n, 2 * rank + h), d->markov_out = carve_input(v, n, rank);
+    d->markov_in = carve_input(v, n, 2 * rank + h, HALVES | PLAIN);
+    d->markov_out = carve_input(v, n, rank, HALVES | PLAIN);
 }
 // Rows to whole 64: products read so many, and give sums that nobody takes.
 static size_t carve_all(cuda *d, uint8_t *base) {

@@ -72,6 +72,7 @@ struct host_warp {
     const uint32_t *in[32];
     const uint16_t *from[32];
     float *out[32];
+    int f16;                        // what numbers a product has; else bf16
 };
 static struct {
     host_fiber fiber[HOST_THREADS];
@@ -187,6 +188,11 @@ static unsigned __ballot_sync(unsigned, int x) {
     return bits;
 }
 
+static inline float host_f16_value(uint32_t u) {
+    uint32_t a = (u & 0x7fffu) << 13;
+    float x = (u & 0x7c00u) == 0x7c00u ? host_as_float(a | 0x7f800000u) : host_as_float(a) * host_as_float(239u << 23);
+    return host_as_float(host_as_bits(x) | (u << 16 & 0x80000000u));
+}
 // c [16][8] += a [16][16] b [16][8], fragments as mma.sync.m16n8k16 has them: sums in double, rounded once.
 typedef double host_columns __attribute__((vector_size(64)));
 #ifdef __x86_64__
@@ -202,9 +208,8 @@ static void host_mma_all(host_warp *w) {
         const uint32_t *f = w->in[lane];
         int g = lane / 4, t = lane % 4;
         for (int i = 0; i < 6; i++) {
-            uint32_t low = f[i] << 16, high = f[i] & 0xffff0000u;
-            float x, y;
-            memcpy(&x, &low, 4), memcpy(&y, &high, 4);
+            float x = w->f16 ? host_f16_value(f[i] & 0xffffu) : host_as_float(f[i] << 16);
+            float y = w->f16 ? host_f16_value(f[i] >> 16) : host_as_float(f[i] & 0xffff0000u);
             if (i < 4)
                 A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = (double)x,
                                                      A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + 1] = (double)y;
@@ -220,9 +225,10 @@ static void host_mma_all(host_warp *w) {
         for (int j = 0; j < 8; j++) c[j / 2][j & 1] = (float)sum[j];
     }
 }
-static void host_mma(float *c, const uint32_t *a, const uint32_t *b) {
+static void host_mma(float *c, const uint32_t *a, const uint32_t *b, int f16) {
     host_warp *w = &host.warp[host.self / 32];
     const uint32_t ab[6] = { a[0], a[1], a[2], a[3], b[0], b[1] };
+    w->f16 = f16;
     w->in[host.self % 32] = ab, w->out[host.self % 32] = c;
     host_together(host_mma_all);
 }
@@ -239,6 +245,17 @@ static void host_load_transposed(uint32_t *r, const uint16_t *row) {
                                    (uint32_t)all->from[8 * j + 2 * (lane % 4) + 1][lane / 4] << 16;
     });
 }
+// ldmatrix.x4: of tile j, two numbers of row lane / 4.
+static uint4 host_load_rows(const char *row) {
+    host_warp *w = &host.warp[host.self / 32];
+    uint32_t r[4];
+    w->from[host.self % 32] = (const uint16_t *)(const void *)row, w->to[host.self % 32] = r;
+    host_together([](host_warp *all) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int j = 0; j < 4; j++) memcpy(&all->to[lane][j], all->from[8 * j + lane / 4] + lane % 4 * 2, 4);
+    });
+    return make_uint4(r[0], r[1], r[2], r[3]);
+}
 
 // ---- arithmetic
 
@@ -246,6 +263,11 @@ static inline float __uint_as_float(unsigned u) { return host_as_float(u); }
 static inline unsigned __float_as_uint(float x) { return host_as_bits(x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
+static inline unsigned __brev(unsigned x) {
+    unsigned r = 0;
+    for (int i = 0; i < 32; i++) r |= (x >> i & 1) << (31 - i);
+    return r;
+}
 static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
     uint64_t both = (uint64_t)y << 32 | x;
@@ -265,6 +287,24 @@ static inline uint32_t host_bf16x2(float low, float high) { return host_bf16(low
 static inline uint32_t host_mul_bf16x2(uint32_t a, uint32_t b) {
     return host_bf16x2(host_as_float(a << 16) * host_as_float(b << 16),
                        host_as_float(a & 0xffff0000u) * host_as_float(b & 0xffff0000u));
+}
+// To the nearest f16, ties to even.
+static inline uint32_t host_f16(float x) {
+    uint32_t u = host_as_bits(x), a = u & 0x7fffffffu, r;
+    if (a > 0x7f800000u) return 0x7fffu;
+    if (a >= 0x477ff000u) r = 0x7c00u;                                      // 65520 and up
+    else if (a < 0x38800000u) r = host_as_bits(host_as_float(a) + .5f) - 0x3f000000u;      // below 2^-14: of 2^-24
+    else r = ((a + 0xfffu + (a >> 13 & 1)) >> 13) - (112u << 10);
+    return r | (u >> 16 & 0x8000u);
+}
+static inline uint32_t host_f16x2(float low, float high) { return host_f16(low) | host_f16(high) << 16; }
+static inline uint2 host_f16_of_e4m3(uint32_t codes) {
+    uint32_t r[4];
+    for (int i = 0; i < 4; i++, codes >>= 8)
+        r[i] = (codes & 0x80) << 8 | ((codes & 0x7f) == 0x7f ? 0x7fffu
+                                                             : host_f16(host_as_float((codes & 0x7f) << 20) *
+                                                                        host_as_float(247u << 23)));
+    return { r[0] | r[1] << 16, r[2] | r[3] << 16 };
 }
 
 // ---- the runtime
