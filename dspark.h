@@ -108,7 +108,7 @@
    dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one
    seed, one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device,
    in float, but for sessions with an adjust hook or log-probabilities: asking for log-probabilities may change a text
-   where two tokens tie but for 1e-7. Not yet run on a GPU, only thread by thread on the host.
+   where two tokens tie but for 1e-7. README.md says what of it has run on which device.
 
    WHAT IT DOES NOT DO
    Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
