@@ -8896,6 +8896,9 @@ static void dspark__linear_bf16(const dspark__job *job, int begin, int end, floa
 }
 #endif
 
+#ifdef __clang__        // up to Attention: it would unroll what does not get faster
+DSPARK__SOON
+#endif
 // ---- Rounding to FP8 and FP4
 
 #define dspark__v_amax DSPARK__AT(v_amax)
@@ -9224,6 +9227,10 @@ static float DSPARK__AT(log_sum_exp)(const float *x, int n) {
     if (!(dspark__v_first(s) > 0)) return dspark__v_first(s) == 0 ? -DSPARK__INFINITY : dspark__v_first(s);
     return m + dspark__v_first(dspark__v_log(s));
 }
+
+#ifdef __clang__
+DSPARK__SOON_END
+#endif
 
 // ---- Attention
 
