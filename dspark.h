@@ -5816,7 +5816,7 @@ static dspark_status dspark__cycle_there(dspark_model *m, dspark__lane *lanes, i
     dspark_sps sps;
     dspark_pass pass;
     dspark_choice choice;
-    dspark_status status;
+    dspark_status status = DSPARK_OK;
     for (int i = 0; i < n; i++)
         if (lanes[i].n_prompt || !dspark__drawn_there(lanes[i].s) ||
             (lanes[i].limit && dspark__mode_of(&lanes[i]) != DSPARK_SCHEDULE_ASYNC))

@@ -2,6 +2,7 @@
 // verified in every cycle. After held-out prompts, and again after the same prompts with as many documents of their
 // domain before them as make 512 tokens.
 //   tau D            tokens a cycle, over the cycles whose block lies within the answer (as tools/spark-tiny/measure.py)
+//   tau D at 512 over tau   the same after 512 tokens, over that; with quantiles .025 and .975 over prompts drawn anew
 //   accepted D k     of the drafts at position k that all drafts before them were right, the share that was right
 #include "bench.h"
 
@@ -43,6 +44,33 @@ static double tau(const domain_tally *t, int d, int depth) {
     return sum / N_DOMAINS;
 }
 
+static void add(domain_tally *to, const domain_tally *t) {
+    for (int depth = SHALLOW; depth <= DEEP; depth++) {
+        to->cycles[depth] += t->cycles[depth], to->tokens[depth] += t->tokens[depth];
+        for (int k = 0; k < DSPARK_MAX_BLOCK; k++)
+            to->reached[depth][k] += t->reached[depth][k], to->right[depth][k] += t->right[depth][k];
+    }
+}
+
+// tau at 512 over tau, of a domain or the mean of all; with the quantiles .025 and .975 over prompts drawn anew. A
+// domain's n[d] prompts are each[d * most] and on.
+static void compare_depths(const domain_tally *each, const int *n, int most, int d, const domain_tally *all,
+                           const char *model, int threads) {
+    enum { DRAWS = 1000 };
+    samples ratios = { NULL, 0, 0 };
+    for (int i = 0; i < DRAWS; i++) {
+        domain_tally drawn[N_DOMAINS];
+        memset(drawn, 0, sizeof drawn);
+        for (int of = 0; of < N_DOMAINS; of++)
+            for (int j = 0; j < n[of]; j++)
+                add(&drawn[of], &each[of * most + (int)(n[of] * dspark_uniform((uint64_t)i, 0, (uint64_t)j, of, 0))]);
+        sample(&ratios, tau(drawn, d, DEEP) / fmax(tau(drawn, d, SHALLOW), 1));
+    }
+    printf("tau %s at 512 over tau,%s,%d,%.4f,%.4f,%.4f,x,%d\n", d < N_DOMAINS ? domains[d] : "mean", model, threads,
+           tau(all, d, DEEP) / fmax(tau(all, d, SHALLOW), 1), quantile(&ratios, .025), quantile(&ratios, .975), DRAWS);
+    free(ratios.x);
+}
+
 static void report(const domain_tally *tally, int depth, int gamma, const char *model, int threads) {
     const char *at = depth == DEEP ? " at 512" : "";
     for (int d = 0; d < N_DOMAINS; d++) {
@@ -64,27 +92,24 @@ int main(int argc, char **argv) {
     dspark_model *m = model_open(dir, threads, NULL);
     int gamma = dspark_model_config(m)->dspark_block_size, done[N_DOMAINS] = { 0 };
     texts all = texts_read(m, file);
-    domain_tally tally[N_DOMAINS];
-    char question[64];
-    memset(tally, 0, sizeof tally);
+    domain_tally tally[N_DOMAINS], *each = (domain_tally *)need((size_t)(N_DOMAINS * all.n), sizeof *each);
+    memset(tally, 0, sizeof tally), memset(each, 0, (size_t)(N_DOMAINS * all.n) * sizeof *each);
     if (!dspark_model_config(m)->n_stages) die(dir, "has no drafter");
     for (int i = 0; i < all.n; i++)
         for (int d = 0; d < N_DOMAINS; d++) {
+            domain_tally *t = &each[d * all.n + done[d]];
             int32_t *ids;
             int n_ids;
             if (all.t[i].is_document || strcmp(all.t[i].domain, domains[d]) || (prompts && done[d] >= prompts)) continue;
             done[d]++;
-            answer(m, all.t[i].ids, all.t[i].n, n, &tally[d], SHALLOW);
+            answer(m, all.t[i].ids, all.t[i].n, n, t, SHALLOW);
             ids = deepen(&all, &all.t[i], 7 * i, DEPTH, &n_ids);
-            answer(m, ids, n_ids, n, &tally[d], DEEP);
+            answer(m, ids, n_ids, n, t, DEEP);
             free(ids);
+            add(&tally[d], t);
         }
     for (int depth = SHALLOW; depth <= DEEP; depth++) report(tally, depth, gamma, model_name(dir), threads);
-    for (int d = 0; d <= N_DOMAINS; d++) {
-        const char *domain = d < N_DOMAINS ? domains[d] : "mean";
-        double shallow = tau(tally, d, SHALLOW);
-        snprintf(question, sizeof question, "tau %s at 512 over tau", domain);
-        result_one(question, model_name(dir), threads, shallow > 0 ? tau(tally, d, DEEP) / shallow : 0, "x");
-    }
+    for (int d = 0; d <= N_DOMAINS; d++) compare_depths(each, done, all.n, d, tally, model_name(dir), threads);
+    free(each);
     texts_free(&all), dspark_model_close(m);
 }

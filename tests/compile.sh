@@ -50,7 +50,7 @@ compilers() {   # a language, its standard, its compilers
         flags="-x $language -std=$standard -O0 -I. -Wall -Wextra -Wshadow -Wconversion -Werror"
         check "$name: declarations alone, included twice, no warning" \
             $cc $flags -c $dir/declarations.c -o $dir/declarations.o
-        check "$name: the implementation, no warning" $cc $flags -c $dir/implementation.c -o $dir/implementation.o
+        check "$name -O2: the implementation, no warning" $cc $flags -O2 -c $dir/implementation.c -o $dir/implementation.o
         check "$name: two objects of one program" both_objects $cc
         check "$name: DSPARK_STATIC, no warning" $cc $flags -Dmain=other_main -c $dir/static.c -o $dir/static.o
         check "$name: a static copy beside the public one" \
