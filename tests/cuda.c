@@ -249,6 +249,28 @@ static void check_draws(const char *dir) {
     dspark_model_close(m), free(logits), free(p);
 }
 
+/* Where logit / temperature is large, or more than a float holds. */
+static void check_cold(const char *dir) {
+    static const float cold[] = { .05f, 1e-3f, 1e-6f, 1e-30f, 1e-40f };
+    enum { N = 300 };
+    dspark_model *m = open_on_device(dir, 8);
+    int V = dspark_model_config(m)->vocab_size, equal = 0;
+    float *logits = (float *)must_have(malloc((size_t)V * sizeof *logits)),
+          *p = (float *)must_have(malloc((size_t)V * sizeof *p));
+    for (int i = 0; i < N; i++) {
+        dspark_device_draw draw = draw_as(cold[i % COUNT(cold)], i % 2 ? 40 : 0, 0, 0, i);
+        int32_t there, here;
+        for (int v = 0; v < V; v++)                             /* with ties; with logits one step of a float apart */
+            logits[v] = 20 + (i % 3 ? (float)dice(3) : (float)dice(6) * 0x1p-19f);
+        must(m->backend->draw(m->device, logits, &draw, &there));
+        must(dspark_distribution(logits, V, draw.temperature, draw.top_k, 0, 0, p));
+        must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.at, 0, &here));
+        equal += here == there;
+    }
+    ok(equal == N, "%s: so they are at temperatures that leave a float no room for the noise (%d of %d)", dir, equal, N);
+    dspark_model_close(m), free(logits), free(p);
+}
+
 /* Draws from rows whose best tokens are many and nearly as good, and often equal: a token too much or too few among
    those that stay would be drawn, or missed. */
 static void check_filters(const char *dir) {
@@ -735,7 +757,7 @@ int main(void) {
     check_many();
     check_texts(golden_b);
     check_choice(golden_b);
-    check_draws(golden_b);
+    check_draws(golden_b), check_cold(golden_b);
     check_filters(golden_b), check_filters(spark_tiny);
     check_follows(golden_b), check_rejection_company(golden_b);
     check_copies(golden_b);
