@@ -2525,12 +2525,12 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 // A token of a row: argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit;
 // the lower token of equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with
 // NaN, +inf or nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
-// Where a filter stands before that, or a draft is to be refused with the probabilities of dspark_verify, or a float has
-// no room for logit / temperature and the noise, the row is weighed first: its largest logit (survey), the cuts of top-k
-// and of top-p (sift, a byte of the logits at a time), the sum of what stays (weigh); its scores are those of
-// dspark_draw, weight / -log u. Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not
-// stored: it is the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches
-// and 4 for each of the cuts, .5 MB a row each.
+// Where a filter stands before that, or a draft is to be refused with the probabilities of dspark_verify, or a float
+// has no room for logit / temperature and the noise, the row is weighed first: its largest logit (survey), the cuts of
+// top-k and of top-p (sift, a byte of the logits at a time), the sum of what stays (weigh); its scores are dspark_draw's
+// weight / -log u. Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not stored: it is
+// the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches and 4 for each
+// of the cuts, .5 MB a row each.
 
 typedef struct {
     float temperature, top_p, min_p;        // top_p, min_p, top_k 0: off
