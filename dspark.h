@@ -674,9 +674,9 @@ typedef struct {
     int inject_from;            // drafting: taps of positions [inject_from, position) enter the stages' windows first
 } dspark_segment;
 
-// A token drawn where the logits are, with the random numbers of (seed, purpose, at, k): at temperature 0 their argmax,
-// else from dspark_distribution; of NEXT with a draft_row, what dspark_verify puts in place of the draft of that row of
-// the last draft pass, the draft itself if it stands. -1: the row is no distribution. Temperature -1: the logits.
+// A token drawn where the logits are: at temperature 0 their argmax, else dspark_draw's (seed, purpose, at, k) from
+// dspark_distribution's p. NEXT with a draft_row (-1: none): what dspark_verify puts in place of the draft of that row
+// of the last draft pass, the draft itself if it stands. Token -1: no distribution. Temperature -1: the logits instead.
 typedef struct {
     float temperature, top_p, min_p;
     int top_k, purpose, k, draft_row;
@@ -710,10 +710,12 @@ typedef struct {
     const int32_t *ids;         // [n_rows]
     const dspark_segment *segments;
     const dspark_device_draw *draws;    // NULL: logits are wanted; else, where the backend draws, one for each row of
-                                        // logits, or drafting for each segment, for its first draft's position
+                                        // logits, or drafting for each segment, for its first draft; those after it
+                                        // count on, PLAIN by at, the others by k
     int whole;                  // 1: rows are whole blocks of DSPARK_PROMPT_BLOCK of one prompt (fast_prefill)
     const dspark_choice *choice;        // NULL: the rows are as the segments say; else n_rows is the most there may be,
-                                        // and draws are the segments', for the token behind the anchor
+                                        // and draws are the segments', for the token behind the anchor; the rows
+                                        // after it count on as drafts do, and draft_row is from the choice
 } dspark_pass;
 
 typedef struct {
@@ -5864,8 +5866,8 @@ static void dspark__commit_prompt(dspark__lane *a, const dspark_pass_result *out
     s->has_logits = 1;
 }
 
-// A row whose token the device has drawn. (By rejection, where p_t <= p_d everywhere by rounding, that may be the refused
-// draft. It stands then, which is no other text.)
+// A row whose token the device has drawn. (By rejection, where p_t <= p_d everywhere by rounding, that may be the
+// refused draft: it comes from p_t, and counts as accepted.)
 static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t drawn, int *accepted, int32_t *token) {
     *token = drawn, *accepted = i < a->length && drawn == a->s->tokens[a->s->n_tokens];
     if (drawn >= 0) return DSPARK_OK;

@@ -2525,11 +2525,12 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 // A token of a row: argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit;
 // the lower token of equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with
 // NaN, +inf or nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
-// Where a filter stands before that, or a draft is to be refused with the probabilities of dspark_verify, the row is
-// weighed first: its largest logit (survey), the cuts of top-k and of top-p (sift, a byte of the logits at a time), the
-// sum of what stays (weigh). Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not
-// stored: it is the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches
-// and 4 for each of the cuts, .5 MB a row each.
+// Where a filter stands before that, or a draft is to be refused with the probabilities of dspark_verify, or a float
+// has no room for logit / temperature and the noise, the row is weighed first: its largest logit (survey), the cuts of
+// top-k and of top-p (sift, a byte of the logits at a time), the sum of what stays (weigh); its scores are dspark_draw's
+// weight / -log u. Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not stored: it is
+// the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches and 4 for each
+// of the cuts, .5 MB a row each.
 
 typedef struct {
     float temperature, top_p, min_p;        // top_p, min_p, top_k 0: off
@@ -2563,6 +2564,7 @@ typedef struct {
 } draw_args;
 enum { SIFTED = 2048 };                     // tokens of a block that weighs
 #define UNITS 0x1p39                        // for e = 1: 2^24 tokens do not overflow, and an error is 2^-40 of the best
+#define COLD 0.0625f                        // below it logit / temperature leaves a float no room for the noise
 #define NO_TOKEN 0xffffffffffffffffull
 static __device__ __forceinline__ int token_of(unsigned long long best) {
     return best == NO_TOKEN || best == 0 ? -1 : (int)(0xffffffffu - (uint32_t)best);
@@ -2576,7 +2578,8 @@ static __device__ __forceinline__ int refuses(const draw_row &d) {
 }
 static __device__ __forceinline__ int is_weighed(const draw_row &d) {
     return d.temperature > 0 &&
-           (d.top_k || d.top_p > 0 || d.min_p > 0 || d.purpose == DSPARK_DRAW_DRAFT || refuses(d));
+           (d.top_k || d.top_p > 0 || d.min_p > 0 || d.purpose == DSPARK_DRAW_DRAFT || refuses(d) ||
+            d.temperature < COLD);
 }
 static __device__ __forceinline__ unsigned long long of_lane(unsigned long long x, int mask) {
     uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)x, mask),
@@ -2789,6 +2792,7 @@ static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
             if (!(z >= -FLT_MAX)) continue;
             if (weighed && !((e = weight(d, t, d.min_p, z, v + j)) > 0)) continue;
             if (refused) key = scored(rest_score(p, d, t, e, v + j, w[j]), v + j);
+            else if (weighed) key = scored(ordered((float)e / waiting(w[j])), v + j);
             else key = scored(ordered(d.temperature > 0 ? z / d.temperature - logf(waiting(w[j])) : z), v + j);
             if (key > best) best = key;
         }
@@ -3755,7 +3759,7 @@ static int weighs_of(const cuda *d, const dspark_device_draw *draws, int n) {
     for (int i = 0; draws && i < n; i++) {
         draw_row r = draw_of(d, &draws[i]);
         if (!(r.temperature > 0)) continue;
-        if (r.purpose || r.top_k || r.top_p > 0 || r.min_p > 0) weighs |= WEIGHED;
+        if (r.purpose || r.top_k || r.top_p > 0 || r.min_p > 0 || r.temperature < COLD) weighs |= WEIGHED;
         weighs |= (r.top_k ? BY_COUNT : 0) | (r.top_p > 0 ? BY_WEIGHT : 0);
     }
     return weighs;

@@ -249,6 +249,28 @@ static void check_draws(const char *dir) {
     dspark_model_close(m), free(logits), free(p);
 }
 
+/* Where logit / temperature is large, or more than a float holds. */
+static void check_cold(const char *dir) {
+    static const float cold[] = { .05f, 1e-3f, 1e-6f, 1e-30f, 1e-40f };
+    enum { N = 300 };
+    dspark_model *m = open_on_device(dir, 8);
+    int V = dspark_model_config(m)->vocab_size, equal = 0;
+    float *logits = (float *)must_have(malloc((size_t)V * sizeof *logits)),
+          *p = (float *)must_have(malloc((size_t)V * sizeof *p));
+    for (int i = 0; i < N; i++) {
+        dspark_device_draw draw = draw_as(cold[i % COUNT(cold)], i % 2 ? 40 : 0, 0, 0, i);
+        int32_t there, here;
+        for (int v = 0; v < V; v++)                             /* with ties; with logits one step of a float apart */
+            logits[v] = 20 + (i % 3 ? (float)dice(3) : (float)dice(6) * 0x1p-19f);
+        must(m->backend->draw(m->device, logits, &draw, &there));
+        must(dspark_distribution(logits, V, draw.temperature, draw.top_k, 0, 0, p));
+        must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.at, 0, &here));
+        equal += here == there;
+    }
+    ok(equal == N, "%s: so they are at temperatures that leave a float no room for the noise", dir);
+    dspark_model_close(m), free(logits), free(p);
+}
+
 /* Draws from rows whose best tokens are many and nearly as good, and often equal: a token too much or too few among
    those that stay would be drawn, or missed. */
 static void check_filters(const char *dir) {
@@ -472,6 +494,46 @@ static void check_rejection_company(const char *dir) {
     ok(equal == 4 * CYCLES, "%s: rejection: who shares the pass, the host's sessions included, changes no decision",
        dir);
     for (int i = 0; i < 4; i++) dspark_session_close(alone[i]), dspark_session_close(company[i]);
+    dspark_model_close(m), free(tokens);
+}
+
+/* Lengths that the device chooses among sessions of all kinds; then each alone, told to verify as many. */
+static void check_rejection_lengths(const char *dir) {
+    enum { CYCLES = 6, N = 5 };
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *alone[N], *company[N];
+    dspark_step_result r[N];
+    int32_t *tokens = golden_text(dir);
+    float steep[64];
+    int equal = 0, none = 0, some = 0;
+    for (int i = 0; i < COUNT(steep); i++) steep[i] = 100 + 9 * (float)i;
+    set_costs(m, steep, COUNT(steep), 1, 0);
+    for (int i = 0; i < N; i++) {
+        dspark_session_desc d = rejecting(i);
+        if (i == 3) d.policy.verify = DSPARK_VERIFY_COUPLED;
+        if (i == 4) d.temperature = 0;
+        alone[i] = open_session_as(m, &d);
+        d.policy.schedule = DSPARK_SCHEDULE_ASYNC;
+        company[i] = open_session_as(m, &d);
+        must(dspark_session_append(alone[i], tokens + i, PROMPT));
+        must(dspark_session_append(company[i], tokens + i, PROMPT));
+    }
+    for (int cycle = 0; cycle < CYCLES; cycle++) {
+        must(dspark_step(company, N, NULL, r));
+        for (int i = 0; i < N; i++) {
+            dspark_policy p = alone[i]->desc.policy;
+            dspark_step_result a;
+            p.draft_cap = r[i].n_scheduled, p.plain = !r[i].n_scheduled;
+            must(dspark_session_set_policy(alone[i], &p));
+            a = step(alone[i]);
+            equal += a.n_tokens == r[i].n_tokens && a.n_accepted == r[i].n_accepted &&
+                     !memcmp(a.tokens, r[i].tokens, (size_t)a.n_tokens * sizeof *a.tokens);
+            none += r[i].n_drafted && !r[i].n_scheduled, some += r[i].n_scheduled > 0;
+        }
+    }
+    ok(equal == CYCLES * N && none && some > CYCLES, "%s: rejection: of lengths that the device chose for five "
+       "sessions (%d of 0, %d more) each has its decisions alone", dir, none, some);
+    for (int i = 0; i < N; i++) dspark_session_close(alone[i]), dspark_session_close(company[i]);
     dspark_model_close(m), free(tokens);
 }
 
@@ -735,9 +797,9 @@ int main(void) {
     check_many();
     check_texts(golden_b);
     check_choice(golden_b);
-    check_draws(golden_b);
+    check_draws(golden_b), check_cold(golden_b);
     check_filters(golden_b), check_filters(spark_tiny);
-    check_follows(golden_b), check_rejection_company(golden_b);
+    check_follows(golden_b), check_rejection_company(golden_b), check_rejection_lengths(golden_b);
     check_copies(golden_b);
     check_longer(golden_b);
     check_prompt_block(golden_b);
