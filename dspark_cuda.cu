@@ -76,12 +76,12 @@ static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
 typedef char *shared_at;
 static inline shared_at place_in(const char *shared) { return (char *)(uintptr_t)shared; }
-template <int AT> static inline void copy16(shared_at to, const void *from) { memcpy(to + AT, from, 16); }
-template <int AT> static inline void copy4(shared_at to, const void *from) { memcpy(to + AT, from, 4); }
-static inline void copies_close(void) {}
+template <int AT> static inline void copy16(shared_at to, const void *from) { host_ask(to + AT, from, 16); }
+template <int AT> static inline void copy4(shared_at to, const void *from) { host_ask(to + AT, from, 4); }
+static inline void copies_close(void) { host_close(); }
 static inline void keep(int) {}
 static inline void fetch(const void *) {}
-template <int PENDING> static inline void copies_wait(void) {}
+template <int PENDING> static inline void copies_wait(void) { host_land(PENDING); }
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
     host_mma(c, a, b, 0);
@@ -92,7 +92,7 @@ static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t 
     host_mma(c, all, b, 1);
 }
 static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
-template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)(const void *)(from + AT); }
+template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
 static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
 static inline uint32_t f16x2(float low, float high) { return host_f16x2(low, high); }

@@ -136,7 +136,8 @@ static void check_chunks(const char *dir, int n, const int *chunks, int n_chunks
        dir, n, chunks[0], chunks[n_chunks - 1]);
 #ifdef DSPARK_CUDA_HOST
     cuda_host_backwards(1);
-    ok(in_chunks(m, tokens, n, n) == h, "%s: threads that run in the opposite order change no bit", dir);
+    ok(in_chunks(m, tokens, n, n) == h && in_chunks(m, tokens, n, chunks[0]) == h,
+       "%s: threads that run in the opposite order and copies that land late change no bit", dir);
     cuda_host_backwards(0);
 #endif
     dspark_model_close(m), free(tokens);
@@ -164,6 +165,13 @@ static void check_many(void) {
     ok(in_chunks(m, some, COUNT(some), COUNT(some)) == in_chunks(m, some, COUNT(some), 32),
        "tiles of many rows leave the bits of few rows: every dtype, experts with 0, 1, 63, 65 and 66 rows of 129");
     ok(in_chunks(m, same, N, N) == in_chunks(m, same, N, 32), "and where two experts have all rows of %d", N);
+#ifdef DSPARK_CUDA_HOST
+    uint64_t h = in_chunks(m, some, COUNT(some), 32);
+    cuda_host_backwards(1);
+    ok(in_chunks(m, some, COUNT(some), COUNT(some)) == h, "of which threads in the opposite order and copies that land "
+       "late change no bit");
+    cuda_host_backwards(0);
+#endif
     dspark_model_close(m);
 }
 

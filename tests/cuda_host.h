@@ -1,11 +1,13 @@
 // The CUDA that dspark_cuda.cu needs, on a CPU: g++ -DDSPARK_CUDA_HOST -I. -Itests -x c++ dspark_cuda.cu. Blocks run
 // one after the other, a block's threads are fibers that change places where they wait for each other: at __syncthreads
 // and at what a warp does together (shuffles, ballots, matrix products). A wait that cannot end stops the program with
-// a message. Memory comes filled with NaN, streams run at once, graphs are lists of calls. One thread of the host at a
+// a message. Memory comes filled with NaN, streams run at once, graphs are lists of calls. Backwards, threads run in
+// the opposite order and copies land as late as they may: no result may depend on either. One thread of the host at a
 // time.
 #ifndef CUDA_HOST_H
 #define CUDA_HOST_H
 #include <functional>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -80,7 +82,7 @@ static struct {
     host_place home;
     int n, self, live, arrived;     // threads of the block, the one that runs, those not done, those at the barrier
     unsigned generation;
-    int backwards;                  // 1: threads in the opposite order, which no result may depend on
+    int backwards;
     dim3 thread, block, block_dim, grid_dim;
     std::function<void()> kernel;
     char *stacks;
@@ -91,6 +93,10 @@ static struct {
 #define blockIdx (host.block)
 #define blockDim (host.block_dim)
 #define gridDim (host.grid_dim)
+
+// Copies that a thread has asked for and that have not landed; the ends of their groups.
+struct host_copy { char *to; const char *from; size_t n; };
+static struct { std::vector<host_copy> copies; std::vector<size_t> closed; } host_asked[HOST_THREADS];
 
 static void host_stop(const char *why) {
     fprintf(stderr, "cuda_host: block %u %u, thread %d: %s\n", host.block.x, host.block.y, host.self, why);
@@ -128,6 +134,8 @@ static void host_fiber_main(void) {
         host.fiber[self].done = true;
         host.live--, w->live--;
         if (w->arrived) host_stop("a thread ended while its warp waits for it");
+        if (!host_asked[self].copies.empty()) host_stop("a thread ended before its copies");
+        host_asked[self].closed.clear();
         if (host.live && host.arrived == host.live) host.arrived = 0, host.generation++;
         if (host.live) host_enter(&host.fiber[self].at, host_next());
         else cuda_host_switch(&host.fiber[self].at, &host.home);
@@ -233,11 +241,35 @@ static void host_mma(float *c, const uint32_t *a, const uint32_t *b, int f16) {
     host_together(host_mma_all);
 }
 
+// cp.async: what was copied stands there at once, or, backwards, after the wait for its group and not before.
+static inline void host_ask(char *to, const void *from, size_t n) {
+    if (((uintptr_t)to | (uintptr_t)from) % n) host_stop("a copy's ends are not multiples of its size");
+    if (host.backwards) host_asked[host.self].copies.push_back({ to, (const char *)from, n });
+    else memcpy(to, from, n);
+}
+static inline void host_close(void) {
+    if (host.backwards) host_asked[host.self].closed.push_back(host_asked[host.self].copies.size());
+}
+static void host_land(size_t pending) {
+    auto &asked = host_asked[host.self];
+    if (asked.closed.size() <= pending) return;
+    auto last = asked.closed.end() - (ptrdiff_t)pending - 1;
+    size_t n = *last;
+    for (size_t i = 0; i < n; i++) memcpy(asked.copies[i].to, asked.copies[i].from, asked.copies[i].n);
+    asked.copies.erase(asked.copies.begin(), asked.copies.begin() + (ptrdiff_t)n);
+    asked.closed.erase(asked.closed.begin(), last + 1);
+    for (size_t &end : asked.closed) end -= n;
+}
+static inline const void *host_aligned(const void *row) {
+    if ((uintptr_t)row % 16) host_stop("16 bytes of shared memory that begin elsewhere than on 16");
+    return row;
+}
+
 // ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane
 // / 4.
 static void host_load_transposed(uint32_t *r, const uint16_t *row) {
     host_warp *w = &host.warp[host.self / 32];
-    w->from[host.self % 32] = row, w->to[host.self % 32] = r;
+    w->from[host.self % 32] = (const uint16_t *)host_aligned(row), w->to[host.self % 32] = r;
     host_together([](host_warp *all) {
         for (int lane = 0; lane < 32; lane++)
             for (int j = 0; j < 4; j++)
@@ -249,7 +281,7 @@ static void host_load_transposed(uint32_t *r, const uint16_t *row) {
 static uint4 host_load_rows(const char *row) {
     host_warp *w = &host.warp[host.self / 32];
     uint32_t r[4];
-    w->from[host.self % 32] = (const uint16_t *)(const void *)row, w->to[host.self % 32] = r;
+    w->from[host.self % 32] = (const uint16_t *)host_aligned(row), w->to[host.self % 32] = r;
     host_together([](host_warp *all) {
         for (int lane = 0; lane < 32; lane++)
             for (int j = 0; j < 4; j++) memcpy(&all->to[lane][j], all->from[8 * j + lane / 4] + lane % 4 * 2, 4);
