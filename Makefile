@@ -143,7 +143,8 @@ sanitize-cuda:      ## the CUDA backend under compute-sanitizer, memcheck and ra
 	@if ! command -v $(SANITIZER) >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
 	  echo "skipped: there is no $(SANITIZER), or no CUDA device"; exit 0; fi; \
 	$(MAKE) cuda && for t in memcheck racecheck; do \
-	  $(SANITIZER) --tool $$t --error-exitcode 1 ./dspark --backend cuda --compare -n 24 -p "Once upon a time" || exit 1; done
+	  for how in --compare "--verify rejection -t .8 --top-k 40 --top-p .9 --min-p .01 --schedule block"; do \
+	    head -c 400 README.md | $(SANITIZER) --tool $$t --error-exitcode 1 ./dspark --backend cuda $$how -n 24 -p - || exit 1; done; done
 
 clean:      ## remove what was built
 	rm -rf build dspark
