@@ -8898,7 +8898,7 @@ static void dspark__linear_bf16(const dspark__job *job, int begin, int end, floa
 }
 #endif
 
-#ifdef __clang__        // up to Attention: it would unroll what does not get faster
+#ifdef __clang__        // but for attention: it would unroll what does not get faster
 DSPARK__SOON
 #endif
 // ---- Rounding to FP8 and FP4
@@ -9339,6 +9339,9 @@ static void DSPARK__AT(attend)(const float *q, int H, int d, const float *const 
     }
 }
 
+#ifdef __clang__
+DSPARK__SOON
+#endif
 static void DSPARK__AT(index_scores)(const float *q, const float *w, int H, int d, const float *keys, int n,
                                      float *scores) {
     float dots[DSPARK__AT(rows)][16];
@@ -9427,6 +9430,9 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
     }
 }
 
+#ifdef __clang__
+DSPARK__SOON_END
+#endif
 #define DSPARK__KERNELS(name, linear) { \
         name, linear, DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4), \
         DSPARK__AT(decode_fp4), DSPARK__AT(rope), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), \
