@@ -76,10 +76,10 @@
 
    NEVER SLOWER
    Each session has an account in modelled time (T and the draft's cost): a cycle's gain over plain decoding is added,
-   its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected or, at a
-   text's first step and every 64th, to find out. So any text takes at most 1.01 of plain decoding, and three such
-   outcomes where other texts like it (temperature 0, or a verifier and a band of temperatures) have gained them: all of
-   those together take 1.01 of plain decoding and one such outcome. (schedule BLOCK and THRESHOLD draft always.)
+   its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected or, at
+   a text's first step and every 64th, to find out. So any text takes at most 1.01 of plain decoding, and three such
+   outcomes where other texts like it (temperature 0, or a verifier and a band of temperatures) have gained them: all
+   of those together take 1.01 of plain decoding and one such outcome. (schedule BLOCK and THRESHOLD draft always.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
@@ -593,8 +593,8 @@ typedef struct {
     unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // how often, up to 8: the more, the less is corrected
 } dspark_profile;
 
-// T(B): linear between the points; before them in proportion to B, beyond them as over their last half, though a further
-// row takes at least half of what one has taken on average.
+// T(B): linear between the points; before them in proportion to B, beyond them as over their last half, though a
+// further row takes at least half of what one has taken on average.
 DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
 // Measures, unless there is one, in about half a second; so does the first step that needs it. It learns.
 DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);
@@ -833,6 +833,13 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #else
 #define DSPARK__SOON
 #define DSPARK__SOON_END
+#endif
+#ifdef __clang__        // within >>paths, all of which GCC compiles so
+#define DSPARK__SOON_CLANG DSPARK__SOON
+#define DSPARK__SOON_CLANG_END DSPARK__SOON_END
+#else
+#define DSPARK__SOON_CLANG
+#define DSPARK__SOON_CLANG_END
 #endif
 
 // >>base
@@ -5974,7 +5981,7 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
 static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     int V = dspark__config(s)->vocab_size, accepted, finished;
     double log_sum = 0;
-    dspark_device_draw draw = dspark__draw_there(s, 0);
+    dspark_device_draw draw = dspark__draw_there(s, 0);         // of this cycle, which the next lines end
     dspark_verify_desc v;
     int32_t token;
     float *p = s->logits;
@@ -6547,6 +6554,7 @@ static float *dspark__scratch(dspark__cpu *d, int thread) {
     return d->thread_scratch + (size_t)thread * d->scratch_floats;
 }
 
+// The first of a share's outputs of a job: shares are whole fours.
 static int dspark__share_begin(const dspark__job *job, int share, int n_shares) {
     return dspark__share_of(job->n, 4, share, n_shares);
 }
@@ -6575,7 +6583,7 @@ static void dspark__run_share(dspark__cpu *d, int thread, int share, void *arg) 
         int begin = dspark__share_begin(&job, share, n_shares),
             end = dspark__share_begin(&job, share + 1, n_shares);
         if (j + 1 < d->n_jobs) dspark__fetch_first(next, dspark__share_begin(next, share, n_shares));
-        if (dspark__many_rows(job.n_rows, n_shares)) {      // weights are decoded as often, inputs packed once
+        if (dspark__many_rows(job.n_rows, n_shares)) {      // by rows: each input is packed by one thread
             int first = dspark__rows_begin(job.n_rows, share, n_shares);
             job.n_rows = dspark__rows_begin(job.n_rows, share + 1, n_shares) - first;
             job.x += first, job.y += first, begin = 0, end = job.n;
@@ -8453,10 +8461,9 @@ DSPARK__WORD void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c
     y[0] = dspark__v_sum(a), y[1] = dspark__v_sum(b), y[2] = dspark__v_sum(c), y[3] = dspark__v_sum(d);
 }
 #endif
-// The first n lanes (16 if n is more); the others are `fill`, or left alone. No function is called: accumulators would go
-// to memory and back at each step.
-#if DSPARK__PATH == 3 || DSPARK__PATH == 5
-DSPARK__INLINE __mmask16 DSPARK__AT(lanes)(int n) { return (__mmask16)(0xffffu >> (n < 16 ? 16 - n : 0)); }     // n > -16
+// The first n > -16 lanes (16 if n is more); the others are `fill`, or left alone.
+#if DSPARK__PATH == 3 || DSPARK__PATH == 5     // no call: sums would go to memory and back at each step
+DSPARK__INLINE __mmask16 DSPARK__AT(lanes)(int n) { return (__mmask16)(0xffffu >> (n < 16 ? 16 - n : 0)); }
 DSPARK__INLINE dspark__v dspark__v_load_n(const float *p, int n, float fill) {
     return DSPARK__AT(v_of)(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), DSPARK__AT(lanes)(n), p));
 }
@@ -8898,9 +8905,7 @@ static void dspark__linear_bf16(const dspark__job *job, int begin, int end, floa
 }
 #endif
 
-#ifdef __clang__        // but for attention: it would unroll what does not get faster
-DSPARK__SOON
-#endif
+DSPARK__SOON_CLANG      // all but attention: it would unroll what does not get faster
 // ---- Rounding to FP8 and FP4
 
 #define dspark__v_amax DSPARK__AT(v_amax)
@@ -9051,7 +9056,8 @@ static void DSPARK__AT(rope)(float *x, int n, const float *turn, float direction
     for (int i = 0; i < 16; i++) f[i] = i & 1 ? 1.0f : -1.0f;
     odd = dspark__v_load(f), sign = dspark__v_mul(odd, dspark__v_set(direction));
     for (int i = 0; i < n; i += 16) {
-        dspark__v v = dspark__v_load_n(x + i, n - i, 0), t = dspark__v_load_n(turn + i, n - i, 0), u = dspark__v_swap1(t);
+        dspark__v v = dspark__v_load_n(x + i, n - i, 0), t = dspark__v_load_n(turn + i, n - i, 0);
+        dspark__v u = dspark__v_swap1(t);
         dspark__v c = dspark__v_less(odd, zero, t, u), s = dspark__v_mul(sign, dspark__v_less(odd, zero, u, t));
         dspark__v_store_n(x + i, n - i, dspark__v_add(dspark__v_mul(v, c), dspark__v_mul(dspark__v_swap1(v), s)));
     }
@@ -9230,10 +9236,7 @@ static float DSPARK__AT(log_sum_exp)(const float *x, int n) {
     return m + dspark__v_first(dspark__v_log(s));
 }
 
-#ifdef __clang__
-DSPARK__SOON_END
-#endif
-
+DSPARK__SOON_CLANG_END
 // ---- Attention
 
 // o[r][i] = factor[r] sum_j p[r][j] rows[j][i] for i in [at, at + 16 W), or at + n where W is 1; in order of
@@ -9339,9 +9342,7 @@ static void DSPARK__AT(attend)(const float *q, int H, int d, const float *const 
     }
 }
 
-#ifdef __clang__
-DSPARK__SOON
-#endif
+DSPARK__SOON_CLANG
 static void DSPARK__AT(index_scores)(const float *q, const float *w, int H, int d, const float *keys, int n,
                                      float *scores) {
     float dots[DSPARK__AT(rows)][16];
@@ -9430,15 +9431,13 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
     }
 }
 
-#ifdef __clang__
-DSPARK__SOON_END
-#endif
+DSPARK__SOON_CLANG_END
 #define DSPARK__KERNELS(name, linear) { \
         name, linear, DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4), \
-        DSPARK__AT(decode_fp4), DSPARK__AT(rope), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), DSPARK__AT(mix), \
-        DSPARK__AT(sum_squares), \
-        DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), \
-        DSPARK__AT(log_sum_exp), DSPARK__AT(attend), DSPARK__AT(index_scores), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
+        DSPARK__AT(decode_fp4), DSPARK__AT(rope), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), \
+        DSPARK__AT(mix), DSPARK__AT(sum_squares), DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), \
+        DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), DSPARK__AT(log_sum_exp), DSPARK__AT(attend), \
+        DSPARK__AT(index_scores), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
     }
 static const dspark__kernels DSPARK__AT(kernels) =
 #if DSPARK__PATH == 1

@@ -36,9 +36,9 @@
 // %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %. Others
 // 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212, swiglu 209,
 // index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
-// COUNTED (SASS of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows; through bf16): FP4 274 (438), FP8
-// 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a scheduler issue 1,100 for FP4 while
-// bytes take 2,400 clocks.
+// COUNTED (the steady loops in cuobjdump -sass of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows;
+// through bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a
+// scheduler issue 1,100 for FP4 while bytes take 2,400 clocks.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -2527,10 +2527,10 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 // NaN, +inf or nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
 // Where a filter stands before that, or a draft is to be refused with the probabilities of dspark_verify, or a float
 // has no room for logit / temperature and the noise, the row is weighed first: its largest logit (survey), the cuts of
-// top-k and of top-p (sift, a byte of the logits at a time), the sum of what stays (weigh); its scores are dspark_draw's
-// weight / -log u. Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not stored: it is
-// the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches and 4 for each
-// of the cuts, .5 MB a row each.
+// top-k and of top-p (sift, a byte of the logits at a time), the sum of what stays (weigh); its scores are
+// dspark_draw's weight / -log u. Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not
+// stored: it is the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches
+// and 4 for each of the cuts, .5 MB a row each.
 
 typedef struct {
     float temperature, top_p, min_p;        // top_p, min_p, top_k 0: off

@@ -30,7 +30,8 @@ static void answer(dspark_model *m, const int32_t *ids, int n, int n_tokens, dom
     end = dspark_session_length(s) < n + n_tokens ? dspark_session_length(s) : n + n_tokens;
     for (int i = 0; i < cycles && anchor[i] + gamma < end; i++) {
         t->cycles[depth]++, t->tokens[depth] += accepted[i] + 1;
-        for (int k = 0; k < gamma && k <= accepted[i]; k++) t->reached[depth][k]++, t->right[depth][k] += k < accepted[i];
+        for (int k = 0; k < gamma && k <= accepted[i]; k++)
+            t->reached[depth][k]++, t->right[depth][k] += k < accepted[i];
     }
     free(anchor), free(accepted);
     dspark_session_close(s);
@@ -100,7 +101,8 @@ int main(int argc, char **argv) {
             domain_tally *t = &each[d * all.n + done[d]];
             int32_t *ids;
             int n_ids;
-            if (all.t[i].is_document || strcmp(all.t[i].domain, domains[d]) || (prompts && done[d] >= prompts)) continue;
+            if (all.t[i].is_document || strcmp(all.t[i].domain, domains[d])) continue;
+            if (prompts && done[d] >= prompts) continue;
             done[d]++;
             answer(m, all.t[i].ids, all.t[i].n, n, t, SHALLOW);
             ids = deepen(&all, &all.t[i], 7 * i, DEPTH, &n_ids);

@@ -1,6 +1,6 @@
 // dspark [DIR [TEXTS [THREADS [PROMPTS [TOKENS]]]]]: DSpark against plain decoding over held-out prompts (PROMPTS a
-// domain, all if 0) at temperatures 0, 0.7 and 1, and over random bytes. Both write the same text, TURN tokens at a time
-// in turn: the machine's speed changes within a second, and then changes for both.
+// domain, all if 0) at temperatures 0, 0.7 and 1, and over random bytes. Both write the same text, TURN tokens at a
+// time in turn: the machine's speed changes within a second, and then changes for both.
 //   dspark/plain D tT      tokens a second with DSpark over tokens a second without, the prompt left out: of a domain's
 //                          prompts the median, and (`all`) of their whole time
 //   equal texts            coupled verification gives the tokens of plain decoding: percent of texts, all temperatures
@@ -27,7 +27,8 @@ static void go_on(answer *a, int until) {
     while (!a->done && a->n < until) {
         must(dspark_step(&a->session, 1, NULL, &r));
         must(r.status);
-        memcpy(a->ids + a->n, r.tokens, (size_t)r.n_tokens * sizeof *a->ids), a->n += r.n_tokens, a->done = r.finish != 0;
+        memcpy(a->ids + a->n, r.tokens, (size_t)r.n_tokens * sizeof *a->ids);
+        a->n += r.n_tokens, a->done = r.finish != 0;
     }
     a->s += seconds() - start;
 }
