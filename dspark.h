@@ -819,16 +819,20 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-// What stands between these computes little, or is written out as it shall run: it is to compile soon. Passes of GCC
-// that are left out here took a sixth of its time, and the code is as fast.
+// What stands between these calls more than it computes: it is to compile soon. Passes of GCC that are left out here
+// took a quarter of its time, and texts come as fast; kernels keep those that DSPARK__SOON adds.
 #define DSPARK__PRAGMA(x) _Pragma(#x)
 #ifdef __clang__
 #define DSPARK__SOON DSPARK__PRAGMA(clang attribute push(__attribute__((minsize)), apply_to = function))
 #define DSPARK__SOON_END DSPARK__PRAGMA(clang attribute pop)
 #elif defined __GNUC__
-#define DSPARK__SOON DSPARK__PRAGMA(GCC push_options) \
+#define DSPARK__PASSES(...) \
+    DSPARK__PRAGMA(GCC push_options) \
     DSPARK__PRAGMA(GCC optimize("O1", "fp-contract=off", "no-tree-pta", "no-tree-dominator-opts", "no-tree-ccp", \
-                                "no-reorder-blocks", "no-crossjumping"))
+                                "no-reorder-blocks", "no-crossjumping", __VA_ARGS__))
+#define DSPARK__SOON \
+    DSPARK__PASSES("no-tree-loop-optimize", "no-ivopts", "no-tree-ch", "no-move-loop-invariants", "ira-region=one", \
+                   "no-cprop-registers", "no-forward-propagate", "no-if-conversion", "no-guess-branch-probability")
 #define DSPARK__SOON_END DSPARK__PRAGMA(GCC pop_options)
 #else
 #define DSPARK__SOON
@@ -6397,8 +6401,7 @@ static void dspark__float_mode_restore(uint64_t old) {
 #elif defined __GNUC__
 #define DSPARK__TARGET(x) DSPARK__PRAGMA(GCC push_options) DSPARK__PRAGMA(GCC target(x))
 #define DSPARK__TARGET_END DSPARK__PRAGMA(GCC pop_options)
-DSPARK__SOON
-#pragma GCC optimize("expensive-optimizations")
+DSPARK__PASSES("expensive-optimizations")
 #pragma GCC diagnostic push     // of GCC's own intrinsics (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -9077,34 +9080,52 @@ static void DSPARK__AT(axpy)(float *y, float a, const float *x, int n) {
     }
 }
 
-#define DSPARK__EACH_COPY(what) \
-    what(0) if (K > 1) { what(1) } if (K > 2) { what(2) } if (K > 3) { what(3) } \
-    if (K > 4) { what(4) } if (K > 5) { what(5) } if (K > 6) { what(6) } if (K > 7) { what(7) }
-#define DSPARK__MIX_Y(k) v[k] = dspark__v_fma(dspark__v_set(post[k]), u, v[k]);
-#define DSPARK__MIX_X(k) v[k] = dspark__v_fma(dspark__v_set(w[j * K + k]), u, v[k]);
-#define DSPARK__MIX_OUT(k) dspark__v_store_n(out + k * n + i, n - i, v[k]);
+#if DSPARK__PATH == 1
+static void dspark__mix_1(const float *x, int C, int n, const float *w, int K, const float *y, const float *post,
+                          float *out) {
+    for (int i = 0; i < n; i += 16) {
+        dspark__v v[8], u = dspark__v_zero();
+        for (int k = 0; k < K; k++) v[k] = u;
+        if (y) u = dspark__v_load_n(y + i, n - i, 0);
+        for (int k = 0; k < K && y; k++) v[k] = dspark__v_fma(dspark__v_set(post[k]), u, v[k]);
+        for (int j = 0; j < C; j++) {
+            u = dspark__v_load_n(x + j * n + i, n - i, 0);
+            for (int k = 0; k < K; k++) v[k] = dspark__v_fma(dspark__v_set(w[j * K + k]), u, v[k]);
+        }
+        for (int k = 0; k < K; k++) dspark__v_store_n(out + k * n + i, n - i, v[k]);
+    }
+}
+#else
+#define DSPARK__MIX(w) \
+    v0 = dspark__v_fma(dspark__v_set((w)[0]), u, v0); \
+    if (K == 4) v1 = dspark__v_fma(dspark__v_set((w)[1]), u, v1), v2 = dspark__v_fma(dspark__v_set((w)[2]), u, v2), \
+                v3 = dspark__v_fma(dspark__v_set((w)[3]), u, v3);
 DSPARK__INLINE void DSPARK__AT(mix_of)(const float *x, int C, int n, const float *w, const int K, const float *y,
                                        const float *post, float *out) {
     for (int i = 0; i < n; i += 16) {
-        dspark__v v[8], u = dspark__v_zero();
-        v[0] = v[1] = v[2] = v[3] = v[4] = v[5] = v[6] = v[7] = u;
+        dspark__v v0 = dspark__v_zero(), v1 = v0, v2 = v0, v3 = v0, u;
         if (y) {
             u = dspark__v_load_n(y + i, n - i, 0);
-            DSPARK__EACH_COPY(DSPARK__MIX_Y)
+            DSPARK__MIX(post)
         }
         for (int j = 0; j < C; j++) {
             u = dspark__v_load_n(x + j * n + i, n - i, 0);
-            DSPARK__EACH_COPY(DSPARK__MIX_X)
+            DSPARK__MIX(w + j * K)
         }
-        DSPARK__EACH_COPY(DSPARK__MIX_OUT)
+        dspark__v_store_n(out + i, n - i, v0);
+        if (K == 1) continue;
+        dspark__v_store_n(out + n + i, n - i, v1), dspark__v_store_n(out + 2 * n + i, n - i, v2);
+        dspark__v_store_n(out + 3 * n + i, n - i, v3);
     }
 }
+#undef DSPARK__MIX
 static void DSPARK__AT(mix)(const float *x, int C, int n, const float *w, int K, const float *y, const float *post,
                             float *out) {
     if (K == 1) DSPARK__AT(mix_of)(x, C, n, w, 1, y, post, out);
     else if (K == 4) DSPARK__AT(mix_of)(x, C, n, w, 4, y, post, out);
-    else DSPARK__AT(mix_of)(x, C, n, w, K, y, post, out);
+    else dspark__mix_1(x, C, n, w, K, y, post, out);
 }
+#endif
 
 static float DSPARK__AT(sum_squares)(const float *x, int n) { return DSPARK__AT(dot)(x, x, n); }
 
@@ -9410,6 +9431,9 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
         DSPARK__AT(sinkhorn4)(comb, iters, eps);
         return;
     }
+#if DSPARK__PATH != 1
+    dspark__sinkhorn_1(comb, C, iters, eps);
+#else
     for (int j = 0; j < C; j++) {
         dspark__v m = dspark__v_set(dspark__v_maximum(comb + j * C, C, -DSPARK__INFINITY));
         for (int k = 0; k < C; k += 16)
@@ -9429,6 +9453,7 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
             for (int j = 0; j < C; j++) comb[j * C + k] /= s + eps;
         }
     }
+#endif
 }
 
 DSPARK__SOON_CLANG_END
