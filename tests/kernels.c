@@ -299,22 +299,24 @@ static void check_log_sum_exp(const dspark__kernels *k) {
 
 /* Copies mixed in place, and to one without y: each number is one chain of fused multiply-adds. */
 static void check_mix(const dspark__kernels *k) {
-    static const int sizes[] = { 1, 7, 16, 33, 100 };
-    static float x[400], in[400], w[16], post[4], y[100];
+    enum { MOST = 8, WIDE = 100 };
+    static const int sizes[] = { 1, 7, 16, 33, WIDE };
+    static float x[MOST * WIDE], in[MOST * WIDE], w[MOST * MOST], post[MOST], y[WIDE];
     int wrong = 0;
-    for (int i = 0; i < 10; i++) {
-        int n = sizes[i / 2], K = i % 2 ? 1 : 4;
-        random_floats(x, 400, 3), random_floats(w, 16, 1), random_floats(post, 4, 1), random_floats(y, 100, 2);
+    for (int i = 0; i < 5 * 2 * MOST; i++) {
+        int n = sizes[i % 5], C = i / 10 + 1, K = i / 5 % 2 ? 1 : C;
+        random_floats(x, MOST * WIDE, 3), random_floats(w, MOST * MOST, 1);
+        random_floats(post, MOST, 1), random_floats(y, WIDE, 2);
         memcpy(in, x, sizeof x);
-        k->mix(x, 4, n, w, K, K > 1 ? y : NULL, K > 1 ? post : NULL, x);
+        k->mix(x, C, n, w, K, K > 1 ? y : NULL, K > 1 ? post : NULL, x);
         for (int o = 0; o < K * n; o++) {
             float v = K > 1 ? fmaf(post[o / n], y[o % n], 0) : 0;
-            for (int j = 0; j < 4; j++) v = fmaf(w[j * K + o / n], in[j * n + o % n], v);
+            for (int j = 0; j < C; j++) v = fmaf(w[j * K + o / n], in[j * n + o % n], v);
             wrong += v != x[o];
         }
-        wrong += memcmp(x + K * n, in + K * n, (size_t)(400 - K * n) * sizeof *x) != 0;
+        wrong += memcmp(x + K * n, in + K * n, (size_t)(MOST * WIDE - K * n) * sizeof *x) != 0;
     }
-    ok(!wrong, "%s: mix of four copies, in place and to one, to the bit", k->name);
+    ok(!wrong, "%s: mix of one to eight copies, in place and to one, to the bit", k->name);
 }
 
 /* softmax with a sink in double */
