@@ -368,8 +368,9 @@ static __device__ void put_input(const input &x, int row, int at, const float *v
     if (x.halves) put_halves(x, to, v, a);
     if (x.plain) put_plain(x, to, v);
 }
+// Past the first cache: also what other blocks of this launch wrote.
 static __device__ __forceinline__ void load8(float *v, const float *from) {
-    float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
+    float4 a = __ldcg((const float4 *)(const void *)from), b = __ldcg((const float4 *)(const void *)from + 1);
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 // A row of n values.
@@ -381,22 +382,22 @@ static __device__ void put_input_row(const input &x, int row, const float *value
         put_input(x, row, mine, v, live);
     }
 }
-// x / rms * w of a row of n values; they are read twice.
-static __device__ void put_normed_row(const input &x, int row, const float *values, const float *w, int n, float eps,
-                                      float *scratch) {
+// x / rms * w of a row of n values, by a warp; they are read twice.
+static __device__ void put_normed_row(const input &x, int row, const float *values, const float *w, int n, float eps) {
+    int first = (int)threadIdx.x % WARP * 8;
     float sum = 0, scale;
-    for (int at = (int)threadIdx.x * 8; at < n; at += THREADS * 8) {
+    for (int at = first; at < n; at += WARP * 8) {
         float v[8];
         load8(v, values + at);
         for (int i = 0; i < 8; i++) sum = fmaf(v[i], v[i], sum);
     }
-    scale = 1 / sqrtf(block_sum(sum, scratch) / (float)n + eps);
-    for (int at = 0; at < n; at += THREADS * 8) {
-        int mine = at + (int)threadIdx.x * 8, live = mine < n;
+    scale = 1 / sqrtf(warp_sum(sum) / (float)n + eps);
+    for (int at = first; at < first + n; at += WARP * 8) {
+        int live = at < n;
         float v[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, by[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-        if (live) load8(v, values + mine), load8(by, w + mine);
+        if (live) load8(v, values + at), load8(by, w + at);
         for (int i = 0; i < 8; i++) v[i] = v[i] * scale * by[i];
-        put_input(x, row, mine, v, live);
+        put_input(x, row, at, v, live);
     }
 }
 // x = x / rms * w in shared memory
@@ -960,81 +961,6 @@ static __device__ void post_comb(const post_comb_args &p, int r) {
     if (lane < COPIES * COPIES) out[COPIES + lane] = a;
 }
 
-// y = w x of several matrices in one launch, by n_blocks blocks; those behind them make the post and comb that `mix`
-// asks for, a warp a row.
-typedef struct {
-    matrix w;
-    operand x;                  // [rows][x_stride]
-    int x_stride;
-    int group, x_group;    // outputs in groups of `group` take x from x_group numbers further each; 0: all the same
-    float *y;                   // [row][y_stride]
-    int y_stride, add;          // 1: y += w x
-    const int *y_rows;          // NULL: row r goes to row r
-    int first_item;             // items of the jobs before
-} job;
-enum { MAX_JOBS = 10 };
-typedef struct {
-    job jobs[MAX_JOBS];
-    int n_jobs, n_items, item_bytes, n_blocks;
-    int rows;                       // at most so many
-    const int *n_rows;
-    post_comb_args mix;             // out NULL: none
-} linears_args;
-
-static __device__ __forceinline__ void item_of(const linears_args &p, int i, item_at &it) {
-    int k = p.n_jobs - 1, each, tile;
-    while (p.jobs[k].first_item > i) k--;
-    const job &j = p.jobs[k];
-    each = items_of_tile(j.w, p.item_bytes), i -= j.first_item, tile = i / each;
-    it.w = j.w, it.of = k, it.tile = i % each ? -1 : tile;
-    it.part = k + (j.group ? tile * TILE / j.group * MAX_JOBS : 0);
-}
-static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
-// Rows r0 .. of the n.
-template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
-                                                                     feed &f, float *part, int width) {
-    int at[NT];
-    for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
-        int r = least(r0 + nt * 8 + (int)threadIdx.x % WARP / 4, n - 1);
-        at[nt] = r * j.x_stride + (j.group ? s.m0 / j.group * j.x_group : 0);
-    }
-    tile_sums_of<NT>(s, j.x, at, f, part, width);
-    __syncthreads();
-    for (int k = (int)threadIdx.x; k < s.tiles * TILE * width; k += THREADS) {
-        int m = k % TILE, tile = k / TILE / width, r = r0 + k / TILE % width, out = s.m0 + tile * TILE + m;
-        if (r >= n || out >= s.rows) continue;
-        float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
-        float sum = total(part, width, tile, r - r0, m);
-        *y = j.add ? *y + sum : sum;
-    }
-    __syncthreads();
-}
-
-template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const linears_args p) {
-    __shared__ span spans[WARP];
-    SHARED_BYTES(bytes);
-    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
-    feed f;
-    grid_go();
-    if (block >= p.n_blocks) {
-        int r = (block - p.n_blocks) * WARPS + (int)threadIdx.x / WARP;
-        n = *p.n_rows;
-        grid_wait();
-        if (!r0 && r < n) post_comb(p.mix, r);
-        return;
-    }
-    item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
-    for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
-        feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
-        if (n < 0) n = *p.n_rows, grid_wait();
-        for (int k = 0; n > r0 && k < some; k++)
-            linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
-        copies_wait<0>();
-    }
-    if (n < 0) grid_wait();
-}
-
 // Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays.
 typedef struct {
     const uint16_t *x;              // [rows][stride], as input.rounded
@@ -1117,7 +1043,7 @@ static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) 
         const float *from = p.y + ((size_t)r * (size_t)p.slots + (size_t)base) * (size_t)p.c.h + (size_t)d;
         float some[8];
         UNROLL
-        for (int i = 0; i < 8; i++) some[i] = base + i < p.slots ? from[(size_t)i * (size_t)p.c.h] : 0;
+        for (int i = 0; i < 8; i++) some[i] = base + i < p.slots ? __ldcg(from + (size_t)i * (size_t)p.c.h) : 0;
         UNROLL
         for (int i = 0; i < 8; i++) if (base + i < p.slots) y += some[i];
     }
@@ -1128,33 +1054,41 @@ static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) 
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
-    __shared__ float fn[MIX][COPIES][SLICE];
-    int lane = (int)threadIdx.x % WARP, d = (int)blockIdx.x * SLICE + lane, h = p.c.h, slices = h / SLICE, n;
-    grid_go();
+// A slice's part of the mix' matrix.
+typedef float stream_fn[MIX][COPIES][SLICE];
+static __device__ void load_fn(const stream_args &p, int slice, stream_fn fn) {
     for (int i = (int)threadIdx.x; p.fn && i < p.n_out * COPIES * SLICE; i += THREADS)
         fn[i / SLICE / COPIES][i / SLICE % COPIES][i % SLICE] =
-            p.fn[(size_t)(i / SLICE) * (size_t)h + (size_t)((int)blockIdx.x * SLICE + i % SLICE)];
+            p.fn[(size_t)(i / SLICE) * (size_t)p.c.h + (size_t)(slice * SLICE + i % SLICE)];
+}
+static __device__ void stream_row(const stream_args &p, int slice, int r, const stream_fn fn) {
+    int lane = (int)threadIdx.x % WARP, h = p.c.h, d = slice * SLICE + lane;
+    float *copies = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)d, z[COPIES], v[WARP];
+    const row &s = p.rows[r];
+    for (int j = 0; j < COPIES; j++)
+        z[j] = p.from == STREAM_EMBED ? plain_number(p.embed, s.id, d) : copies[(size_t)j * (size_t)h];
+    if (p.from == STREAM_ADD) stream_mix(p, r, d, z);
+    for (int j = 0; p.from && j < COPIES; j++) copies[(size_t)j * (size_t)h] = z[j];
+    if (p.tap >= 0) stream_tap(p, s, d, z);
+    if (!p.fn) return;
+    UNROLL
+    for (int o = 0; o < WARP; o++) {
+        v[o] = 0;
+        if (o < MIX && o < p.n_out) for (int j = 0; j < COPIES; j++) v[o] = fmaf(fn[o][j][lane], z[j], v[o]);
+        if (o == WARP - 1) for (int j = 0; j < COPIES; j++) v[o] = fmaf(z[j], z[j], v[o]);
+    }
+    p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)slice) * WARP + (size_t)lane] = scatter_sums<WARP / 2>(v);
+}
+static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
+    __shared__ stream_fn fn;
+    int slice = (int)blockIdx.x, n;
+    grid_go();
+    load_fn(p, slice, fn);
     n = p.n->n_rows;
     grid_wait();
     __syncthreads();
-    for (int r = (int)(blockIdx.y * WARPS + threadIdx.x / WARP); r < n; r += (int)gridDim.y * WARPS) {
-        float *copies = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)d, z[COPIES], v[WARP];
-        const row &s = p.rows[r];
-        for (int j = 0; j < COPIES; j++)
-            z[j] = p.from == STREAM_EMBED ? plain_number(p.embed, s.id, d) : copies[(size_t)j * (size_t)h];
-        if (p.from == STREAM_ADD) stream_mix(p, r, d, z);
-        for (int j = 0; p.from && j < COPIES; j++) copies[(size_t)j * (size_t)h] = z[j];
-        if (p.tap >= 0) stream_tap(p, s, d, z);
-        if (!p.fn) continue;
-        UNROLL
-        for (int o = 0; o < WARP; o++) {
-            v[o] = 0;
-            if (o < MIX && o < p.n_out) for (int j = 0; j < COPIES; j++) v[o] = fmaf(fn[o][j][lane], z[j], v[o]);
-            if (o == WARP - 1) for (int j = 0; j < COPIES; j++) v[o] = fmaf(z[j], z[j], v[o]);
-        }
-        p.partial[((size_t)r * (size_t)slices + blockIdx.x) * WARP + (size_t)lane] = scatter_sums<WARP / 2>(v);
-    }
+    for (int r = (int)(blockIdx.y * WARPS + threadIdx.x / WARP); r < n; r += (int)gridDim.y * WARPS)
+        stream_row(p, slice, r, fn);
 }
 
 // The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow
@@ -1232,11 +1166,6 @@ static __device__ void turn_row(float *x, int d, int R, const double *freqs, int
     }
     __syncthreads();
 }
-static __device__ void turn_row(float *x, int d, int R, const float2 *turns) {
-    for (int i = (int)threadIdx.x; i < R / 2; i += THREADS)
-        turn_pair(x[d - R + 2 * i], x[d - R + 2 * i + 1], turns[i].x, turns[i].y);
-    __syncthreads();
-}
 // The first n dims of x in shared memory to FP8 in blocks of 64: back into x, or as codes and scales.
 static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scales) {
     for (int at = 0; at < n; at += THREADS * 8) {
@@ -1301,24 +1230,32 @@ typedef struct {
 // Where the ratio is 4 the group before gives its first halves, this one its second.
 static __device__ void pool_row(const project_args &p, const pooling &o, const row &s, int i, float *x,
                                 float *scratch) {
+    enum { AT_ONCE = 8 };       // tokens
     int r = p.ratio, overlap = r == 4, ring = raw_ring(r, p.c.block), first = most(0, (overlap ? i - 1 : i) * r);
     const float *ring_kv = (const float *)(const void *)s.state[p.layer * N_ARRAYS + o.state_kv];
     const float *ring_gate = (const float *)(const void *)s.state[p.layer * N_ARRAYS + o.state_gate];
     for (int d = (int)threadIdx.x; d < o.d; d += THREADS) {
-        float most_gate = -HUGE_VALF, sum = 0, out = 0;
-        for (int pass = 0; pass < 2; pass++)
-            for (int t = first; t < (i + 1) * r; t++) {
-                int at = d + (overlap && t >= i * r ? o.d : 0), old = t < s.first_position;
-                size_t from =
-                    old ? (size_t)(t % ring) * (size_t)o.w : (size_t)(s.first + t - s.first_position) * (size_t)o.w;
-                float g =
-                    (old ? ring_gate : o.gate)[from + (size_t)at] + o.ape[(size_t)(t % r) * (size_t)o.w + (size_t)at];
-                if (!pass) most_gate = fmaxf(most_gate, g);
-                else {
-                    float e = expf(g - most_gate);
-                    sum += e, out = fmaf(e, (old ? ring_kv : o.kv)[from + (size_t)at], out);
-                }
+        float largest = -HUGE_VALF, sum = 0, out = 0;
+        for (int t0 = first; t0 < (i + 1) * r; t0 += AT_ONCE) {
+            float g[AT_ONCE], v[AT_ONCE], m = largest, factor;
+            UNROLL
+            for (int k = 0; k < AT_ONCE; k++) {
+                int t = t0 + k, old = t < s.first_position, at = d + (overlap && t >= i * r ? o.d : 0);
+                size_t from = (size_t)(old ? t % ring : s.first + t - s.first_position) * (size_t)o.w + (size_t)at;
+                g[k] = -HUGE_VALF, v[k] = 0;
+                if (t >= (i + 1) * r) continue;
+                g[k] = __ldcg((old ? ring_gate : o.gate) + from) + o.ape[(size_t)(t % r) * (size_t)o.w + (size_t)at];
+                v[k] = __ldcg((old ? ring_kv : o.kv) + from);
             }
+            UNROLL
+            for (int k = 0; k < AT_ONCE; k++) m = fmaxf(m, g[k]);
+            factor = expf(largest - m), sum *= factor, out *= factor, largest = m;
+            UNROLL
+            for (int k = 0; k < AT_ONCE; k++) {
+                float e = expf(g[k] - m);
+                sum += e, out = fmaf(e, v[k], out);
+            }
+        }
         x[d] = out / sum;
     }
     __syncthreads();
@@ -1353,28 +1290,51 @@ static __device__ void compress(const project_args &p, const row &s, int which, 
     }
 }
 
+// The window's row, in place: normed, turned, rounded. A warp a row; a lane has eight dims of every 256.
+static __device__ void window_row(const project_args &p, int r) {
+    enum { EACH = MAX_HEAD_DIM / 8 / WARP };
+    int D = p.c.D, R = p.c.R, first = (int)threadIdx.x % WARP * 8;
+    const float2 *turns = p.turns + (2 * r + p.set) * (R / 2);
+    float *kv = p.kv + (size_t)r * (size_t)D, v[EACH][8], sum = 0, scale;
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+        int at = first + i * WARP * 8;
+        for (int k = 0; k < 8; k++) v[i][k] = 0;
+        if (at < D) load8(v[i], kv + at);
+        for (int k = 0; k < 8; k++) sum = fmaf(v[i][k], v[i][k], sum);
+    }
+    scale = 1 / sqrtf(warp_sum(sum) / (float)D + p.c.eps);
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+        int at = first + i * WARP * 8, plain = at < D - R, live = at < D, e;
+        for (int k = 0; live && k < 8; k++) v[i][k] = v[i][k] * scale * p.kv_norm[at + k];
+        for (int k = 0; live && !plain && k < 8; k += 2) {
+            float2 turn = turns[(at - (D - R) + k) / 2];
+            turn_pair(v[i][k], v[i][k + 1], turn.x, turn.y);
+        }
+        e = fp8_exponent(group_max(plain ? largest_of(v[i]) : 0, 8));
+        for (int k = 0; live && k < 8; k++)
+            kv[at + k] = plain ? nearest_e4m3(v[i][k] * exp2i(-e)) * exp2i(e) : v[i][k];
+    }
+}
+static __device__ void query_row(const project_args &p, int r) {
+    put_normed_row(p.low, r, p.qr + (size_t)r * (size_t)p.c.q_lora, p.q_norm, p.c.q_lora, p.c.eps);
+}
+
 // Bound: latency; a compressor's group is 8 or 128 rows of 4 KB twice, 1 MB where it is completed (.3 us).
-// A block a row and task: 0 queries' input, 1 the window's row, 2 and 3 the compressors.
+// A block a task: 0 queries' input and 1 the window's row, of eight rows; 2 and 3 the compressors, of one.
 static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
     __shared__ float scratch[WARPS];
     SHARED_BYTES(bytes);
-    float *x = (float *)(void *)bytes;
     int r = (int)blockIdx.x, task = (int)blockIdx.y, n;
     grid_go();
     n = p.n->n_rows;
-    const row s = p.rows[r];
+    if (task < 2) r = r * WARPS + (int)threadIdx.x / WARP;
     grid_wait();
     if (r >= n) return;
-    if (task == 0)
-        put_normed_row(p.low, r, p.qr + (size_t)r * (size_t)p.c.q_lora, p.q_norm, p.c.q_lora, p.c.eps, scratch);
-    else if (task == 1) {
-        float *kv = p.kv + (size_t)r * (size_t)p.c.D;
-        for (int i = (int)threadIdx.x; i < p.c.D; i += THREADS) x[i] = kv[i];
-        norm_row(x, p.kv_norm, p.c.D, p.c.eps, scratch);
-        turn_row(x, p.c.D, p.c.R, p.turns + (2 * r + p.set) * (p.c.R / 2));
-        round_row(x, p.c.D - p.c.R, NULL, NULL);        // a row as the window holds it
-        for (int i = (int)threadIdx.x; i < p.c.D; i += THREADS) kv[i] = x[i];
-    } else compress(p, s, task - 2, x, scratch);
+    if (task == 0) query_row(p, r);
+    else if (task == 1) window_row(p, r);
+    else compress(p, p.rows[r], task - 2, (float *)(void *)bytes, scratch);
 }
 
 // ---- the indexer ------------------------------------------------------------------------------
@@ -1398,20 +1358,15 @@ typedef struct {
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
 static __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
-// RoPE, Hadamard, FP4: a warp a head. Bound: latency, 32 KB a row.
-static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
-    int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP,
-        h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP);
-    int i = (int)blockIdx.y, r = p.row0 + i;
+// RoPE, Hadamard, FP4 of row row0 + i, head h: a warp. What a matrix of whole eights has behind the heads stays zeros.
+static __device__ void query_head(const index_args &p, int i, int h) {
+    int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP, r = p.row0 + i;
     float v[MAX_INDEX_DIM / WARP];
     uint32_t codes[MAX_INDEX_DIM / WARP];
     int e[MAX_INDEX_DIM / WARP];
-    grid_go();
-    int none = r >= p.n->n_rows || keys_of(p.rows[r]) <= p.c.index_topk || h >= eights(H);
-    grid_wait();
-    if (none) return;
+    if (keys_of(p.rows[r]) <= p.c.index_topk) return;
     for (int k = 0; k < I / WARP; k++)
-        v[k] = h < H ? p.index_q[((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)(k * WARP + lane)] : 0;
+        v[k] = __ldcg(p.index_q + ((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)(k * WARP + lane));
     for (int k = 0; k < I / WARP; k++) {
         int at = k * WARP + lane - (I - p.c.R);
         float other = __shfl_xor_sync(ALL, v[k], 1);
@@ -1427,7 +1382,15 @@ static __global__ void __launch_bounds__(THREADS) index_query(const index_args p
     }
     if (lane == 0)
         p.w[(size_t)i * (size_t)eights(H) + (size_t)h] =
-            h < H ? p.index_w[(size_t)r * (size_t)H + (size_t)h] * (1 / sqrtf((float)I) * (1 / sqrtf((float)H))) : 0;
+            p.index_w[(size_t)r * (size_t)H + (size_t)h] * (1 / sqrtf((float)I) * (1 / sqrtf((float)H)));
+}
+// Bound: latency, 32 KB a row.
+static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
+    int h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP), i = (int)blockIdx.y, n;
+    grid_go();
+    n = p.n->n_rows;
+    grid_wait();
+    if (p.row0 + i < n && h < p.c.index_heads) query_head(p, i, h);
 }
 
 // A float's bits as an integer of the same order.
@@ -1502,10 +1465,23 @@ static __device__ __forceinline__ void decode_key_codes(uint32_t codes, uint32_t
     }
 }
 
+// A row's queries as the lanes of a warp take them: of heads by eights [I / 32][lane].
+static __device__ void load_query(const index_args &p, int i, uint4 *query) {
+    int each = p.c.I / 32, H = eights(p.c.index_heads);
+    for (int k = (int)threadIdx.x; k < H * each * 4; k += THREADS) {
+        int lane = k % WARP, e = k / WARP % each, h = k / WARP / each * 8 + lane / 4;
+        const uint16_t *q = p.q + ((size_t)i * (size_t)H + (size_t)h) * (size_t)p.c.I;
+        query[k] = *(const uint4 *)(const void *)(q + (lane % 4 * each + e) * 8);
+    }
+    __syncthreads();
+}
+
 // sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights; the last block of a row chooses.
 // Bound: at 1,024 keys (4,096 tokens) latency: .07 MB a row; at 262,144 keys bytes, 18 MB (6 us) for one row, and
 // products for six: 26 GFLOP, 43 us at 600 TFLOP/s.
 static __global__ void __launch_bounds__(THREADS) index_scores(const index_args p) {
+    SHARED_BYTES(bytes);
+    uint4 *query = (uint4 *)(void *)bytes;
     int I = p.c.I, H = eights(p.c.index_heads), lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         each = I / 32;
     int i = (int)blockIdx.y, r = p.row0 + i, n;
@@ -1515,6 +1491,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
     if (n <= p.c.index_topk) return grid_wait();
     const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
     grid_wait();
+    load_query(p, i, query);
     for (int m0 = (int)(threadIdx.x / WARP * gridDim.x + blockIdx.x) * TILE; m0 < n;
          m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
@@ -1530,12 +1507,11 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
         }
         for (int h = 0; h < H; h += 8) {
             float acc[4] = { 0, 0, 0, 0 };
-            const uint16_t *q = p.q + ((size_t)i * (size_t)H + (size_t)(h + g)) * (size_t)I + (size_t)(t * each * 8);
             const float *w = p.w + (size_t)i * (size_t)H + (size_t)(h + 2 * t);
             UNROLL
             for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
                 if (e < each) {
-                    const uint4 b = *(const uint4 *)(const void *)(q + 8 * e);
+                    const uint4 b = query[(h / 8 * each + e) * WARP + lane];
                     mma(acc, a[0][e][0], a[1][e][0], a[0][e][1], a[1][e][1], b.x, b.y);
                     mma(acc, a[0][e][2], a[1][e][2], a[0][e][3], a[1][e][3], b.z, b.w);
                 }
@@ -1555,6 +1531,17 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
 
 // ---- attention --------------------------------------------------------------------------------
 
+// A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
+typedef struct { const row *rows; int layer, ratio, arrays; const float *from[N_ARRAYS]; int width[N_ARRAYS]; } commit_args;
+static __device__ void commit(const shape &c, const commit_args &p, int r, int a) {
+    const row &s = p.rows[r];
+    int ring = a == WINDOW ? c.ring : raw_ring(p.ratio, c.block), w = p.width[a];
+    if (!p.from[a] || s.position < s.first_position + s.n - ring) return;
+    float *to = (float *)(void *)s.state[p.layer * N_ARRAYS + a] + (size_t)(s.position % ring) * (size_t)w;
+    UNROLL_BY(4)
+    for (int i = (int)threadIdx.x; i < w; i += THREADS) to[i] = p.from[a][(size_t)r * (size_t)w + (size_t)i];
+}
+
 typedef struct {
     shape c;
     const counts *n;
@@ -1566,6 +1553,8 @@ typedef struct {
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
     input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
     int o_group, o_pitch;
+    int merging;                    // blocks of a row that merge; those behind them commit it
+    commit_args commit;
 } attend_args;
 
 // What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
@@ -1621,21 +1610,27 @@ static __device__ __forceinline__ void put_key(const attend_args &p, const atten
 }
 // Where key j of what a row sees lies: floats of the window, or codes, their scales and the rotary dims.
 typedef struct { const float *floats, *turned; const uint8_t *codes, *scales; } key_at;
-static __device__ __forceinline__ key_at find_key(const attend_args &p, const row &s, int i, const view &v, int j) {
-    int D = p.c.D, R = p.c.R;
+static __device__ __forceinline__ key_at keys_in(const attend_args &p, const row &s) {
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
+    key_at all = { (const float *)(const void *)state[WINDOW], (const float *)(const void *)state[ROPE], state[CODES],
+                   state[SCALES] };
+    return all;
+}
+static __device__ __forceinline__ key_at find_key(const attend_args &p, const row &s, const key_at &all, int i,
+                                                  const view &v, int j) {
+    int D = p.c.D, R = p.c.R;
     key_at k = { NULL, NULL, NULL, NULL };
     if (j < v.n_window) {
         int position = v.first + j;
         k.floats = position < s.first_position
-                       ? (const float *)(const void *)state[WINDOW] + (size_t)(position % p.c.ring) * (size_t)D
+                       ? all.floats + (size_t)(position % p.c.ring) * (size_t)D
                        : p.kv + (size_t)(s.first + position - s.first_position) * (size_t)D;
         return k;
     }
     size_t at = (size_t)(j - v.n_window);
     if (v.selected) at = (size_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + at];
-    k.codes = state[CODES] + at * (size_t)(D - R), k.scales = state[SCALES] + at * (size_t)((D - R + 63) / 64);
-    k.turned = (const float *)(const void *)state[ROPE] + at * (size_t)R;
+    k.codes = all.codes + at * (size_t)(D - R), k.scales = all.scales + at * (size_t)((D - R + 63) / 64);
+    k.turned = all.turned + at * (size_t)R;
     return k;
 }
 // Dims [d, d + 16) of it, as they lie there: floats, or 16 codes and their scale.
@@ -1662,13 +1657,13 @@ static __device__ __forceinline__ void decode_key(key_dims &x) {
                              e4m3_value(codes[i] >> 16 & 255) * scale, e4m3_value(codes[i] >> 24) * scale);
 }
 // n keys from j0 on into the block's room, zeros behind them: a warp has every eighth, and asks for two at once.
-static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s, int i, const view &v, int j0,
-                                                 int n, const attend_room &room) {
+static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s, const key_at &all, int i,
+                                                 const view &v, int j0, int n, const attend_room &room) {
     enum { EACH = KEYS / WARPS, AT_ONCE = 2 };
     int warp = (int)threadIdx.x / WARP;
     key_at at[EACH];
     UNROLL
-    for (int k = 0; k < EACH; k++) at[k] = find_key(p, s, i, v, j0 + least(k * WARPS + warp, n - 1));
+    for (int k = 0; k < EACH; k++) at[k] = find_key(p, s, all, i, v, j0 + least(k * WARPS + warp, n - 1));
     for (int d = 16 * ((int)threadIdx.x % WARP); d < p.c.D; d += 16 * WARP)
         UNROLL
         for (int k = 0; k < EACH; k += AT_ONCE) {
@@ -1841,6 +1836,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     const row s = p.rows[r];
     view v = view_of(p, s, p.n->drafts);
     if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
+    const key_at all = keys_in(p, s);
     grid_wait();
     attend_shared(&p.c, bytes, &room);
     load_queries(p, r, h0, q);
@@ -1850,7 +1846,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
         int n = least(KEYS, end - j0);
         __syncthreads();
-        load_keys(p, s, i, v, j0, n, room);
+        load_keys(p, s, all, i, v, j0, n, room);
         __syncthreads();
         score(p, r, q, room, n, squares);
         if (first) query_scales(p, squares, part, scale);
@@ -1871,36 +1867,56 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
         to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
 }
 
-// Splits in order, the sink, the turn back; eight dims a thread. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
-// six rows 5). In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
+// Splits, the sink, the turn back. A block has 512 dims of a row, a thread eight of them and a quarter of the splits, all
+// asked for at once; the quarters are added in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows 5).
+// In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
+enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
 static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
-    int D = p.c.D, R = p.c.R;
-    for (int first = (int)(blockIdx.y * THREADS * 8); first < p.o.stride; first += (int)(gridDim.y * THREADS * 8)) {
-        int place = first + (int)threadIdx.x * 8, from_group = place % p.o_pitch,
-            dim = place / p.o_pitch * p.o_group + from_group, live = from_group < p.o_group && dim < p.c.H * D,
-            h = live ? dim / D : 0, at = live ? dim % D : 0;
-        const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
-        size_t next = (size_t)p.c.H * (size_t)(D + 4);
-        float m = p.sink[h], sum, x[8], o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-        UNROLL_BY(8)
-        for (int k = 0; k < v.splits; k++) m = fmaxf(m, part[(size_t)k * next + (size_t)D]);
-        sum = expf(p.sink[h] - m);
-        UNROLL_BY(4)
-        for (int k = 0; k < v.splits; k++) {
-            const float *from = part + (size_t)k * next;
-            float e = expf(from[D] - m);
-            sum = fmaf(e, from[D + 1], sum);
-            load8(x, from + at);
-            for (int d = 0; d < 8; d++) o[d] = fmaf(e, x[d], o[d]);
-        }
-        for (int d = 0; d < 8; d++) o[d] /= sum;
-        for (int d = 0; d < 8; d += 2)
-            if (at + d >= D - R) {
-                float2 turn = turn_of(p.turns, R / 2, r, p.set, (at + d - (D - R)) / 2);
-                turn_pair(o[d], o[d + 1], turn.x, -turn.y);
-            }
-        put_input(p.o, r, place, o, live);
+    __shared__ float parts[3][9][MERGED];
+    int D = p.c.D, R = p.c.R, me = (int)threadIdx.x % MERGED, quarter = (int)threadIdx.x / MERGED;
+    int place = ((int)blockIdx.y * MERGED + me) * 8, from_group = place % p.o_pitch,
+        dim = place / p.o_pitch * p.o_group + from_group, live = from_group < p.o_group && dim < p.c.H * D,
+        h = live ? dim / D : 0, at = live ? dim % D : 0;
+    const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
+    size_t next = (size_t)p.c.H * (size_t)(D + 4);
+    float m = p.sink[h], largest[SPLITS], weights[QUARTER], x[QUARTER][8], sum = 0, o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    UNROLL
+    for (int k = 0; k < SPLITS; k++) largest[k] = k < v.splits ? part[(size_t)k * next + (size_t)D] : -HUGE_VALF;
+    UNROLL
+    for (int k = 0; k < QUARTER; k++) {
+        int split = quarter * QUARTER + k;
+        const float *from = part + (size_t)split * next;
+        for (int d = 0; d < 8; d++) x[k][d] = 0;
+        weights[k] = split < v.splits ? from[D + 1] : 0;
+        if (split < v.splits) load8(x[k], from + at);
     }
+    UNROLL
+    for (int k = 0; k < SPLITS; k++) m = fmaxf(m, largest[k]);
+    if (!quarter) sum = expf(p.sink[h] - m);
+    UNROLL
+    for (int k = 0; k < SPLITS; k++) {
+        if (k / QUARTER != quarter) continue;
+        float e = expf(largest[k] - m);
+        sum = fmaf(e, weights[k % QUARTER], sum);
+        for (int d = 0; d < 8; d++) o[d] = fmaf(e, x[k % QUARTER][d], o[d]);
+    }
+    if (quarter) {
+        for (int d = 0; d < 8; d++) parts[quarter - 1][d][me] = o[d];
+        parts[quarter - 1][8][me] = sum;
+    }
+    __syncthreads();
+    if (quarter) return;
+    for (int q = 0; q < 3; q++) {
+        for (int d = 0; d < 8; d++) o[d] += parts[q][d][me];
+        sum += parts[q][8][me];
+    }
+    for (int d = 0; d < 8; d++) o[d] /= sum;
+    for (int d = 0; d < 8; d += 2)
+        if (at + d >= D - R) {
+            float2 turn = turn_of(p.turns, R / 2, r, p.set, (at + d - (D - R)) / 2);
+            turn_pair(o[d], o[d + 1], turn.x, -turn.y);
+        }
+    put_input(p.o, r, place, o, live);
 }
 static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
     int i = (int)blockIdx.x, r = p.row0 + i;
@@ -1908,22 +1924,13 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
     view v = view_of(p, p.rows[r], p.n->drafts);
     int n = p.n->n_rows;
     grid_wait();
-    if (r < n) merge_heads(p, v, i, r);
+    if (r >= n) return;
+    if ((int)blockIdx.y < p.merging) merge_heads(p, v, i, r);
+    else commit(p.c, p.commit, r, (int)blockIdx.y - p.merging);
 }
 
-// A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
-typedef struct { const row *rows; int layer, ratio; const float *from[N_ARRAYS]; int width[N_ARRAYS]; } commit_args;
-static __device__ void commit(const shape &c, const commit_args &p, int r, int a) {
-    const row &s = p.rows[r];
-    int ring = a == WINDOW ? c.ring : raw_ring(p.ratio, c.block), w = p.width[a];
-    if (!p.from[a] || s.position < s.first_position + s.n - ring) return;
-    float *to = (float *)(void *)s.state[p.layer * N_ARRAYS + a] + (size_t)(s.position % ring) * (size_t)w;
-    UNROLL_BY(4)
-    for (int i = (int)threadIdx.x; i < w; i += THREADS) to[i] = p.from[a][(size_t)r * (size_t)w + (size_t)i];
-}
-
-// Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has a row, or where there is no norm
-// 2048 numbers of one; the last blocks commit a row beside that, an array each. Bound: latency, 32 KB a row.
+// Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has 2048 numbers of a row, or, with a
+// norm, all; the last blocks commit a row beside that, an array each. Bound: latency, 32 KB a row.
 typedef struct {
     shape c;
     const int *n_rows;
@@ -1932,21 +1939,22 @@ typedef struct {
     input out;
     commit_args commit;
 } round_args;
-static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
-    __shared__ float scratch[WARPS];
-    int r = (int)blockIdx.x, part = (int)blockIdx.y, mine = (part * THREADS + (int)threadIdx.x) * 8, live = mine < p.n;
-    const float *x = p.x + (size_t)r * (size_t)p.n;
+// Eight numbers of a row from `at` on.
+static __device__ void round_eight(const round_args &p, int r, int at, int live) {
     float v[8];
+    live = live && at < p.n;
+    if (live) load8(v, p.x + (size_t)r * (size_t)p.n + (size_t)at);
+    put_input(p.out, r, at, v, live);
+}
+static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
+    int r = (int)blockIdx.x, part = (int)blockIdx.y, n;
     grid_go();
-    int n = *p.n_rows;
+    n = *p.n_rows;
     grid_wait();
     if (r >= n) return;
     if (part >= p.parts) commit(p.c, p.commit, r, part - p.parts);
-    else if (p.norm) put_normed_row(p.out, r, x, p.norm, p.n, p.c.eps, scratch);
-    else {
-        if (live) load8(v, x + mine);
-        put_input(p.out, r, mine, v, live);
-    }
+    else if (!p.norm) round_eight(p, r, (part * THREADS + (int)threadIdx.x) * 8, 1);
+    else if (threadIdx.x < WARP) put_normed_row(p.out, r, p.x + (size_t)r * (size_t)p.n, p.norm, p.n, p.c.eps);
 }
 
 // ---- experts ----------------------------------------------------------------------------------
@@ -1978,7 +1986,7 @@ static __device__ void route_row(const route_args &p, int r, uint32_t *scores) {
     if (p.tid2eid) {
         if (lane < K) mine = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)lane];
     } else for (int e = lane; e < E; e += WARP)
-        scores[e] = most_u(1, ordered(sqrt_softplus(gate[e]) + p.bias[e]));
+        scores[e] = most_u(1, ordered(sqrt_softplus(__ldcg(gate + e)) + p.bias[e]));
     __syncwarp();
     for (int k = 0; !p.tid2eid && k < K; k++) {
         int best = -1;
@@ -1993,7 +2001,7 @@ static __device__ void route_row(const route_args &p, int r, uint32_t *scores) {
         if (best % WARP == lane) scores[best] = 0;
         if (k == lane) mine = best;
     }
-    if (mine >= 0) weight = sqrt_softplus(gate[mine]);
+    if (mine >= 0) weight = sqrt_softplus(__ldcg(gate + mine));
     for (int k = 0; k < K; k++) {
         int other = __shfl_sync(ALL, mine, k);
         sum += __shfl_sync(ALL, weight, k), place += other < mine || (other == mine && k < lane);
@@ -2049,6 +2057,212 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     if (last_block(p.arrived, (int)gridDim.x)) group_by_expert(p, n * p.c.K, (int *)(void *)bytes);
 }
 
+// weight * silu(gate) * up of a slot, as w2's input.
+typedef struct {
+    shape c;
+    const counts *n;
+    const float *gate, *up, *weight;        // [rows][K + 1][stride], the same, [rows][K]
+    int stride, width, shared_width;
+    input x;                                // [rows * (K + 1)]
+} swiglu_args;
+// Eight numbers of it from `at` on.
+static __device__ void swiglu_eight(const swiglu_args &p, int r, int slot, int at, int live) {
+    int K = p.c.K;
+    size_t from = (size_t)(r * (K + 1) + slot) * (size_t)p.stride + (size_t)at;
+    float v[8], g[8], u[8], weight, limit = p.c.limit > 0 ? p.c.limit : HUGE_VALF;
+    live = live && at < (slot < K ? p.width : p.shared_width);
+    if (live) load8(g, p.gate + from), load8(u, p.up + from), weight = slot < K ? p.weight[r * K + slot] : 1;
+    for (int i = 0; live && i < 8; i++) {
+        g[i] = limit < g[i] ? limit : g[i], g[i] = g[i] < -200 ? -200 : g[i];       // -inf / inf would be NaN
+        u[i] = limit < u[i] ? limit : u[i], u[i] = u[i] < -limit ? -limit : u[i];
+        v[i] = weight * (g[i] / (1 + expf(-g[i])) * u[i]);
+    }
+    put_input(p.x, r * (K + 1) + slot, at, v, live);
+}
+// A block a slot. Bound: latency, 16 KB a slot.
+static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
+    int r = (int)blockIdx.x, slot = (int)blockIdx.y, n;
+    grid_go();
+    n = p.n->n_rows;
+    grid_wait();
+    for (int at = 0; r < n && at < (slot < p.c.K ? p.width : p.shared_width); at += THREADS * 8)
+        swiglu_eight(p, r, slot, at + (int)threadIdx.x * 8, 1);
+}
+
+// ---- products, and what follows on them -------------------------------------------------------
+// Where a pass has few rows, what is made of a product's outputs, once all of some stand, is made by the block whose
+// tile comes last: a launch less, and the next product asks for its weights while this one still runs. Tiles are
+// counted; counters are zeros between kernels. What a block makes of the others' outputs it reads past its first cache.
+// Rows of many are made by kernels of their own, with the same functions: a row's bits are the same.
+
+enum { END_NONE, END_QUERY, END_WINDOW, END_POOL, END_INDEX_POOL, END_INDEX_QUERY, END_ROUND, END_STREAM, END_ROUTE,
+       END_SWIGLU };
+enum { FEW_ROWS = 16, ROUND_TILES = 128 / TILE, STREAM_TILES = SLICE / TILE };
+typedef union {
+    project_args project;
+    index_args index;
+    round_args round;
+    stream_args stream;
+    struct { route_args route; swiglu_args swiglu; } moe;
+} end_args;
+// A part of some outputs that all stand: of `tiles` tiles; of which active expert.
+typedef struct { int kind, part, of, counter, tiles; } ending;
+
+// Counts the tiles that begin in items [first, first + 32), up to `end`, as done. Those parts of which this block had
+// the last tile are in `last`; the count is everybody's.
+template <class P> static __device__ __forceinline__ int arrive(const P &p, int first, int end, ending *last) {
+    __shared__ int n;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        int lane = (int)threadIdx.x, is = 0;
+        item_at it;
+        ending e;
+        memset(&it, 0, sizeof it), it.tile = -1, memset(&e, 0, sizeof e);
+        if (first + lane < end) item_of(p, first + lane, it);
+        if (it.tile >= 0) e = ending_of(p, it);
+        if (e.kind) is = atomicAdd(p.arrived + e.counter, 1) == e.tiles - 1;
+        unsigned all = __ballot_sync(ALL, is);
+        if (is) p.arrived[e.counter] = 0, last[__popc(all & ((1u << lane) - 1))] = e;
+        if (lane == 0) n = __popc(all);
+    }
+    __syncthreads();
+    __threadfence();
+    return n;
+}
+template <class P>
+static __device__ __forceinline__ void end_parts(const P &p, int first, int end, int n, char *bytes) {
+    __shared__ ending last[WARP];
+    int some = arrive(p, first, end, last);
+    for (int i = 0; i < some; i++) {
+        run_end(p, last[i], n, bytes);
+        __syncthreads();
+    }
+}
+static __device__ void end_stream(const stream_args &p, int slice, int n, char *bytes) {
+    stream_fn &fn = *(stream_fn *)(void *)bytes;
+    load_fn(p, slice, fn);
+    __syncthreads();
+    for (int r = (int)threadIdx.x / WARP; r < n; r += WARPS) stream_row(p, slice, r, fn);
+}
+static __device__ void end_route(const route_args &p, int n, char *bytes) {
+    int warp = (int)threadIdx.x / WARP;
+    for (int r = warp; r < n; r += WARPS) route_row(p, r, (uint32_t *)(void *)bytes + (size_t)warp * (size_t)p.c.E);
+    __threadfence();
+    __syncthreads();
+    group_by_expert(p, n * p.c.K, (int *)(void *)bytes);
+}
+// The matrix that a mix will read, an L2 line a thread, before it is asked for.
+static __device__ __forceinline__ void fetch_fn(const stream_args &p) {
+    size_t i = (blockIdx.x * THREADS + threadIdx.x) * (size_t)32;
+    if (p.fn && i < (size_t)(p.n_out * COPIES) * (size_t)p.c.h) fetch(p.fn + i);
+}
+
+// y = w x of several matrices in one launch, by n_blocks blocks; those behind them make the post and comb that `mix`
+// asks for, a warp a row.
+typedef struct {
+    matrix w;
+    operand x;                  // [rows][x_stride]
+    int x_stride;
+    int group, x_group;    // outputs in groups of `group` take x from x_group numbers further each; 0: all the same
+    float *y;                   // [row][y_stride]
+    int y_stride, add;          // 1: y += w x
+    const int *y_rows;          // NULL: row r goes to row r
+    int first_item;             // items of the jobs before
+    int end, end_tiles, sharing, counter;       // END_*: of so many tiles, of as many jobs; its first part's counter
+} job;
+enum { MAX_JOBS = 10 };
+typedef struct {
+    job jobs[MAX_JOBS];
+    int n_jobs, n_items, item_bytes, n_blocks;
+    int rows;                       // at most so many
+    const int *n_rows;
+    post_comb_args mix;             // out NULL: none
+    int n_counters;                 // 0: nothing ends
+    int *arrived;
+    end_args end;
+} linears_args;
+
+static __device__ __forceinline__ void item_of(const linears_args &p, int i, item_at &it) {
+    int k = p.n_jobs - 1, each, tile;
+    while (p.jobs[k].first_item > i) k--;
+    const job &j = p.jobs[k];
+    each = items_of_tile(j.w, p.item_bytes), i -= j.first_item, tile = i / each;
+    it.w = j.w, it.of = k, it.tile = i % each ? -1 : tile;
+    it.part = k + (j.group ? tile * TILE / j.group * MAX_JOBS : 0);
+}
+static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
+static __device__ __forceinline__ ending ending_of(const linears_args &p, const item_at &it) {
+    const job &j = p.jobs[it.of];
+    int part = j.end ? it.tile / j.end_tiles : 0, left = (j.w.rows + TILE - 1) / TILE - part * j.end_tiles;
+    ending e = { j.end, part, 0, j.counter + part, j.sharing * least(j.end_tiles, left) };
+    return e;
+}
+static __device__ __noinline__ void run_end(const linears_args &p, const ending &e, int n, char *bytes) {
+    __shared__ float scratch[WARPS];
+    int warp = (int)threadIdx.x / WARP, kind = e.kind, pools = kind == END_POOL || kind == END_INDEX_POOL;
+    if (kind == END_STREAM) return end_stream(p.end.stream, e.part, n, bytes);
+    if (kind == END_ROUTE) return end_route(p.end.moe.route, n, bytes);
+    for (int r = 0; pools && r < n; r++) {
+        compress(p.end.project, p.end.project.rows[r], kind == END_INDEX_POOL, (float *)(void *)bytes, scratch);
+        __syncthreads();
+    }
+    for (int r = warp; !pools && r < n; r += WARPS) {
+        int at = e.part * 128 + (int)threadIdx.x % WARP * 8;       // 16 lanes' 128 numbers
+        if (kind == END_QUERY) query_row(p.end.project, r);
+        else if (kind == END_WINDOW) window_row(p.end.project, r);
+        else if (kind == END_INDEX_QUERY) query_head(p.end.index, r, e.part);
+        else if (kind == END_ROUND) round_eight(p.end.round, r, at, threadIdx.x % WARP < 16);
+        else swiglu_eight(p.end.moe.swiglu, r, p.end.moe.swiglu.c.K, at, threadIdx.x % WARP < 16);
+    }
+}
+// Rows r0 .. of the n.
+template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
+                                                                     feed &f, float *part, int width) {
+    int at[NT];
+    for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
+        int r = least(r0 + nt * 8 + (int)threadIdx.x % WARP / 4, n - 1);
+        at[nt] = r * j.x_stride + (j.group ? s.m0 / j.group * j.x_group : 0);
+    }
+    tile_sums_of<NT>(s, j.x, at, f, part, width);
+    __syncthreads();
+    for (int k = (int)threadIdx.x; k < s.tiles * TILE * width; k += THREADS) {
+        int m = k % TILE, tile = k / TILE / width, r = r0 + k / TILE % width, out = s.m0 + tile * TILE + m;
+        if (r >= n || out >= s.rows) continue;
+        float *y = j.y + (size_t)(j.y_rows ? j.y_rows[r] : r) * (size_t)j.y_stride + (size_t)out;
+        float sum = total(part, width, tile, r - r0, m);
+        *y = j.add ? *y + sum : sum;
+    }
+    __syncthreads();
+}
+
+template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const __grid_constant__ linears_args p) {
+    __shared__ span spans[WARP];
+    SHARED_BYTES(bytes);
+    int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
+    feed f;
+    grid_go();
+    if (p.jobs[0].end == END_STREAM) fetch_fn(p.end.stream);
+    if (block >= p.n_blocks) {
+        int r = (block - p.n_blocks) * WARPS + (int)threadIdx.x / WARP;
+        n = *p.n_rows;
+        grid_wait();
+        if (!r0 && r < n) post_comb(p.mix, r);
+        return;
+    }
+    item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
+    for (; item < end; item += WARP) {
+        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
+        feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
+        if (n < 0) n = *p.n_rows, grid_wait();
+        for (int k = 0; n > r0 && k < some; k++)
+            linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
+        copies_wait<0>();
+        if (NT * 8 <= FEW_ROWS && p.n_counters) end_parts(p, item, end, n, bytes);
+    }
+    if (n < 0) grid_wait();
+}
+
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
 // all rows. An expert's weights are read once for NT * 8 rows. Bound: bytes, MB (us): w1 w3 53.5 (18) for one row, 292
 // (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52).
@@ -2066,6 +2280,9 @@ typedef struct {
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
     int y_stride;
+    int end;                        // END_SWIGLU or END_STREAM, or none
+    int *arrived;
+    end_args ends;
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
@@ -2082,6 +2299,19 @@ static __device__ __forceinline__ void span_rows(const experts_args &p, int part
     int first = e >= 0 ? __ldcg(p.first + e) : 0;
     if (e >= 0) s.list = p.list + first;
     s.n = e >= 0 ? __ldcg(p.first + e + 1) - first : p.n->n_rows;
+}
+static __device__ __forceinline__ ending ending_of(const experts_args &p, const item_at &it) {
+    int tiles = (it.w.rows + TILE - 1) / TILE, each = p.end == END_SWIGLU ? ROUND_TILES : STREAM_TILES,
+        part = it.tile / each, of = it.part / p.n_which, some = least(each, tiles - part * each);
+    ending e = { p.end, part, of, part, some * (__ldcg(p.active) + (p.shared_each > 0)) };
+    if (p.end == END_SWIGLU) e.counter += of * ((tiles + each - 1) / each), e.tiles = 2 * some;
+    return e;
+}
+static __device__ __noinline__ void run_end(const experts_args &p, const ending &e, int n, char *bytes) {
+    if (e.kind == END_STREAM) return end_stream(p.ends.stream, e.part, n, bytes);
+    int K = p.c.K, at = e.part * 128 + (int)threadIdx.x % WARP * 8, of = __ldcg(p.active + 1 + e.of);
+    for (int i = __ldcg(p.first + of) + (int)threadIdx.x / WARP; i < __ldcg(p.first + of + 1); i += WARPS)
+        swiglu_eight(p.ends.moe.swiglu, p.list[i] / K, p.list[i] % K, at, threadIdx.x % WARP < 16);
 }
 // Rows i0 .. of those that take the expert.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
@@ -2107,7 +2337,7 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
 
 // w1 and w3 let the next kernel begin only when the routes stand, so what begins after that one may read them before it
 // waits: w2 asks for its first weights while its inputs are still made.
-template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const experts_args p) {
+template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const __grid_constant__ experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
     int n, item, end, width = least(NT * 8, p.rows), waits = p.routed;
@@ -2118,6 +2348,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
         grid_wait();
     }
     grid_go();
+    if (p.end == END_STREAM) fetch_fn(p.ends.stream);
     n = (__ldcg(p.active) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
@@ -2128,6 +2359,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
             for (int i = 0; i < spans[k].n; i += NT * 8)
                 expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes, width);
         copies_wait<0>();
+        if (p.end) end_parts(p, item, end, p.n->n_rows, bytes);
     }
     if (waits) grid_wait();
 }
@@ -2489,35 +2721,6 @@ static __global__ void __launch_bounds__(THREADS) cache_fill(const cache_args p)
         const uint4 *from = (const uint4 *)(const void *)(p.base + (size_t)e * p.slot_bytes);
         uint4 *to = (uint4 *)(void *)(p.cache + (size_t)(p.slot_of[p.first + e] - 1) * p.slot_bytes);
         for (size_t k = blockIdx.x * THREADS + threadIdx.x; k < each; k += step) to[k] = from[k];
-    }
-}
-
-// weight * silu(gate) * up of a slot, as w2's input. A block a slot. Bound: latency, 16 KB a slot.
-typedef struct {
-    shape c;
-    const counts *n;
-    const float *gate, *up, *weight;        // [rows][K + 1][stride], the same, [rows][K]
-    int stride, width, shared_width;
-    input x;                                // [rows * (K + 1)]
-} swiglu_args;
-static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
-    int r = (int)blockIdx.x, slot = (int)blockIdx.y, K = p.c.K, n = slot < K ? p.width : p.shared_width;
-    size_t from = (size_t)(r * (K + 1) + slot) * (size_t)p.stride;
-    grid_go();
-    int rows = p.n->n_rows;
-    grid_wait();
-    if (r >= rows) return;
-    float weight = slot < K ? p.weight[r * K + slot] : 1, limit = p.c.limit > 0 ? p.c.limit : HUGE_VALF;
-    for (int at = 0; at < n; at += THREADS * 8) {
-        int mine = at + (int)threadIdx.x * 8, live = mine < n;
-        float v[8];
-        for (int i = 0; live && i < 8; i++) {
-            float g = p.gate[from + (size_t)(mine + i)], u = p.up[from + (size_t)(mine + i)];
-            g = limit < g ? limit : g, g = g < -200 ? -200 : g;        // -inf / inf would be NaN
-            u = limit < u ? limit : u, u = u < -limit ? -limit : u;
-            v[i] = weight * (g / (1 + expf(-g)) * u);
-        }
-        put_input(p.x, r * (K + 1) + slot, mine, v, live);
     }
 }
 
@@ -3104,7 +3307,7 @@ typedef struct {
     float2 *turns;                          // [rows][2][R / 2]
     uint16_t *query;
     float *query_w, *scores, *part;
-    int *arrived, *chosen, *route, *first, *list, *active;
+    int *arrived, *ended, *chosen, *route, *first, *list, *active;     // the first two zeros between kernels
     unsigned long long *best, *mass;        // zeros between passes
     unsigned *peak;
     int *surveyed;
@@ -3121,7 +3324,9 @@ typedef struct {
     operation *ops;
     int n_ops, max_ops, n_passes;
     extent passes[2], grid;                 // those noted; that of the operation that runs
+    int running;                            // which of them
     int from, tap, slots;                   // of the stream, what is put off until the next mix
+    int streamed;                           // it has been done, at the end of a product
     const float *from_y;
     mixer now;                              // the mix whose post and comb are still to be made
     int fast_prefill;                       // blocks of prompts may go through the library
@@ -3206,6 +3411,17 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
     job *j = &p->jobs[p->n_jobs++];
     memset(j, 0, sizeof *j);
     j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride, j->x = operand_of(x, w.dtype, as_is);
+}
+
+// So few rows that products end with what is made of them.
+static int few_rows(const cuda *d) { return d->grid.rows <= FEW_ROWS; }
+// What is made of each `tiles` tiles (0: of all) of the last jobs, together.
+static void job_ends(const cuda *d, linears_args *p, int jobs, int end, int tiles) {
+    int all = blocks_of(p->jobs[p->n_jobs - 1].w.rows, TILE);
+    if (!few_rows(d)) return;
+    for (job *j = p->jobs + p->n_jobs - jobs; j < p->jobs + p->n_jobs; j++)
+        j->end = end, j->end_tiles = tiles ? tiles : all, j->sharing = jobs, j->counter = p->n_counters;
+    p->n_counters += tiles ? blocks_of(all, tiles) : 1;
 }
 
 // ---- blocks of prompts through cuBLASLt
@@ -3351,14 +3567,15 @@ static void jobs_wide(cuda *d, const char *name, linears_args *p) {
 }
 
 static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
-    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
+    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4, beside = p->mix.out ? blocks_of(rows, WARPS) : 0;
     dim3 grid;
+    p->arrived = d->ended;
     if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
     if (!p->n_jobs && !p->mix.out) return;
     p->n_rows = n_rows, p->rows = rows, p->item_bytes = ITEM / 2;
     if (rows >= MANY_ROWS && d->wide) {
         jobs_wide(d, name, p);
-        p->n_jobs = 0, p->mix.out = NULL;
+        p->n_jobs = p->n_counters = 0, p->mix.out = NULL;
         return;
     }
     do {        // few enough for a block to find its spans at once
@@ -3366,25 +3583,48 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
         for (int i = 0; i < p->n_jobs; i++)
             p->jobs[i].first_item = p->n_items, p->n_items += items_of(p->jobs[i].w, p->item_bytes);
     } while (p->n_items > 2 * d->sms * (WARP - 1) && p->item_bytes < 1 << 20);
-    p->n_blocks = smaller(p->n_items, 2 * d->sms);
-    grid = grid_of(p->n_blocks + (p->mix.out ? blocks_of(rows, WARPS) : 0), blocks_of(rows, 8 * nt));
+    p->n_blocks = smaller(p->n_items, larger(d->sms, 2 * d->sms - beside));     // all at once, so that nobody waits for a place
+    grid = grid_of(p->n_blocks + beside, blocks_of(rows, 8 * nt));
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>, grid, THREADS,
            (size_t)product_bytes(nt), *p);
-    p->n_jobs = 0, p->mix.out = NULL;
+    p->n_jobs = p->n_counters = 0, p->mix.out = NULL;
 }
 
 // ---- the operations of a pass -----------------------------------------------------------------
 
 // What is put off is done, and the sums for a mix with it.
-static void run_stream(cuda *d, const float *fn, int n_out) {
+static stream_args stream_of(const cuda *d, const float *fn, int n_out) {
     stream_args p;
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.from = d->from, p.embed = d->embed, p.y = d->from_y,
     p.slots = d->slots;
     p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
-    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
-    d->from = STREAM_AS_IS, d->tap = -1;
+    return p;
+}
+static void put_off(cuda *d, int sub) {
+    d->from = STREAM_ADD, d->from_y = sub == DSPARK_SUB_ATTN ? d->y : d->down,
+    d->slots = sub == DSPARK_SUB_ATTN ? 1 : d->s.K + 1;
+}
+static void run_stream(cuda *d, const float *fn, int n_out) {
+    stream_args p = stream_of(d, fn, n_out);
+    if (!d->streamed) LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
+    d->from = STREAM_AS_IS, d->tap = -1, d->streamed = 0;
+}
+// The same for the operation that runs, if its last product may end with it: a mix follows, at most a tap before it.
+static int stream_ahead(cuda *d, int sub, stream_args *p) {
+    const operation *o = d->ops + d->running + 1, *end = d->ops + d->n_ops;
+    const mixer *m = NULL;
+    int drafts;
+    if (!few_rows(d) || o == end || o->op != OP_MIX_OUT) return 0;
+    if (++o < end && o->op == OP_TAP) d->tap = (o++)->layer;
+    if (o < end && o->op == OP_MIX_IN) m = &d->layer[o->layer].hc[o->sub];
+    drafts = o < end && o->op == OP_DRAFT_HEAD;
+    if (d->grid.logits && o < end && (drafts || o->op == OP_HEAD)) m = drafts ? &d->draft_hc_head : &d->hc_head;
+    put_off(d, sub);
+    if (m) *p = stream_of(d, m->fn, o->op == OP_MIX_IN ? MIX : COPIES);
+    d->from = STREAM_AS_IS, d->tap = -1, d->streamed = m != NULL;
+    return m != NULL;
 }
 static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     mix_args p;
@@ -3415,14 +3655,23 @@ static void op_mix_in(cuda *d, int l, int sub) {
 }
 static void op_mix_out(cuda *d, int sub) {
     if (d->from) run_stream(d, NULL, 0);
-    d->from = STREAM_ADD, d->from_y = sub == DSPARK_SUB_ATTN ? d->y : d->down,
-    d->slots = sub == DSPARK_SUB_ATTN ? 1 : d->s.K + 1;
+    put_off(d, sub);
 }
 static void op_tap(cuda *d, int index) {
     if (d->tap >= 0) run_stream(d, NULL, 0);
     d->tap = index;
 }
 
+static size_t query_bytes(const shape *s) { return (size_t)(blocks_of(s->index_heads, 8) * 8 * s->I) * 2; }
+static index_args index_of(const cuda *d, int l, int row0) {
+    index_args p;
+    memset(&p, 0, sizeof p);
+    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.turns = d->turns;
+    p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
+    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen,
+    p.arrived = d->arrived;
+    return p;
+}
 static void attention_project(cuda *d, const layer_weights *w, int l) {
     linears_args p;
     project_args a;
@@ -3441,66 +3690,78 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         q->state_kv = i ? INDEX_KV : KV, q->state_gate = i ? INDEX_GATE : GATE;
         job_add(&p, o->wkv, d->x, q->kv, o->w);
         job_add(&p, o->wgate, d->x, q->gate, o->w);
+        job_ends(d, &p, 2, i ? END_INDEX_POOL : END_POOL, 0);
         tasks++;
     }
     if (target && w->ratio == 4 && d->grid.indexed)
         job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
-    job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
-    job_add(&p, w->wkv, d->x, d->kv, d->s.D);
-    p.mix = post_comb_of(d);
+    job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora), job_ends(d, &p, 1, END_QUERY, 0);
+    job_add(&p, w->wkv, d->x, d->kv, d->s.D), job_ends(d, &p, 1, END_WINDOW, 0);
+    p.mix = post_comb_of(d), p.end.project = a;
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
-    LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)d->s.D * sizeof(float), a);
+    if (!few_rows(d)) LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)d->s.D * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
-    if (target && w->ratio == 4 && d->grid.indexed)
+    if (target && w->ratio == 4 && d->grid.indexed) {
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
+        job_ends(d, &p, 1, END_INDEX_QUERY, d->s.I / TILE);
+        p.end.index = index_of(d, l, 0);
+    }
     jobs_run(d, "linears wq_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
 static void attention_index(cuda *d, int l, int row0, int rows) {
-    index_args p;
-    memset(&p, 0, sizeof p);
-    p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.turns = d->turns;
-    p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
-    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen,
-    p.arrived = d->arrived;
-    LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads + 7, WARPS), rows), THREADS, 0, p);
-    LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS, 0, p);
+    index_args p = index_of(d, l, row0);
+    if (!few_rows(d)) LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads, WARPS), rows), THREADS, 0, p);
+    LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS, query_bytes(&d->s), p);
 }
 
-static void op_attention(cuda *d, int l) {
-    const layer_weights *w = &d->layer[l];
-    linears_args p;
+// What of this pass goes into the rings.
+static commit_args commit_of(const cuda *d, const layer_weights *w, int l) {
+    commit_args o;
+    memset(&o, 0, sizeof o);
+    o.rows = d->dev.rows, o.layer = l, o.ratio = w->ratio, o.arrays = d->grid.drafts ? 0 : w->ratio ? N_ARRAYS : 1;
+    o.from[WINDOW] = d->kv, o.width[WINDOW] = d->s.D;
+    for (int i = 0; i < 2 && w->ratio; i++) {
+        int kv = i ? INDEX_KV : KV, gate = i ? INDEX_GATE : GATE;
+        if (i && w->ratio != 4) continue;
+        o.from[kv] = i ? d->index_kv : d->pool_kv, o.from[gate] = i ? d->index_gate : d->pool_gate;
+        o.width[kv] = o.width[gate] = w->pool[i].w;
+    }
+    return o;
+}
+// Scores, softmax and values of all rows.
+static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch) {
     attend_args a;
-    round_args r;
-    commit_args *o = &r.commit;
-    attention_project(d, w, l);
-    memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
+    memset(&a, 0, sizeof a);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
-    a.o_group = w->wo_a.cols, a.o_pitch = blocks_of(a.o_group, 256) * 256;
+    a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.merging = blocks_of(d->o.stride, 8 * MERGED);
+    a.commit = commit_of(d, w, l);
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
         int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
         if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
-        launch(d, "attend", d->grid.rows < MANY_ROWS ? attend<1> : attend<2>,
-               grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)), THREADS, attend_shared(&d->s, NULL, NULL), a);
-        LAUNCH(attend_merge, grid_of(rows, smaller(16, blocks_of(d->o.stride, 8 * THREADS))), THREADS, 0, a);
+        launch(d, "attend", d->grid.rows < MANY_ROWS ? attend<1> : attend<2>, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)),
+               THREADS, attend_shared(&d->s, NULL, NULL), a);
+        LAUNCH(attend_merge, grid_of(rows, a.merging + (few_rows(d) ? a.commit.arrays : 0)), THREADS, 0, a);
     }
-    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
-    p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = a.o_pitch;
-    jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
-    o->rows = d->dev.rows, o->layer = l, o->ratio = w->ratio;
-    o->from[WINDOW] = d->kv, o->width[WINDOW] = d->s.D;
-    for (int i = 0; i < 2 && w->ratio; i++) {
-        if (i && w->ratio != 4) continue;
-        o->from[i ? INDEX_KV : KV] = i ? d->index_kv : d->pool_kv,
-                               o->from[i ? INDEX_GATE : GATE] = i ? d->index_gate : d->pool_gate;
-        o->width[i ? INDEX_KV : KV] = o->width[i ? INDEX_GATE : GATE] = w->pool[i].w;
-    }
+}
+static void op_attention(cuda *d, int l) {
+    const layer_weights *w = &d->layer[l];
+    linears_args p;
+    round_args r;
+    int o_pitch = blocks_of(w->wo_a.cols, 256) * 256;
+    attention_project(d, w, l);
+    attention_values(d, w, l, o_pitch);
+    memset(&p, 0, sizeof p), memset(&r, 0, sizeof r);
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
-    r.parts = blocks_of(r.n, 8 * THREADS);
-    LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + (d->grid.drafts ? 0 : w->ratio ? N_ARRAYS : 1)), THREADS, 0, r);
+    r.parts = blocks_of(r.n, 8 * THREADS), r.commit = commit_of(d, w, l);
+    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1), job_ends(d, &p, 1, END_ROUND, ROUND_TILES), p.end.round = r;
+    p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = o_pitch;
+    jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
+    if (!few_rows(d)) LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + r.commit.arrays), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
+    if (stream_ahead(d, DSPARK_SUB_ATTN, &p.end.stream)) job_ends(d, &p, 1, END_STREAM, STREAM_TILES);
     jobs_run(d, "linears wo_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
@@ -3534,26 +3795,30 @@ static void op_moe(cuda *d, int l) {
     experts_args e;
     swiglu_args a;
     memset(&p, 0, sizeof p), memset(&r, 0, sizeof r), memset(&e, 0, sizeof e), memset(&a, 0, sizeof a);
-    job_add(&p, w->gate, d->x, d->gate, d->s.E);
-    for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
-    p.mix = post_comb_of(d);
-    jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
     r.arrived = d->arrived;
+    a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
+    a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
+    job_add(&p, w->gate, d->x, d->gate, d->s.E), job_ends(d, &p, 1, END_ROUTE, 0);
+    for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
+    job_ends(d, &p, 2, END_SWIGLU, ROUND_TILES);
+    p.mix = post_comb_of(d), p.end.moe.route = r, p.end.moe.swiglu = a;
+    jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
     threads = WARP * smaller(d->s.E > 512 ? 16 : 32, larger(8, d->grid.rows));
-    LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
-           (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
+    if (!few_rows(d))
+        LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
+               (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
-    e.y_stride = width;
+    e.y_stride = width, e.arrived = d->ended;
+    e.end = few_rows(d) ? END_SWIGLU : END_NONE, e.ends.moe.swiglu = a;
     experts_run(d, "experts w1 w3", e, w);
-    a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
-    a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
-    LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
+    if (!few_rows(d)) LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
     e.y[0] = d->down, e.y_stride = d->s.h;
+    e.end = stream_ahead(d, DSPARK_SUB_FFN, &e.ends.stream) ? END_STREAM : END_NONE;
     experts_run(d, "experts w2", e, w);
 }
 
@@ -3840,7 +4105,7 @@ static void run_ops(cuda *d) {
 #ifndef DSPARK_CUDA_HOST
         nvtxRangePushA(names[d->ops[i].op]);
 #endif
-        run_op(d, &d->ops[i]);
+        d->running = i, run_op(d, &d->ops[i]);
 #ifndef DSPARK_CUDA_HOST
         nvtxRangePop();
 #endif
@@ -4327,12 +4592,15 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
-    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size;
+    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size, parts,
+        low = d->c->o_groups * d->c->o_lora_rank;
     d->gate = carve_rows(v, n, d->s.E), d->route_weight = carve_rows(v, n, K), d->route = carve_ints(v, n, K);
     d->first = carve_ints(v, 1, d->s.E + 1), d->active = carve_ints(v, 1, d->s.E + 1), d->list = carve_ints(v, n, K);
     d->act = carve_input(v, n * (K + 1), width);
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
+    parts = larger((d->s.E + 1) * blocks_of(width, 128), blocks_of(larger(low, d->s.h), SLICE));
+    d->ended = carve_ints(v, 1, larger(parts, d->s.index_heads + MAX_JOBS));
 }
 static void carve_library(cuda *d, carver *v, int n) {
     int most = larger(larger(d->s.h, d->s.q_lora), d->c->o_groups * d->c->o_lora_rank);
@@ -4426,6 +4694,7 @@ static void check_shape(cuda *d) {
                    { "num_experts_per_tok", c->num_experts_per_tok, 1, MAX_CHOSEN },
                    { "n_routed_experts", c->n_routed_experts, 1, MAX_EXPERTS },
                    { "index_head_dim", c->index_head_dim, WARP, MAX_INDEX_DIM },
+                   { "index_n_heads * index_head_dim", c->index_n_heads * c->index_head_dim, WARP, 32768 },
                    { "vocab_size", c->vocab_size, 1, 1 << 24 } };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
@@ -4485,7 +4754,7 @@ static void allow_shared(cuda *d) {
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
-    allow(d, index_query, 0), allow(d, index_scores, 0), allow(d, attend_merge, 0);
+    allow(d, index_query, 0), allow(d, index_scores, (int)query_bytes(c)), allow(d, attend_merge, 0);
     allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
     allow(d, survey, 0), allow(d, sift, 0), allow(d, weigh, 0), allow(d, draw, 0), allow(d, drawn, 0);
     allow(d, choose, 0), allow(d, take_taps, 0);
