@@ -11,7 +11,7 @@ void dspark_cuda_trace(int on);
 const char *dspark_cuda_traced(int i, double *us);
 double dspark_cuda_copy_rate(size_t n);
 
-enum { CONTEXT = 4096, REPEATS = 15, PROMPT = 512 };      // PROMPT: rows of a pass of a prompt
+enum { CONTEXT = 4096, REPEATS = 15, PROMPT = 512, MOST_ROWS = 64 };      // PROMPT: rows of a pass of a prompt
 static const char *name;
 
 static double stored(const dspark_matrix *m) {
@@ -26,23 +26,23 @@ static double stored(const dspark_matrix *m) {
 }
 
 // Bytes that the launches of one name read in a pass of so many independent rows: all matrices, and of the experts
-// those that rows may be expected to choose. Names as dspark_cuda.cu gives them.
-enum { STREAM, WQ_A, WQ_B, WO_A, WO_B, GATE, UP, DOWN, HEAD, PROJ, W2, N_READS };
-static const char *const reads[N_READS] = { "stream", "linears wq_a wkv", "linears wq_b", "linears wo_a",
+// those that rows may be expected to choose. Names as dspark_cuda.cu gives them. The matrix of a mix is read where the
+// product before it ends.
+enum { WQ_A, WQ_B, WO_A, WO_B, GATE, UP, DOWN, HEAD, PROJ, W2, N_READS };
+static const char *const reads[N_READS] = { "linears wq_a wkv", "linears wq_b", "linears wo_a",
                                             "linears wo_b", "linears gate w1 w3", "experts w1 w3", "experts w2",
                                             "linears head", "linears main_proj", "linears markov_w2" };
 typedef struct { double bytes[N_READS]; } floors;
 static void layer_floor(floors *f, const dspark_config *c, const dspark_layer *l, int rows) {
     double E = c->n_routed_experts, distinct = E * (1 - pow(1 - c->num_experts_per_tok / E, rows)), *b = f->bytes;
     const dspark_expert *e = &l->experts[0];
-    b[STREAM] += stored(&l->hc_attn.fn) + stored(&l->hc_ffn.fn);
     b[WQ_A] += stored(&l->wq_a) + stored(&l->wkv) + stored(&l->compressor.wkv) + stored(&l->compressor.wgate) +
                stored(&l->index_compressor.wkv) + stored(&l->index_compressor.wgate) + stored(&l->index_weights);
     b[WQ_B] += stored(&l->wq_b) + stored(&l->index_wq_b);
-    b[WO_A] += stored(&l->wo_a), b[WO_B] += stored(&l->wo_b);
+    b[WO_A] += stored(&l->wo_a), b[WO_B] += stored(&l->wo_b) + stored(&l->hc_ffn.fn);
     b[GATE] += stored(&l->gate) + stored(&l->shared.w1) + stored(&l->shared.w3);
     b[UP] += distinct * (stored(&e->w1) + stored(&e->w3));
-    b[DOWN] += distinct * stored(&e->w2) + stored(&l->shared.w2);
+    b[DOWN] += distinct * stored(&e->w2) + stored(&l->shared.w2) + stored(&l->hc_attn.fn);
 }
 static floors pass_floor(const dspark_model *m, int rows, int drafts) {
     const dspark_config *c = dspark_model_config(m);
@@ -85,7 +85,8 @@ static void time_passes(samples *us, dspark_session *s, const int32_t *ids, int 
         if (k >= 0) sample(us, 1e6 * (seconds() - start));
     }
 }
-static void passes(dspark_session *s, const int32_t *ids, double rate) {
+// median[0]: of a draft; [n]: of a pass of n rows
+static void passes(dspark_session *s, const int32_t *ids, double rate, double *median) {
     static const int rows[] = { 1, 2, 3, 4, 6, 8, 16, 32, 64, 0 };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         floors f = pass_floor(s->model, rows[i] ? rows[i] : dspark_model_config(s->model)->dspark_block_size, !rows[i]);
@@ -95,17 +96,21 @@ static void passes(dspark_session *s, const int32_t *ids, double rate) {
         snprintf(what, sizeof what, rows[i] ? "cuda T_verify(%d)" : "cuda T_draft", rows[i]);
         time_passes(&us, s, ids, rows[i], REPEATS);
         print_pass(what, &us, &f, rate);
+        median[rows[i]] = quantile(&us, .5);
         free(us.x);
     }
 }
 
 // What the kernels of one name have of a pass of `rows` rows, or (0) of a draft, and how many there are. Of a prompt's
 // pass bytes are not the floor, and two repeats are enough.
+// Returned: all of it, and what the sequential head has.
 enum { MAX_KERNELS = 64 };
 typedef struct { const char *name; double us; int n; } share;
-static void kernels(dspark_session *s, const int32_t *ids, int rows, double rate) {
+typedef struct { double all, head; } totals;
+static totals kernels(dspark_session *s, const int32_t *ids, int rows, double rate) {
     floors f = pass_floor(s->model, rows ? rows : dspark_model_config(s->model)->dspark_block_size, !rows);
     share found[MAX_KERNELS];
+    totals sum = { 0, 0 };
     const char *kernel;
     double us;
     int n = 0, k, repeats = rows == PROMPT ? 2 : REPEATS;
@@ -129,7 +134,19 @@ static void kernels(dspark_session *s, const int32_t *ids, int rows, double rate
         result_one(question, name, 1, found[k].us, "us");
         snprintf(question, sizeof question, "cuda %s %s share of floor", of, found[k].name);
         if (bytes > 0 && rows != PROMPT) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
+        sum.all += found[k].us;
+        if (strstr(found[k].name, "markov")) sum.head += found[k].us;
     }
+    return sum;
+}
+
+// A cycle: a draft and the pass that verifies it. Host: what their kernels do not account for.
+static void cycle(const double *median, totals draft, totals verify) {
+    double all = median[0] + median[6];
+    result_one("cuda draft over verification", name, 1, 100 * median[0] / median[6], "%");
+    result_one("cuda the sequential head's share of a cycle", name, 1, 100 * draft.head / all, "%");
+    result_one("cuda host time's share of a cycle", name, 1, 100 * (all - draft.all - verify.all) / all, "%");
+    result_one("cuda verification of 6 over 1 row", name, 1, median[6] / median[1], "x");
 }
 
 int main(int argc, char **argv) {
@@ -139,7 +156,8 @@ int main(int argc, char **argv) {
     dspark_session_desc d;
     dspark_session *s;
     dspark_model *m;
-    double rate = dspark_cuda_copy_rate((size_t)1 << 28), start;
+    double rate = dspark_cuda_copy_rate((size_t)1 << 28), start, median[MOST_ROWS + 1] = { 0 };
+    totals verify;
     if (rate <= 0) die("cuda", "the device cannot be measured");
     memset(&desc, 0, sizeof desc);
     for (int i = 2; i < argc; i++) if (!synth_set(argv[i])) return 2;
@@ -156,10 +174,10 @@ int main(int argc, char **argv) {
     start = seconds();
     must(dspark_session_append(s, ids, n));
     result_one("cuda prefill", name, 1, n / (seconds() - start), "tokens/s");
-    passes(s, ids, rate);
-    kernels(s, ids, 1, rate), kernels(s, ids, 6, rate);
+    passes(s, ids, rate, median);
+    kernels(s, ids, 1, rate), verify = kernels(s, ids, 6, rate);
     if (n == CONTEXT) kernels(s, ids, PROMPT, rate);
-    if (dspark_model_config(m)->n_stages) kernels(s, ids, 0, rate);
+    if (dspark_model_config(m)->n_stages) cycle(median, kernels(s, ids, 0, rate), verify);
     dspark_session_close(s), dspark_model_close(m), free(ids);
     return 0;
 }

@@ -7,7 +7,7 @@
 
 #ifdef DSPARK_CUDA_HOST
 extern size_t cuda_host_memory, cuda_host_used, cuda_host_back;
-extern long cuda_host_calls, cuda_host_fail_at, cuda_host_waits, cuda_host_products;
+extern long cuda_host_calls, cuda_host_fail_at, cuda_host_launches, cuda_host_waits, cuda_host_products;
 void cuda_host_backwards(int on);
 void cuda_host_rows(void *device, int drafts, const float *logits, const dspark_device_draw *draws, int n,
                     int32_t *tokens);
@@ -546,6 +546,20 @@ static void check_rejection_lengths(const char *dir) {
 }
 
 #ifdef DSPARK_CUDA_HOST
+/* Each waits for the one before it, some 3 us, whatever it does. */
+static void check_launches(const char *dir, int n) {
+    dspark_model *m = open_on_device(dir, 0);
+    dspark_session *s = open_session(m);
+    int32_t *tokens = golden_text(dir);
+    int layers = dspark_model_config(m)->num_hidden_layers;
+    set_plain(s, 1);
+    must(dspark_session_append(s, tokens, n));
+    cuda_host_launches = 0;
+    must(dspark_session_append(s, tokens + n, 1));
+    ok(cuda_host_launches <= 12 * layers + 4, "%s: a token at %d takes no more than 12 launches a layer and 4 (%ld, %d "
+       "layers)", dir, n, cuda_host_launches, layers);
+    dspark_session_close(s), dspark_model_close(m), free(tokens);
+}
 static void check_traffic(const char *dir) {
     dspark_model *m = open_on_device(dir, 8);
     dspark_session_desc d = rejecting(1);
@@ -812,6 +826,7 @@ int main(void) {
     check_longer(golden_b);
     check_prompt_block(golden_b);
 #ifdef DSPARK_CUDA_HOST
+    check_launches(golden_a, 20), check_launches(golden_b, 120);
     check_traffic(golden_a), check_rejection_rows(), check_rejection_exact();
     check_cache(golden_b);
     check_failures();

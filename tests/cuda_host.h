@@ -1,9 +1,9 @@
 // The CUDA that dspark_cuda.cu needs, on a CPU: g++ -DDSPARK_CUDA_HOST -I. -Itests -x c++ dspark_cuda.cu. Blocks run
 // one after the other, a block's threads are fibers that change places where they wait for each other: at __syncthreads
 // and at what a warp does together (shuffles, ballots, matrix products). A wait that cannot end stops the program with
-// a message. Memory comes filled with NaN, streams run at once, graphs are lists of calls. Backwards, threads run in
-// the opposite order and copies land as late as they may: no result may depend on either. One thread of the host at a
-// time.
+// a message. Memory comes filled with NaN, streams run at once, graphs are lists of calls. Backwards, blocks and threads
+// run in the opposite order and copies land as late as they may: no result may depend on it. One thread of the host at
+// a time.
 #ifndef CUDA_HOST_H
 #define CUDA_HOST_H
 #include <functional>
@@ -486,7 +486,7 @@ template <class P> static void host_run(void (*kernel)(P), dim3 grid, dim3 block
     for (unsigned y = 0; y < grid.y; y++)
         for (unsigned x = 0; x < grid.x; x++) {
             memset(host.shared, 0xff, shared);
-            host.block = dim3(x, y);
+            host.block = host.backwards ? dim3(grid.x - 1 - x, grid.y - 1 - y) : dim3(x, y);
             host_block((int)block.x);
         }
 }
