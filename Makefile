@@ -54,24 +54,29 @@ build/tests/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_CUDA) -x c++ -c dspark_cuda.cu -o $@
 
-build/tests/cuda: tests/cuda.c build/tests/cuda_host.o $(HEADERS)
-	$(CC) $(STD) -O1 -g $(WARN) -Werror -DDSPARK_CUDA_HOST -I. -Itests -c tests/cuda.c -o $@.o
+CUDA_TESTS = cuda cuda_shape
+build/tests/cuda_shape build/asan/cuda_shape: tools/synth.h
+
+$(CUDA_TESTS:%=build/tests/%): build/tests/%: tests/%.c build/tests/cuda_host.o $(HEADERS)
+	$(CC) $(STD) -O1 -g $(WARN) -Werror -DDSPARK_CUDA_HOST -I. -Itests -c $< -o $@.o
 	$(CXX) $@.o build/tests/cuda_host.o -o $@ -lm
 
-build/tests/cuda_device: tests/cuda.c build/dspark_cuda.o $(HEADERS)
+$(CUDA_TESTS:%=build/tests/%_device): build/tests/%_device: tests/%.c build/dspark_cuda.o $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(STD) -O1 -g $(WARN) -Werror -I. -Itests -c tests/cuda.c -o $@.o
+	$(CC) $(STD) -O1 -g $(WARN) -Werror -I. -Itests -c $< -o $@.o
 	$(NVCC) $@.o build/dspark_cuda.o -o $@ -lcublasLt -lm
 
 build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(STD) -O1 -g $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
 
-build/asan/cuda: tests/cuda.c dspark_cuda.cu tests/cuda_host.h $(HEADERS)
+build/asan/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
 	@mkdir -p $(@D)
-	$(CC) $(STD) -O1 $(CHECKS) -DDSPARK_CUDA_HOST -I. -Itests -c tests/cuda.c -o $@.o
-	$(CXX) $(HOST_CUDA) -O1 $(CHECKS) -x c++ -c dspark_cuda.cu -o $@.host.o
-	$(CXX) $(CHECKS) $@.o $@.host.o -o $@ -lm
+	$(CXX) $(HOST_CUDA) -O1 $(CHECKS) -x c++ -c dspark_cuda.cu -o $@
+
+$(CUDA_TESTS:%=build/asan/%): build/asan/%: tests/%.c build/asan/cuda_host.o $(HEADERS)
+	$(CC) $(STD) -O1 $(CHECKS) -DDSPARK_CUDA_HOST -I. -Itests -c $< -o $@.o
+	$(CXX) $(CHECKS) $@.o build/asan/cuda_host.o -o $@ -lm
 
 build/tests/calibrate build/asan/calibrate: tools/calibrate.c bench/bench.h
 

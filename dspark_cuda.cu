@@ -60,7 +60,8 @@ enum { WARP = 32, WARPS = 8, THREADS = WARP * WARPS };
 enum { COPIES = 4, MIX = (2 + COPIES) * COPIES };       // hc_mult, and the numbers that a mix computes for a row
 enum { SLICE = 32 };                                    // dims of the hidden state that a block of the stream owns
 enum { UNIT = 128, TILE = 16 };    // bytes of a weight row that a warp takes at once; rows of a tile
-enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32 };      // parts of a long attention; keys at once; rows in the buffers
+// Parts of a long attention; keys at once; rows whose parts, and whose indexes, have a place at once.
+enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32, INDEX_ROWS = 128 };
 enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
 
 #define ALL 0xffffffffu
@@ -367,6 +368,10 @@ static __device__ void put_input(const input &x, int row, int at, const float *v
     if (x.rounded) put_rounded(x, to, v, a);
     if (x.halves) put_halves(x, to, v, a);
     if (x.plain) put_plain(x, to, v);
+}
+static __device__ __forceinline__ void load_eight(float *v, const float *from) {
+    float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 // Past the first cache: also what other blocks of this launch wrote.
 static __device__ __forceinline__ void load8(float *v, const float *from) {
@@ -1343,16 +1348,16 @@ typedef struct {
     shape c;
     const counts *n;
     const row *rows;
-    int row0;                       // rows row0 .. row0 + ATTEND_ROWS - 1; buffers start with row0
+    int row0;                       // rows row0 .. row0 + INDEX_ROWS - 1; buffers start with row0
     int layer;
     const float2 *turns;
     const float *index_q, *index_w; // [rows][index_heads * I], [rows][index_heads]
-    uint16_t *q;                    // [ATTEND_ROWS][heads to whole eights][I]: bf16, in the order of eights
-    float *w;                       // [ATTEND_ROWS][heads to whole eights]
-    float *scores;                  // [ATTEND_ROWS][n_scores]
+    uint16_t *q;                    // [INDEX_ROWS][heads to whole eights][I]: bf16, in the order of eights
+    float *w;                       // [INDEX_ROWS][heads to whole eights]
+    float *scores;                  // [INDEX_ROWS][n_scores]
     size_t n_scores;
-    int *arrived;                   // [ATTEND_ROWS], zeros between kernels: blocks that are done with a row
-    int *chosen;                    // [ATTEND_ROWS][index_topk]
+    int *arrived;                   // [INDEX_ROWS], zeros between kernels: blocks that are done with a row
+    int *chosen;                    // [INDEX_ROWS][index_topk]
 } index_args;
 
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
@@ -1549,7 +1554,7 @@ typedef struct {
     int row0, layer, ratio, set;
     const float2 *turns;
     const float *q, *kv, *sink;     // [rows][H * D], [rows][D] of this pass, [H]
-    const int *chosen;              // [ATTEND_ROWS][index_topk]
+    const int *chosen;              // [INDEX_ROWS][index_topk]
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
     input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
     int o_group, o_pitch;
@@ -1819,19 +1824,47 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
     }
 }
 
-// A split of a row's keys for 16 heads, 32 keys at a time. Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows
-// 3.8 MB, 1.3 us), products 1.2 us a row at three planes; so latency: about 900 products of 16 x 8 x 16 a time in
-// eight warps and 36 KB of keys. 6 rows of 640 keys are 480 blocks, four waves; where there are more rows two blocks
-// share an SM, with half of the registers each.
+// What a warp has of the weighted sums: heads g and g + 8, dims 2t and 2t + 1 of every eighth eight; and of head
+// threadIdx / 16 the largest score and the sum of weights.
+typedef struct { float o[MAX_HEAD_DIM / 8 / WARPS][4], largest, sum; } part_sums;
+typedef struct { float scale[TILE], part[WARPS * TILE]; } attend_scratch;
+static __device__ __forceinline__ int dim_of(int k, int m) {
+    return (k * WARPS + (int)threadIdx.x / WARP) * 8 + (int)threadIdx.x % 4 * 2 + (m & 1);
+}
+// A split of a row's keys for 16 heads, 32 keys at a time. first: what the queries are scaled by is not yet known.
+static __device__ __forceinline__ void attend_split(const attend_args &p, const row &s, const key_at &all, const view &v,
+                                                    int i, int split, int first, const float4 (*q)[2],
+                                                    const attend_room &room, attend_scratch &scratch, part_sums &a) {
+    int r = p.row0 + i, end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
+    float squares[2];
+    UNROLL
+    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++) for (int m = 0; m < 4; m++) a.o[k][m] = 0;
+    a.largest = -HUGE_VALF, a.sum = 0;
+    for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
+        int n = least(KEYS, end - j0);
+        __syncthreads();
+        load_keys(p, s, all, i, v, j0, n, room);
+        __syncthreads();
+        score(p, r, q, room, n, squares);
+        if (first) query_scales(p, squares, scratch.part, scratch.scale);
+        __syncthreads();
+        weigh(room, n, scratch.scale, &a.largest, &a.sum);
+        __syncthreads();
+        add_values(p, room, n, a.o);
+    }
+}
+
+// Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows 3.8 MB, 1.3 us), products 1.2 us a row at three planes; so
+// latency: about 900 products of 16 x 8 x 16 a time in eight warps and 36 KB of keys. One row of 640 keys is 80 blocks;
+// of more rows two blocks share an SM, with half of the registers each: six are 480 blocks, two waves.
 template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const attend_args p) {
-    __shared__ float scale[TILE], part[WARPS * TILE];
+    __shared__ attend_scratch scratch;
     SHARED_BYTES(bytes);
-    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS), r = p.row0 + i,
-        first = 1;
-    float o[MAX_HEAD_DIM / 8 / WARPS][4], largest = -HUGE_VALF, sum = 0, squares[2];
+    int D = p.c.D, h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS),
+        r = p.row0 + i, g = (int)threadIdx.x % WARP / 4;
     float4 q[Q_STEPS][2];
     attend_room room;
+    part_sums a;
     grid_go();
     const row s = p.rows[r];
     view v = view_of(p, s, p.n->drafts);
@@ -1840,83 +1873,83 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     grid_wait();
     attend_shared(&p.c, bytes, &room);
     load_queries(p, r, h0, q);
-    UNROLL
-    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++) for (int m = 0; m < 4; m++) o[k][m] = 0;
-    int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
-    for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
-        int n = least(KEYS, end - j0);
-        __syncthreads();
-        load_keys(p, s, all, i, v, j0, n, room);
-        __syncthreads();
-        score(p, r, q, room, n, squares);
-        if (first) query_scales(p, squares, part, scale);
-        __syncthreads();
-        weigh(room, n, scale, &largest, &sum);
-        __syncthreads();
-        add_values(p, room, n, o);
-    }
+    attend_split(p, s, all, v, i, split, 1, q, room, scratch, a);
     float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
         for (int m = 0; m < 4; m++) {
-            int d = (k * WARPS + warp) * 8 + 2 * t + (m & 1), h = h0 + g + 8 * (m >> 1);
-            if (d < D && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)d] = o[k][m];
+            int d = dim_of(k, m), h = h0 + g + 8 * (m >> 1);
+            if (d < D && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)d] = a.o[k][m];
         }
     int h = h0 + (int)threadIdx.x / 16;
-    if (threadIdx.x % 16 == 0 && h < p.c.H)
-        to[(size_t)h * (size_t)(D + 4) + (size_t)D] = largest, to[(size_t)h * (size_t)(D + 4) + (size_t)D + 1] = sum;
+    to += (size_t)h * (size_t)(D + 4) + (size_t)D;
+    if (threadIdx.x % 16 == 0 && h < p.c.H) to[0] = a.largest, to[1] = a.sum;
 }
 
-// Splits, the sink, the turn back. A block has 512 dims of a row, a thread eight of them and a quarter of the splits, all
-// asked for at once; the quarters are added in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows 5).
-// In the last split's block it would be slower: the four blocks of a row would read 650 KB each.
-enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
-static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
-    __shared__ float parts[3][9][MERGED];
-    int D = p.c.D, R = p.c.R, me = (int)threadIdx.x % MERGED, quarter = (int)threadIdx.x / MERGED;
-    int place = ((int)blockIdx.y * MERGED + me) * 8, from_group = place % p.o_pitch,
-        dim = place / p.o_pitch * p.o_group + from_group, live = from_group < p.o_group && dim < p.c.H * D,
-        h = live ? dim / D : 0, at = live ? dim % D : 0;
-    const float *part = p.part + ((size_t)i * SPLITS * (size_t)p.c.H + (size_t)h) * (size_t)(D + 4);
-    size_t next = (size_t)p.c.H * (size_t)(D + 4);
-    float m = p.sink[h], largest[SPLITS], weights[QUARTER], x[QUARTER][8], sum = 0, o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-    UNROLL
-    for (int k = 0; k < SPLITS; k++) largest[k] = k < v.splits ? part[(size_t)k * next + (size_t)D] : -HUGE_VALF;
-    UNROLL
-    for (int k = 0; k < QUARTER; k++) {
-        int split = quarter * QUARTER + k;
-        const float *from = part + (size_t)split * next;
-        for (int d = 0; d < 8; d++) x[k][d] = 0;
-        weights[k] = split < v.splits ? from[D + 1] : 0;
-        if (split < v.splits) load8(x[k], from + at);
-    }
-    UNROLL
-    for (int k = 0; k < SPLITS; k++) m = fmaxf(m, largest[k]);
-    if (!quarter) sum = expf(p.sink[h] - m);
-    UNROLL
-    for (int k = 0; k < SPLITS; k++) {
-        if (k / QUARTER != quarter) continue;
-        float e = expf(largest[k] - m);
-        sum = fmaf(e, weights[k % QUARTER], sum);
-        for (int d = 0; d < 8; d++) o[d] = fmaf(e, x[k % QUARTER][d], o[d]);
-    }
-    if (quarter) {
-        for (int d = 0; d < 8; d++) parts[quarter - 1][d][me] = o[d];
-        parts[quarter - 1][8][me] = sum;
-    }
-    __syncthreads();
-    if (quarter) return;
-    for (int q = 0; q < 3; q++) {
-        for (int d = 0; d < 8; d++) o[d] += parts[q][d][me];
-        sum += parts[q][8][me];
-    }
+// The splits of a head together, one after the other, from the sink on: what is multiplied with the sums so far (x), and
+// with the split's (y).
+typedef struct { float largest, sum; } merged;
+static __device__ __forceinline__ merged merge_begin(const attend_args &p, int h) {
+    merged a = { h < p.c.H ? p.sink[h] : 0, 1 };
+    return a;
+}
+static __device__ __forceinline__ float2 merge_split(merged &a, float largest, float sum) {
+    float m = fmaxf(a.largest, largest), before = expf(a.largest - m), more = expf(largest - m);
+    a.sum = fmaf(more, sum, a.sum * before), a.largest = m;
+    return make_float2(before, more);
+}
+// The dim of all heads' that lies at a place of o, -1: none.
+static __device__ __forceinline__ int dim_at(const attend_args &p, int place) {
+    int from_group = place % p.o_pitch, dim = place / p.o_pitch * p.o_group + from_group;
+    return from_group < p.o_group && dim < p.c.H * p.c.D ? dim : -1;
+}
+// Eight sums of a row over the sum of weights, turned back, as wo_a's input; dim -1: none.
+static __device__ __forceinline__ void put_values(const attend_args &p, int r, int place, int dim, float *o, float sum) {
+    int at = dim % p.c.D - (p.c.D - p.c.R);
     for (int d = 0; d < 8; d++) o[d] /= sum;
     for (int d = 0; d < 8; d += 2)
-        if (at + d >= D - R) {
-            float2 turn = turn_of(p.turns, R / 2, r, p.set, (at + d - (D - R)) / 2);
+        if (dim >= 0 && at + d >= 0) {
+            float2 turn = turn_of(p.turns, p.c.R / 2, r, p.set, (at + d) / 2);
             turn_pair(o[d], o[d + 1], turn.x, -turn.y);
         }
-    put_input(p.o, r, place, o, live);
+    put_input(p.o, r, place, o, dim >= 0);
+}
+
+// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: all are asked for at once, and the
+// quarters follow on each other. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows 5). In the last split's
+// block it would be slower: the four blocks of a row would read 650 KB each.
+enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
+static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
+    __shared__ float so_far[10][MERGED];
+    int D = p.c.D, me = (int)threadIdx.x % MERGED, quarter = (int)threadIdx.x / MERGED,
+        place = ((int)blockIdx.y * MERGED + me) * 8, dim = dim_at(p, place), h = most(0, dim) / D;
+    size_t next = (size_t)p.c.H * (size_t)(D + 4);
+    const float *part = p.part + ((size_t)(i * SPLITS + quarter * QUARTER)) * next + (size_t)h * (size_t)(D + 4);
+    float largest[QUARTER], sum[QUARTER], x[QUARTER][8], o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    merged a = merge_begin(p, h);
+    UNROLL
+    for (int k = 0; k < QUARTER; k++) {
+        const float *from = part + (size_t)k * next;
+        if (quarter * QUARTER + k >= v.splits) continue;
+        largest[k] = from[D], sum[k] = from[D + 1];
+        load8(x[k], from + most(0, dim) % D);
+    }
+    for (int turn = 0; turn < 4; turn++) {
+        if (turn == quarter) {
+            for (int d = 0; turn && d < 8; d++) o[d] = so_far[d][me];
+            if (turn) a.largest = so_far[8][me], a.sum = so_far[9][me];
+            UNROLL
+            for (int k = 0; k < QUARTER; k++) {
+                if (quarter * QUARTER + k >= v.splits) continue;
+                const float2 by = merge_split(a, largest[k], sum[k]);
+                for (int d = 0; d < 8; d++) o[d] = fmaf(by.y, x[k][d], o[d] * by.x);
+            }
+            for (int d = 0; d < 8; d++) so_far[d][me] = o[d];
+            so_far[8][me] = a.largest, so_far[9][me] = a.sum;
+        }
+        __syncthreads();
+    }
+    if (quarter == 3) put_values(p, r, place, dim, o, a.sum);
 }
 static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
     int i = (int)blockIdx.x, r = p.row0 + i;
@@ -1927,6 +1960,63 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
     if (r >= n) return;
     if ((int)blockIdx.y < p.merging) merge_heads(p, v, i, r);
     else commit(p.c, p.commit, r, (int)blockIdx.y - p.merging);
+}
+
+// Of many rows a block has all splits of one, for 16 heads, and merges them where they arise: their sums never leave the
+// SM. total [TILE][D + 8]. Bound: products, 1.2 us a row of 640 keys at 600 TFLOP/s of an SM's share.
+static __host__ __device__ size_t attend_rows_shared(const shape *c) {
+    return attend_shared(c, NULL, NULL) + (size_t)(TILE * (c->D + 8)) * sizeof(float);
+}
+static __device__ __forceinline__ void add_split(const attend_args &p, const part_sums &a, float (*of_split)[2],
+                                                 merged *heads, float *total) {
+    int g = (int)threadIdx.x % WARP / 4;
+    float2 by[2];
+    if (threadIdx.x % 16 == 0) of_split[threadIdx.x / 16][0] = a.largest, of_split[threadIdx.x / 16][1] = a.sum;
+    __syncthreads();
+    for (int half = 0; half < 2; half++)
+        by[half] = merge_split(heads[half], of_split[g + 8 * half][0], of_split[g + 8 * half][1]);
+    UNROLL
+    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
+        for (int m = 0; m < 4; m++) {
+            float *to = total + (g + 8 * (m >> 1)) * (p.c.D + 8) + dim_of(k, m);
+            if (dim_of(k, m) < p.c.D) *to = fmaf(by[m >> 1].y, a.o[k][m], *to * by[m >> 1].x);
+        }
+}
+static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_args p) {
+    __shared__ attend_scratch scratch;
+    __shared__ float of_split[TILE][2];
+    SHARED_BYTES(bytes);
+    int D = p.c.D, h0 = (int)blockIdx.y * TILE, i = (int)blockIdx.x, r = p.row0 + i, g = (int)threadIdx.x % WARP / 4;
+    float4 q[Q_STEPS][2];
+    float *total = (float *)(void *)(bytes + attend_shared(&p.c, NULL, NULL));
+    attend_room room;
+    part_sums a;
+    grid_go();
+    const row s = p.rows[r];
+    view v = view_of(p, s, p.n->drafts);
+    if (r >= p.n->n_rows) return grid_wait();
+    const key_at all = keys_in(p, s);
+    merged heads[2] = { merge_begin(p, h0 + g), merge_begin(p, h0 + g + 8) };
+    grid_wait();
+    attend_shared(&p.c, bytes, &room);
+    load_queries(p, r, h0, q);
+    for (int k = (int)threadIdx.x; k < TILE * (D + 8); k += THREADS) total[k] = 0;
+    for (int split = 0; split < v.splits; split++) {
+        attend_split(p, s, all, v, i, split, !split, q, room, scratch, a);
+        add_split(p, a, of_split, heads, total);
+    }
+    __syncthreads();        // all have read the last split's
+    if (threadIdx.x % 4 == 0 && threadIdx.x < WARP)
+        for (int half = 0; half < 2; half++) of_split[g + 8 * half][1] = heads[half].sum;
+    __syncthreads();
+    int end = least(p.c.H, h0 + TILE) * D, last = end / p.o_group * p.o_pitch + end % p.o_group;
+    for (int at = h0 * D / p.o_group * p.o_pitch + h0 * D % p.o_group; at < last; at += THREADS * 8) {
+        int place = at + (int)threadIdx.x * 8, dim = place < last ? dim_at(p, place) : -1, h = most(0, dim) / D - h0;
+        float o[8];
+        if (dim < 0) h = 0;
+        load_eight(o, total + h * (D + 8) + most(0, dim) % D);
+        put_values(p, r, place, dim, o, of_split[h][1]);
+    }
 }
 
 // Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has 2048 numbers of a row, or, with a
@@ -3668,7 +3758,7 @@ static index_args index_of(const cuda *d, int l, int row0) {
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.turns = d->turns;
     p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
-    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / ATTEND_ROWS, p.chosen = d->chosen,
+    p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / INDEX_ROWS, p.chosen = d->chosen,
     p.arrived = d->arrived;
     return p;
 }
@@ -3731,6 +3821,7 @@ static commit_args commit_of(const cuda *d, const layer_weights *w, int l) {
 }
 // Scores, softmax and values of all rows.
 static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch) {
+    int many = d->grid.rows >= MANY_ROWS, at_once = many ? INDEX_ROWS : ATTEND_ROWS, heads = blocks_of(d->s.H, TILE);
     attend_args a;
     memset(&a, 0, sizeof a);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
@@ -3738,11 +3829,15 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.merging = blocks_of(d->o.stride, 8 * MERGED);
     a.commit = commit_of(d, w, l);
-    for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += ATTEND_ROWS) {
-        int rows = smaller(ATTEND_ROWS, d->grid.rows - a.row0);
+    for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
+        int rows = smaller(at_once, d->grid.rows - a.row0);
         if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
-        launch(d, "attend", d->grid.rows < MANY_ROWS ? attend<1> : attend<2>, grid_of(rows * SPLITS, blocks_of(d->s.H, TILE)),
-               THREADS, attend_shared(&d->s, NULL, NULL), a);
+        if (many) {
+            LAUNCH(attend_rows, grid_of(rows, heads), THREADS, attend_rows_shared(&d->s), a);
+            continue;
+        }
+        launch(d, "attend", d->grid.rows == 1 ? attend<1> : attend<2>, grid_of(rows * SPLITS, heads), THREADS,
+               attend_shared(&d->s, NULL, NULL), a);
         LAUNCH(attend_merge, grid_of(rows, a.merging + (few_rows(d) ? a.commit.arrays : 0)), THREADS, 0, a);
     }
 }
@@ -4586,9 +4681,9 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->index_kv = carve_rows(v, n, 2 * c->I), d->index_gate = carve_rows(v, n, 2 * c->I);
     d->index_q = carve_rows(v, n, c->index_heads * c->I), d->index_w = carve_rows(v, n, c->index_heads);
     d->query =
-        (uint16_t *)carve(v, (size_t)ATTEND_ROWS * (size_t)(c->index_heads + 7) * (size_t)c->I, sizeof *d->query);
-    d->query_w = carve_rows(v, ATTEND_ROWS, c->index_heads + 7), d->chosen = carve_ints(v, ATTEND_ROWS, c->index_topk);
-    d->arrived = carve_ints(v, ATTEND_ROWS, 1);
+        (uint16_t *)carve(v, (size_t)INDEX_ROWS * (size_t)(c->index_heads + 7) * (size_t)c->I, sizeof *d->query);
+    d->query_w = carve_rows(v, INDEX_ROWS, c->index_heads + 7), d->chosen = carve_ints(v, INDEX_ROWS, c->index_topk);
+    d->arrived = carve_ints(v, INDEX_ROWS, 1);
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
@@ -4703,6 +4798,9 @@ static void check_shape(cuda *d) {
     if (c->head_dim - c->qk_rope_head_dim < 8 || (c->index_head_dim && c->index_head_dim < c->qk_rope_head_dim))
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d rotary dims of a head of %d and an index head of %d",
              c->qk_rope_head_dim, c->head_dim, c->index_head_dim);
+    if (c->num_attention_heads > TILE && c->num_attention_heads * c->head_dim / c->o_groups % 128)
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole 128, or no more "
+             "than %d heads", c->num_attention_heads, c->head_dim, c->o_groups, TILE);
     if (c->num_attention_heads * c->head_dim / c->o_groups % 8)
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole eights",
              c->num_attention_heads, c->head_dim, c->o_groups);
@@ -4740,7 +4838,8 @@ static void allow_wide(cuda *d) {
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
     size_t wide = (size_t)larger(c->h + 2 * c->rank, c->D) * sizeof(float);
-    size_t attend_bytes = attend_shared(c, NULL, NULL), largest = wide > attend_bytes ? wide : attend_bytes;
+    size_t attend_bytes = attend_shared(c, NULL, NULL), rows_bytes = attend_rows_shared(c),
+           largest = wide > rows_bytes ? wide : rows_bytes;
     if (largest < (size_t)product_bytes(4)) largest = (size_t)product_bytes(4);
     if (largest > (size_t)d->shared_most) {
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: a kernel needs %zu bytes of shared memory, the device gives %d",
@@ -4750,7 +4849,8 @@ static void allow_shared(cuda *d) {
     allow(d, linears<1>, product_bytes(1)), allow(d, experts<1>, product_bytes(1));
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
     allow(d, linears<4>, product_bytes(4)), allow_wide(d);
-    allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes), allow(d, route, 64 << 10);
+    allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes), allow(d, attend_rows, (int)rows_bytes, 100);
+    allow(d, route, 64 << 10);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
@@ -4892,7 +4992,7 @@ static int state_layout(state *s, const cuda *d, int max_context) {
 static size_t scores_for(const cuda *d, int max_context) {
     int scored = 0;
     for (int l = 0; l < d->c->num_hidden_layers; l++) if (d->c->compress_ratios[l] == 4) scored = max_context / 4;
-    return (size_t)ATTEND_ROWS * (size_t)(scored + 16) * sizeof(float);
+    return (size_t)INDEX_ROWS * (size_t)(scored + 16) * sizeof(float);
 }
 static size_t state_table_bytes(const state *s) { return ((size_t)s->n_arrays * sizeof(void *) + 255) / 256 * 256; }
 

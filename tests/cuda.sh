@@ -10,4 +10,7 @@ if [ -n "$why" ]; then
     exit 0
 fi
 nvidia-smi -L | sed 's/^/# /'
-${MAKE:-make} -s build/tests/cuda_device >&2 && exec build/tests/cuda_device
+${MAKE:-make} -s build/tests/cuda_device build/tests/cuda_shape_device >&2 || exit 1
+for program in cuda_device cuda_shape_device; do
+    build/tests/$program || echo "not ok 0 - $program: exit status $?"
+done | awk '/^1\.\./ { next } /^(not )?ok / { sub(/ok [0-9]+/, "ok " ++n) } { print } END { print "1.." n }'

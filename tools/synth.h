@@ -305,6 +305,7 @@ static void walk_as(int how) {
 // The header's text, and regions placed behind each other, on whole blocks where they are mapped; the bytes of all.
 static uint64_t synth_header(char **json, size_t *size) {
     uint64_t total = 0;
+    random_state = 1, announced = 0;        // the same each time
     walk_as(MEASURE);
     for (int i = n_regions - 1; i >= 0; i--) {
         regions[i].size = regions[i].at, regions[i].base = total;
