@@ -17,25 +17,27 @@
 // whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
 // 33 on a block has a tile of outputs and rows (products of many rows).
 //
-// operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s
-// a pass        turns (cos and sin of each row's position)
-// mix_in        stream (what mix_out and tap have put off, and the sums of this mix), mix
-// attention     linears, project, linears, [index_query, index_scores,] attend, attend_merge, linears, round_rows,
+// operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. In
+//               brackets what up to 16 rows is made at the end of the product ahead, by the block that completes it
+// a pass        turns (cos and sin of each row's position), stream (the embedding)
+// mix_in        (stream: what mix_out and tap have put off, and the sums of this mix) mix
+// attention     linears, (project) linears, (index_query) [index_scores,] attend, attend_merge, linears, (round_rows)
 //               linears
-// moe           linears, route, [cache_choose, cache_fill,] experts, swiglu, experts
-// head          stream, mix, linears
+// moe           linears, (route, swiglu of the shared one) [cache_choose, cache_fill,] experts, (swiglu) experts
+// head          (stream) mix, linears
 // inject        take_taps, linears, round_rows, linears, inject_rows
 // draws         [survey, 4 sift, 4 sift, weigh,] draw, drawn
 // a step        markov_begin, [linears, markov_gate,] linears, [survey, .. weigh,] draw
-// 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
-// kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
-// is of, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM; then it waits (grid_wait).
+// 12 launches a layer with an indexer that has keys to choose among, 11 without: some 490 a pass, one graph. Each kernel
+// may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass is of,
+// and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.6 us of bytes; then it waits
+// (grid_wait). 70 % of a row's floor of 3.73 ms leave 1.6 ms: 3.3 us a launch.
 //
-// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), when FP8
-// and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403, 89 %; wo_b 571, 86 %; wq_b 693, 80
-// %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts 1,474, 53 %, and w2 1,146, 45 %. Others
-// 3,100: attend 730, stream 457, mix 405, attend_merge 342, index_scores 317, route 263, project 212, swiglu 209,
-// index_query 115, round_rows 98; none is bound by bytes. Six rows: 15,390, 49 %.
+// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), with 17
+// and 19 launches a layer, when FP8 and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403, 89
+// %; wo_b 571, 86 %; wq_b 693, 80 %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts 1,474, 53
+// %, and w2 1,146, 45 %. Others 3,100: attend 730, mix 405, attend_merge 342, index_scores 317, and 1,350 in launches
+// that now are ends of others. Six rows: 15,390, 49 %.
 // COUNTED (the steady loops in cuobjdump -sass of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows;
 // through bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a
 // scheduler issue 1,100 for FP4 while bytes take 2,400 clocks.
