@@ -28,16 +28,16 @@
 // inject        take_taps, linears, round_rows, linears, inject_rows
 // draws         [survey, 4 sift, 4 sift, weigh,] draw, drawn
 // a step        markov_begin, [linears, markov_gate,] linears, [survey, .. weigh,] draw
-// 12 launches a layer with an indexer that has keys to choose among, 11 without: some 490 a pass, one graph. Each kernel
-// may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass is of,
-// and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.6 us of bytes; then it waits
-// (grid_wait). 70 % of a row's floor of 3.73 ms leave 1.6 ms: 3.3 us a launch.
+// 12 launches a layer with an indexer that has keys to choose among, 11 without: some 490 a pass, one graph. Each
+// kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
+// is of, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.6 us of bytes; then it
+// waits (grid_wait). 70 % of a row's floor of 3.73 ms leave 1.6 ms: 3.3 us a launch.
 //
 // MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), with 17
-// and 19 launches a layer, when FP8 and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403, 89
-// %; wo_b 571, 86 %; wq_b 693, 80 %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts 1,474, 53
-// %, and w2 1,146, 45 %. Others 3,100: attend 730, mix 405, attend_merge 342, index_scores 317, and 1,350 in launches
-// that now are ends of others. Six rows: 15,390, 49 %.
+// and 19 launches a layer, when FP8 and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403,
+// 89 %; wo_b 571, 86 %; wq_b 693, 80 %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts
+// 1,474, 53 %, and w2 1,146, 45 %. Others 3,100: attend 730, mix 405, attend_merge 342, index_scores 317, and 1,350 in
+// launches that now are ends of others. Six rows: 15,390, 49 %.
 // COUNTED (the steady loops in cuobjdump -sass of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows;
 // through bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a
 // scheduler issue 1,100 for FP4 while bytes take 2,400 clocks.
@@ -380,12 +380,12 @@ static __device__ __forceinline__ void load8(float *v, const float *from) {
     float4 a = __ldcg((const float4 *)(const void *)from), b = __ldcg((const float4 *)(const void *)from + 1);
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
-// A row of n values.
+// A row of n values, which may lie in shared memory.
 static __device__ void put_input_row(const input &x, int row, const float *values, int n) {
     for (int at = 0; at < n; at += THREADS * 8) {
         int mine = at + (int)threadIdx.x * 8, live = mine < n;
         float v[8];
-        if (live) load8(v, values + mine);
+        if (live) load_eight(v, values + mine);
         put_input(x, row, mine, v, live);
     }
 }
@@ -1539,7 +1539,12 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
 // ---- attention --------------------------------------------------------------------------------
 
 // A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
-typedef struct { const row *rows; int layer, ratio, arrays; const float *from[N_ARRAYS]; int width[N_ARRAYS]; } commit_args;
+typedef struct {
+    const row *rows;
+    int layer, ratio, arrays;
+    const float *from[N_ARRAYS];
+    int width[N_ARRAYS];
+} commit_args;
 static __device__ void commit(const shape &c, const commit_args &p, int r, int a) {
     const row &s = p.rows[r];
     int ring = a == WINDOW ? c.ring : raw_ring(p.ratio, c.block), w = p.width[a];
@@ -1834,8 +1839,8 @@ static __device__ __forceinline__ int dim_of(int k, int m) {
     return (k * WARPS + (int)threadIdx.x / WARP) * 8 + (int)threadIdx.x % 4 * 2 + (m & 1);
 }
 // A split of a row's keys for 16 heads, 32 keys at a time. first: what the queries are scaled by is not yet known.
-static __device__ __forceinline__ void attend_split(const attend_args &p, const row &s, const key_at &all, const view &v,
-                                                    int i, int split, int first, const float4 (*q)[2],
+static __device__ __forceinline__ void attend_split(const attend_args &p, const row &s, const key_at &all,
+                                                    const view &v, int i, int split, int first, const float4 (*q)[2],
                                                     const attend_room &room, attend_scratch &scratch, part_sums &a) {
     int r = p.row0 + i, end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
     float squares[2];
@@ -1856,7 +1861,7 @@ static __device__ __forceinline__ void attend_split(const attend_args &p, const 
     }
 }
 
-// Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows 3.8 MB, 1.3 us), products 1.2 us a row at three planes; so
+// Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows 3.8 MB, 1.3 us), products .42 us a row at three planes; so
 // latency: about 900 products of 16 x 8 x 16 a time in eight warps and 36 KB of keys. One row of 640 keys is 80 blocks;
 // of more rows two blocks share an SM, with half of the registers each: six are 480 blocks, two waves.
 template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const attend_args p) {
@@ -1888,8 +1893,8 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     if (threadIdx.x % 16 == 0 && h < p.c.H) to[0] = a.largest, to[1] = a.sum;
 }
 
-// The splits of a head together, one after the other, from the sink on: what is multiplied with the sums so far (x), and
-// with the split's (y).
+// The splits of a head together, one after the other, from the sink on: what is multiplied with the sums so far (x),
+// and with the split's (y).
 typedef struct { float largest, sum; } merged;
 static __device__ __forceinline__ merged merge_begin(const attend_args &p, int h) {
     merged a = { h < p.c.H ? p.sink[h] : 0, 1 };
@@ -1906,7 +1911,8 @@ static __device__ __forceinline__ int dim_at(const attend_args &p, int place) {
     return from_group < p.o_group && dim < p.c.H * p.c.D ? dim : -1;
 }
 // Eight sums of a row over the sum of weights, turned back, as wo_a's input; dim -1: none.
-static __device__ __forceinline__ void put_values(const attend_args &p, int r, int place, int dim, float *o, float sum) {
+static __device__ __forceinline__ void put_values(const attend_args &p, int r, int place, int dim, float *o,
+                                                  float sum) {
     int at = dim % p.c.D - (p.c.D - p.c.R);
     for (int d = 0; d < 8; d++) o[d] /= sum;
     for (int d = 0; d < 8; d += 2)
@@ -1964,8 +1970,8 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
     else commit(p.c, p.commit, r, (int)blockIdx.y - p.merging);
 }
 
-// Of many rows a block has all splits of one, for 16 heads, and merges them where they arise: their sums never leave the
-// SM. total [TILE][D + 8]. Bound: products, 1.2 us a row of 640 keys at 600 TFLOP/s of an SM's share.
+// Of many rows a block has all splits of one, for 16 heads, and merges them where they arise: their sums never leave
+// the SM. total [TILE][D + 8]. Bound: products, .42 us a row of 640 keys at 600 TFLOP/s.
 static __host__ __device__ size_t attend_rows_shared(const shape *c) {
     return attend_shared(c, NULL, NULL) + (size_t)(TILE * (c->D + 8)) * sizeof(float);
 }
@@ -2021,8 +2027,8 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     }
 }
 
-// Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has 2048 numbers of a row, or, with a
-// norm, all; the last blocks commit a row beside that, an array each. Bound: latency, 32 KB a row.
+// Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has 2048 numbers of a row, or, with
+// a norm, all; the last blocks commit a row beside that, an array each. Bound: latency, 32 KB a row.
 typedef struct {
     shape c;
     const int *n_rows;
@@ -3675,7 +3681,7 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
         for (int i = 0; i < p->n_jobs; i++)
             p->jobs[i].first_item = p->n_items, p->n_items += items_of(p->jobs[i].w, p->item_bytes);
     } while (p->n_items > 2 * d->sms * (WARP - 1) && p->item_bytes < 1 << 20);
-    p->n_blocks = smaller(p->n_items, larger(d->sms, 2 * d->sms - beside));     // all at once, so that nobody waits for a place
+    p->n_blocks = smaller(p->n_items, larger(d->sms, 2 * d->sms - beside));     // all at once: nobody waits for a place
     grid = grid_of(p->n_blocks + beside, blocks_of(rows, 8 * nt));
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>, grid, THREADS,
            (size_t)product_bytes(nt), *p);
@@ -3791,7 +3797,8 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     job_add(&p, w->wkv, d->x, d->kv, d->s.D), job_ends(d, &p, 1, END_WINDOW, 0);
     p.mix = post_comb_of(d), p.end.project = a;
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
-    if (!few_rows(d)) LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)d->s.D * sizeof(float), a);
+    if (!few_rows(d))
+        LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.D, d->s.I) * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
     if (target && w->ratio == 4 && d->grid.indexed) {
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
@@ -4839,7 +4846,7 @@ static void allow_wide(cuda *d) {
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
-    size_t wide = (size_t)larger(c->h + 2 * c->rank, c->D) * sizeof(float);
+    size_t wide = (size_t)larger(c->h + 2 * c->rank, larger(c->D, c->I)) * sizeof(float);
     size_t attend_bytes = attend_shared(c, NULL, NULL), rows_bytes = attend_rows_shared(c),
            largest = wide > rows_bytes ? wide : rows_bytes;
     if (largest < (size_t)product_bytes(4)) largest = (size_t)product_bytes(4);
@@ -4851,8 +4858,8 @@ static void allow_shared(cuda *d) {
     allow(d, linears<1>, product_bytes(1)), allow(d, experts<1>, product_bytes(1));
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
     allow(d, linears<4>, product_bytes(4)), allow_wide(d);
-    allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes), allow(d, attend_rows, (int)rows_bytes, 100);
-    allow(d, route, 64 << 10);
+    allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes);
+    allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, 64 << 10);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);

@@ -39,7 +39,7 @@ static inline float4 make_float4(float x, float y, float z, float w) { return { 
 // ---- fibers
 
 // Not a power of two: what threads have at the same depth must not fall on the same lines of a cache.
-enum { HOST_THREADS = 1024, HOST_STACK = (64 << 10) + 17 * 64, HOST_SHARED = 228 << 10 };
+enum { HOST_THREADS = 1024, HOST_STACK = (64 << 10) + 17 * 64, HOST_SHARED = 228 << 10, HOST_FENCE = 256 };
 #ifdef __x86_64__
 typedef void *host_place;           // a stack pointer, over what a call leaves alone
 extern "C" void cuda_host_switch(host_place *from, host_place *to);
@@ -87,7 +87,7 @@ static struct {
     dim3 thread, block, block_dim, grid_dim;
     std::function<void()> kernel;
     char *stacks;
-    alignas(128) char shared[HOST_SHARED];
+    alignas(128) char shared[HOST_SHARED + HOST_FENCE];
 } host;
 
 #define threadIdx (host.thread)
@@ -311,7 +311,11 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 template <class T> static inline T atomicAdd(T *p, T x) { T old = *p; *p += x; return old; }
 template <class T> static inline T atomicMax(T *p, T x) { T old = *p; if (x > old) *p = x; return old; }
 static inline void __threadfence(void) {}
-template <class T> static inline T __ldcg(const T *p) { return *p; }
+// Of global memory alone.
+template <class T> static inline T __ldcg(const T *p) {
+    if ((const char *)p >= host.shared && (const char *)p < host.shared + HOST_SHARED) host_stop("__ldcg of shared memory");
+    return *p;
+}
 static inline uint32_t host_bf16(float x) {
     uint32_t u = host_as_bits(x);
     return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
@@ -389,7 +393,6 @@ static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
     return cudaSuccess;
 }
 // Each piece knows its size, and stands between fences that are looked at when it is freed.
-enum { HOST_FENCE = 256 };
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
     HOST_CALL();
     if (n > cuda_host_memory - cuda_host_used) return cudaErrorMemoryAllocation;
@@ -483,12 +486,15 @@ template <class P> static void host_run(void (*kernel)(P), dim3 grid, dim3 block
     cuda_host_launches++;
     host.kernel = [kernel, p] { kernel(p); };
     host.grid_dim = grid, host.block_dim = block;
+    memset(host.shared + shared, 0xfe, HOST_FENCE);
     for (unsigned y = 0; y < grid.y; y++)
         for (unsigned x = 0; x < grid.x; x++) {
             memset(host.shared, 0xff, shared);
             host.block = host.backwards ? dim3(grid.x - 1 - x, grid.y - 1 - y) : dim3(x, y);
             host_block((int)block.x);
         }
+    for (int i = 0; i < HOST_FENCE; i++)
+        if ((unsigned char)host.shared[shared + (size_t)i] != 0xfe) host_stop("shared memory behind a block's was written");
 }
 template <class P>
 static cudaError_t host_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t s, void (*kernel)(P), const P &p) {

@@ -1,5 +1,5 @@
 /* dspark_cuda.cu on a shape of random weights that the golden cases do not have: more than 16 heads, of which a block
-   has 16, index heads that are no whole eights, and rows of many, of which a block has all of an attention. */
+   has 16, index heads that are no whole eights and wider than the others, and rows of many, of which a block has all of an attention. */
 #define _GNU_SOURCE
 #include "sessions.h"
 #include "near.h"
@@ -55,7 +55,7 @@ static uint64_t in_chunks(dspark_model *m, const int32_t *ids, int chunk) {
 
 int main(void) {
     const char *const shape[] = { "num_hidden_layers=4", "num_attention_heads=24", "o_groups=3", "o_lora_rank=96",
-                                  "hidden_size=288", "vocab_size=300", "index_n_heads=12", "index_head_dim=64",
+                                  "hidden_size=288", "vocab_size=300", "index_n_heads=12", "head_dim=96",
                                   "index_topk=4", "sliding_window=32", "moe_intermediate_size=160", "stages=1",
                                   "q_lora_rank=136" };
     dspark_model *cpu, *m;
