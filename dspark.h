@@ -651,11 +651,11 @@ typedef struct {
     int prompt_rows;        // of a submitted prompt, run a step at most; 0: what a pass has room for
 } dspark_step_desc;
 
-// One cycle of n sessions of one model, results [n]; desc NULL: defaults. A pass takes what max_rows hold: all of
-// max_sessions at once; more sessions follow in further passes. Prompts get the rows that decoding leaves. Who is in a
-// step changes nobody's text (but see REJECTION), so sessions may come, go and be closed between any two. Returns an
-// error that concerns all (results then mean nothing); one of a session is in its result. A session that has finished
-// emits nothing and says why.
+// One cycle of n sessions of one model, results [n]; desc NULL: defaults. A pass takes what max_rows hold: a row a
+// session and those of the drafts that are worth it, all of max_sessions' at once; others follow in further passes.
+// Prompts get the rows that decoding leaves. Who is in a step changes nobody's text (but see REJECTION), so sessions
+// may come, go and be closed between any two. Returns an error that concerns all (results then mean nothing); one of a
+// session is in its result. A session that has finished emits nothing and says why.
 DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *,
                                      dspark_step_result *results);
 
@@ -4221,6 +4221,8 @@ typedef struct {
     int trial;                  // to learn what that costs
     double plain_us;            // P of its account; 0: no account is kept
     double extra_us;            // what its draft takes beyond its share of the pass
+    int n_p, n_ahead;           // rows that are p, and those of them that are verified, before its commit
+    struct { int32_t token; int accepted; } ahead[DSPARK_MAX_BLOCK + 1];
 } dspark__lane;
 
 // What this step's passes cost.
@@ -5491,7 +5493,7 @@ static void dspark__costs_open(dspark_model *m, const dspark__lane *lanes, int n
     if (!p->n || !c->R) return;
     c->base_us = (double)p->session_us * (c->R - 1);
     c->context_us = (double)p->context_us * (depth / c->R - (double)DSPARK__DEPTH) / 1024;
-    c->row_us = c->context_us + draws / c->R;
+    c->row_us = c->context_us + draws / c->R / dspark__min(c->R, m->backend->threads(m->device));
     T = dspark__pass_time(m, c->R), c->plain_us = T / c->R, others = (c->R - 1) * gamma;
     for (int rows = 1; rows <= gamma + others && c->drafting; rows++) {
         double each = (dspark__pass_time(m, c->R + rows) - T) / rows;
@@ -5586,9 +5588,23 @@ static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
     for (int i = 0; i < n; i++) {
         dspark__lane *a = &lanes[i];
         if (a->limit) a->extra_us = dspark__draft_extra(a->s);
+        a->trial = 0;
         if (!dspark__decides_to_draft(a, &trials)) a->limit = 0;
         a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0, a->drafted = a->limit > 0;
     }
+}
+// How many of n lanes share the next pass, and what they draft: all, if that fits; else as many as would fit if all that
+// may draft did. *rows: what they may need.
+static int dspark__fitting(dspark_model *m, dspark__lane *lanes, int n, int *rows) {
+    int block = m->checkpoint.config.dspark_block_size, some = 0;
+    dspark__decide(m, lanes, n);
+    *rows = n;
+    for (int i = 0; i < n; i++) *rows += lanes[i].n_drafted;
+    if (*rows <= m->max_rows) return n;
+    for (*rows = 0; some < n && m->max_rows - *rows > block; some++)
+        *rows += 1 + (lanes[some].n_prompt || !dspark__draft_limit(lanes[some].s) ? 0 : block);
+    dspark__decide(m, lanes, some);
+    return some;
 }
 
 // Draft k of a lane from its logits, into the tokens behind the committed ones.
@@ -5886,25 +5902,50 @@ static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t 
     return dspark__fail(DSPARK_ERROR_NUMERIC, "row %d of a session: its logits are no distribution", i);
 }
 
+static dspark_verify_desc dspark__verify_of(const dspark__lane *a, const float *p_target, const float *p_draft) {
+    const dspark_session *s = a->s;
+    dspark_verify_desc v;
+    memset(&v, 0, sizeof v);
+    v.p_target = p_target, v.p_draft = p_draft, v.draft = s->tokens + s->n_tokens, v.n = a->length,
+    v.vocab = dspark__config(s)->vocab_size, v.position = s->n_tokens;
+    v.mode = dspark__mode(s), v.seed = s->desc.seed, v.cycle = s->cycle;
+    return v;
+}
+
+static uint64_t dspark__float_mode_set(void);
+static void dspark__float_mode_restore(uint64_t old);
+
+// Rows of a lane before its turn, on any thread, if nobody is to be asked for them. What fails is left: it fails again,
+// and is told of, in its turn.
+static void dspark__verify_ahead(dspark__lane *a, float *p_target, const float *p_draft) {
+    const dspark_session *s = a->s;
+    dspark_verify_desc v = dspark__verify_of(a, p_target, p_draft);
+    if (a->n_prompt || s->desc.adjust || s->desc.logprobs || dspark__drawn_there(s)) return;
+    for (int i = 0, accepted = 1; i <= a->length && accepted; i++) {
+        int32_t token = 0;
+        if (dspark__to_p(s, p_target + (size_t)i * (size_t)v.vocab, s->n_tokens + i, NULL)) return;
+        a->n_p++;
+        if (dspark__verify_row(&v, i, &accepted, &token)) return;
+        a->ahead[i].token = token, a->ahead[i].accepted = accepted, a->n_ahead++;
+    }
+}
+
 // Row by row, none before it is reached: plain decoding would have met no other. drawn: the rows' tokens, or NULL.
 static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const float *p_draft, const int32_t *drawn) {
     dspark_session *s = a->s;
     dspark_step_result *r = a->r;
-    int first = s->n_tokens, V = dspark__config(s)->vocab_size, finished = 0;
-    dspark_verify_desc v;
-    memset(&v, 0, sizeof v);
-    v.p_target = p_target, v.p_draft = p_draft, v.draft = s->tokens + first, v.n = a->length, v.vocab = V,
-    v.position = first;
-    v.mode = dspark__mode(s), v.seed = s->desc.seed, v.cycle = s->cycle;
+    dspark_verify_desc v = dspark__verify_of(a, p_target, p_draft);
+    int first = s->n_tokens, finished = 0;
     for (int i = 0, accepted = 1; i <= a->length && accepted && !finished; i++) {
-        float *row = p_target + (size_t)i * (size_t)V;
+        float *row = p_target + (size_t)i * (size_t)v.vocab;
         double log_sum = 0;
         int32_t token = 0;
-        int by;
-        dspark_status status;
+        int by, ahead = !drawn && i < a->n_ahead;
+        dspark_status status = DSPARK_OK;
         if (drawn) status = dspark__verify_there(a, i, drawn[i], &accepted, &token);
-        else status = dspark__to_p(s, row, first + i, s->desc.logprobs ? &log_sum : NULL);
-        if (!drawn && !status) status = dspark__verify_row(&v, i, &accepted, &token);
+        else if (ahead) token = a->ahead[i].token, accepted = a->ahead[i].accepted;
+        else if (i >= a->n_p) status = dspark__to_p(s, row, first + i, s->desc.logprobs ? &log_sum : NULL);
+        if (!drawn && !ahead && !status) status = dspark__verify_row(&v, i, &accepted, &token);
         if (status) return status;
         if (accepted) token = s->tokens[first + i];
         by = accepted         ? DSPARK_BY_DRAFT
@@ -5965,14 +6006,35 @@ static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
     dspark_account_settle(&dspark__manner_of(a->s)->account, a->plain_us, cycle, tau);
 }
 
+// A lane's rows of the pass, and its drafts' distributions.
+static float *dspark__lane_logits(const dspark__lane *a, const dspark_pass_result *out) {
+    return out->logits + (size_t)a->logits_row * (size_t)dspark__config(a->s)->vocab_size;
+}
+static const float *dspark__lane_drafts(const dspark__lane *a, const float *p_draft) {
+    if (!p_draft || !a->n_drafted) return NULL;
+    return p_draft + (size_t)a->draft_row * (size_t)dspark__config(a->s)->vocab_size;
+}
+// What lanes draw, on as many threads as the backend has.
+static void dspark__draw_ahead(dspark_model *m, dspark__lane *lanes, int n, const dspark_pass_result *out,
+                               const float *p_draft) {
+    int threads = dspark__min(n, m->backend->threads(m->device));
+    (void)threads;
+#ifdef _OPENMP
+    #pragma omp parallel for num_threads(threads) if (threads > 1)
+#endif
+    for (int i = 0; i < n; i++) {
+        uint64_t mode = dspark__float_mode_set();
+        dspark__verify_ahead(&lanes[i], dspark__lane_logits(&lanes[i], out), dspark__lane_drafts(&lanes[i], p_draft));
+        dspark__float_mode_restore(mode);
+    }
+}
+
 static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const float *p_draft, int drafts,
                            int drafted) {
     dspark_session *s = a->s;
-    size_t V = (size_t)dspark__config(s)->vocab_size;
     int before = s->n_tokens;
     a->r->n_scheduled = a->length;
-    a->r->status = dspark__verify_lane(a, out->logits + (size_t)a->logits_row * V,
-                                       p_draft ? p_draft + (size_t)a->draft_row * V : NULL,
+    a->r->status = dspark__verify_lane(a, dspark__lane_logits(a, out), dspark__lane_drafts(a, p_draft),
                                        dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
@@ -6007,8 +6069,7 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     return !finished;
 }
 
-// Enters a session into the step; how many rows it may need, of a prompt one at least. 0: none, its result is
-// complete.
+// Enters a session into the step. 0: it needs no rows, its result is complete.
 static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_result *r) {
     memset(a, 0, sizeof *a);
     memset(r, 0, sizeof *r);
@@ -6027,7 +6088,7 @@ static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_res
     if (!r->finish && s->has_logits && !dspark__first_token(s, r) && r->status) return 0;
     if (r->finish) return dspark__text_end(s, r), 0;
     r->status = dspark__refill(s);
-    return r->status ? 0 : 1 + (dspark__draft_limit(s) ? dspark__config(s)->dspark_block_size : 0);
+    return !r->status;
 }
 
 // What a pass has left goes to the prompts in it, in their order.
@@ -6047,7 +6108,6 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     float *p_draft = NULL;
     int drafts = 0, drafted = 0, done = 0;
     double start = dspark__now_us();
-    dspark__decide(m, lanes, n);
     status = dspark__cycle_there(m, lanes, n, &out, &done);
     if (!status && !done) status = dspark__draft(m, lanes, n, 0);
     if (!status && !done) status = dspark__draft(m, lanes, n, 1);   // the last: the device verifies by its logits
@@ -6055,10 +6115,11 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     if (!status && !done) status = dspark__target(m, lanes, n, &out);
     if (status) return status;
     if (m->checkpoint.config.n_stages) p_draft = m->backend->draft_logits(m->device);
+    if (out.logits) dspark__draw_ahead(m, lanes, n, &out, p_draft);
     for (int i = 0; i < n; i++) drafts += lanes[i].length, drafted += lanes[i].drafted;
     for (int i = 0; i < n; i++) {
         if (lanes[i].n_prompt) dspark__commit_prompt(&lanes[i], &out);
-        else dspark__commit(&lanes[i], &out, lanes[i].n_drafted ? p_draft : NULL, drafts, drafted);
+        else dspark__commit(&lanes[i], &out, p_draft, drafts, drafted);
         lanes[i].s->cycle++;
         dspark__text_end(lanes[i].s, lanes[i].r);
     }
@@ -6096,13 +6157,14 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     }
     // as many sessions a pass as its rows allow
     for (int i = 0; i < n && !status;) {
-        int rows = 0, lanes = 0, worst = 1 + m->checkpoint.config.dspark_block_size;
-        for (; i < n && m->max_rows - rows >= worst; i++) {
-            int need = dspark__lane_open(&m->batch.lanes[lanes], sessions[i], &results[i]);
-            rows += need, lanes += need > 0;
+        dspark__lane *lanes = m->batch.lanes;
+        int open = 0, some, rows;
+        for (; i < n && open < m->max_rows; i++) open += dspark__lane_open(&lanes[open], sessions[i], &results[i]);
+        for (; open > 0 && !status; lanes += some, open -= some) {
+            some = dspark__fitting(m, lanes, open, &rows);
+            dspark__share_rows(lanes, some, m->max_rows - rows, prompt_rows);
+            status = dspark__cycle(m, lanes, some);
         }
-        dspark__share_rows(m->batch.lanes, lanes, m->max_rows - rows, prompt_rows);
-        if (lanes) status = dspark__cycle(m, m->batch.lanes, lanes);
     }
     return status;
 }

@@ -14,16 +14,17 @@ static dspark_model *open_for(const char *dir, int max_sessions, int max_rows, s
     return m;
 }
 
-static void test_crowd(const char *dir, int max_sessions, int max_rows, int n_requests, int most) {
+static int test_crowd(const char *dir, int max_sessions, int max_rows, int n_requests, int most) {
     dspark_model *m = open_for(dir, max_sessions, max_rows, 0);
     crowd c;
     memset(&c, 0, sizeof c);
     c.n_requests = n_requests, c.most = most;
     run_crowd(m, &c);
-    ok(!c.wrong && c.done == n_requests && c.cancelled > n_requests / 20 && c.accepted > 0,
+    ok(!c.wrong && c.done == n_requests && c.cancelled > n_requests / 20,
        "up to %d at once, %d rows a pass, %d requests that come, fork, change policy, are cancelled, end: %d of %d "
        "texts are those of plain decoding alone", most, m->max_rows, n_requests, c.done - c.wrong, c.done);
     dspark_model_close(m);
+    return (int)c.accepted;
 }
 
 /* A backend that counts passes and their rows; the rest is the CPU's. */
@@ -62,6 +63,39 @@ static void test_flat_passes(const int32_t *text) {
        "and are verified in one, which runs a prompt's rows as well");
     for (int i = 0; i <= N; i++) dspark_session_close(s[i]);
     free(r);
+    dspark_model_close(m);
+}
+
+/* Room for drafts that do not pay would cost a pass: 21 sessions that may draft, six rows each, would fill 128. */
+static void test_full_passes(const int32_t *text) {
+    enum { N = 100 };
+    static dspark_session *s[N];
+    static dspark_step_result r[N];
+    static const float dear[2] = { 100, 1e5f };
+    dspark_backend counting = *dspark_cpu_backend();
+    dspark_model *m;
+    dspark_model_desc desc;
+    int passes;
+    memset(&desc, 0, sizeof desc);
+    counting.pass_begin = counting_begin, desc.backend = &counting, desc.n_threads = 1, desc.max_rows = 128;
+    must(dspark_model_open(&m, golden_b, &desc));
+    set_costs(m, dear, 2, 1e5f, 0);
+    for (int i = 0; i < N; i++) s[i] = straight(m, text + i, 2);
+    memset(&seen, 0, sizeof seen);
+    must(dspark_step(s, N, NULL, r));
+    ok(seen.passes[DSPARK_PASS_TARGET] == 1 && !seen.passes[DSPARK_PASS_DRAFT] && seen.rows[DSPARK_PASS_TARGET] == N,
+       "%d sessions whose drafts do not pay share a pass of up to %d rows", N, m->max_rows);
+    for (int i = 0; i < N; i++) {
+        dspark_policy block = { 0, DSPARK_SCHEDULE_BLOCK, 0, 0, 0, 0, 0 };
+        must(dspark_session_set_policy(s[i], &block));
+    }
+    memset(&seen, 0, sizeof seen);
+    must(dspark_step(s, N, NULL, r));
+    passes = seen.passes[DSPARK_PASS_TARGET];
+    ok(passes == seen.passes[DSPARK_PASS_DRAFT] && passes > N * 5 / 128 && seen.rows[DSPARK_PASS_TARGET] <= 128 * passes &&
+       seen.rows[DSPARK_PASS_DRAFT] == N * dspark_model_config(m)->dspark_block_size,
+       "and where all draft, as many as have room: %d passes", passes);
+    for (int i = 0; i < N; i++) dspark_session_close(s[i]);
     dspark_model_close(m);
 }
 
@@ -320,25 +354,43 @@ static void test_presets(dspark_model *m) {
 /* T(B) = 500 + 90 B; every pass takes up to 8 % more, one in twenty four times as much. */
 static double passes_take(int B) { return (500 + 90 * B) * (1 + dice(80) / 1000.) * (dice(20) ? 1 : 4); }
 
-static void test_learning(void) {
-    dspark_profile p;
+static double farthest(const dspark_profile *p, int rows) {
     double worst = 0;
-    memset(&p, 0, sizeof p);
-    for (int i = 0; i < 400; i++) {
-        int B = 1 + dice(i < 200 ? 24 : 200);
-        dspark__learn_pass(&p, B, passes_take(B));
+    for (int B = 1; B <= rows; B++) worst = fmax(worst, fabs(dspark_profile_us(p, B) / (1.04 * (500 + 90 * B)) - 1));
+    return worst;
+}
+static int up(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Of many such histories: one may have met four passes in a row that took four times as long. */
+static void test_learning(void) {
+    enum { MANY = 100 };
+    double learned[MANY], followed[MANY];
+    int points = 0;
+    for (int k = 0; k < MANY; k++) {
+        dspark_profile p;
+        memset(&p, 0, sizeof p);
+        for (int i = 0; i < 400; i++) {
+            int B = 1 + dice(i < 200 ? 24 : 200);
+            dspark__learn_pass(&p, B, passes_take(B));
+        }
+        learned[k] = farthest(&p, 200), points = p.n > points ? p.n : points;
+        for (int i = 0; i < p.n; i++) p.us[i] *= 2;
+        for (int i = 0; i < 600; i++) {
+            int B = 1 + dice(24);
+            dspark__learn_pass(&p, B, passes_take(B));
+        }
+        followed[k] = farthest(&p, 24);
     }
-    for (int B = 1; B <= 200; B++) worst = fmax(worst, fabs(dspark_profile_us(&p, B) / (1.04 * (500 + 90 * B)) - 1));
-    ok(worst < .2 && p.n <= DSPARK_MAX_PROFILE, "400 noisy passes teach T(B) to %.0f %%, with %d points", 100 * worst,
-       p.n);
-    for (int i = 0; i < p.n; i++) p.us[i] *= 2;
-    for (int i = 0; i < 600; i++) {
-        int B = 1 + dice(24);
-        dspark__learn_pass(&p, B, passes_take(B));
-    }
-    worst = 0;
-    for (int B = 1; B <= 24; B++) worst = fmax(worst, fabs(dspark_profile_us(&p, B) / (1.04 * (500 + 90 * B)) - 1));
-    ok(worst < .2, "and where the machine becomes another they follow (%.0f %%)", 100 * worst);
+    qsort(learned, MANY, sizeof *learned, up), qsort(followed, MANY, sizeof *followed, up);
+    ok(learned[MANY / 2] < .12 && learned[MANY * 3 / 4] < .2 && points <= DSPARK_MAX_PROFILE,
+       "400 noisy passes teach T(B) to %.0f %%, three of four times to %.0f %%, with up to %d points",
+       100 * learned[MANY / 2], 100 * learned[MANY * 3 / 4], points);
+    ok(followed[MANY / 2] < .12 && followed[MANY * 3 / 4] < .2,
+       "and where the machine becomes another they follow (%.0f %%, %.0f %%)", 100 * followed[MANY / 2],
+       100 * followed[MANY * 3 / 4]);
 }
 
 /* A profile that is known, and then half the speed, seen in plain passes and their drafts alone. */
@@ -502,10 +554,11 @@ static void test_one_model(const int32_t *text) {
 
 int main(void) {
     int32_t *text = golden_text(golden_b);
-    test_crowd(golden_b, 256, 0, 300, 256);
-    test_crowd(golden_b, 0, 24, 60, 30);
-    test_crowd(golden_a, 64, 0, 40, 40);
-    test_flat_passes(text);
+    int accepted = test_crowd(golden_b, 256, 0, 300, 256);
+    accepted += test_crowd(golden_b, 0, 24, 60, 30);
+    accepted += test_crowd(golden_a, 64, 0, 40, 40);
+    ok(accepted > 9, "of their drafts some were accepted (%d)", accepted);
+    test_flat_passes(text), test_full_passes(text);
     test_memory_limit(), test_memory_limit_of_model();
     test_calibration(text), test_curve();
     test_one_model(text), test_learning(), test_learning_speed(), test_beyond_profile(), test_profile_file();
