@@ -5593,8 +5593,8 @@ static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
         a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0, a->drafted = a->limit > 0;
     }
 }
-// How many of n lanes share the next pass, and what they draft: all, if that fits; else as many as would fit if all that
-// may draft did. *rows: what they may need.
+// How many of n lanes share the next pass, and what they draft: all, if that fits; else as many as would fit if all
+// drafted that may. *rows: what they may need.
 static int dspark__fitting(dspark_model *m, dspark__lane *lanes, int n, int *rows) {
     int block = m->checkpoint.config.dspark_block_size, some = 0;
     dspark__decide(m, lanes, n);

@@ -92,7 +92,8 @@ static void test_full_passes(const int32_t *text) {
     memset(&seen, 0, sizeof seen);
     must(dspark_step(s, N, NULL, r));
     passes = seen.passes[DSPARK_PASS_TARGET];
-    ok(passes == seen.passes[DSPARK_PASS_DRAFT] && passes > N * 5 / 128 && seen.rows[DSPARK_PASS_TARGET] <= 128 * passes &&
+    ok(passes == seen.passes[DSPARK_PASS_DRAFT] && passes > N * 5 / 128 &&
+       seen.rows[DSPARK_PASS_TARGET] <= 128 * passes &&
        seen.rows[DSPARK_PASS_DRAFT] == N * dspark_model_config(m)->dspark_block_size,
        "and where all draft, as many as have room: %d passes", passes);
     for (int i = 0; i < N; i++) dspark_session_close(s[i]);
