@@ -17,8 +17,8 @@
 // whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
 // 33 on a block has a tile of outputs and rows (products of many rows).
 //
-// operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. In
-//               brackets what up to 16 rows is made at the end of the product ahead, by the block that completes it
+// operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. [..]:
+//               not always; (..): up to 16 rows made at the end of the product ahead, by the block that completes it
 // a pass        turns (cos and sin of each row's position), stream (the embedding)
 // mix_in        (stream: what mix_out and tap have put off, and the sums of this mix) mix
 // attention     linears, (project) linears, (index_query) [index_scores,] attend, attend_merge, linears, (round_rows)
@@ -30,8 +30,8 @@
 // a step        markov_begin, [linears, markov_gate,] linears, [survey, .. weigh,] draw
 // 12 launches a layer with an indexer that has keys to choose among, 11 without: some 490 a pass, one graph. Each
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
-// is of, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.6 us of bytes; then it
-// waits (grid_wait). 70 % of a row's floor of 3.73 ms leave 1.6 ms: 3.3 us a launch.
+// is of, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.8 us of bytes; then it
+// waits (grid_wait). A row at 70 % of its floor, 3.73 ms, has 1.6 ms for all that is no byte: 3.3 us a launch.
 //
 // MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), with 17
 // and 19 launches a layer, when FP8 and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403,
@@ -40,7 +40,7 @@
 // launches that now are ends of others. Six rows: 15,390, 49 %.
 // COUNTED (the steady loops in cuobjdump -sass of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows;
 // through bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a
-// scheduler issue 1,100 for FP4 while bytes take 2,400 clocks.
+// scheduler issue 1,100 for FP4 while bytes take 2,400 clocks. Since products have ends, 8 to 18 more in linears<1>.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -371,12 +371,12 @@ static __device__ void put_input(const input &x, int row, int at, const float *v
     if (x.halves) put_halves(x, to, v, a);
     if (x.plain) put_plain(x, to, v);
 }
-static __device__ __forceinline__ void load_eight(float *v, const float *from) {
+static __device__ __forceinline__ void load8(float *v, const float *from) {
     float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 // Past the first cache: also what other blocks of this launch wrote.
-static __device__ __forceinline__ void load8(float *v, const float *from) {
+static __device__ __forceinline__ void load8_fresh(float *v, const float *from) {
     float4 a = __ldcg((const float4 *)(const void *)from), b = __ldcg((const float4 *)(const void *)from + 1);
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
@@ -385,7 +385,7 @@ static __device__ void put_input_row(const input &x, int row, const float *value
     for (int at = 0; at < n; at += THREADS * 8) {
         int mine = at + (int)threadIdx.x * 8, live = mine < n;
         float v[8];
-        if (live) load_eight(v, values + mine);
+        if (live) load8(v, values + mine);
         put_input(x, row, mine, v, live);
     }
 }
@@ -395,14 +395,14 @@ static __device__ void put_normed_row(const input &x, int row, const float *valu
     float sum = 0, scale;
     for (int at = first; at < n; at += WARP * 8) {
         float v[8];
-        load8(v, values + at);
+        load8_fresh(v, values + at);
         for (int i = 0; i < 8; i++) sum = fmaf(v[i], v[i], sum);
     }
     scale = 1 / sqrtf(warp_sum(sum) / (float)n + eps);
     for (int at = first; at < first + n; at += WARP * 8) {
         int live = at < n;
         float v[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, by[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-        if (live) load8(v, values + at), load8(by, w + at);
+        if (live) load8_fresh(v, values + at), load8(by, w + at);
         for (int i = 0; i < 8; i++) v[i] = v[i] * scale * by[i];
         put_input(x, row, at, v, live);
     }
@@ -1307,7 +1307,7 @@ static __device__ void window_row(const project_args &p, int r) {
     for (int i = 0; i < EACH; i++) {
         int at = first + i * WARP * 8;
         for (int k = 0; k < 8; k++) v[i][k] = 0;
-        if (at < D) load8(v[i], kv + at);
+        if (at < D) load8_fresh(v[i], kv + at);
         for (int k = 0; k < 8; k++) sum = fmaf(v[i][k], v[i][k], sum);
     }
     scale = 1 / sqrtf(warp_sum(sum) / (float)D + p.c.eps);
@@ -2022,7 +2022,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
         int place = at + (int)threadIdx.x * 8, dim = place < last ? dim_at(p, place) : -1, h = most(0, dim) / D - h0;
         float o[8];
         if (dim < 0) h = 0;
-        load_eight(o, total + h * (D + 8) + most(0, dim) % D);
+        load8(o, total + h * (D + 8) + most(0, dim) % D);
         put_values(p, r, place, dim, o, of_split[h][1]);
     }
 }
@@ -2041,7 +2041,7 @@ typedef struct {
 static __device__ void round_eight(const round_args &p, int r, int at, int live) {
     float v[8];
     live = live && at < p.n;
-    if (live) load8(v, p.x + (size_t)r * (size_t)p.n + (size_t)at);
+    if (live) load8_fresh(v, p.x + (size_t)r * (size_t)p.n + (size_t)at);
     put_input(p.out, r, at, v, live);
 }
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
@@ -2169,7 +2169,8 @@ static __device__ void swiglu_eight(const swiglu_args &p, int r, int slot, int a
     size_t from = (size_t)(r * (K + 1) + slot) * (size_t)p.stride + (size_t)at;
     float v[8], g[8], u[8], weight, limit = p.c.limit > 0 ? p.c.limit : HUGE_VALF;
     live = live && at < (slot < K ? p.width : p.shared_width);
-    if (live) load8(g, p.gate + from), load8(u, p.up + from), weight = slot < K ? p.weight[r * K + slot] : 1;
+    if (live) load8_fresh(g, p.gate + from), load8_fresh(u, p.up + from);
+    weight = live && slot < K ? p.weight[r * K + slot] : 1;
     for (int i = 0; live && i < 8; i++) {
         g[i] = limit < g[i] ? limit : g[i], g[i] = g[i] < -200 ? -200 : g[i];       // -inf / inf would be NaN
         u[i] = limit < u[i] ? limit : u[i], u[i] = u[i] < -limit ? -limit : u[i];

@@ -1,5 +1,6 @@
 /* dspark_cuda.cu on a shape of random weights that the golden cases do not have: more than 16 heads, of which a block
-   has 16, index heads that are no whole eights and wider than the others, and rows of many, of which a block has all of an attention. */
+   has 16, index heads that are no whole eights and wider than the others, and rows of many, of which a block has all of
+   an attention. */
 #define _GNU_SOURCE
 #include "sessions.h"
 #include "near.h"
@@ -24,11 +25,6 @@ static dspark_session *open_plain(dspark_model *m) {
     return s;
 }
 
-static int up(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* A sum in another order may round a number of the caches otherwise, and all that follows with it: so not all. */
 static void check_near(dspark_model *cpu, dspark_model *m, const int32_t *ids) {
     dspark_session *s[2] = { open_plain(cpu), open_plain(m) };
@@ -38,9 +34,9 @@ static void check_near(dspark_model *cpu, dspark_model *m, const int32_t *ids) {
         for (int k = 0; k < 2; k++) must(dspark_session_append(s[k], ids + i, 1));
         error[i] = relative_l2(dspark_session_logits(s[1]), dspark_session_logits(s[0]), V);
     }
-    qsort(error, NEAR, sizeof *error, up);
-    ok(error[NEAR / 2] < 1e-6, "24 heads, 12 of an index that chooses: the CPU's logits, at most of %d tokens within 1e-6 "
-       "(%.1e)", NEAR, error[NEAR / 2]);
+    sort_up(error, NEAR);
+    ok(error[NEAR / 2] < 1e-6, "24 heads, 12 of an index that chooses: the CPU's logits, at most of %d tokens within "
+       "1e-6 (%.1e)", NEAR, error[NEAR / 2]);
     dspark_session_close(s[0]), dspark_session_close(s[1]);
 }
 

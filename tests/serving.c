@@ -14,17 +14,16 @@ static dspark_model *open_for(const char *dir, int max_sessions, int max_rows, s
     return m;
 }
 
-static int test_crowd(const char *dir, int max_sessions, int max_rows, int n_requests, int most) {
+static void test_crowd(const char *dir, int max_sessions, int max_rows, int n_requests, int most) {
     dspark_model *m = open_for(dir, max_sessions, max_rows, 0);
     crowd c;
     memset(&c, 0, sizeof c);
     c.n_requests = n_requests, c.most = most;
     run_crowd(m, &c);
-    ok(!c.wrong && c.done == n_requests && c.cancelled > n_requests / 20,
+    ok(!c.wrong && c.done == n_requests && c.cancelled > n_requests / 20 && c.accepted > 0,
        "up to %d at once, %d rows a pass, %d requests that come, fork, change policy, are cancelled, end: %d of %d "
        "texts are those of plain decoding alone", most, m->max_rows, n_requests, c.done - c.wrong, c.done);
     dspark_model_close(m);
-    return (int)c.accepted;
 }
 
 /* A backend that counts passes and their rows; the rest is the CPU's. */
@@ -360,12 +359,8 @@ static double farthest(const dspark_profile *p, int rows) {
     for (int B = 1; B <= rows; B++) worst = fmax(worst, fabs(dspark_profile_us(p, B) / (1.04 * (500 + 90 * B)) - 1));
     return worst;
 }
-static int up(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
 
-/* Of many such histories: one may have met four passes in a row that took four times as long. */
+/* Of many such histories: of one, the dice decide. */
 static void test_learning(void) {
     enum { MANY = 100 };
     double learned[MANY], followed[MANY];
@@ -385,7 +380,7 @@ static void test_learning(void) {
         }
         followed[k] = farthest(&p, 24);
     }
-    qsort(learned, MANY, sizeof *learned, up), qsort(followed, MANY, sizeof *followed, up);
+    sort_up(learned, MANY), sort_up(followed, MANY);
     ok(learned[MANY / 2] < .12 && learned[MANY * 3 / 4] < .2 && points <= DSPARK_MAX_PROFILE,
        "400 noisy passes teach T(B) to %.0f %%, three of four times to %.0f %%, with up to %d points",
        100 * learned[MANY / 2], 100 * learned[MANY * 3 / 4], points);
@@ -555,10 +550,9 @@ static void test_one_model(const int32_t *text) {
 
 int main(void) {
     int32_t *text = golden_text(golden_b);
-    int accepted = test_crowd(golden_b, 256, 0, 300, 256);
-    accepted += test_crowd(golden_b, 0, 24, 60, 30);
-    accepted += test_crowd(golden_a, 64, 0, 40, 40);
-    ok(accepted > 9, "of their drafts some were accepted (%d)", accepted);
+    test_crowd(golden_b, 256, 0, 300, 256);
+    test_crowd(golden_b, 0, 24, 60, 30);
+    test_crowd(golden_a, 64, 0, 120, 40);
     test_flat_passes(text), test_full_passes(text);
     test_memory_limit(), test_memory_limit_of_model();
     test_calibration(text), test_curve();

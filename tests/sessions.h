@@ -317,6 +317,14 @@ HELPER int is_straight(dspark_session *s) {
     return is;
 }
 
+/* ---- numbers */
+
+HELPER int double_up(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+HELPER void sort_up(double *x, size_t n) { qsort(x, n, sizeof *x, double_up); }
+
 /* ---- dice */
 
 static uint64_t dice_at;
