@@ -79,7 +79,7 @@ static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
 typedef char *shared_at;
 static inline shared_at place_in(const char *shared) { return (char *)(uintptr_t)shared; }
-template <int AT> static inline void copy16(shared_at to, const void *from) { host_ask(to + AT, from, 16); }
+template <int AT, int ONCE = 0> static inline void copy16(shared_at to, const void *from) { host_ask(to + AT, from, 16); }
 template <int AT> static inline void copy4(shared_at to, const void *from) { host_ask(to + AT, from, 4); }
 static inline void copies_close(void) { host_close(); }
 static inline void keep(int) {}
@@ -145,8 +145,15 @@ template <int AT> __device__ __forceinline__ uint4 load16(shared_at from) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from), "n"(AT));
     return r;
 }
-template <int AT> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1], 16;" :: "r"(to), "l"(from), "n"(AT) : "memory");
+// ONCE: weights that nobody reads again in this pass leave the second cache first. So what each layer needs stays there,
+// code, parameters, the stream, keys: 50 MB against 90 of weights.
+template <int AT, int ONCE = 0> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
+    uint64_t first;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    if (ONCE) asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0 + %2], [%1], 16, %3;"
+                           :: "r"(to), "l"(from), "n"(AT), "l"(first) : "memory");
+    else asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1], 16;"
+                      :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
 template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0 + %2], [%1], 4;" :: "r"(to), "l"(from), "n"(AT) : "memory");
@@ -250,6 +257,7 @@ static __device__ float block_sum(float x, float *scratch /* [warps] */) {
     __syncthreads();        // what stands in scratch has been read
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
     __syncthreads();
+    UNROLL_BY(8)
     for (unsigned i = 0; i < blockDim.x / WARP; i++) sum += scratch[i];
     return sum;
 }
@@ -297,11 +305,6 @@ static __device__ __forceinline__ uint32_t e4m3_code(float x) {        // of a n
     uint32_t u = __float_as_uint(x), a = u & 0x7fffffffu;
     uint32_t code = a < 0x3c800000u ? (uint32_t)(__uint_as_float(a) * 512) : (a >> 20) - (120u << 3);
     return a > 0x7f800000u ? 0x7f : code | (u >> 24 & 0x80);
-}
-static __device__ __forceinline__ float e4m3_value(uint32_t code) {
-    float a = __uint_as_float((code & 0x7f) << 20) * exp2i(120);
-    if ((code & 0x7f) == 0x7f) a = __uint_as_float(0x7fc00000u);
-    return __uint_as_float(__float_as_uint(a) | (code << 24 & 0x80000000u));
 }
 
 // ---- rows of inputs ---------------------------------------------------------------------------
@@ -389,23 +392,33 @@ static __device__ void put_input_row(const input &x, int row, const float *value
         put_input(x, row, mine, v, live);
     }
 }
-// x / rms * w of a row of n values, by a warp; they are read twice.
+// x / rms * w of a row of n values, by a warp. All loads of the first 1,024 are under way at once.
 static __device__ void put_normed_row(const input &x, int row, const float *values, const float *w, int n, float eps) {
+    enum { EACH = 4, STEP = WARP * 8 };
     int first = (int)threadIdx.x % WARP * 8;
-    float sum = 0, scale;
-    for (int at = first; at < n; at += WARP * 8) {
-        float v[8];
-        load8_fresh(v, values + at);
-        for (int i = 0; i < 8; i++) sum = fmaf(v[i], v[i], sum);
+    float sum = 0, scale, v[EACH][8], by[EACH][8];
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+        for (int k = 0; k < 8; k++) v[i][k] = by[i][k] = 0;
+        if (first + i * STEP < n) load8_fresh(v[i], values + first + i * STEP), load8(by[i], w + first + i * STEP);
     }
+    for (int at0 = 0; at0 < n; at0 += EACH * STEP)
+        UNROLL
+        for (int i = 0; i < EACH; i++) {
+            int at = at0 + first + i * STEP;
+            if (at0 && at < n) load8_fresh(v[i], values + at);
+            for (int k = 0; at < n && k < 8; k++) sum = fmaf(v[i][k], v[i][k], sum);
+        }
     scale = 1 / sqrtf(warp_sum(sum) / (float)n + eps);
-    for (int at = first; at < first + n; at += WARP * 8) {
-        int live = at < n;
-        float v[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, by[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-        if (live) load8_fresh(v, values + at), load8(by, w + at);
-        for (int i = 0; i < 8; i++) v[i] = v[i] * scale * by[i];
-        put_input(x, row, at, v, live);
-    }
+    for (int at0 = 0; at0 < n; at0 += EACH * STEP)
+        UNROLL
+        for (int i = 0; i < EACH; i++) {
+            int at = at0 + first + i * STEP, live = at < n;
+            float y[8];
+            if (n > EACH * STEP && live) load8_fresh(v[i], values + at), load8(by[i], w + at);
+            for (int k = 0; k < 8; k++) y[k] = live ? v[i][k] * scale * by[i][k] : 0;
+            if (at0 + i * STEP < n) put_input(x, row, at, y, live);
+        }
 }
 // x = x / rms * w in shared memory
 static __device__ void norm_row(float *x, const float *w, int n, float eps, float *scratch) {
@@ -539,12 +552,13 @@ static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit
     *scale = s.dtype == DSPARK_FP4 ? s.scale : s.data;
     *scale += (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
 }
-static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, uint32_t eight_rows, int fp4,
+template <int ONCE> static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, uint32_t eight_rows, int fp4,
                                                 const uint8_t *scale) {
     int lane = (int)threadIdx.x % WARP;
     shared_at to = slot + place_of(lane);
     const uint8_t *below = p + eight_rows;
-    copy16<0>(to, p), copy16<512>(to, below), copy16<1024>(to, p + 64), copy16<1536>(to, below + 64);
+    copy16<0, ONCE>(to, p), copy16<512, ONCE>(to, below), copy16<1024, ONCE>(to, p + 64);
+    copy16<1536, ONCE>(to, below + 64);
     if (fp4) copy4<2048>(slot + lane * 4, scale);
 }
 // What a lane has of a unit. FP8, F32, v[2 c + half]: its 16 bytes of row g + 8 half, chunk c. The others, v[j], words
@@ -840,7 +854,7 @@ template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
     feed_span(f);
 }
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
-    if (f.tiles) ask_unit(f.slot, f.p, f.eight_rows, f.fp4, f.scale);
+    if (f.tiles) ask_unit<1>(f.slot, f.p, f.eight_rows, f.fp4, f.scale);
     copies_close();
     f.p += WARPS * UNIT, f.scale += WARPS * UNIT;
     f.slot = f.slot == f.slots + (slots_of(NT) - 1) * SLOT_BYTES ? f.slots : f.slot + SLOT_BYTES;
@@ -1137,6 +1151,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     __syncthreads();
     if (warp == 0) {
         float total = 0, square;
+        UNROLL_BY(8)
         for (int w = 0; w < (int)(blockDim.x / WARP); w++) total += part[w][lane];
         square = __shfl_sync(ALL, total, WARP - 1);
         total *= 1 / sqrtf(square / (float)(COPIES * h) + p.c.eps);
@@ -1363,7 +1378,7 @@ typedef struct {
 } index_args;
 
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
-static __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
+static __host__ __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
 // RoPE, Hadamard, FP4 of row row0 + i, head h: a warp. What a matrix of whole eights has behind the heads stays zeros.
 static __device__ void query_head(const index_args &p, int i, int h) {
@@ -1373,7 +1388,7 @@ static __device__ void query_head(const index_args &p, int i, int h) {
     int e[MAX_INDEX_DIM / WARP];
     if (keys_of(p.rows[r]) <= p.c.index_topk) return;
     for (int k = 0; k < I / WARP; k++)
-        v[k] = __ldcg(p.index_q + ((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)(k * WARP + lane));
+        v[k] = p.index_q[((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)(k * WARP + lane)];
     for (int k = 0; k < I / WARP; k++) {
         int at = k * WARP + lane - (I - p.c.R);
         float other = __shfl_xor_sync(ALL, v[k], 1);
@@ -1488,18 +1503,18 @@ static __device__ void load_query(const index_args &p, int i, uint4 *query) {
 // products for six: 26 GFLOP, 43 us at 600 TFLOP/s.
 static __global__ void __launch_bounds__(THREADS) index_scores(const index_args p) {
     SHARED_BYTES(bytes);
-    uint4 *query = (uint4 *)(void *)bytes;
     int I = p.c.I, H = eights(p.c.index_heads), lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         each = I / 32;
-    int i = (int)blockIdx.y, r = p.row0 + i, n;
+    int i = (int)blockIdx.y, r = p.row0 + i, n, first = (int)blockIdx.x * TILE;
+    uint4 *query = (uint4 *)(void *)bytes;
     grid_go();
     const row s = p.rows[r];
     n = r < p.n->n_rows ? keys_of(s) : 0;
-    if (n <= p.c.index_topk) return grid_wait();
+    if (n <= p.c.index_topk || first >= n) return grid_wait();
     const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
     grid_wait();
     load_query(p, i, query);
-    for (int m0 = (int)(threadIdx.x / WARP * gridDim.x + blockIdx.x) * TILE; m0 < n;
+    for (int m0 = (int)(threadIdx.x / WARP * gridDim.x) * TILE + first; m0 < n;
          m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
         float sum[2] = { 0, 0 };
@@ -1533,7 +1548,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
                 p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(KEY_SHIFT);
         }
     }
-    if (last_block(&p.arrived[i], (int)gridDim.x)) index_top(p, i, n);
+    if (last_block(&p.arrived[i], least((int)gridDim.x, (n + TILE - 1) / TILE))) index_top(p, i, n);
 }
 
 // ---- attention --------------------------------------------------------------------------------
@@ -1565,8 +1580,6 @@ typedef struct {
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
     input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
     int o_group, o_pitch;
-    int merging;                    // blocks of a row that merge; those behind them commit it
-    commit_args commit;
 } attend_args;
 
 // What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
@@ -1664,14 +1677,16 @@ static __device__ __forceinline__ void decode_key(key_dims &x) {
     float scale = e8m0(x.scale & 255);
     if (!x.scale) return;
     UNROLL
-    for (int i = 0; i < 4; i++)
-        x.v[i] = make_float4(e4m3_value(codes[i] & 255) * scale, e4m3_value(codes[i] >> 8 & 255) * scale,
-                             e4m3_value(codes[i] >> 16 & 255) * scale, e4m3_value(codes[i] >> 24) * scale);
+    for (int i = 0; i < 4; i++) {
+        const uint2 two = f16_of_e4m3(codes[i]);
+        x.v[i] = make_float4(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale,
+                             f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale);
+    }
 }
-// n keys from j0 on into the block's room, zeros behind them: a warp has every eighth, and asks for two at once.
-static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s, const key_at &all, int i,
+// n keys from j0 on into the block's room, zeros behind them: a warp has every eighth, and asks for some at once.
+template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s, const key_at &all, int i,
                                                  const view &v, int j0, int n, const attend_room &room) {
-    enum { EACH = KEYS / WARPS, AT_ONCE = 2 };
+    enum { EACH = KEYS / WARPS };
     int warp = (int)threadIdx.x / WARP;
     key_at at[EACH];
     UNROLL
@@ -1839,6 +1854,7 @@ static __device__ __forceinline__ int dim_of(int k, int m) {
     return (k * WARPS + (int)threadIdx.x / WARP) * 8 + (int)threadIdx.x % 4 * 2 + (m & 1);
 }
 // A split of a row's keys for 16 heads, 32 keys at a time. first: what the queries are scaled by is not yet known.
+template <int AT_ONCE>
 static __device__ __forceinline__ void attend_split(const attend_args &p, const row &s, const key_at &all,
                                                     const view &v, int i, int split, int first, const float4 (*q)[2],
                                                     const attend_room &room, attend_scratch &scratch, part_sums &a) {
@@ -1850,7 +1866,7 @@ static __device__ __forceinline__ void attend_split(const attend_args &p, const 
     for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
         int n = least(KEYS, end - j0);
         __syncthreads();
-        load_keys(p, s, all, i, v, j0, n, room);
+        load_keys<AT_ONCE>(p, s, all, i, v, j0, n, room);
         __syncthreads();
         score(p, r, q, room, n, squares);
         if (first) query_scales(p, squares, scratch.part, scratch.scale);
@@ -1880,7 +1896,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     grid_wait();
     attend_shared(&p.c, bytes, &room);
     load_queries(p, r, h0, q);
-    attend_split(p, s, all, v, i, split, 1, q, room, scratch, a);
+    attend_split<BLOCKS == 1 ? 4 : 2>(p, s, all, v, i, split, 1, q, room, scratch, a);
     float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
@@ -1965,9 +1981,7 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
     view v = view_of(p, p.rows[r], p.n->drafts);
     int n = p.n->n_rows;
     grid_wait();
-    if (r >= n) return;
-    if ((int)blockIdx.y < p.merging) merge_heads(p, v, i, r);
-    else commit(p.c, p.commit, r, (int)blockIdx.y - p.merging);
+    if (r < n) merge_heads(p, v, i, r);
 }
 
 // Of many rows a block has all splits of one, for 16 heads, and merges them where they arise: their sums never leave
@@ -2010,7 +2024,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     load_queries(p, r, h0, q);
     for (int k = (int)threadIdx.x; k < TILE * (D + 8); k += THREADS) total[k] = 0;
     for (int split = 0; split < v.splits; split++) {
-        attend_split(p, s, all, v, i, split, !split, q, room, scratch, a);
+        attend_split<2>(p, s, all, v, i, split, !split, q, room, scratch, a);
         add_split(p, a, of_split, heads, total);
     }
     __syncthreads();        // all have read the last split's
@@ -2074,32 +2088,38 @@ typedef struct {
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
 
-static __device__ __forceinline__ uint32_t most_u(uint32_t a, uint32_t b) { return a > b ? a : b; }
-// The K largest of scores + bias, the lower index of equals, or the token's own; ascending. Weights: the plain scores
-// over their sum. A warp; scores [E] is its own, 0 below all numbers; lane k has the k-th choice.
-static __device__ void route_row(const route_args &p, int r, uint32_t *scores) {
+enum { ROUTE_BYTES = 64 << 10 };       // a block's scores
+// What row r's choice of expert e goes by, and its weight before they are divided by their sum.
+typedef struct { uint32_t order; float weight; } scored_expert;
+static __device__ __forceinline__ scored_expert score_expert(const route_args &p, int r, int e) {
+    float weight = sqrt_softplus(__ldcg(p.gate + (size_t)r * (size_t)p.c.E + (size_t)e));
+    uint32_t order = p.tid2eid ? 1 : ordered(weight + p.bias[e]);
+    scored_expert s = { order ? order : 1, weight };
+    return s;
+}
+// The K largest of row r, the lower index of equals, or the token's own; ascending. A warp; lane k has the k-th choice.
+// scores [E] is its own: 0 is below all numbers.
+static __device__ void route_row(const route_args &p, int r, scored_expert *scores) {
     int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, mine = -1, place = 0;
-    const float *gate = p.gate + (size_t)r * (size_t)E;
     float sum = 0, weight = 0;
-    if (p.tid2eid) {
-        if (lane < K) mine = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)lane];
-    } else for (int e = lane; e < E; e += WARP)
-        scores[e] = most_u(1, ordered(sqrt_softplus(__ldcg(gate + e)) + p.bias[e]));
-    __syncwarp();
-    for (int k = 0; !p.tid2eid && k < K; k++) {
-        int best = -1;
-        uint32_t best_score = 0;
-        for (int e = lane; e < E; e += WARP) if (scores[e] > best_score) best_score = scores[e], best = e;
-        for (int i = 16; i; i /= 2) {
-            int other = __shfl_xor_sync(ALL, best, i);
-            uint32_t score = (uint32_t)__shfl_xor_sync(ALL, (int)best_score, i);
-            if (score > best_score || (score == best_score && other >= 0 && other < best))
-                best = other, best_score = score;
+    if (p.tid2eid && lane < K) mine = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)lane];
+    for (int k = 0, changed = 1, best = 0; !p.tid2eid && k < K; k++) {
+        uint32_t best_score, score;
+        if (changed) {
+            best = lane < E ? lane : 0;
+            UNROLL_BY(8)
+            for (int e = lane; e < E; e += WARP) if (scores[e].order > scores[best].order) best = e;
         }
-        if (best % WARP == lane) scores[best] = 0;
-        if (k == lane) mine = best;
+        score = scores[best].order;
+        best_score = __reduce_max_sync(ALL, score);
+        int chosen = (int)__reduce_min_sync(ALL, score == best_score ? (uint32_t)best : (uint32_t)E);
+        changed = chosen == best;
+        if (k == lane) mine = chosen;
+        __syncwarp();
+        if (changed && lane == chosen % WARP) scores[chosen].order = 0;
+        __syncwarp();
     }
-    if (mine >= 0) weight = sqrt_softplus(__ldcg(gate + mine));
+    if (mine >= 0) weight = scores[mine].weight;
     for (int k = 0; k < K; k++) {
         int other = __shfl_sync(ALL, mine, k);
         sum += __shfl_sync(ALL, weight, k), place += other < mine || (other == mine && k < lane);
@@ -2125,8 +2145,8 @@ static __device__ int block_before(int x, int *all) {
     }
     return before + sum - x;
 }
-// Which rows each expert has, in any order: by the threads of one block. at [E] is its own.
-static __device__ void group_by_expert(const route_args &p, int n, int *at) {
+// How many rows each expert has, by the threads of one block; at [E]: where its rows begin in the list.
+static __device__ void count_experts(const route_args &p, int n, int *at) {
     int E = p.c.E, rows = 0, active = 0, some, more;
     for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) at[e] = 0;
     __syncthreads();
@@ -2141,7 +2161,25 @@ static __device__ void group_by_expert(const route_args &p, int n, int *at) {
     }
     if (threadIdx.x == 0) p.first[E] = rows, p.active[0] = active;
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) p.list[atomicAdd(&at[__ldcg(p.route + i)], 1)] = i;
+}
+// All of it by one block, of few rows, an expert's in order: any block leaves the same. chosen [rows * K] behind at.
+static __device__ void route_block(const route_args &p, int n, char *bytes) {
+    int E = p.c.E, warp = (int)threadIdx.x / WARP, *at = (int *)(void *)bytes, *chosen = at + E;
+    scored_expert *scores = (scored_expert *)(void *)bytes;
+    for (int i = (int)threadIdx.x; i < n * E; i += THREADS) scores[i] = score_expert(p, i / E, i % E);
+    __syncthreads();
+    if (warp < n) route_row(p, warp, scores + (size_t)warp * (size_t)E);
+    __syncthreads();
+    n *= p.c.K;
+    for (int i = (int)threadIdx.x; i < n; i += THREADS) chosen[i] = __ldcg(p.route + i);
+    count_experts(p, n, at);
+    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
+        int place = at[chosen[i]];
+        for (int j = 0; j < i; j++) place += chosen[j] == chosen[i];
+        p.list[place] = i;
+    }
+    __threadfence();        // before the next kernel may begin
+    __syncthreads();
 }
 
 // A warp a row; the last block groups them. Bound: latency, six rounds of a warp over the experts.
@@ -2151,8 +2189,14 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     grid_go();
     n = p.n->n_rows;
     grid_wait();
-    if (r < n) route_row(p, r, (uint32_t *)(void *)bytes + (size_t)(r % warps) * (size_t)p.c.E);
-    if (last_block(p.arrived, (int)gridDim.x)) group_by_expert(p, n * p.c.K, (int *)(void *)bytes);
+    scored_expert *scores = (scored_expert *)(void *)bytes + (size_t)(r % warps) * (size_t)p.c.E;
+    for (int e = (int)threadIdx.x % WARP; r < n && e < p.c.E; e += WARP) scores[e] = score_expert(p, r, e);
+    __syncwarp();
+    if (r < n) route_row(p, r, scores);
+    if (!last_block(p.arrived, (int)gridDim.x)) return;
+    int *at = (int *)(void *)bytes;
+    n *= p.c.K, count_experts(p, n, at);
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) p.list[atomicAdd(&at[__ldcg(p.route + i)], 1)] = i;
 }
 
 // weight * silu(gate) * up of a slot, as w2's input.
@@ -2188,77 +2232,15 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
         swiglu_eight(p, r, slot, at + (int)threadIdx.x * 8, 1);
 }
 
-// ---- products, and what follows on them -------------------------------------------------------
-// Where a pass has few rows, what is made of a product's outputs, once all of some stand, is made by the block whose
-// tile comes last: a launch less, and the next product asks for its weights while this one still runs. Tiles are
-// counted; counters are zeros between kernels. What a block makes of the others' outputs it reads past its first cache.
-// Rows of many are made by kernels of their own, with the same functions: a row's bits are the same.
+// ---- products, and what they begin with -------------------------------------------------------
+// Where a pass has few rows, each block of a product makes its inputs for itself, all blocks the same bits over one
+// another, once the kernel ahead has ended: a launch less, and the weights are already on their way. Rows of many are
+// made by kernels of their own, with the same functions.
 
-enum { END_NONE, END_QUERY, END_WINDOW, END_POOL, END_INDEX_POOL, END_INDEX_QUERY, END_ROUND, END_STREAM, END_ROUTE,
-       END_SWIGLU };
-enum { FEW_ROWS = 16, ROUND_TILES = 128 / TILE, STREAM_TILES = SLICE / TILE };
-typedef union {
-    project_args project;
-    index_args index;
-    round_args round;
-    stream_args stream;
-    struct { route_args route; swiglu_args swiglu; } moe;
-} end_args;
-// A part of some outputs that all stand: of `tiles` tiles; of which active expert.
-typedef struct { int kind, part, of, counter, tiles; } ending;
+enum { FEW_ROWS = 8 };
 
-// Counts the tiles that begin in items [first, first + 32), up to `end`, as done. Those parts of which this block had
-// the last tile are in `last`; the count is everybody's.
-template <class P> static __device__ __forceinline__ int arrive(const P &p, int first, int end, ending *last) {
-    __shared__ int n;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x < WARP) {
-        int lane = (int)threadIdx.x, is = 0;
-        item_at it;
-        ending e;
-        memset(&it, 0, sizeof it), it.tile = -1, memset(&e, 0, sizeof e);
-        if (first + lane < end) item_of(p, first + lane, it);
-        if (it.tile >= 0) e = ending_of(p, it);
-        if (e.kind) is = atomicAdd(p.arrived + e.counter, 1) == e.tiles - 1;
-        unsigned all = __ballot_sync(ALL, is);
-        if (is) p.arrived[e.counter] = 0, last[__popc(all & ((1u << lane) - 1))] = e;
-        if (lane == 0) n = __popc(all);
-    }
-    __syncthreads();
-    __threadfence();
-    return n;
-}
-template <class P>
-static __device__ __forceinline__ void end_parts(const P &p, int first, int end, int n, char *bytes) {
-    __shared__ ending last[WARP];
-    int some = arrive(p, first, end, last);
-    for (int i = 0; i < some; i++) {
-        run_end(p, last[i], n, bytes);
-        __syncthreads();
-    }
-}
-static __device__ void end_stream(const stream_args &p, int slice, int n, char *bytes) {
-    stream_fn &fn = *(stream_fn *)(void *)bytes;
-    load_fn(p, slice, fn);
-    __syncthreads();
-    for (int r = (int)threadIdx.x / WARP; r < n; r += WARPS) stream_row(p, slice, r, fn);
-}
-static __device__ void end_route(const route_args &p, int n, char *bytes) {
-    int warp = (int)threadIdx.x / WARP;
-    for (int r = warp; r < n; r += WARPS) route_row(p, r, (uint32_t *)(void *)bytes + (size_t)warp * (size_t)p.c.E);
-    __threadfence();
-    __syncthreads();
-    group_by_expert(p, n * p.c.K, (int *)(void *)bytes);
-}
-// The matrix that a mix will read, an L2 line a thread, before it is asked for.
-static __device__ __forceinline__ void fetch_fn(const stream_args &p) {
-    size_t i = (blockIdx.x * THREADS + threadIdx.x) * (size_t)32;
-    if (p.fn && i < (size_t)(p.n_out * COPIES) * (size_t)p.c.h) fetch(p.fn + i);
-}
-
-// y = w x of several matrices in one launch, by n_blocks blocks; those behind them make the post and comb that `mix`
-// asks for, a warp a row.
+// y = w x of several matrices in one launch, by n_blocks blocks. Those behind them make what only a later launch needs:
+// the post and comb that `mix` asks for, a warp a row; or what `project` makes beside queries.
 typedef struct {
     matrix w;
     operand x;                  // [rows][x_stride]
@@ -2268,7 +2250,6 @@ typedef struct {
     int y_stride, add;          // 1: y += w x
     const int *y_rows;          // NULL: row r goes to row r
     int first_item;             // items of the jobs before
-    int end, end_tiles, sharing, counter;       // END_*: of so many tiles, of as many jobs; its first part's counter
 } job;
 enum { MAX_JOBS = 10 };
 typedef struct {
@@ -2277,9 +2258,8 @@ typedef struct {
     int rows;                       // at most so many
     const int *n_rows;
     post_comb_args mix;             // out NULL: none
-    int n_counters;                 // 0: nothing ends
-    int *arrived;
-    end_args end;
+    int tasks;                      // of project; 0: none
+    project_args project;
 } linears_args;
 
 static __device__ __forceinline__ void item_of(const linears_args &p, int i, item_at &it) {
@@ -2291,29 +2271,17 @@ static __device__ __forceinline__ void item_of(const linears_args &p, int i, ite
     it.part = k + (j.group ? tile * TILE / j.group * MAX_JOBS : 0);
 }
 static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
-static __device__ __forceinline__ ending ending_of(const linears_args &p, const item_at &it) {
-    const job &j = p.jobs[it.of];
-    int part = j.end ? it.tile / j.end_tiles : 0, left = (j.w.rows + TILE - 1) / TILE - part * j.end_tiles;
-    ending e = { j.end, part, 0, j.counter + part, j.sharing * least(j.end_tiles, left) };
-    return e;
-}
-static __device__ __noinline__ void run_end(const linears_args &p, const ending &e, int n, char *bytes) {
+static __device__ __noinline__ void run_beside(const linears_args &p, int block, char *bytes) {
     __shared__ float scratch[WARPS];
-    int warp = (int)threadIdx.x / WARP, kind = e.kind, pools = kind == END_POOL || kind == END_INDEX_POOL;
-    if (kind == END_STREAM) return end_stream(p.end.stream, e.part, n, bytes);
-    if (kind == END_ROUTE) return end_route(p.end.moe.route, n, bytes);
-    for (int r = 0; pools && r < n; r++) {
-        compress(p.end.project, p.end.project.rows[r], kind == END_INDEX_POOL, (float *)(void *)bytes, scratch);
-        __syncthreads();
-    }
-    for (int r = warp; !pools && r < n; r += WARPS) {
-        int at = e.part * 128 + (int)threadIdx.x % WARP * 8;       // 16 lanes' 128 numbers
-        if (kind == END_QUERY) query_row(p.end.project, r);
-        else if (kind == END_WINDOW) window_row(p.end.project, r);
-        else if (kind == END_INDEX_QUERY) query_head(p.end.index, r, e.part);
-        else if (kind == END_ROUND) round_eight(p.end.round, r, at, threadIdx.x % WARP < 16);
-        else swiglu_eight(p.end.moe.swiglu, r, p.end.moe.swiglu.c.K, at, threadIdx.x % WARP < 16);
-    }
+    int n = *p.n_rows, windows = (p.rows + WARPS - 1) / WARPS, r = block * WARPS + (int)threadIdx.x / WARP,
+        compressed = block - windows;
+    grid_wait();
+    if (p.mix.out) {
+        if (r < n) post_comb(p.mix, r);
+    } else if (compressed < 0) {
+        if (r < n) window_row(p.project, r);
+    } else if (compressed / 2 < n && compressed % 2 + 2 < p.tasks)
+        compress(p.project, p.project.rows[compressed / 2], compressed % 2, (float *)(void *)bytes, scratch);
 }
 // Rows r0 .. of the n.
 template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
@@ -2341,23 +2309,19 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
     feed f;
     grid_go();
-    if (p.jobs[0].end == END_STREAM) fetch_fn(p.end.stream);
-    if (block >= p.n_blocks) {
-        int r = (block - p.n_blocks) * WARPS + (int)threadIdx.x / WARP;
-        n = *p.n_rows;
-        grid_wait();
-        if (!r0 && r < n) post_comb(p.mix, r);
-        return;
-    }
+    if (block >= p.n_blocks) return r0 ? grid_wait() : run_beside(p, block - p.n_blocks, bytes);
     item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), spans);
         feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
-        if (n < 0) n = *p.n_rows, grid_wait();
+        if (n < 0) {
+            n = *p.n_rows, grid_wait();
+            for (int r = (int)threadIdx.x / WARP; NT == 1 && p.tasks && r < n; r += WARPS) query_row(p.project, r);
+            __syncthreads();
+        }
         for (int k = 0; n > r0 && k < some; k++)
             linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
         copies_wait<0>();
-        if (NT * 8 <= FEW_ROWS && p.n_counters) end_parts(p, item, end, n, bytes);
     }
     if (n < 0) grid_wait();
 }
@@ -2376,12 +2340,11 @@ typedef struct {
     int rows;                       // of the pass, at most
     int routed;                     // 1: the routes stand before the kernel ahead has ended
     int x_by_slot;                  // x has a row for each slot; else for each row of the pass
+    int routes;                     // it begins with the routes
+    route_args route;
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
     int y_stride;
-    int end;                        // END_SWIGLU or END_STREAM, or none
-    int *arrived;
-    end_args ends;
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
@@ -2398,19 +2361,6 @@ static __device__ __forceinline__ void span_rows(const experts_args &p, int part
     int first = e >= 0 ? __ldcg(p.first + e) : 0;
     if (e >= 0) s.list = p.list + first;
     s.n = e >= 0 ? __ldcg(p.first + e + 1) - first : p.n->n_rows;
-}
-static __device__ __forceinline__ ending ending_of(const experts_args &p, const item_at &it) {
-    int tiles = (it.w.rows + TILE - 1) / TILE, each = p.end == END_SWIGLU ? ROUND_TILES : STREAM_TILES,
-        part = it.tile / each, of = it.part / p.n_which, some = least(each, tiles - part * each);
-    ending e = { p.end, part, of, part, some * (__ldcg(p.active) + (p.shared_each > 0)) };
-    if (p.end == END_SWIGLU) e.counter += of * ((tiles + each - 1) / each), e.tiles = 2 * some;
-    return e;
-}
-static __device__ __noinline__ void run_end(const experts_args &p, const ending &e, int n, char *bytes) {
-    if (e.kind == END_STREAM) return end_stream(p.ends.stream, e.part, n, bytes);
-    int K = p.c.K, at = e.part * 128 + (int)threadIdx.x % WARP * 8, of = __ldcg(p.active + 1 + e.of);
-    for (int i = __ldcg(p.first + of) + (int)threadIdx.x / WARP; i < __ldcg(p.first + of + 1); i += WARPS)
-        swiglu_eight(p.ends.moe.swiglu, p.list[i] / K, p.list[i] % K, at, threadIdx.x % WARP < 16);
 }
 // Rows i0 .. of those that take the expert.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
@@ -2446,8 +2396,8 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
             fetch((const char *)p.experts + i);     // which nobody has read since the pass before
         grid_wait();
     }
+    if (NT == 1 && p.routes) route_block(p.route, p.n->n_rows, bytes);
     grid_go();
-    if (p.end == END_STREAM) fetch_fn(p.ends.stream);
     n = (__ldcg(p.active) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
@@ -2458,7 +2408,6 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
             for (int i = 0; i < spans[k].n; i += NT * 8)
                 expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes, width);
         copies_wait<0>();
-        if (p.end) end_parts(p, item, end, p.n->n_rows, bytes);
     }
     if (waits) grid_wait();
 }
@@ -2552,7 +2501,7 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
             if (first + mt < t.s.tiles) {
                 const uint8_t *p, *scale;
                 unit_at(t.s, first + mt, a.unit, &p, &scale);
-                ask_unit(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
+                ask_unit<0>(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
             }
         ask_rows(stage + stage_rows(MT), t, a.unit);
         for (a.unit += WARPS; a.unit >= units && a.w < WARPS - 1;) a.unit = ++a.w;
@@ -3406,7 +3355,7 @@ typedef struct {
     float2 *turns;                          // [rows][2][R / 2]
     uint16_t *query;
     float *query_w, *scores, *part;
-    int *arrived, *ended, *chosen, *route, *first, *list, *active;     // the first two zeros between kernels
+    int *arrived, *chosen, *route, *first, *list, *active;     // the first zeros between kernels
     unsigned long long *best, *mass;        // zeros between passes
     unsigned *peak;
     int *surveyed;
@@ -3425,7 +3374,6 @@ typedef struct {
     extent passes[2], grid;                 // those noted; that of the operation that runs
     int running;                            // which of them
     int from, tap, slots;                   // of the stream, what is put off until the next mix
-    int streamed;                           // it has been done, at the end of a product
     const float *from_y;
     mixer now;                              // the mix whose post and comb are still to be made
     int fast_prefill;                       // blocks of prompts may go through the library
@@ -3512,16 +3460,8 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
     j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride, j->x = operand_of(x, w.dtype, as_is);
 }
 
-// So few rows that products end with what is made of them.
+// So few rows that products begin with what is made of the one before.
 static int few_rows(const cuda *d) { return d->grid.rows <= FEW_ROWS; }
-// What is made of each `tiles` tiles (0: of all) of the last jobs, together.
-static void job_ends(const cuda *d, linears_args *p, int jobs, int end, int tiles) {
-    int all = blocks_of(p->jobs[p->n_jobs - 1].w.rows, TILE);
-    if (!few_rows(d)) return;
-    for (job *j = p->jobs + p->n_jobs - jobs; j < p->jobs + p->n_jobs; j++)
-        j->end = end, j->end_tiles = tiles ? tiles : all, j->sharing = jobs, j->counter = p->n_counters;
-    p->n_counters += tiles ? blocks_of(all, tiles) : 1;
-}
 
 // ---- blocks of prompts through cuBLASLt
 // Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
@@ -3531,6 +3471,11 @@ static void job_ends(const cuda *d, linears_args *p, int jobs, int end, int tile
 
 #ifdef DSPARK_CUDA_HOST
 extern "C" { long cuda_host_products; }
+static float e4m3_value(uint32_t code) {
+    float a = __uint_as_float((code & 0x7f) << 20) * exp2i(120);
+    if ((code & 0x7f) == 0x7f) a = __uint_as_float(0x7fc00000u);
+    return __uint_as_float(__float_as_uint(a) | (code << 24 & 0x80000000u));
+}
 static void product_open(cuda *, product *p, const matrix &) { p->possible = 1; }
 // y [512][y_stride] = codes [512][cols] times w, each 128 summed alone.
 static void product_run(cuda *, const product *p, const matrix &w, const uint8_t *codes, const float *scales,
@@ -3666,15 +3611,15 @@ static void jobs_wide(cuda *d, const char *name, linears_args *p) {
 }
 
 static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
-    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4, beside = p->mix.out ? blocks_of(rows, WARPS) : 0;
+    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4,
+        beside = p->mix.out || p->tasks ? blocks_of(rows, WARPS) + (p->tasks > 2 ? 2 * rows : 0) : 0;
     dim3 grid;
-    p->arrived = d->ended;
     if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
     if (!p->n_jobs && !p->mix.out) return;
     p->n_rows = n_rows, p->rows = rows, p->item_bytes = ITEM / 2;
     if (rows >= MANY_ROWS && d->wide) {
         jobs_wide(d, name, p);
-        p->n_jobs = p->n_counters = 0, p->mix.out = NULL;
+        p->n_jobs = p->tasks = 0, p->mix.out = NULL;
         return;
     }
     do {        // few enough for a block to find its spans at once
@@ -3686,7 +3631,7 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
     grid = grid_of(p->n_blocks + beside, blocks_of(rows, 8 * nt));
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>, grid, THREADS,
            (size_t)product_bytes(nt), *p);
-    p->n_jobs = p->n_counters = 0, p->mix.out = NULL;
+    p->n_jobs = p->tasks = 0, p->mix.out = NULL;
 }
 
 // ---- the operations of a pass -----------------------------------------------------------------
@@ -3701,29 +3646,10 @@ static stream_args stream_of(const cuda *d, const float *fn, int n_out) {
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
     return p;
 }
-static void put_off(cuda *d, int sub) {
-    d->from = STREAM_ADD, d->from_y = sub == DSPARK_SUB_ATTN ? d->y : d->down,
-    d->slots = sub == DSPARK_SUB_ATTN ? 1 : d->s.K + 1;
-}
 static void run_stream(cuda *d, const float *fn, int n_out) {
     stream_args p = stream_of(d, fn, n_out);
-    if (!d->streamed) LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
-    d->from = STREAM_AS_IS, d->tap = -1, d->streamed = 0;
-}
-// The same for the operation that runs, if its last product may end with it: a mix follows, at most a tap before it.
-static int stream_ahead(cuda *d, int sub, stream_args *p) {
-    const operation *o = d->ops + d->running + 1, *end = d->ops + d->n_ops;
-    const mixer *m = NULL;
-    int drafts;
-    if (!few_rows(d) || o == end || o->op != OP_MIX_OUT) return 0;
-    if (++o < end && o->op == OP_TAP) d->tap = (o++)->layer;
-    if (o < end && o->op == OP_MIX_IN) m = &d->layer[o->layer].hc[o->sub];
-    drafts = o < end && o->op == OP_DRAFT_HEAD;
-    if (d->grid.logits && o < end && (drafts || o->op == OP_HEAD)) m = drafts ? &d->draft_hc_head : &d->hc_head;
-    put_off(d, sub);
-    if (m) *p = stream_of(d, m->fn, o->op == OP_MIX_IN ? MIX : COPIES);
-    d->from = STREAM_AS_IS, d->tap = -1, d->streamed = m != NULL;
-    return m != NULL;
+    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
+    d->from = STREAM_AS_IS, d->tap = -1;
 }
 static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     mix_args p;
@@ -3754,7 +3680,8 @@ static void op_mix_in(cuda *d, int l, int sub) {
 }
 static void op_mix_out(cuda *d, int sub) {
     if (d->from) run_stream(d, NULL, 0);
-    put_off(d, sub);
+    d->from = STREAM_ADD, d->from_y = sub == DSPARK_SUB_ATTN ? d->y : d->down,
+    d->slots = sub == DSPARK_SUB_ATTN ? 1 : d->s.K + 1;
 }
 static void op_tap(cuda *d, int index) {
     if (d->tap >= 0) run_stream(d, NULL, 0);
@@ -3789,29 +3716,25 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         q->state_kv = i ? INDEX_KV : KV, q->state_gate = i ? INDEX_GATE : GATE;
         job_add(&p, o->wkv, d->x, q->kv, o->w);
         job_add(&p, o->wgate, d->x, q->gate, o->w);
-        job_ends(d, &p, 2, i ? END_INDEX_POOL : END_POOL, 0);
         tasks++;
     }
     if (target && w->ratio == 4 && d->grid.indexed)
         job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
-    job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora), job_ends(d, &p, 1, END_QUERY, 0);
-    job_add(&p, w->wkv, d->x, d->kv, d->s.D), job_ends(d, &p, 1, END_WINDOW, 0);
-    p.mix = post_comb_of(d), p.end.project = a;
+    job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
+    job_add(&p, w->wkv, d->x, d->kv, d->s.D);
+    p.mix = post_comb_of(d);
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
-    if (!few_rows(d))
-        LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.D, d->s.I) * sizeof(float), a);
+    if (few_rows(d)) p.tasks = tasks, p.project = a;
+    else LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.D, d->s.I) * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
-    if (target && w->ratio == 4 && d->grid.indexed) {
+    if (target && w->ratio == 4 && d->grid.indexed)
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
-        job_ends(d, &p, 1, END_INDEX_QUERY, d->s.I / TILE);
-        p.end.index = index_of(d, l, 0);
-    }
     jobs_run(d, "linears wq_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
 static void attention_index(cuda *d, int l, int row0, int rows) {
     index_args p = index_of(d, l, row0);
-    if (!few_rows(d)) LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads, WARPS), rows), THREADS, 0, p);
+    LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads, WARPS), rows), THREADS, 0, p);
     LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS, query_bytes(&d->s), p);
 }
 
@@ -3837,8 +3760,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
-    a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.merging = blocks_of(d->o.stride, 8 * MERGED);
-    a.commit = commit_of(d, w, l);
+    a.o_group = w->wo_a.cols, a.o_pitch = o_pitch;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
         int rows = smaller(at_once, d->grid.rows - a.row0);
         if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
@@ -3848,7 +3770,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
         }
         launch(d, "attend", d->grid.rows == 1 ? attend<1> : attend<2>, grid_of(rows * SPLITS, heads), THREADS,
                attend_shared(&d->s, NULL, NULL), a);
-        LAUNCH(attend_merge, grid_of(rows, a.merging + (few_rows(d) ? a.commit.arrays : 0)), THREADS, 0, a);
+        LAUNCH(attend_merge, grid_of(rows, blocks_of(d->o.stride, 8 * MERGED)), THREADS, 0, a);
     }
 }
 static void op_attention(cuda *d, int l) {
@@ -3861,12 +3783,11 @@ static void op_attention(cuda *d, int l) {
     memset(&p, 0, sizeof p), memset(&r, 0, sizeof r);
     r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->low, r.n = w->wo_a.rows, r.out = d->low_in;
     r.parts = blocks_of(r.n, 8 * THREADS), r.commit = commit_of(d, w, l);
-    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1), job_ends(d, &p, 1, END_ROUND, ROUND_TILES), p.end.round = r;
+    job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = o_pitch;
     jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
-    if (!few_rows(d)) LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + r.commit.arrays), THREADS, 0, r);
+    LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + r.commit.arrays), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
-    if (stream_ahead(d, DSPARK_SUB_ATTN, &p.end.stream)) job_ends(d, &p, 1, END_STREAM, STREAM_TILES);
     jobs_run(d, "linears wo_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
@@ -3905,25 +3826,23 @@ static void op_moe(cuda *d, int l) {
     r.arrived = d->arrived;
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
-    job_add(&p, w->gate, d->x, d->gate, d->s.E), job_ends(d, &p, 1, END_ROUTE, 0);
+    job_add(&p, w->gate, d->x, d->gate, d->s.E);
     for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
-    job_ends(d, &p, 2, END_SWIGLU, ROUND_TILES);
-    p.mix = post_comb_of(d), p.end.moe.route = r, p.end.moe.swiglu = a;
+    p.mix = post_comb_of(d);
     jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
-    threads = WARP * smaller(d->s.E > 512 ? 16 : 32, larger(8, d->grid.rows));
-    if (!few_rows(d))
+    threads = WARP * smaller(smaller(32, ROUTE_BYTES / (d->s.E * (int)sizeof(scored_expert))), larger(8, d->grid.rows));
+    e.routes = few_rows(d) && !d->n_slots, e.route = r;
+    if (!e.routes)
         LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
-               (size_t)(threads / WARP * d->s.E) * sizeof(uint32_t), r);
+               (size_t)(threads / WARP * d->s.E) * sizeof(scored_expert), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
-    e.y_stride = width, e.arrived = d->ended;
-    e.end = few_rows(d) ? END_SWIGLU : END_NONE, e.ends.moe.swiglu = a;
+    e.y_stride = width;
     experts_run(d, "experts w1 w3", e, w);
-    if (!few_rows(d)) LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
-    e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
+    LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
+    e.routes = 0, e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
     e.y[0] = d->down, e.y_stride = d->s.h;
-    e.end = stream_ahead(d, DSPARK_SUB_FFN, &e.ends.stream) ? END_STREAM : END_NONE;
     experts_run(d, "experts w2", e, w);
 }
 
@@ -4697,15 +4616,12 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
-    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size, parts,
-        low = d->c->o_groups * d->c->o_lora_rank;
+    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size;
     d->gate = carve_rows(v, n, d->s.E), d->route_weight = carve_rows(v, n, K), d->route = carve_ints(v, n, K);
     d->first = carve_ints(v, 1, d->s.E + 1), d->active = carve_ints(v, 1, d->s.E + 1), d->list = carve_ints(v, n, K);
     d->act = carve_input(v, n * (K + 1), width);
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
-    parts = larger((d->s.E + 1) * blocks_of(width, 128), blocks_of(larger(low, d->s.h), SLICE));
-    d->ended = carve_ints(v, 1, larger(parts, d->s.index_heads + MAX_JOBS));
 }
 static void carve_library(cuda *d, carver *v, int n) {
     int most = larger(larger(d->s.h, d->s.q_lora), d->c->o_groups * d->c->o_lora_rank);
@@ -4860,7 +4776,7 @@ static void allow_shared(cuda *d) {
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
     allow(d, linears<4>, product_bytes(4)), allow_wide(d);
     allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes);
-    allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, 64 << 10);
+    allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, ROUTE_BYTES);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);

@@ -196,6 +196,16 @@ static unsigned __ballot_sync(unsigned, int x) {
     for (int i = 0; i < host.warp[host.self / 32].live; i++) bits |= slot[i] << i;
     return bits;
 }
+static uint32_t __reduce_max_sync(unsigned, uint32_t x) {
+    uint32_t *slot = host_exchange(x);
+    for (int i = 0; i < host.warp[host.self / 32].live; i++) x = slot[i] > x ? slot[i] : x;
+    return x;
+}
+static uint32_t __reduce_min_sync(unsigned, uint32_t x) {
+    uint32_t *slot = host_exchange(x);
+    for (int i = 0; i < host.warp[host.self / 32].live; i++) x = slot[i] < x ? slot[i] : x;
+    return x;
+}
 
 static inline float host_f16_value(uint32_t u) {
     uint32_t a = (u & 0x7fffu) << 13;

@@ -9,7 +9,8 @@
 
 const dspark_backend *dspark_cuda_backend(void);
 
-enum { N = 150, NEAR = 48 };        /* tokens; of which the logits are compared with the CPU's */
+enum { N = 150, TEXTS = 12, LENGTH = 24, CHOOSES = 20 };    /* tokens; texts compared with the CPU's, whose index has
+                                                               to choose among keys from CHOOSES tokens on */
 
 static dspark_model *open_on(const dspark_backend *backend) {
     dspark_model *m;
@@ -25,19 +26,24 @@ static dspark_session *open_plain(dspark_model *m) {
     return s;
 }
 
-/* A sum in another order may round a number of the caches otherwise, and all that follows with it: so not all. */
+/* A sum in another order may round a number of the caches otherwise, and all that follows in that text with it: so of
+   all tokens that have a choice a quarter is near, and none is another's. */
 static void check_near(dspark_model *cpu, dspark_model *m, const int32_t *ids) {
-    dspark_session *s[2] = { open_plain(cpu), open_plain(m) };
     size_t V = (size_t)dspark_model_config(m)->vocab_size;
-    double error[NEAR];
-    for (int i = 0; i < NEAR; i++) {
-        for (int k = 0; k < 2; k++) must(dspark_session_append(s[k], ids + i, 1));
-        error[i] = relative_l2(dspark_session_logits(s[1]), dspark_session_logits(s[0]), V);
+    double error[TEXTS * (LENGTH - CHOOSES)];
+    int n = 0;
+    for (int text = 0; text < TEXTS; text++) {
+        dspark_session *s[2] = { open_plain(cpu), open_plain(m) };
+        for (int i = 0; i < LENGTH; i++) {
+            for (int k = 0; k < 2; k++) must(dspark_session_append(s[k], ids + text * 10 + i, 1));
+            if (i >= CHOOSES)
+                error[n++] = relative_l2(dspark_session_logits(s[1]), dspark_session_logits(s[0]), V);
+        }
+        dspark_session_close(s[0]), dspark_session_close(s[1]);
     }
-    sort_up(error, NEAR);
-    ok(error[NEAR / 2] < 1e-6, "24 heads, 12 of an index that chooses: the CPU's logits, at most of %d tokens within "
-       "1e-6 (%.1e)", NEAR, error[NEAR / 2]);
-    dspark_session_close(s[0]), dspark_session_close(s[1]);
+    sort_up(error, (size_t)n);
+    ok(error[n / 4] < 1e-6 && error[n - 1] < .3, "24 heads, 12 of an index that chooses: the CPU's logits, a quarter of "
+       "%d tokens within 1e-6 (%.1e), half within %.1e, all within .3 (%.1e)", n, error[n / 4], error[n / 2], error[n - 1]);
 }
 
 static uint64_t in_chunks(dspark_model *m, const int32_t *ids, int chunk) {
