@@ -1618,21 +1618,6 @@ static __host__ __device__ size_t attend_shared(const shape *c, char *base, atte
     return 0;
 }
 
-// Dims [d, d + 16) of a key.
-static __device__ __forceinline__ void put_key(const attend_args &p, const attend_room &room, int j, int d, float4 *v) {
-    int at = d - (p.c.D - p.c.R), stride = p.c.R + PAD;
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-        uint2 w = { bf16x2(v[i].x, v[i].y), bf16x2(v[i].z, v[i].w) };
-        *(uint2 *)(void *)(room.keys + j * (p.c.D + PAD) + d + 4 * i) = w;
-        for (int plane = 0; at >= 0 && plane < 2; plane++) {
-            v[i].x -= __uint_as_float(w.x << 16), v[i].y -= __uint_as_float(w.x & 0xffff0000u);
-            v[i].z -= __uint_as_float(w.y << 16), v[i].w -= __uint_as_float(w.y & 0xffff0000u);
-            w.x = bf16x2(v[i].x, v[i].y), w.y = bf16x2(v[i].z, v[i].w);
-            *(uint2 *)(void *)(room.turned + (plane * KEYS + j) * stride + at + 4 * i) = w;
-        }
-    }
-}
 // Where key j of what a row sees lies: floats of the window, or codes, their scales and the rotary dims.
 typedef struct { const float *floats, *turned; const uint8_t *codes, *scales; } key_at;
 static __device__ __forceinline__ key_at keys_in(const attend_args &p, const row &s) {
@@ -1658,115 +1643,149 @@ static __device__ __forceinline__ key_at find_key(const attend_args &p, const ro
     k.turned = all.turned + at * (size_t)R;
     return k;
 }
-// Dims [d, d + 16) of it, as they lie there: floats, or 16 codes and their scale.
+// Dims [d, d + 16) of it, none of them rotary, as they lie there: floats, or 16 codes and their scale.
 typedef struct { float4 v[4]; uint32_t scale; } key_dims;
-static __device__ __forceinline__ void ask_key(const attend_args &p, const key_at &k, int d, key_dims &x) {
-    int plain = p.c.D - p.c.R;
-    const float *from = k.floats ? k.floats + d : k.turned + d - plain;
+static __device__ __forceinline__ void ask_key(const key_at &k, int d, key_dims &x) {
     x.scale = 0;
-    if (!k.floats && d < plain) {
+    if (!k.floats) {
         x.v[0] = *(const float4 *)(const void *)(k.codes + d), x.scale = 256 | k.scales[d / 64];
         return;
     }
     UNROLL
-    for (int i = 0; i < 4; i++) x.v[i] = ((const float4 *)(const void *)from)[i];
+    for (int i = 0; i < 4; i++) x.v[i] = ((const float4 *)(const void *)(k.floats + d))[i];
 }
-static __device__ __forceinline__ void decode_key(key_dims &x) {
+// To bf16 in the block's room, exact; zeros where there is no key.
+static __device__ __forceinline__ void put_key(const key_dims &x, int live, uint16_t *to) {
     const uint32_t codes[4] = { __float_as_uint(x.v[0].x), __float_as_uint(x.v[0].y), __float_as_uint(x.v[0].z),
                                 __float_as_uint(x.v[0].w) };
     float scale = e8m0(x.scale & 255);
-    if (!x.scale) return;
     UNROLL
     for (int i = 0; i < 4; i++) {
-        const uint2 two = f16_of_e4m3(codes[i]);
-        x.v[i] = make_float4(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale,
-                             f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale);
+        uint2 w = { bf16x2(x.v[i].x, x.v[i].y), bf16x2(x.v[i].z, x.v[i].w) };
+        if (x.scale) {
+            const uint2 two = f16_of_e4m3(codes[i]);
+            w.x = bf16x2(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale);
+            w.y = bf16x2(f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale);
+        }
+        if (!live) w.x = w.y = 0;
+        *(uint2 *)(void *)(to + 4 * i) = w;
     }
 }
-// n keys from j0 on into the block's room, zeros behind them: a warp has every eighth, and asks for some at once.
-template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s, const key_at &all, int i,
-                                                 const view &v, int j0, int n, const attend_room &room) {
-    enum { EACH = KEYS / WARPS };
-    int warp = (int)threadIdx.x / WARP;
-    key_at at[EACH];
+// Rotary dims [d, d + 8) of key j in three planes.
+static __device__ __forceinline__ void put_turned(const attend_args &p, const attend_room &room, int j, int d,
+                                                  const float *values, int live) {
+    float v[8];
+    uint16_t *to = room.keys + j * (p.c.D + PAD) + p.c.D - p.c.R + d;
+    load8(v, values);
     UNROLL
-    for (int k = 0; k < EACH; k++) at[k] = find_key(p, s, all, i, v, j0 + least(k * WARPS + warp, n - 1));
-    for (int d = 16 * ((int)threadIdx.x % WARP); d < p.c.D; d += 16 * WARP)
+    for (int plane = 0; plane < 3; plane++) {
+        uint32_t w[4];
         UNROLL
-        for (int k = 0; k < EACH; k += AT_ONCE) {
+        for (int i = 0; i < 4; i++) {
+            w[i] = live ? bf16x2(v[2 * i], v[2 * i + 1]) : 0;
+            v[2 * i] -= __uint_as_float(w[i] << 16), v[2 * i + 1] -= __uint_as_float(w[i] & 0xffff0000u);
+        }
+        *(uint4 *)(void *)to = make_uint4(w[0], w[1], w[2], w[3]);
+        to = room.turned + (plane * KEYS + j) * (p.c.R + PAD) + d;
+    }
+}
+// n keys from j0 on into the block's room, zeros behind them. A warp has every eighth, and asks for some at once; of
+// the rotary dims eight threads have a key.
+template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s,
+                                                                        const key_at &all, int i, const view &v,
+                                                                        int j0, int n, const attend_room &room) {
+    enum { EACH = KEYS / WARPS };
+    int warp = (int)threadIdx.x / WARP, plain = p.c.D - p.c.R, mine = (int)threadIdx.x / 8;
+    for (int k = 0; k < EACH; k += AT_ONCE) {
+        key_at at[AT_ONCE];
+        UNROLL
+        for (int m = 0; m < AT_ONCE; m++)
+            at[m] = find_key(p, s, all, i, v, j0 + least((k + m) * WARPS + warp, n - 1));
+        for (int d = 16 * ((int)threadIdx.x % WARP); d < plain; d += 16 * WARP) {
             key_dims x[AT_ONCE];
             UNROLL
-            for (int m = 0; m < AT_ONCE; m++) ask_key(p, at[k + m], d, x[m]);
+            for (int m = 0; m < AT_ONCE; m++) ask_key(at[m], d, x[m]);
             UNROLL
             for (int m = 0; m < AT_ONCE; m++) {
                 int slot = (k + m) * WARPS + warp;
-                decode_key(x[m]);
-                if (slot >= n) for (int e = 0; e < 4; e++) x[m].v[e] = make_float4(0, 0, 0, 0);
-                put_key(p, room, slot, d, x[m].v);
+                put_key(x[m], slot < n, room.keys + slot * (p.c.D + PAD) + d);
             }
         }
+    }
+    const key_at k = find_key(p, s, all, i, v, j0 + least(mine, n - 1));
+    const float *turned = k.floats ? k.floats + plain : k.turned;
+    for (int d = (int)threadIdx.x % 8 * 8; d < p.c.R; d += 64) put_turned(p, room, mine, d, turned + d, mine < n);
 }
 
-// Scores of 16 heads with the block's keys, a warp every eighth 16 dims: q as it is (its RMS goes into the result),
-// turned, in three planes. squares[2]: of heads g and g + 8, the lane's part.
-// A warp's part of the queries: of heads g and g + 8, dims 4t .. of every eighth sixteen.
+// A warp's part of the queries of 16 heads, every eighth sixteen dims, as mma takes them: as they are (their RMS goes into
+// the result), turned, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
 enum { Q_STEPS = MAX_HEAD_DIM / 16 / WARPS };
-static __device__ __forceinline__ void load_queries(const attend_args &p, int r, int h0, float4 (*q)[2]) {
-    int D = p.c.D, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / WARP;
+typedef struct { uint32_t a[Q_STEPS][3][4]; } queries;
+// squares[2]: of heads g and g + 8, the lane's part.
+static __device__ __forceinline__ void load_queries(const attend_args &p, int r, int h0, queries &q, float *squares) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        warp = (int)threadIdx.x / WARP;
+    float4 all[Q_STEPS][2];
     UNROLL
     for (int i = 0; i < Q_STEPS; i++)
         UNROLL
         for (int half = 0; half < 2; half++) {
             int h = h0 + g + 8 * half, k = (i * WARPS + warp) * 16 + 4 * t;
-            q[i][half] = make_float4(0, 0, 0, 0);
+            all[i][half] = make_float4(0, 0, 0, 0);
             const float *from = p.q + ((size_t)r * (size_t)p.c.H + (size_t)h) * (size_t)D + (size_t)k;
-            if (h < p.c.H && k < D) q[i][half] = *(const float4 *)(const void *)from;
+            if (h < p.c.H && k < D) all[i][half] = *(const float4 *)(const void *)from;
         }
-}
-static __device__ __forceinline__ void score(const attend_args &p, int r, const float4 (*q)[2], const attend_room &room,
-                                             int n, float *squares) {
-    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
-        warp = (int)threadIdx.x / WARP;
-    float acc[KEYS / 8][4];
-    UNROLL
-    for (int nt = 0; nt < KEYS / 8; nt++) for (int i = 0; i < 4; i++) acc[nt][i] = 0;
     squares[0] = squares[1] = 0;
     UNROLL
     for (int i = 0; i < Q_STEPS; i++) {
-        int k = (i * WARPS + warp) * 16;
-        if (k >= D) break;
-        uint32_t a[3][4];       // plane; rows g, g + 8 of k 4t, 4t + 1, then of 4t + 2, 4t + 3
-        int at = k + 4 * t - (D - R), planes = k >= D - R ? 3 : 1;
-        float2 turn[2];
-        for (int m = 0; at >= 0 && m < 2; m++) turn[m] = turn_of(p.turns, R / 2, r, p.set, at / 2 + m);
+        int at = (i * WARPS + warp) * 16 + 4 * t - (D - R), turns = at >= 0 && at < R;
+        float2 turn[2] = { { 1, 0 }, { 1, 0 } };
+        for (int m = 0; turns && m < 2; m++) turn[m] = turn_of(p.turns, R / 2, r, p.set, at / 2 + m);
+        UNROLL
         for (int half = 0; half < 2; half++) {
-            float4 x = q[i][half];
+            float4 x = all[i][half];
             squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
-            if (at >= 0)
-                turn_pair(x.x, x.y, turn[0].x, turn[0].y), turn_pair(x.z, x.w, turn[1].x, turn[1].y);
+            if (turns) turn_pair(x.x, x.y, turn[0].x, turn[0].y), turn_pair(x.z, x.w, turn[1].x, turn[1].y);
             UNROLL
             for (int plane = 0; plane < 3; plane++) {
                 uint32_t w0 = bf16x2(x.x, x.y), w1 = bf16x2(x.z, x.w);
-                a[plane][half] = w0, a[plane][2 + half] = w1;
+                q.a[i][plane][half] = w0, q.a[i][plane][2 + half] = w1;
                 x.x -= __uint_as_float(w0 << 16), x.y -= __uint_as_float(w0 & 0xffff0000u);
                 x.z -= __uint_as_float(w1 << 16), x.w -= __uint_as_float(w1 & 0xffff0000u);
             }
         }
+    }
+}
+// Their scores with the block's keys.
+static __device__ __forceinline__ void score(const attend_args &p, const queries &q, const attend_room &room) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
+        warp = (int)threadIdx.x / WARP;
+    float acc[KEYS / 8][4];
+    zero<KEYS / 8 * 4>(&acc[0][0]);
+    UNROLL
+    for (int i = 0; i < Q_STEPS; i++) {
+        int k = (i * WARPS + warp) * 16;
+        if (k >= D) break;
         UNROLL
-        for (int nt = 0; nt < KEYS / 8; nt++) {
-            if (nt * 8 >= n) break;
-            for (int b = 0; b < planes; b++) {
-                const uint16_t *key = b ? room.turned + ((b - 1) * KEYS + nt * 8 + g) * (R + PAD) + at
-                                        : room.keys + (nt * 8 + g) * (D + PAD) + k + 4 * t;
-                const uint2 w = *(const uint2 *)(const void *)key;
+        for (int b = 0; b < 3; b++) {       // planes of the keys
+            if (b && k < D - R) break;
+            const uint16_t *keys = b ? room.turned + ((b - 1) * KEYS + g) * (R + PAD) + k - (D - R) + 4 * t
+                                     : room.keys + g * (D + PAD) + k + 4 * t;
+            int eight = 8 * ((b ? R : D) + PAD);
+            UNROLL
+            for (int nt = 0; nt < KEYS / 8; nt++) {
+                const uint2 w = *(const uint2 *)(const void *)(keys + nt * eight);
                 UNROLL
-                for (int plane = 0; plane < 3; plane++)
-                    if (plane + b < 3) mma(acc[nt], a[plane][0], a[plane][1], a[plane][2], a[plane][3], w.x, w.y);
+                for (int plane = 0; plane + b < 3; plane++) {
+                    const uint32_t *a = q.a[i][plane];
+                    mma(acc[nt], a[0], a[1], a[2], a[3], w.x, w.y);
+                }
             }
         }
     }
     UNROLL
     for (int nt = 0; nt < KEYS / 8; nt++)
+        UNROLL
         for (int i = 0; i < 4; i++)
             room.scores[(warp * TILE + g + 8 * (i >> 1)) * SCORE_STRIDE + nt * 8 + 2 * t + (i & 1)] = acc[nt][i];
 }
@@ -1814,7 +1833,7 @@ static __device__ void weigh(const attend_room &room, int n, const float *scale,
 }
 
 // o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...
-static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, int n, float (*o)[4]) {
+static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, float (*o)[4]) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         warp = (int)threadIdx.x / WARP;
     uint32_t a[3][KEYS / 16][4];
@@ -1826,22 +1845,20 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
                                                       k * 16 + 2 * t + 8 * (i >> 1));
     UNROLL
     for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i++) {
-        int d = (i * WARPS + warp) * 8, planes = d >= D - R ? 3 : 1;
+        int d = (i * WARPS + warp) * 8;
         if (d >= D) break;
         for (int k = 0; k < 4; k++) o[i][k] *= room.factor[g + 8 * (k >> 1)];
-        for (int b = 0; b < planes; b++) {
+        UNROLL
+        for (int b = 0; b < 3; b++) {
             uint32_t w[4];
+            if (b && d < D - R) break;
             load_transposed(w, b ? room.turned + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
                                  : room.keys + lane * (D + PAD) + d);
             UNROLL
-            for (int k = 0; k < KEYS / 16; k++) {
-                if (k * 16 >= n) break;
+            for (int k = 0; k < KEYS / 16; k++)
                 UNROLL
-                for (int plane = 0; plane < 3; plane++)
-                    if (plane + b < 3)
-                        mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[2 * k],
-                            w[2 * k + 1]);
-            }
+                for (int plane = 0; plane + b < 3; plane++)
+                    mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[2 * k], w[2 * k + 1]);
         }
     }
 }
@@ -1853,27 +1870,24 @@ typedef struct { float scale[TILE], part[WARPS * TILE]; } attend_scratch;
 static __device__ __forceinline__ int dim_of(int k, int m) {
     return (k * WARPS + (int)threadIdx.x / WARP) * 8 + (int)threadIdx.x % 4 * 2 + (m & 1);
 }
-// A split of a row's keys for 16 heads, 32 keys at a time. first: what the queries are scaled by is not yet known.
+// A split of a row's keys for 16 heads, 32 keys at a time.
 template <int AT_ONCE>
 static __device__ __forceinline__ void attend_split(const attend_args &p, const row &s, const key_at &all,
-                                                    const view &v, int i, int split, int first, const float4 (*q)[2],
-                                                    const attend_room &room, attend_scratch &scratch, part_sums &a) {
-    int r = p.row0 + i, end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
-    float squares[2];
-    UNROLL
-    for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++) for (int m = 0; m < 4; m++) a.o[k][m] = 0;
+                                                    const view &v, int i, int split, const queries &q,
+                                                    const attend_room &room, const float *scale, part_sums &a) {
+    int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
+    zero<MAX_HEAD_DIM / 8 / WARPS * 4>(&a.o[0][0]);
     a.largest = -HUGE_VALF, a.sum = 0;
-    for (int j0 = split * v.length; j0 < end; j0 += KEYS, first = 0) {
+    for (int j0 = split * v.length; j0 < end; j0 += KEYS) {
         int n = least(KEYS, end - j0);
         __syncthreads();
         load_keys<AT_ONCE>(p, s, all, i, v, j0, n, room);
         __syncthreads();
-        score(p, r, q, room, n, squares);
-        if (first) query_scales(p, squares, scratch.part, scratch.scale);
+        score(p, q, room);
         __syncthreads();
-        weigh(room, n, scratch.scale, &a.largest, &a.sum);
+        weigh(room, n, scale, &a.largest, &a.sum);
         __syncthreads();
-        add_values(p, room, n, a.o);
+        add_values(p, room, a.o);
     }
 }
 
@@ -1885,7 +1899,8 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     SHARED_BYTES(bytes);
     int D = p.c.D, h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS),
         r = p.row0 + i, g = (int)threadIdx.x % WARP / 4;
-    float4 q[Q_STEPS][2];
+    float squares[2];
+    queries q;
     attend_room room;
     part_sums a;
     grid_go();
@@ -1895,8 +1910,9 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     const key_at all = keys_in(p, s);
     grid_wait();
     attend_shared(&p.c, bytes, &room);
-    load_queries(p, r, h0, q);
-    attend_split<BLOCKS == 1 ? 4 : 2>(p, s, all, v, i, split, 1, q, room, scratch, a);
+    load_queries(p, r, h0, q, squares);
+    query_scales(p, squares, scratch.part, scratch.scale);
+    attend_split<BLOCKS == 1 ? 4 : 2>(p, s, all, v, i, split, q, room, scratch.scale, a);
     float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
@@ -2009,7 +2025,8 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     __shared__ float of_split[TILE][2];
     SHARED_BYTES(bytes);
     int D = p.c.D, h0 = (int)blockIdx.y * TILE, i = (int)blockIdx.x, r = p.row0 + i, g = (int)threadIdx.x % WARP / 4;
-    float4 q[Q_STEPS][2];
+    float squares[2];
+    queries q;
     float *total = (float *)(void *)(bytes + attend_shared(&p.c, NULL, NULL));
     attend_room room;
     part_sums a;
@@ -2021,10 +2038,11 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     merged heads[2] = { merge_begin(p, h0 + g), merge_begin(p, h0 + g + 8) };
     grid_wait();
     attend_shared(&p.c, bytes, &room);
-    load_queries(p, r, h0, q);
+    load_queries(p, r, h0, q, squares);
+    query_scales(p, squares, scratch.part, scratch.scale);
     for (int k = (int)threadIdx.x; k < TILE * (D + 8); k += THREADS) total[k] = 0;
     for (int split = 0; split < v.splits; split++) {
-        attend_split<2>(p, s, all, v, i, split, !split, q, room, scratch, a);
+        attend_split<2>(p, s, all, v, i, split, q, room, scratch.scale, a);
         add_split(p, a, of_split, heads, total);
     }
     __syncthreads();        // all have read the last split's
