@@ -3311,8 +3311,9 @@ typedef struct { unsigned char op, sub; short layer; } operation;
 enum { WEIGHED = 1, BY_COUNT = 2, BY_WEIGHT = 4 };
 typedef struct { int drafts, rows, logits, injected, segments, indexed, whole, weighs; } extent;
 
-// What was called, one pass or a draft and the pass that verifies it, as a number; and its graph.
-typedef struct { uint64_t calls; cudaGraphExec_t exec; } recording;
+// What was called, one pass or a draft and the pass that verifies it, as a number; its graph; where its kernels' names
+// begin and end.
+typedef struct { uint64_t calls; cudaGraphExec_t exec; int traced[2]; } recording;
 enum { MAX_RECORDINGS = 64, RECORDED_ROWS = 64, STAGE_BYTES = 8 << 20 };
 
 // What changes from pass to pass: filled in on the host, copied at its begin; and, from `tokens` on, what comes back in
@@ -3430,16 +3431,21 @@ static dspark_status result(cuda *d) {
 }
 
 #ifdef DSPARK_CUDA_TIMED
-// For bench/cuda.c: the kernels of a pass in their order, and when the turn of each came. One device at a time.
-static struct { const char *names[MAX_TRACED]; int n, on; } traced;
+// For bench/cuda.c: the kernels of what was played, in their order, and when the turn of each came. One device at a time.
+// noted: of each recording, made once; names: of all that was played since tracing began.
+static struct { const char *noted[4 * MAX_TRACED], *names[MAX_TRACED]; int n_noted, n, on; } traced;
 static void trace(const char *name) {
-    if (traced.on && traced.n < MAX_TRACED) traced.names[traced.n++] = name;
+    if (traced.on && traced.n_noted < 4 * MAX_TRACED) traced.noted[traced.n_noted++] = name;
 }
-static void trace_begin(void) { traced.n = 0; }
+static int trace_at(void) { return traced.n_noted; }
+static void trace_played(int from, int to) {
+    for (; traced.on && from < to && traced.n < MAX_TRACED; from++) traced.names[traced.n++] = traced.noted[from];
+}
 #define TRACED traced.on
 #else
 #define trace(name) ((void)0)
-#define trace_begin() ((void)0)
+#define trace_at() 0
+#define trace_played(from, to) ((void)0)
 #define TRACED 0
 #endif
 
@@ -4138,7 +4144,6 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
 
 // Each in a range of its name, for a profiler.
 static void run_ops(cuda *d) {
-    trace_begin();
 #ifndef DSPARK_CUDA_HOST
     static const char *const names[] = { "pass", "mix_in", "attention",  "moe",         "mix_out", "tap",
                                          "head", "inject", "draft_head", "draft_steps", "choose",  "draw" };
@@ -4159,7 +4164,7 @@ static void record(cuda *d, recording *r, uint64_t calls) {
     cudaGraph_t graph = NULL;
     memset(r, 0, sizeof *r);
     if (!TRY(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal))) return;
-    run_ops(d);
+    r->traced[0] = trace_at(), run_ops(d), r->traced[1] = trace_at();
     cudaError_t ended = cudaStreamEndCapture(d->stream, &graph);        // also after a failure
     good(d, ended, "cudaStreamEndCapture");
     if (TRY(cudaGraphInstantiate(&r->exec, graph, 0))) r->calls = calls;
@@ -4189,7 +4194,10 @@ static void play(cuda *d) {
     for (int k = 0; k < d->n_passes; k++) rows = larger(rows, d->passes[k].rows);
     if (d->status || d->n_ops < 2) return;      // nothing but OP_PASS
     d->grid = d->passes[d->n_passes - 1];       // of steps that the host asks for one by one
-    if (rows > RECORDED_ROWS) return run_ops(d);
+    if (rows > RECORDED_ROWS) {
+        i = trace_at(), run_ops(d), trace_played(i, trace_at());
+        return;
+    }
     while (i < d->n_recordings && d->recordings[i].calls != calls) i++;
     if (i == d->n_recordings) {
         if (i == MAX_RECORDINGS) i = d->oldest, d->oldest = (i + 1) % MAX_RECORDINGS;
@@ -4198,6 +4206,7 @@ static void play(cuda *d) {
         record(d, &d->recordings[i], calls);
     }
     TRY(cudaGraphLaunch(d->recordings[i].exec, d->stream));
+    trace_played(d->recordings[i].traced[0], d->recordings[i].traced[1]);
 }
 
 // The part of the block that comes back.
@@ -5063,7 +5072,7 @@ extern "C" void cuda_host_rows(void *device, int drafts, const float *logits, co
 // 1: passes from now on are traced, the next one from its beginning.
 extern "C" void dspark_cuda_trace(int on) {
     unsigned none = 0;
-    traced.on = on;
+    traced.on = on, traced.n = 0;
     cudaMemcpyToSymbol(trace_n, &none, sizeof none);
 }
 // The i-th kernel of the pass before, and the time from its turn to that of the next; NULL: there are no more.

@@ -1,6 +1,7 @@
 // cuda [DIR | synth] [key=value ...]: on a device, the time of passes and of the kernels in them, and the share of the
 // floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory, as
 //     cuda synth flash n_routed_experts=110
+// fast: blocks of prompts by the library (fast_prefill), in passes of 2,048 rows.
 // Lines of CSV as bench.h says, the device's own figures; what was not measured is not printed.
 #define DSPARK_CUDA
 #include "bench.h"
@@ -68,13 +69,13 @@ static void print_pass(const char *what, samples *us, const floors *f, double ra
     result_one(question, name, 1, 100 * floor_us / quantile(us, .5), "%");
 }
 
-// A pass of `rows` rows at the session's end, PROMPT: of which the last has logits, or (0) a draft.
+// A pass of `rows` rows at the session's end, PROMPT: of which the last has logits; or (0) a cycle of a session that
+// drafts: a draft, and the pass that verifies all of it.
 static void run(dspark_session *s, const int32_t *ids, int rows) {
     dspark_pass_result out;
-    int32_t tokens[DSPARK_MAX_BLOCK];
-    float confidence[DSPARK_MAX_BLOCK];
+    dspark_step_result r;
     if (rows) must(dspark__run_alone(s, ids, rows, s->n_run, 0, rows == PROMPT ? rows - 1 : 0, &out));
-    else must(dspark_session_draft(s, ids[0], tokens, confidence, NULL));
+    else must(dspark_step(&s, 1, NULL, &r)), must(r.status);
 }
 
 static void time_passes(samples *us, dspark_session *s, const int32_t *ids, int rows, int repeats) {
@@ -85,15 +86,14 @@ static void time_passes(samples *us, dspark_session *s, const int32_t *ids, int 
         if (k >= 0) sample(us, 1e6 * (seconds() - start));
     }
 }
-// median[0]: of a draft; [n]: of a pass of n rows
+// median[n]: of a pass of n rows
 static void passes(dspark_session *s, const int32_t *ids, double rate, double *median) {
-    static const int rows[] = { 1, 2, 3, 4, 6, 8, 16, 32, 64, 0 };
+    static const int rows[] = { 1, 2, 3, 4, 6, 8, 16, 32, 64 };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        floors f = pass_floor(s->model, rows[i] ? rows[i] : dspark_model_config(s->model)->dspark_block_size, !rows[i]);
+        floors f = pass_floor(s->model, rows[i], 0);
         samples us;
         char what[64];
-        if (!rows[i] && !dspark_model_config(s->model)->n_stages) continue;
-        snprintf(what, sizeof what, rows[i] ? "cuda T_verify(%d)" : "cuda T_draft", rows[i]);
+        snprintf(what, sizeof what, "cuda T_verify(%d)", rows[i]);
         time_passes(&us, s, ids, rows[i], REPEATS);
         print_pass(what, &us, &f, rate);
         median[rows[i]] = quantile(&us, .5);
@@ -101,22 +101,25 @@ static void passes(dspark_session *s, const int32_t *ids, double rate, double *m
     }
 }
 
-// What the kernels of one name have of a pass of `rows` rows, or (0) of a draft, and how many there are. Of a prompt's
-// pass bytes are not the floor, and two repeats are enough. Returned: microseconds of all, and of the sequential head.
+// What the kernels of one name have of a pass of `rows` rows, or (0) of a cycle, and how many there are. Of a prompt's
+// pass bytes are not the floor, and two repeats are enough. Returned: microseconds of all, of what a cycle has before
+// the pass that verifies, and of the sequential head.
 enum { MAX_KERNELS = 64 };
 typedef struct { const char *name; double us; int n; } share;
-typedef struct { double all, head; } totals;
+typedef struct { double all, draft, head; } totals;
 static totals kernels(dspark_session *s, const int32_t *ids, int rows, double rate) {
-    floors f = pass_floor(s->model, rows ? rows : dspark_model_config(s->model)->dspark_block_size, !rows);
+    floors f = pass_floor(s->model, rows, 0);
     share found[MAX_KERNELS];
-    totals sum = { 0, 0 };
+    totals sum = { 0, 0, 0 };
     const char *kernel;
     double us;
     int n = 0, k, repeats = rows == PROMPT ? 2 : REPEATS;
     dspark_cuda_trace(1), run(s, ids, rows);
     for (int pass = 0; pass < repeats; pass++) {
         dspark_cuda_trace(1), run(s, ids, rows);
-        for (int i = 0; (kernel = dspark_cuda_traced(i, &us)) != NULL; i++) {
+        for (int i = 0, turns = 0; (kernel = dspark_cuda_traced(i, &us)) != NULL; i++) {
+            turns += !strcmp(kernel, "turns");
+            if (turns < 2) sum.draft += us / repeats;
             for (k = 0; k < n && strcmp(found[k].name, kernel); k++) {}
             if (k == MAX_KERNELS) continue;
             if (k == n) found[n].name = kernel, found[n].us = found[n].n = 0, n++;
@@ -128,24 +131,36 @@ static totals kernels(dspark_session *s, const int32_t *ids, int rows, double ra
         char question[128], of[32];
         double bytes = 0;
         for (int i = 0; i < N_READS; i++) if (!strcmp(found[k].name, reads[i])) bytes = f.bytes[i];
-        snprintf(of, sizeof of, rows ? "%d rows" : "draft", rows);
+        snprintf(of, sizeof of, rows ? "%d rows" : "cycle", rows);
         snprintf(question, sizeof question, "cuda %s %s (%d launches)", of, found[k].name, found[k].n / repeats);
         result_one(question, name, 1, found[k].us, "us");
         snprintf(question, sizeof question, "cuda %s %s share of floor", of, found[k].name);
-        if (bytes > 0 && rows != PROMPT) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
+        if (bytes > 0 && rows && rows != PROMPT) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
         sum.all += found[k].us;
-        if (strstr(found[k].name, "markov")) sum.head += found[k].us;
+        if (strstr(found[k].name, "markov") || strstr(found[k].name, "draw")) sum.head += found[k].us;
     }
     return sum;
 }
 
-// A cycle: a draft and the pass that verifies it. Host: what their kernels do not account for.
-static void cycle(const double *median, totals draft, totals verify) {
-    double all = median[0] + median[6];
-    result_one("cuda draft over verification", name, 1, 100 * median[0] / median[6], "%");
-    result_one("cuda the sequential head's share of a cycle", name, 1, 100 * draft.head / all, "%");
-    result_one("cuda host time's share of a cycle", name, 1, 100 * (all - draft.all - verify.all) / all, "%");
-    result_one("cuda verification of 6 over 1 row", name, 1, median[6] / median[1], "x");
+// Cycles at a context like that of the passes. Host: what their kernels do not account for.
+static void cycle(dspark_model *m, const int32_t *ids, int n, double rate) {
+    dspark_session_desc d = plain_desc(n + PROMPT);
+    dspark_session *s;
+    totals all;
+    samples us;
+    double median;
+    floors f = pass_floor(m, dspark_model_config(m)->dspark_block_size, 1);
+    d.policy.plain = 0, d.policy.schedule = DSPARK_SCHEDULE_BLOCK, s = session_open(m, &d);
+    must(dspark_session_append(s, ids, n));
+    time_passes(&us, s, ids, 0, REPEATS);
+    result("cuda T_cycle", name, 1, &us, "us");
+    median = quantile(&us, .5), all = kernels(s, ids, 0, rate);
+    result_one("cuda draft", name, 1, all.draft, "us");
+    result_one("cuda draft share of floor", name, 1, 100 * all_of(&f) / (1e3 * rate) / all.draft, "%");
+    result_one("cuda draft over verification", name, 1, 100 * all.draft / (all.all - all.draft), "%");
+    result_one("cuda the sequential head's share of a cycle", name, 1, 100 * all.head / median, "%");
+    result_one("cuda host time's share of a cycle", name, 1, 100 * (median - all.all) / median, "%");
+    dspark_session_close(s), free(us.x);
 }
 
 int main(int argc, char **argv) {
@@ -156,27 +171,28 @@ int main(int argc, char **argv) {
     dspark_session *s;
     dspark_model *m;
     double rate = dspark_cuda_copy_rate((size_t)1 << 28), start, median[MOST_ROWS + 1] = { 0 };
-    totals verify;
     if (rate <= 0) die("cuda", "the device cannot be measured");
     memset(&desc, 0, sizeof desc);
-    for (int i = 2; i < argc; i++) if (!synth_set(argv[i])) return 2;
-    desc.backend = dspark_cuda_backend(), desc.max_rows = PROMPT, name = synth ? "synth" : model_name(dir);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = PROMPT;
+    for (int i = 2; i < argc; i++)
+        if (!strcmp(argv[i], "fast")) desc.fast_prefill = 1, desc.max_rows = 4 * PROMPT;
+        else if (!synth_set(argv[i])) return 2;
+    name = synth ? "synth" : model_name(dir);
     if (synth) desc.files.map = synth_map, desc.files.unmap = synth_unmap, dir = ".";
     must(dspark_model_open(&m, dir, &desc));
     result_one("cuda copy", name, 1, rate, "GB/s");
-    n = dspark_model_config(m)->max_position_embeddings < CONTEXT + PROMPT
-            ? dspark_model_config(m)->max_position_embeddings - 64
-            : CONTEXT;
-    d = plain_desc(n + (n == CONTEXT ? PROMPT : 64)), s = session_open(m, &d);
+    n = dspark_model_config(m)->max_position_embeddings - PROMPT, n = n < CONTEXT ? n : CONTEXT;
+    d = plain_desc(n + PROMPT), s = session_open(m, &d);
     int32_t *ids = (int32_t *)need((size_t)n, sizeof *ids);
     noise(m, ids, n, 1);
     start = seconds();
     must(dspark_session_append(s, ids, n));
     result_one("cuda prefill", name, 1, n / (seconds() - start), "tokens/s");
     passes(s, ids, rate, median);
-    kernels(s, ids, 1, rate), verify = kernels(s, ids, 6, rate);
-    if (n == CONTEXT) kernels(s, ids, PROMPT, rate);
-    if (dspark_model_config(m)->n_stages) cycle(median, kernels(s, ids, 0, rate), verify);
-    dspark_session_close(s), dspark_model_close(m), free(ids);
+    result_one("cuda verification of 6 over 1 row", name, 1, median[6] / median[1], "x");
+    kernels(s, ids, 1, rate), kernels(s, ids, 6, rate), kernels(s, ids, PROMPT, rate);
+    dspark_session_close(s);
+    if (dspark_model_config(m)->n_stages) cycle(m, ids, n, rate);
+    dspark_model_close(m), free(ids);
     return 0;
 }
