@@ -1134,6 +1134,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     n = *p.n, r = p.list ? p.list[i] : i;
     for (int k = 0; k < 8; k++) by[k] = 0;
     if (live) load8(by, p.norm + at);
+    float pre_scale = p.scale[0], pre_base = lane < COPIES ? p.base[lane] : 0;
     grid_wait();
     if (i >= n) return;
     const float *z = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)at;
@@ -1155,7 +1156,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
         for (int w = 0; w < (int)(blockDim.x / WARP); w++) total += part[w][lane];
         square = __shfl_sync(ALL, total, WARP - 1);
         total *= 1 / sqrtf(square / (float)(COPIES * h) + p.c.eps);
-        m[lane] = lane < COPIES ? sigmoid(total * p.scale[0] + p.base[lane]) + p.c.hc_eps : 0;
+        m[lane] = lane < COPIES ? sigmoid(total * pre_scale + pre_base) + p.c.hc_eps : 0;
         if (p.mixes && lane < MIX) p.mixes[(size_t)r * MIX + (size_t)lane] = total;
     }
     __syncthreads();
@@ -1241,9 +1242,8 @@ typedef struct {
     const float2 *turns;
     int set;                        // of this layer
     const double *freqs_compressed;
-    const float *q_norm, *kv_norm;
-    float *qr, *kv;                 // [rows][q_lora], [rows][D]; kv is finished in place
-    input low;                      // qr normed
+    const float *kv_norm;
+    float *kv;                      // [rows][D], finished in place
     int ratio, layer;
     pooling pool[2];                // the compressor; the index compressor
 } project_args;
@@ -1339,24 +1339,25 @@ static __device__ void window_row(const project_args &p, int r) {
             kv[at + k] = plain ? nearest_e4m3(v[i][k] * exp2i(-e)) * exp2i(e) : v[i][k];
     }
 }
-static __device__ void query_row(const project_args &p, int r) {
-    put_normed_row(p.low, r, p.qr + (size_t)r * (size_t)p.c.q_lora, p.q_norm, p.c.q_lora, p.c.eps);
-}
 
-// Bound: latency; a compressor's group is 8 or 128 rows of 4 KB twice, 1 MB where it is completed (.3 us).
-// A block a task: 0 queries' input and 1 the window's row, of eight rows; 2 and 3 the compressors, of one.
+// A block's: task 0 the window's rows, eight; 1 and 2 what the compressors make of a row. bytes: D or I floats.
+static __device__ __forceinline__ void project_task(const project_args &p, int block, int task, int n, char *bytes,
+                                                    float *scratch) {
+    int r = task ? block : block * WARPS + (int)threadIdx.x / WARP;
+    if (r >= n) return;
+    if (!task) window_row(p, r);
+    else compress(p, p.rows[r], task - 1, (float *)(void *)bytes, scratch);
+}
+// Where rows are many; of fewer beside the product that follows. Bound: latency; a compressor's group is 8 or 128 rows
+// of 4 KB twice, 1 MB where it is completed (.3 us).
 static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
     __shared__ float scratch[WARPS];
     SHARED_BYTES(bytes);
-    int r = (int)blockIdx.x, task = (int)blockIdx.y, n;
+    int n;
     grid_go();
     n = p.n->n_rows;
-    if (task < 2) r = r * WARPS + (int)threadIdx.x / WARP;
     grid_wait();
-    if (r >= n) return;
-    if (task == 0) query_row(p, r);
-    else if (task == 1) window_row(p, r);
-    else compress(p, p.rows[r], task - 2, (float *)(void *)bytes, scratch);
+    project_task(p, (int)blockIdx.x, (int)blockIdx.y, n, bytes, scratch);
 }
 
 // ---- the indexer ------------------------------------------------------------------------------
@@ -1487,9 +1488,13 @@ static __device__ __forceinline__ void decode_key_codes(uint32_t codes, uint32_t
     }
 }
 
-// A row's queries as the lanes of a warp take them: of heads by eights [I / 32][lane].
-static __device__ void load_query(const index_args &p, int i, uint4 *query) {
+// A row's queries as the lanes of a warp take them: of heads by eights [I / 32][lane]; behind them the heads' weights.
+static __host__ __device__ size_t query_bytes(int heads, int I) {
+    return (size_t)eights(heads) * ((size_t)I * sizeof(uint16_t) + sizeof(float));
+}
+static __device__ void load_query(const index_args &p, int i, uint4 *query, float *weights) {
     int each = p.c.I / 32, H = eights(p.c.index_heads);
+    for (int h = (int)threadIdx.x; h < H; h += THREADS) weights[h] = p.w[(size_t)i * (size_t)H + (size_t)h];
     for (int k = (int)threadIdx.x; k < H * each * 4; k += THREADS) {
         int lane = k % WARP, e = k / WARP % each, h = k / WARP / each * 8 + lane / 4;
         const uint16_t *q = p.q + ((size_t)i * (size_t)H + (size_t)h) * (size_t)p.c.I;
@@ -1507,13 +1512,14 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
         each = I / 32;
     int i = (int)blockIdx.y, r = p.row0 + i, n, first = (int)blockIdx.x * TILE;
     uint4 *query = (uint4 *)(void *)bytes;
+    float *weights = (float *)(void *)(query + H * I / 8);
     grid_go();
     const row s = p.rows[r];
     n = r < p.n->n_rows ? keys_of(s) : 0;
     if (n <= p.c.index_topk || first >= n) return grid_wait();
     const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
     grid_wait();
-    load_query(p, i, query);
+    load_query(p, i, query, weights);
     for (int m0 = (int)(threadIdx.x / WARP * gridDim.x) * TILE + first; m0 < n;
          m0 += (int)gridDim.x * WARPS * TILE) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
@@ -1529,7 +1535,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
         }
         for (int h = 0; h < H; h += 8) {
             float acc[4] = { 0, 0, 0, 0 };
-            const float *w = p.w + (size_t)i * (size_t)H + (size_t)(h + 2 * t);
+            const float *w = weights + h + 2 * t;
             UNROLL
             for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
                 if (e < each) {
@@ -2180,38 +2186,20 @@ static __device__ void count_experts(const route_args &p, int n, int *at) {
     if (threadIdx.x == 0) p.first[E] = rows, p.active[0] = active;
     __syncthreads();
 }
-// All of it by one block, of few rows, an expert's in order: any block leaves the same. chosen [rows * K] behind at.
-static __device__ void route_block(const route_args &p, int n, char *bytes) {
-    int E = p.c.E, warp = (int)threadIdx.x / WARP, *at = (int *)(void *)bytes, *chosen = at + E;
-    scored_expert *scores = (scored_expert *)(void *)bytes;
-    for (int i = (int)threadIdx.x; i < n * E; i += THREADS) scores[i] = score_expert(p, i / E, i % E);
-    __syncthreads();
-    if (warp < n) route_row(p, warp, scores + (size_t)warp * (size_t)E);
-    __syncthreads();
-    n *= p.c.K;
-    for (int i = (int)threadIdx.x; i < n; i += THREADS) chosen[i] = __ldcg(p.route + i);
-    count_experts(p, n, at);
-    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
-        int place = at[chosen[i]];
-        for (int j = 0; j < i; j++) place += chosen[j] == chosen[i];
-        p.list[place] = i;
-    }
-    __threadfence();        // before the next kernel may begin
-    __syncthreads();
-}
-
-// A warp a row; the last block groups them. Bound: latency, six rounds of a warp over the experts.
+// A warp a row, all of a block score; the last block groups. Bound: latency, K rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
     SHARED_BYTES(bytes);
-    int n, warps = (int)blockDim.x / WARP, r = (int)blockIdx.x * warps + (int)threadIdx.x / WARP;
+    int n, E = p.c.E, warps = (int)blockDim.x / WARP, warp = (int)threadIdx.x / WARP, r0 = (int)blockIdx.x * warps;
+    scored_expert *scores = (scored_expert *)(void *)bytes;
     grid_go();
     n = p.n->n_rows;
     grid_wait();
-    scored_expert *scores = (scored_expert *)(void *)bytes + (size_t)(r % warps) * (size_t)p.c.E;
-    for (int e = (int)threadIdx.x % WARP; r < n && e < p.c.E; e += WARP) scores[e] = score_expert(p, r, e);
-    __syncwarp();
-    if (r < n) route_row(p, r, scores);
-    if (!last_block(p.arrived, (int)gridDim.x)) return;
+    for (int i = (int)threadIdx.x; i < least(warps, n - r0) * E; i += (int)blockDim.x)
+        scores[i] = score_expert(p, r0 + i / E, i % E);
+    __syncthreads();
+    if (r0 + warp < n) route_row(p, r0 + warp, scores + (size_t)warp * (size_t)E);
+    __syncthreads();
+    if (gridDim.x > 1 && !last_block(p.arrived, (int)gridDim.x)) return;
     int *at = (int *)(void *)bytes;
     n *= p.c.K, count_experts(p, n, at);
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) p.list[atomicAdd(&at[__ldcg(p.route + i)], 1)] = i;
@@ -2250,15 +2238,10 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
         swiglu_eight(p, r, slot, at + (int)threadIdx.x * 8, 1);
 }
 
-// ---- products, and what they begin with -------------------------------------------------------
-// Where a pass has few rows, each block of a product makes its inputs for itself, all blocks the same bits over one
-// another, once the kernel ahead has ended: a launch less, and the weights are already on their way. Rows of many are
-// made by kernels of their own, with the same functions.
-
-enum { FEW_ROWS = 8 };
+// ---- products ---------------------------------------------------------------------------------
 
 // y = w x of several matrices in one launch, by n_blocks blocks. Those behind them make what only a later launch needs:
-// the post and comb that `mix` asks for, a warp a row; or what `project` makes beside queries.
+// the post and comb that `mix` asks for, a warp a row; or the window's rows and the compressors'.
 typedef struct {
     matrix w;
     operand x;                  // [rows][x_stride]
@@ -2291,15 +2274,11 @@ static __device__ __forceinline__ void item_of(const linears_args &p, int i, ite
 static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
 static __device__ __noinline__ void run_beside(const linears_args &p, int block, char *bytes) {
     __shared__ float scratch[WARPS];
-    int n = *p.n_rows, windows = (p.rows + WARPS - 1) / WARPS, r = block * WARPS + (int)threadIdx.x / WARP,
-        compressed = block - windows;
+    int n = *p.n_rows, windows = (p.rows + WARPS - 1) / WARPS, warp = (int)threadIdx.x / WARP;
     grid_wait();
-    if (p.mix.out) {
-        if (r < n) post_comb(p.mix, r);
-    } else if (compressed < 0) {
-        if (r < n) window_row(p.project, r);
-    } else if (compressed / 2 < n && compressed % 2 + 2 < p.tasks)
-        compress(p.project, p.project.rows[compressed / 2], compressed % 2, (float *)(void *)bytes, scratch);
+    if (!p.mix.out) project_task(p.project, block < windows ? block : (block - windows) / (p.tasks - 1),
+                                 block < windows ? 0 : 1 + (block - windows) % (p.tasks - 1), n, bytes, scratch);
+    else if (block * WARPS + warp < n) post_comb(p.mix, block * WARPS + warp);
 }
 // Rows r0 .. of the n.
 template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
@@ -2332,11 +2311,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), spans);
         feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
-        if (n < 0) {
-            n = *p.n_rows, grid_wait();
-            for (int r = (int)threadIdx.x / WARP; NT == 1 && p.tasks && r < n; r += WARPS) query_row(p.project, r);
-            __syncthreads();
-        }
+        if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
             linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
         copies_wait<0>();
@@ -2358,8 +2333,6 @@ typedef struct {
     int rows;                       // of the pass, at most
     int routed;                     // 1: the routes stand before the kernel ahead has ended
     int x_by_slot;                  // x has a row for each slot; else for each row of the pass
-    int routes;                     // it begins with the routes
-    route_args route;
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
     int y_stride;
@@ -2414,7 +2387,6 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
             fetch((const char *)p.experts + i);     // which nobody has read since the pass before
         grid_wait();
     }
-    if (NT == 1 && p.routes) route_block(p.route, p.n->n_rows, bytes);
     grid_go();
     n = (__ldcg(p.active) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
@@ -3484,9 +3456,6 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
     j->w = w, j->y = y, j->y_stride = y_stride, j->x_stride = x.stride, j->x = operand_of(x, w.dtype, as_is);
 }
 
-// So few rows that products begin with what is made of the one before.
-static int few_rows(const cuda *d) { return d->grid.rows <= FEW_ROWS; }
-
 // ---- blocks of prompts through cuBLASLt
 // Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
 // take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs
@@ -3636,7 +3605,7 @@ static void jobs_wide(cuda *d, const char *name, linears_args *p) {
 
 static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
     int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4,
-        beside = p->mix.out || p->tasks ? blocks_of(rows, WARPS) + (p->tasks > 2 ? 2 * rows : 0) : 0;
+        beside = p->mix.out || p->tasks ? blocks_of(rows, WARPS) + larger(0, p->tasks - 1) * rows : 0;
     dim3 grid;
     if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
     if (!p->n_jobs && !p->mix.out) return;
@@ -3712,7 +3681,6 @@ static void op_tap(cuda *d, int index) {
     d->tap = index;
 }
 
-static size_t query_bytes(const shape *s) { return (size_t)(blocks_of(s->index_heads, 8) * 8 * s->I) * 2; }
 static index_args index_of(const cuda *d, int l, int row0) {
     index_args p;
     memset(&p, 0, sizeof p);
@@ -3725,12 +3693,14 @@ static index_args index_of(const cuda *d, int l, int row0) {
 static void attention_project(cuda *d, const layer_weights *w, int l) {
     linears_args p;
     project_args a;
-    int target = !d->grid.drafts, tasks = 2;
-    memset(&p, 0, sizeof p), memset(&a, 0, sizeof a);
+    round_args r;
+    int target = !d->grid.drafts, tasks = 1;
+    memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.turns = d->turns, a.set = w->ratio > 0,
     a.freqs_compressed = d->freqs[1];
-    a.q_norm = w->q_norm, a.kv_norm = w->kv_norm, a.qr = d->qr, a.kv = d->kv, a.low = d->qr_in, a.ratio = w->ratio,
-    a.layer = l;
+    a.kv_norm = w->kv_norm, a.kv = d->kv, a.ratio = w->ratio, a.layer = l;
+    r.c = d->s, r.n_rows = &d->dev.n->n_rows, r.x = d->qr, r.norm = w->q_norm, r.n = d->s.q_lora, r.out = d->qr_in,
+    r.parts = 1;
     for (int i = 0; i < 2; i++) {
         const compressor *o = &w->pool[i];
         pooling *q = &a.pool[i];
@@ -3748,7 +3718,8 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
     p.mix = post_comb_of(d);
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
-    if (few_rows(d)) p.tasks = tasks, p.project = a;
+    LAUNCH(round_rows, grid_of(d->grid.rows, 1), THREADS, 0, r);
+    if (d->grid.rows < MANY_ROWS || !d->wide) p.tasks = tasks, p.project = a;
     else LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.D, d->s.I) * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
     if (target && w->ratio == 4 && d->grid.indexed)
@@ -3759,7 +3730,8 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
 static void attention_index(cuda *d, int l, int row0, int rows) {
     index_args p = index_of(d, l, row0);
     LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads, WARPS), rows), THREADS, 0, p);
-    LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS, query_bytes(&d->s), p);
+    LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS,
+           query_bytes(d->s.index_heads, d->s.I), p);
 }
 
 // What of this pass goes into the rings.
@@ -3855,17 +3827,15 @@ static void op_moe(cuda *d, int l) {
     p.mix = post_comb_of(d);
     jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
     threads = WARP * smaller(smaller(32, ROUTE_BYTES / (d->s.E * (int)sizeof(scored_expert))), larger(8, d->grid.rows));
-    e.routes = few_rows(d) && !d->n_slots, e.route = r;
-    if (!e.routes)
-        LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
-               (size_t)(threads / WARP * d->s.E) * sizeof(scored_expert), r);
+    LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
+           (size_t)(threads / WARP * d->s.E) * sizeof(scored_expert), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
     e.y_stride = width;
     experts_run(d, "experts w1 w3", e, w);
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
-    e.routes = 0, e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
+    e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
     e.y[0] = d->down, e.y_stride = d->s.h;
     experts_run(d, "experts w2", e, w);
 }
@@ -4807,7 +4777,7 @@ static void allow_shared(cuda *d) {
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
-    allow(d, index_query, 0), allow(d, index_scores, (int)query_bytes(c)), allow(d, attend_merge, 0);
+    allow(d, index_query, 0), allow(d, index_scores, (int)query_bytes(c->index_heads, c->I)), allow(d, attend_merge, 0);
     allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
     allow(d, survey, 0), allow(d, sift, 0), allow(d, weigh, 0), allow(d, draw, 0), allow(d, drawn, 0);
     allow(d, choose, 0), allow(d, take_taps, 0);
