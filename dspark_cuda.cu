@@ -2437,32 +2437,51 @@ typedef struct {
 // Where a block is: in which of its tiles, in the units from w on, at which; and the stage that holds it.
 typedef struct { int k, w, unit, stage; } wide_at;
 
-// A unit of x to a stage: its scales [row][2], then [plane][row][16 bytes each], a row as lanes read it, the e-th
+// A unit of x in a stage: its scales [row][2], then [plane][row][16 bytes each], a row as lanes read it, the e-th
 // eights of the four t together, and every second row with halves of 128 bytes exchanged: lanes of two rows then read
-// from all banks.
-static __device__ __forceinline__ void ask_rows(shared_at to, const wide_tile &t, int unit) {
-    int of = t.s.dtype, chunks = of == DSPARK_F32 ? 2 : of < DSPARK_FP8 ? 3 : of == DSPARK_FP8 ? 4 : 5,
-        most = of == DSPARK_FP8;
-    int q = (int)threadIdx.x & ((1 << chunks) - 1), first = (int)threadIdx.x >> chunks;
-    int lane_place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
-    const uint16_t *x = t.x.x + (unit << (chunks + 3)) + q * 8;
-    if (of >= DSPARK_FP8) {
-        int i = (int)threadIdx.x / 2, which = (int)threadIdx.x % 2, each = of == DSPARK_FP4 ? 2 : 1;
-        if (i < t.live && which < each)
-            copy4<0>(to + (int)threadIdx.x * 4, t.x.scale + (t.at[i] / 128 + unit * each + which));
-        to += MOST_COLUMNS * 2 * 4;
-    }
-    if (of != DSPARK_F32) lane_place ^= (first & 1) * 64;
-    for (int p = 0, live = t.live, each = THREADS >> chunks; p < t.x.planes; p++, x += t.x.plane)
-        for (int r0 = first; r0 < live; r0 += 4 * each) {
-            int at[4];
-            UNROLL
-            for (int i = 0; i < 4; i++) at[i] = t.at[least(r0 + i * each, live - 1)];
-            UNROLL
-            for (int i = 0; i < 4; i++)
-                if (r0 + i * each < live)
-                    copy16<0>(to + ((p * 8 * t.eights + r0 + i * each) << (chunks + 4)) + lane_place, x + at[i]);
+// from all banks. A thread copies the same 16 bytes of some rows of each unit: where they begin in x and in the stage,
+// and the scale that is its own, stand here while a block has a tile. NONE: there is none.
+enum { MOST_COPIES = 8, NONE = -1 };
+typedef struct { uint4 from[MOST_COPIES / 4][THREADS]; uint32_t to[THREADS], scale[THREADS]; } row_copies;
+static __device__ __forceinline__ int row_chunks(int dtype) {       // the logarithm of 16 bytes in a row of a unit
+    return dtype == DSPARK_F32 ? 2 : dtype < DSPARK_FP8 ? 3 : dtype == DSPARK_FP8 ? 4 : 5;
+}
+static __device__ __noinline__ void plan_rows(const wide_tile &t, row_copies &c) {
+    int of = t.s.dtype, chunks = row_chunks(of), most = of == DSPARK_FP8, me = (int)threadIdx.x, q = me & ((1 << chunks) - 1),
+        first = me >> chunks, each = THREADS >> chunks, passes = (8 * t.eights + each - 1) / each, i = me / 2,
+        scales = of == DSPARK_FP4 ? 2 : of == DSPARK_FP8;
+    int place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
+    if (of != DSPARK_F32) place ^= (first & 1) * 64;
+    c.to[me] = (uint32_t)((first << (chunks + 4)) + place + (scales ? MOST_COLUMNS * 2 * 4 : 0));
+    c.scale[me] = i < t.live && me % 2 < scales ? (uint32_t)(t.at[i] / 128 + me % 2) : (uint32_t)NONE;
+    for (int half = 0; half < MOST_COPIES / 4; half++) {
+        uint32_t from[4];
+        UNROLL
+        for (int k = 0; k < 4; k++) {
+            int plane = (half * 4 + k) / passes, r = first + (half * 4 + k) % passes * each;
+            from[k] = (uint32_t)NONE;
+            if (plane < t.x.planes && r < t.live)
+                from[k] = (uint32_t)((size_t)plane * t.x.plane + (size_t)(t.at[r] + q * 8));
         }
+        c.from[half][me] = make_uint4(from[0], from[1], from[2], from[3]);
+    }
+}
+static __device__ __forceinline__ void ask_rows(shared_at to, const wide_tile &t, int unit, const row_copies &c) {
+    int of = t.s.dtype, chunks = row_chunks(of), me = (int)threadIdx.x;
+    const uint16_t *x = t.x.x + ((size_t)unit << (chunks + 3));
+    shared_at at = to + (int)c.to[me];
+    uint32_t scale = c.scale[me];
+    if (scale != (uint32_t)NONE) copy4<0>(to + me * 4, t.x.scale + (scale + (uint32_t)(unit << (of == DSPARK_FP4))));
+    UNROLL
+    for (int half = 0; half < MOST_COPIES / 4; half++) {
+        const uint4 from = c.from[half][me];
+        if (half && t.x.planes * t.eights < 16) break;      // only FP8 of 64 rows in two planes has more than four
+        UNROLL
+        for (int k = 0; k < 4; k++) {
+            if (word(from, k) != (uint32_t)NONE) copy16<0>(at, x + word(from, k));
+            at += of == DSPARK_F32 ? 2048 : 4096;
+        }
+    }
 }
 template <int DTYPE, int NT> struct from_stage {
     const char *x;
@@ -2480,7 +2499,7 @@ template <int DTYPE, int NT> struct from_stage {
 
 // The next unit of the block's tiles, of which it has n, to its stage.
 template <int MT> static __device__ __forceinline__ void ask_wide(const wide_tile *known, int n, wide_at &a,
-                                                                  char *bytes) {
+                                                                  char *bytes, row_copies &rows) {
     int first = (int)threadIdx.x / WARP * MT;
     if (a.k < n) {
         const wide_tile &t = known[a.k % TILES_KNOWN];
@@ -2493,7 +2512,8 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
                 unit_at(t.s, first + mt, a.unit, &p, &scale);
                 ask_unit<0>(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
             }
-        ask_rows(stage + stage_rows(MT), t, a.unit);
+        if (!a.w && !a.unit) plan_rows(t, rows);
+        ask_rows(stage + stage_rows(MT), t, a.unit, rows);
         for (a.unit += WARPS; a.unit >= units && a.w < WARPS - 1;) a.unit = ++a.w;
         if (a.unit >= units) a.k++, a.w = a.unit = 0;
     }
@@ -2524,7 +2544,7 @@ static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*tota
 // Tile k of the block's n. a: what is asked for next.
 template <int DTYPE, int MT, int NT, int X>
 static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, int n, wide_at &a, int &stage,
-                                                 char *bytes) {
+                                                 char *bytes, row_copies &rows) {
     enum { SUMS = weights_of<DTYPE>::SUMS };
     const wide_tile &t = known[k % TILES_KNOWN];
     int units = t.s.pitch / UNIT, first = (int)threadIdx.x / WARP * MT, live = first < t.s.tiles;
@@ -2543,12 +2563,12 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
                 scale[mt] = DTYPE == DSPARK_FP8 ? scales_of(t.s, least(first + mt, t.s.tiles - 1))[unit] : 0;
             copies_wait<wide_stages(MT) - 2>();
             __syncthreads();        // all see the stage, and are done with the one before it
-            if (!late) ask_wide<MT>(known, n, a, bytes);
+            if (!late) ask_wide<MT>(known, n, a, bytes, rows);
             UNROLL
             for (int mt = 0; live && mt < MT; mt++)
                 take_piece<DTYPE>(q[mt], place_in(from + (first + mt) * SLOT_BYTES), scale[mt]);
             if (live) multiply<DTYPE, MT, NT, X>(q, from_stage<DTYPE, NT>{ from + stage_rows(MT) }, acc);
-            if (late) ask_wide<MT>(known, n, a, bytes);
+            if (late) ask_wide<MT>(known, n, a, bytes, rows);
             stage = stage + 1 == wide_stages(MT) ? 0 : stage + 1;
         }
         UNROLL
@@ -2567,30 +2587,31 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
 // Tiles of which find(i, tile) says what they are, all threads of a block together.
 template <int MT, class F> static __device__ __forceinline__ void wide(int n_tiles, char *bytes, const F &find) {
     __shared__ wide_tile known[TILES_KNOWN];
+    __shared__ row_copies rows;
     int n = n_tiles > (int)blockIdx.x ? (n_tiles - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0, stage = 0;
     wide_at a = { 0, 0, 0, 0 };
     for (int k = 0; k < TILES_KNOWN - 1 && k < n; k++)
         find((int)(blockIdx.x + (unsigned)k * gridDim.x), known[k]);
     __syncthreads();
-    for (int i = 0; i < wide_stages(MT) - 1; i++) ask_wide<MT>(known, n, a, bytes);
+    for (int i = 0; i < wide_stages(MT) - 1; i++) ask_wide<MT>(known, n, a, bytes, rows);
     for (int k = 0; k < n; k++) {
         const wide_tile &t = known[k % TILES_KNOWN];
         int next = k + TILES_KNOWN - 2;     // as far as may be asked for; nobody looks at the one before the last
         if (k && next < n) find((int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
         switch (t.x.planes == 1 ? -t.s.dtype : t.s.dtype) {
         case -DSPARK_FP8:
-            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 1>(known, k, n, a, stage, bytes);
-            else wide_sums<DSPARK_FP8, MT, 4, 1>(known, k, n, a, stage, bytes);
+            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 1>(known, k, n, a, stage, bytes, rows);
+            else wide_sums<DSPARK_FP8, MT, 4, 1>(known, k, n, a, stage, bytes, rows);
             break;
         case DSPARK_FP8:
-            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 2>(known, k, n, a, stage, bytes);
-            else wide_sums<DSPARK_FP8, MT, 4, 2>(known, k, n, a, stage, bytes);
+            if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 2>(known, k, n, a, stage, bytes, rows);
+            else wide_sums<DSPARK_FP8, MT, 4, 2>(known, k, n, a, stage, bytes, rows);
             break;
-        case -DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 4, 1>(known, k, n, a, stage, bytes); break;
-        case DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 2, 2>(known, k, n, a, stage, bytes); break;
-        case DSPARK_F16: wide_sums<DSPARK_F16, MT, 4, 3>(known, k, n, a, stage, bytes); break;
-        case DSPARK_F32: wide_sums<DSPARK_F32, MT, 4, 3>(known, k, n, a, stage, bytes); break;
-        default: wide_sums<DSPARK_BF16, MT, 4, 3>(known, k, n, a, stage, bytes);
+        case -DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 4, 1>(known, k, n, a, stage, bytes, rows); break;
+        case DSPARK_FP4: wide_sums<DSPARK_FP4, MT, 2, 2>(known, k, n, a, stage, bytes, rows); break;
+        case DSPARK_F16: wide_sums<DSPARK_F16, MT, 4, 3>(known, k, n, a, stage, bytes, rows); break;
+        case DSPARK_F32: wide_sums<DSPARK_F32, MT, 4, 3>(known, k, n, a, stage, bytes, rows); break;
+        default: wide_sums<DSPARK_BF16, MT, 4, 3>(known, k, n, a, stage, bytes, rows);
         }
     }
     copies_wait<0>();
@@ -4753,7 +4774,7 @@ template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes, int 
 // Tiles of many rows take all of it; where it is less than 216 KB, decoding's kernels do their work.
 static void allow_wide(cuda *d) {
     int bytes[2] = { wide_stages(1) * stage_bytes(1), wide_stages(2) * stage_bytes(2) };
-    d->wide = d->shared_most >= bytes[1] + (8 << 10);
+    d->wide = d->shared_most >= bytes[1] + (20 << 10);
     if (!d->wide) return;
     allow(d, linears_wide<1>, bytes[0], 100), allow(d, linears_wide<2>, bytes[1], 100);
     allow(d, experts_wide, bytes[1], 100);
