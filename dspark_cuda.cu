@@ -863,6 +863,8 @@ template <int NT> static __device__ __forceinline__ void ask(feed &f) {
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
     memset(&f, 0, sizeof f), f.spans = spans, f.n = n, f.p = f.scale = (const uint8_t *)bytes;
     f.slots = f.slot = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES);
+    for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)
+        if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) fetch(scales_of(spans[k], lane));
     feed_span(f);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
@@ -2083,8 +2085,10 @@ static __device__ void round_eight(const round_args &p, int r, int at, int live)
     put_input(p.out, r, at, v, live);
 }
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
-    int r = (int)blockIdx.x, part = (int)blockIdx.y, n;
+    int r = (int)blockIdx.x, part = (int)blockIdx.y, n, any = 0;
     grid_go();
+    for (int i = (int)threadIdx.x * 32; p.norm && i < p.n; i += THREADS * 32) any |= (int)__float_as_uint(p.norm[i]);
+    keep(any);      // its lines come to the first cache
     n = *p.n_rows;
     grid_wait();
     if (r >= n) return;
@@ -2112,12 +2116,15 @@ typedef struct {
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
 
-enum { ROUTE_BYTES = 64 << 10 };       // a block's scores
 // What row r's choice of expert e goes by, and its weight before they are divided by their sum.
 typedef struct { uint32_t order; float weight; } scored_expert;
-static __device__ __forceinline__ scored_expert score_expert(const route_args &p, int r, int e) {
+// A block's scores, and the bias.
+static __host__ __device__ size_t route_bytes(int warps, int E) {
+    return (size_t)(warps * E) * sizeof(scored_expert) + (size_t)E * sizeof(float);
+}
+static __device__ __forceinline__ scored_expert score_expert(const route_args &p, int r, int e, const float *bias) {
     float weight = sqrt_softplus(__ldcg(p.gate + (size_t)r * (size_t)p.c.E + (size_t)e));
-    uint32_t order = p.tid2eid ? 1 : ordered(weight + p.bias[e]);
+    uint32_t order = p.tid2eid ? 1 : ordered(weight + bias[e]);
     scored_expert s = { order ? order : 1, weight };
     return s;
 }
@@ -2191,11 +2198,14 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     SHARED_BYTES(bytes);
     int n, E = p.c.E, warps = (int)blockDim.x / WARP, warp = (int)threadIdx.x / WARP, r0 = (int)blockIdx.x * warps;
     scored_expert *scores = (scored_expert *)(void *)bytes;
+    float *bias = (float *)(void *)(scores + (size_t)warps * (size_t)E);
     grid_go();
+    for (int e = (int)threadIdx.x; p.bias && e < E; e += (int)blockDim.x) bias[e] = p.bias[e];
     n = p.n->n_rows;
     grid_wait();
+    __syncthreads();
     for (int i = (int)threadIdx.x; i < least(warps, n - r0) * E; i += (int)blockDim.x)
-        scores[i] = score_expert(p, r0 + i / E, i % E);
+        scores[i] = score_expert(p, r0 + i / E, i % E, bias);
     __syncthreads();
     if (r0 + warp < n) route_row(p, r0 + warp, scores + (size_t)warp * (size_t)E);
     __syncthreads();
@@ -3847,9 +3857,9 @@ static void op_moe(cuda *d, int l) {
     for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
     p.mix = post_comb_of(d);
     jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
-    threads = WARP * smaller(smaller(32, ROUTE_BYTES / (d->s.E * (int)sizeof(scored_expert))), larger(8, d->grid.rows));
+    threads = WARP * smaller(d->s.E > 512 ? 8 : d->s.E > 256 ? 16 : 32, larger(8, d->grid.rows));
     LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
-           (size_t)(threads / WARP * d->s.E) * sizeof(scored_expert), r);
+           route_bytes(threads / WARP, d->s.E), r);
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
@@ -4794,7 +4804,7 @@ static void allow_shared(cuda *d) {
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
     allow(d, linears<4>, product_bytes(4)), allow_wide(d);
     allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes);
-    allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, ROUTE_BYTES);
+    allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, 72 << 10);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
