@@ -18,29 +18,34 @@
 // 33 on a block has a tile of outputs and rows (products of many rows).
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. [..]:
-//               not always; (..): up to 16 rows made at the end of the product ahead, by the block that completes it
+//               not always; (..): from 33 rows on, of fewer beside the product that follows
 // a pass        turns (cos and sin of each row's position), stream (the embedding)
-// mix_in        (stream: what mix_out and tap have put off, and the sums of this mix) mix
-// attention     linears, (project) linears, (index_query) [index_scores,] attend, attend_merge, linears, (round_rows)
-//               linears
-// moe           linears, (route, swiglu of the shared one) [cache_choose, cache_fill,] experts, (swiglu) experts
-// head          (stream) mix, linears
+// mix_in        stream (what mix_out and tap have put off, and the sums of this mix), mix
+// attention     linears, round_rows, (project) linears, [index_query, index_scores,] attend, attend_merge, linears,
+//               round_rows, linears
+// moe           linears, route, [cache_choose, cache_fill,] experts, swiglu, experts
+// head          stream, mix, linears
 // inject        take_taps, linears, round_rows, linears, inject_rows
 // draws         [survey, 4 sift, 4 sift, weigh,] draw, drawn
 // a step        markov_begin, [linears, markov_gate,] linears, [survey, .. weigh,] draw
-// 12 launches a layer with an indexer that has keys to choose among, 11 without: some 490 a pass, one graph. Each
+// 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
-// is of, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.8 us of bytes; then it
-// waits (grid_wait). A row at 70 % of its floor, 3.73 ms, has 1.6 ms for all that is no byte: 3.3 us a launch.
+// is of and parameters, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.8 us of
+// bytes; then it waits (grid_wait).
 //
-// MEASURED (H100, 43 layers, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes' floor), with 17
-// and 19 launches a layer, when FP8 and FP4 still went through bf16: 9,130, 42 %. gate w1 w3 282, 89 %; the head 403,
-// 89 %; wo_b 571, 86 %; wq_b 693, 80 %; wq_a and what is beside it 489, 62 %; wo_a 877, 56 %; w1 w3 of the experts
-// 1,474, 53 %, and w2 1,146, 45 %. Others 3,100: attend 730, mix 405, attend_merge 342, index_scores 317, and 1,350 in
-// launches that now are ends of others. Six rows: 15,390, 49 %.
+// MEASURED (H100, 43 layers of 16 experts, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes'
+// floor): 7,330, 52 %. wq_b 511, wo_b 483, gate w1 w3 259, w2 587 and the head 395: 92 % and more, their weights are on
+// the way before their turn. wo_a 685, 73 %; wq_a and what is beside it 429, 72 %; w1 w3 of the experts 1,267, 63 %: of
+// which experts is known last. Others 2,660: attend 542, stream 515, mix 326, round_rows 299, index_scores 271,
+// attend_merge 227, route 205, swiglu 158, index_query 120. Of their 3.5 to 14 us each 2 are the launch; and code,
+// parameters and operands come from the second cache: the same kernel again, at once, takes 1 to 3.5 less. Six rows:
+// 11,635; a cycle that drafts five and verifies six rows 12,490.
+// SLOWER: what is made of a product's outputs made by the block whose tile completes them, 12 launches a layer: 11,190,
+// for those blocks do in turn what waits for them; or by each block of the product that needs it: 264 blocks write the
+// same lines, one row gains 2 us a launch, six rows lose 15.
 // COUNTED (the steady loops in cuobjdump -sass of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows;
 // through bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a
-// scheduler issue 1,100 for FP4 while bytes take 2,400 clocks. Since products have ends, 8 to 18 more in linears<1>.
+// scheduler issue 1,100 for FP4 while bytes take 2,400 clocks.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -79,7 +84,9 @@ static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
 typedef char *shared_at;
 static inline shared_at place_in(const char *shared) { return (char *)(uintptr_t)shared; }
-template <int AT, int ONCE = 0> static inline void copy16(shared_at to, const void *from) { host_ask(to + AT, from, 16); }
+template <int AT, int ONCE = 0> static inline void copy16(shared_at to, const void *from) {
+    host_ask(to + AT, from, 16);
+}
 template <int AT> static inline void copy4(shared_at to, const void *from) { host_ask(to + AT, from, 4); }
 static inline void copies_close(void) { host_close(); }
 static inline void keep(int) {}
@@ -145,8 +152,8 @@ template <int AT> __device__ __forceinline__ uint4 load16(shared_at from) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from), "n"(AT));
     return r;
 }
-// ONCE: weights that nobody reads again in this pass leave the second cache first. So what each layer needs stays there,
-// code, parameters, the stream, keys: 50 MB against 90 of weights.
+// ONCE: weights that nobody reads again in this pass leave the second cache first, so that what is read again stays
+// there: code, parameters, the stream, keys. A layer's weights are 90 MB, the cache 50.
 template <int AT, int ONCE = 0> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
     uint64_t first;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
@@ -552,8 +559,9 @@ static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit
     *scale = s.dtype == DSPARK_FP4 ? s.scale : s.data;
     *scale += (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
 }
-template <int ONCE> static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, uint32_t eight_rows, int fp4,
-                                                const uint8_t *scale) {
+template <int ONCE> static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p,
+                                                                    uint32_t eight_rows, int fp4,
+                                                                    const uint8_t *scale) {
     int lane = (int)threadIdx.x % WARP;
     shared_at to = slot + place_of(lane);
     const uint8_t *below = p + eight_rows;
@@ -863,7 +871,7 @@ template <int NT> static __device__ __forceinline__ void ask(feed &f) {
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
     memset(&f, 0, sizeof f), f.spans = spans, f.n = n, f.p = f.scale = (const uint8_t *)bytes;
     f.slots = f.slot = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES);
-    for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)
+    for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)      // a scale a tile
         if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) fetch(scales_of(spans[k], lane));
     feed_span(f);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
@@ -1725,8 +1733,8 @@ template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const at
     for (int d = (int)threadIdx.x % 8 * 8; d < p.c.R; d += 64) put_turned(p, room, mine, d, turned + d, mine < n);
 }
 
-// A warp's part of the queries of 16 heads, every eighth sixteen dims, as mma takes them: as they are (their RMS goes into
-// the result), turned, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
+// A warp's part of the queries of 16 heads, every eighth sixteen dims, as mma takes them: as they are (their RMS goes
+// into the result), turned, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
 enum { Q_STEPS = MAX_HEAD_DIM / 16 / WARPS };
 typedef struct { uint32_t a[Q_STEPS][3][4]; } queries;
 // squares[2]: of heads g and g + 8, the lane's part.
@@ -2421,8 +2429,9 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
 // 128 x 32 where tiles are few. Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66
 // (matrices of bf16: three planes), wq_b 71, wo_a 115 (two planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8
 // times 64 rows, of a tile of 256, is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues
-// 1,500 instructions for its two warps, and 48 KB from L2, 30 bytes a clock; of FP4 times 32 rows as many, 2,200
-// instructions.
+// 1,500 instructions for its two warps, and 48 KB from L2, 30 bytes a clock; of FP4 times 32 rows as many, 2,100
+// instructions. Measured: 158, 258, 256, 152, 140: two warps a scheduler wait more than they issue, yet four with half
+// the tile (128 outputs, two blocks an SM) took 1.2 to 1.5 times as long. wgmma.m64n64k16 on f16 has mma_f16's bits.
 
 enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
 static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }
@@ -2457,9 +2466,9 @@ static __device__ __forceinline__ int row_chunks(int dtype) {       // the logar
     return dtype == DSPARK_F32 ? 2 : dtype < DSPARK_FP8 ? 3 : dtype == DSPARK_FP8 ? 4 : 5;
 }
 static __device__ __noinline__ void plan_rows(const wide_tile &t, row_copies &c) {
-    int of = t.s.dtype, chunks = row_chunks(of), most = of == DSPARK_FP8, me = (int)threadIdx.x, q = me & ((1 << chunks) - 1),
-        first = me >> chunks, each = THREADS >> chunks, passes = (8 * t.eights + each - 1) / each, i = me / 2,
-        scales = of == DSPARK_FP4 ? 2 : of == DSPARK_FP8;
+    int of = t.s.dtype, chunks = row_chunks(of), most = of == DSPARK_FP8, me = (int)threadIdx.x, i = me / 2,
+        q = me & ((1 << chunks) - 1), first = me >> chunks, each = THREADS >> chunks,
+        passes = (8 * t.eights + each - 1) / each, scales = of == DSPARK_FP4 ? 2 : of == DSPARK_FP8;
     int place = (q >> (most + 2) << most | (q & ((1 << most) - 1))) * 64 + (q >> most & 3) * 16;
     if (of != DSPARK_F32) place ^= (first & 1) * 64;
     c.to[me] = (uint32_t)((first << (chunks + 4)) + place + (scales ? MOST_COLUMNS * 2 * 4 : 0));
@@ -2520,7 +2529,8 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
             if (first + mt < t.s.tiles) {
                 const uint8_t *p, *scale;
                 unit_at(t.s, first + mt, a.unit, &p, &scale);
-                ask_unit<0>(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4, scale);
+                ask_unit<0>(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4,
+                            scale);
             }
         if (!a.w && !a.unit) plan_rows(t, rows);
         ask_rows(stage + stage_rows(MT), t, a.unit, rows);
@@ -3394,7 +3404,6 @@ typedef struct {
     operation *ops;
     int n_ops, max_ops, n_passes;
     extent passes[2], grid;                 // those noted; that of the operation that runs
-    int running;                            // which of them
     int from, tap, slots;                   // of the stream, what is put off until the next mix
     const float *from_y;
     mixer now;                              // the mix whose post and comb are still to be made
@@ -3434,8 +3443,8 @@ static dspark_status result(cuda *d) {
 }
 
 #ifdef DSPARK_CUDA_TIMED
-// For bench/cuda.c: the kernels of what was played, in their order, and when the turn of each came. One device at a time.
-// noted: of each recording, made once; names: of all that was played since tracing began.
+// For bench/cuda.c: the kernels of what was played, in their order, and when the turn of each came; one device at a
+// time. noted: of each recording, made once; names: of all that was played since tracing began.
 static struct { const char *noted[4 * MAX_TRACED], *names[MAX_TRACED]; int n_noted, n, on; } traced;
 static void trace(const char *name) {
     if (traced.on && traced.n_noted < 4 * MAX_TRACED) traced.noted[traced.n_noted++] = name;
@@ -4153,7 +4162,7 @@ static void run_ops(cuda *d) {
 #ifndef DSPARK_CUDA_HOST
         nvtxRangePushA(names[d->ops[i].op]);
 #endif
-        d->running = i, run_op(d, &d->ops[i]);
+        run_op(d, &d->ops[i]);
 #ifndef DSPARK_CUDA_HOST
         nvtxRangePop();
 #endif

@@ -135,7 +135,8 @@ static totals kernels(dspark_session *s, const int32_t *ids, int rows, double ra
         snprintf(question, sizeof question, "cuda %s %s (%d launches)", of, found[k].name, found[k].n / repeats);
         result_one(question, name, 1, found[k].us, "us");
         snprintf(question, sizeof question, "cuda %s %s share of floor", of, found[k].name);
-        if (bytes > 0 && rows && rows != PROMPT) result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
+        if (bytes > 0 && rows && rows != PROMPT)
+            result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
         sum.all += found[k].us;
         if (strstr(found[k].name, "markov") || strstr(found[k].name, "draw")) sum.head += found[k].us;
     }
