@@ -385,7 +385,7 @@ static __device__ __forceinline__ void load8(float *v, const float *from) {
     float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
-// Past the first cache: also what other blocks of this launch wrote.
+// Past the first cache: what is read once.
 static __device__ __forceinline__ void load8_fresh(float *v, const float *from) {
     float4 a = __ldcg((const float4 *)(const void *)from), b = __ldcg((const float4 *)(const void *)from + 1);
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
