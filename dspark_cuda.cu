@@ -3444,11 +3444,13 @@ static dspark_status result(cuda *d) {
 
 #ifdef DSPARK_CUDA_TIMED
 // For bench/cuda.c: the kernels of what was played, in their order, and when the turn of each came; one device at a
-// time. noted: of each recording, made once; names: of all that was played since tracing began.
+// time. noted: of each recording, made once; names: of all that was played since tracing began. between: from the last
+// kernel of what was played to the first of the next.
 static struct { const char *noted[4 * MAX_TRACED], *names[MAX_TRACED]; int n_noted, n, on; } traced;
 static void trace(const char *name) {
     if (traced.on && traced.n_noted < 4 * MAX_TRACED) traced.noted[traced.n_noted++] = name;
 }
+static void trace_between(void) { traced.noted[traced.n_noted - 1] = "between"; }
 static int trace_at(void) { return traced.n_noted; }
 static void trace_played(int from, int to) {
     for (; traced.on && from < to && traced.n < MAX_TRACED; from++) traced.names[traced.n++] = traced.noted[from];
@@ -3456,6 +3458,7 @@ static void trace_played(int from, int to) {
 #define TRACED traced.on
 #else
 #define trace(name) ((void)0)
+#define trace_between() ((void)0)
 #define trace_at() 0
 #define trace_played(from, to) ((void)0)
 #define TRACED 0
@@ -4167,7 +4170,7 @@ static void run_ops(cuda *d) {
         nvtxRangePop();
 #endif
     }
-    if (TRACED) run_turns(d);       // whose turn ends the last kernel's time
+    if (TRACED) run_turns(d), trace_between();      // its turn ends the last kernel's time
 }
 
 static void record(cuda *d, recording *r, uint64_t calls) {
