@@ -9,8 +9,8 @@
 
 const dspark_backend *dspark_cuda_backend(void);
 
-enum { N = 150, TEXTS = 12, LENGTH = 24, CHOOSES = 20 };    /* tokens; texts compared with the CPU's, whose index has
-                                                               to choose among keys from CHOOSES tokens on */
+/* Tokens; texts that are compared with the CPU's, how long they are, and from where on their index has to choose. */
+enum { N = 150, TEXTS = 12, LENGTH = 24, CHOOSES = 20 };
 
 static dspark_model *open_on(const dspark_backend *backend) {
     dspark_model *m;
