@@ -2431,7 +2431,8 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
 // times 64 rows, of a tile of 256, is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues
 // 1,500 instructions for its two warps, and 48 KB from L2, 30 bytes a clock; of FP4 times 32 rows as many, 2,100
 // instructions. Measured: 158, 258, 256, 152, 140: two warps a scheduler wait more than they issue, yet four with half
-// the tile (128 outputs, two blocks an SM) took 1.2 to 1.5 times as long. wgmma.m64n64k16 on f16 has mma_f16's bits.
+// the tile (128 outputs, two blocks an SM) took 1.2 to 1.5 times as long. wgmma.m64n64k16 on f16 has mma_f16's bits:
+// 8.4 million chains of four compared, so these products may go there.
 
 enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
 static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }

@@ -1,4 +1,4 @@
-// cuda [DIR | synth] [key=value ...]: on a device, the time of passes and of the kernels in them, and the share of the
+// cuda [DIR | synth] [key=value ...] [fast]: on a device, the time of passes and of the kernels in them, and the share of the
 // floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory, as
 //     cuda synth flash n_routed_experts=110
 // fast: blocks of prompts by the library (fast_prefill), in passes of 2,048 rows.
@@ -103,7 +103,7 @@ static void passes(dspark_session *s, const int32_t *ids, double rate, double *m
 
 // What the kernels of one name have of a pass of `rows` rows, or (0) of a cycle, and how many there are. Of a prompt's
 // pass bytes are not the floor, and two repeats are enough. Returned: microseconds of all, of what a cycle has before
-// the pass that verifies, and of the sequential head.
+// the pass that verifies, and of the sequential head, all draws included.
 enum { MAX_KERNELS = 64 };
 typedef struct { const char *name; double us; int n; } share;
 typedef struct { double all, draft, head; } totals;
