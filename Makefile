@@ -72,7 +72,7 @@ build/tests/%: tests/%.c $(HEADERS)
 
 build/asan/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
 	@mkdir -p $(@D)
-	$(CXX) $(HOST_CUDA) -O1 $(CHECKS) -x c++ -c dspark_cuda.cu -o $@
+	$(CXX) $(HOST_CUDA) -O2 $(CHECKS) -x c++ -c dspark_cuda.cu -o $@
 
 $(CUDA_TESTS:%=build/asan/%): build/asan/%: tests/%.c build/asan/cuda_host.o $(HEADERS)
 	$(CC) $(STD) -O1 $(CHECKS) -DDSPARK_CUDA_HOST -I. -Itests -c $< -o $@.o

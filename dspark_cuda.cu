@@ -16,6 +16,8 @@
 // that are not rounded go in as two f16 planes with a scale (wo_a's), or where a matrix is of bf16 as three bf16 planes
 // whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
 // 33 on a block has a tile of outputs and rows (products of many rows).
+// WHOLE BLOCKS of 512 tokens of a prompt, where fast_prefill allows it, have other bits, always the same: FP8 products by
+// cuBLASLt and, of the routed experts, by experts_whole; attend_whole; wo_a with one plane of its inputs.
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. [..]:
 //               not always; (..): from 33 rows on, of fewer beside the product that follows
@@ -102,6 +104,13 @@ static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t 
     host_mma(c, all, b, 1);
 }
 static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
+template <int FIRST> static inline void mma_fp8(float (*c)[4], const uint32_t *a, shared_at b) {
+    host_mma_fp8(c[0], a, b, FIRST);
+}
+static inline void mma_fp8_begin(void) {}
+static inline void mma_fp8_close(void) {}
+template <int PENDING> static inline void mma_fp8_wait(float (*)[4]) {}
+static inline void copies_seen(void) {}
 template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
 static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
@@ -204,6 +213,38 @@ template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(row), "n"(AT));
     return r;
 }
+// Hopper's: a warpgroup's c [64][64] += a [64][32] b [64][32] in FP8. A warp has 16 rows of a and of c as mma has them,
+// four k where that has two; b lies in shared memory, a row each 128 bytes, of which a row's number modulo 8 exchanges
+// the 16s, from a multiple of 1,024 on. All is under way from mma_fp8_close on, a group each, until mma_fp8_wait.
+// FIRST: c is 0. Sums keep some 13 bits.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FOUR_SUMS(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+template <int FIRST> __device__ __forceinline__ void mma_fp8(float (*c)[4], const uint32_t *a, shared_at b) {
+    uint64_t at = (uint64_t)(b >> 4 & 0x3fff) | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
+                 "%31}, {%32, %33, %34, %35}, %36, p, 1, 1; }"
+                 : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),
+                   FOUR_SUMS(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at), "n"(!FIRST));
+}
+__device__ __forceinline__ void mma_fp8_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_fp8_close(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void mma_fp8_wait(float (*c)[4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+    asm volatile("" : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),
+                      FOUR_SUMS(7) :: "memory");       // nobody reads them before
+}
+// What this thread's copies wrote is there for mma_fp8.
+__device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+template <int FIRST> __device__ __forceinline__ void mma_fp8(float (*)[4], const uint32_t *, shared_at) {}
+__device__ __forceinline__ void mma_fp8_begin(void) {}
+__device__ __forceinline__ void mma_fp8_close(void) {}
+template <int PENDING> __device__ __forceinline__ void mma_fp8_wait(float (*)[4]) {}
+__device__ __forceinline__ void copies_seen(void) {}
+#endif
 // Four E4M3 codes, in pairs.
 __device__ __forceinline__ uint2 f16_of_e4m3(uint32_t codes) {
     uint2 r;
@@ -992,13 +1033,15 @@ static __device__ void post_comb(const post_comb_args &p, int r) {
     if (lane < COPIES * COPIES) out[COPIES + lane] = a;
 }
 
-// Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays.
+// Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays. Or for
+// weights of FP4, without the scales: of 32 codes 8t .. 8t + 7 where lane t of a product has them, 2, 0, 3, 1 at 4t and
+// 6, 4, 7, 5 at 16 + 4t, as decode_fp8 gives the weights.
 typedef struct {
     const uint16_t *x;              // [rows][stride], as input.rounded
     const float *x_scales;          // [rows][stride / 128]
     int stride, n;
     uint8_t *codes;                 // [rows][n]
-    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]
+    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]; NULL: for FP4
 } codes_args;
 static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
     int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
@@ -1010,8 +1053,14 @@ static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
         uint32_t code[2] = { 0, 0 };
         for (int i = 0; i < 8; i++)
             code[i / 4] |= e4m3_code(f16_value(word(w, i / 2) >> i % 2 * 16 & 0xffff)) << i % 4 * 8;
-        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)at) = { code[0], code[1] };
-        if (at % 128 == 0)
+        uint8_t *to = p.codes + (size_t)r * (size_t)p.n + (size_t)at;
+        if (p.scales) *(uint2 *)(void *)to = { code[0], code[1] };
+        else {
+            to += at % 32 / 2 - at % 32;
+            *(uint32_t *)(void *)to = __byte_perm(code[0], 0, 0x1302);
+            *(uint32_t *)(void *)(to + 16) = __byte_perm(code[1], 0, 0x1302);
+        }
+        if (p.scales && at % 128 == 0)
             p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(at / 128)) * DSPARK_PROMPT_BLOCK +
                      (size_t)(r % DSPARK_PROMPT_BLOCK)] = p.x_scales[from / 128];
     }
@@ -2036,6 +2085,18 @@ static __device__ __forceinline__ void add_split(const attend_args &p, const par
             if (dim_of(k, m) < p.c.D) *to = fmaf(by[m >> 1].y, a.o[k][m], *to * by[m >> 1].x);
         }
 }
+// Sums of heads h0 .. [heads][D + 8] over of[][1], as wo_a's input.
+static __device__ __forceinline__ void put_heads(const attend_args &p, int r, int h0, int heads, const float *total,
+                                                 const float (*of)[2]) {
+    int D = p.c.D, end = least(p.c.H, h0 + heads) * D, last = end / p.o_group * p.o_pitch + end % p.o_group;
+    for (int at = h0 * D / p.o_group * p.o_pitch + h0 * D % p.o_group; at < last; at += THREADS * 8) {
+        int place = at + (int)threadIdx.x * 8, dim = place < last ? dim_at(p, place) : -1, h = most(0, dim) / D - h0;
+        float o[8];
+        if (dim < 0) h = 0;
+        load8(o, total + h * (D + 8) + most(0, dim) % D);
+        put_values(p, r, place, dim, o, of[h][1]);
+    }
+}
 static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_args p) {
     __shared__ attend_scratch scratch;
     __shared__ float of_split[TILE][2];
@@ -2065,14 +2126,281 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     if (threadIdx.x % 4 == 0 && threadIdx.x < WARP)
         for (int half = 0; half < 2; half++) of_split[g + 8 * half][1] = heads[half].sum;
     __syncthreads();
-    int end = least(p.c.H, h0 + TILE) * D, last = end / p.o_group * p.o_pitch + end % p.o_group;
-    for (int at = h0 * D / p.o_group * p.o_pitch + h0 * D % p.o_group; at < last; at += THREADS * 8) {
-        int place = at + (int)threadIdx.x * 8, dim = place < last ? dim_at(p, place) : -1, h = most(0, dim) / D - h0;
-        float o[8];
-        if (dim < 0) h = 0;
-        load8(o, total + h * (D + 8) + most(0, dim) % D);
-        put_values(p, r, place, dim, o, of_split[h][1]);
+    put_heads(p, r, h0, TILE, total, of_split);
+}
+
+// ---- attention of whole blocks of a prompt ----------------------------------------------------
+// With fast_prefill. As in the released kernels queries, weights of the softmax and rotary dims of keys are rounded to
+// bf16: a third of the products above, and room for 64 heads of a row in one block, which reads and decodes keys once
+// where four blocks of attend_rows do. 64 keys at a time, those that are compressed asked for as they are stored while
+// the ones before are used. Bound: products, .14 us a row of 640 keys at 600 TFLOP/s; its shared memory, .20 us: 64 keys
+// are 4,700 clocks of it (scores 3,100, values 1,000, decoding 600). Not yet run on a device.
+
+enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PAD = 8, KEY_SCALES_ROOM = MAX_HEAD_DIM / 64 };
+typedef struct {
+    uint16_t *q, *keys, *weights;   // [WHOLE_HEADS][D + pad], [WHOLE_KEYS][D + pad], [WHOLE_HEADS][WHOLE_KEYS + pad]
+    uint8_t *codes, *scales;        // of the next keys [D - R], [KEY_SCALES_ROOM]
+    float *turned;                  // [R]
+    int *chosen;                    // [index_topk]
+} whole_room;
+// Their bytes; where the query's and the keys' end is room for the heads' sums [WHOLE_HEADS][D + 8].
+static __host__ __device__ size_t whole_shared(const shape *c, char *base, whole_room *room) {
+    size_t each = (size_t)(c->D + WHOLE_PAD) * 2, weights = WHOLE_HEADS * (WHOLE_KEYS + WHOLE_PAD) * 2,
+           n[7] = { WHOLE_HEADS * each, WHOLE_KEYS * each, weights, WHOLE_KEYS * (size_t)c->R * 4,
+                    WHOLE_KEYS * (size_t)(c->D - c->R), WHOLE_KEYS * KEY_SCALES_ROOM, (size_t)c->index_topk * 4 }, at[8];
+    at[0] = 0;
+    for (int i = 0; i < 7; i++) at[i + 1] = at[i] + n[i];
+    if (!room) return at[7];
+    room->q = (uint16_t *)(void *)base, room->keys = (uint16_t *)(void *)(base + at[1]);
+    room->weights = (uint16_t *)(void *)(base + at[2]), room->turned = (float *)(void *)(base + at[3]);
+    room->codes = (uint8_t *)base + at[4], room->scales = (uint8_t *)base + at[5];
+    room->chosen = (int *)(void *)(base + at[6]);
+    return 0;
+}
+
+// Queries of 64 heads over their RMS, turned; zeros behind the last.
+static __device__ void whole_queries(const attend_args &p, int r, int h0, uint16_t *to) {
+    enum { EACH = MAX_HEAD_DIM / 4 / WARP };
+    int D = p.c.D, lane = (int)threadIdx.x % WARP;
+    UNROLL_BY(2)
+    for (int h = (int)threadIdx.x / WARP; h < WHOLE_HEADS; h += WARPS) {
+        const float *from = p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + h)) * (size_t)D;
+        float4 x[EACH];
+        float squares = 0, scale;
+        UNROLL
+        for (int i = 0; i < EACH; i++) {
+            int d = (i * WARP + lane) * 4;
+            x[i] = make_float4(0, 0, 0, 0);
+            if (d < D && h0 + h < p.c.H) x[i] = *(const float4 *)(const void *)(from + d);
+            squares = fmaf(x[i].x, x[i].x, fmaf(x[i].y, x[i].y, fmaf(x[i].z, x[i].z, fmaf(x[i].w, x[i].w, squares))));
+        }
+        scale = 1 / sqrtf(warp_sum(squares) / (float)D + p.c.eps);
+        UNROLL
+        for (int i = 0; i < EACH; i++) {
+            int d = (i * WARP + lane) * 4, at = d - (D - p.c.R);
+            if (d >= D) continue;
+            if (at >= 0) {
+                float2 a = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2);
+                float2 b = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2 + 1);
+                turn_pair(x[i].x, x[i].y, a.x, a.y), turn_pair(x[i].z, x[i].w, b.x, b.y);
+            }
+            *(uint2 *)(void *)(to + h * (D + WHOLE_PAD) + d) = { bf16x2(x[i].x * scale, x[i].y * scale),
+                                                                 bf16x2(x[i].z * scale, x[i].w * scale) };
+        }
     }
+}
+
+// Asks for keys j0 .. that are compressed rows. Returned: the thread's two of their scales, which copies cannot take.
+static __device__ uint32_t whole_ask(const attend_args &p, const key_at &all, const view &v, int j0,
+                                     const whole_room &room) {
+    int plain = p.c.D - p.c.R, lane = (int)threadIdx.x % WARP, n = v.n_window + v.n_compressed,
+        blocks = (plain + 63) / 64, mine = (int)threadIdx.x / 4, first = (int)threadIdx.x % 4 * 2;
+    uint32_t scales = 0;
+    for (int slot = (int)threadIdx.x / WARP; slot < WHOLE_KEYS; slot += WARPS) {
+        int j = j0 + slot - v.n_window;
+        if (j < 0 || j0 + slot >= n) continue;
+        size_t at = (size_t)(v.selected ? room.chosen[j] : j);
+        const uint8_t *codes = all.codes + at * (size_t)plain;
+        const float *turned = all.turned + at * (size_t)p.c.R;
+        for (int d = lane * 16; d < plain; d += WARP * 16)
+            copy16<0>(place_in((const char *)room.codes) + (slot * plain + d), codes + d);
+        for (int d = lane * 4; d < p.c.R; d += WARP * 4)
+            copy16<0>(place_in((const char *)room.turned) + (slot * p.c.R + d) * 4, turned + d);
+    }
+    copies_close();
+    if (j0 + mine >= v.n_window && j0 + mine < n) {
+        int j = j0 + mine - v.n_window;
+        const uint8_t *from = all.scales + (size_t)(v.selected ? room.chosen[j] : j) * (size_t)blocks;
+        if (first < blocks) scales = from[first];
+        if (first + 1 < blocks) scales |= (uint32_t)from[first + 1] << 8;
+    }
+    return scales;
+}
+// Keys j0 .. to bf16; zeros behind the last.
+static __device__ void whole_keys(const attend_args &p, const row &s, const key_at &all, const view &v, int j0,
+                                  const whole_room &room) {
+    int D = p.c.D, R = p.c.R, plain = D - R, lane = (int)threadIdx.x % WARP;
+    UNROLL_BY(2)
+    for (int slot = (int)threadIdx.x / WARP; slot < WHOLE_KEYS; slot += WARPS) {
+        int j = j0 + slot;
+        uint16_t *to = room.keys + slot * (D + WHOLE_PAD);
+        if (j < v.n_window || j >= v.n_window + v.n_compressed) {
+            const float *from = j < v.n_window ? find_key(p, s, all, 0, v, j).floats : NULL;
+            UNROLL
+            for (int i = 0; i < MAX_HEAD_DIM / 4 / WARP; i++) {
+                int d = (i * WARP + lane) * 4;
+                float4 x = make_float4(0, 0, 0, 0);
+                if (from && d < D) x = *(const float4 *)(const void *)(from + d);
+                if (d < D) *(uint2 *)(void *)(to + d) = { bf16x2(x.x, x.y), bf16x2(x.z, x.w) };
+            }
+            continue;
+        }
+        for (int d = lane * 8; d < plain; d += WARP * 8) {
+            const uint2 codes = *(const uint2 *)(const void *)(room.codes + slot * plain + d);
+            float scale = e8m0(room.scales[slot * KEY_SCALES_ROOM + d / 64]);
+            uint32_t w[4];
+            for (int i = 0; i < 2; i++) {
+                const uint2 two = f16_of_e4m3(i ? codes.y : codes.x);
+                w[2 * i] = bf16x2(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale);
+                w[2 * i + 1] = bf16x2(f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale);
+            }
+            *(uint4 *)(void *)(to + d) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+        for (int d = lane * 2; d < R; d += WARP * 2)
+            *(uint32_t *)(void *)(to + plain + d) = bf16x2(room.turned[slot * R + d], room.turned[slot * R + d + 1]);
+    }
+}
+
+// Of a 16 x 16 tile of bf16 rows, as mma takes a; of two of 8 rows each, as it takes b: where the lane's row begins.
+static __device__ __forceinline__ int lane_a(int stride) {
+    int lane = (int)threadIdx.x % WARP;
+    return (lane % 16 * stride + lane / 16 * 8) * 2;
+}
+static __device__ __forceinline__ int lane_b(int stride) {
+    int lane = (int)threadIdx.x % WARP;
+    return ((lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8) * 2;
+}
+// Scores of a warp: heads 16 (warp % 4) .., keys 32 (warp / 4) ..
+static __device__ __forceinline__ void whole_scores(const attend_args &p, const whole_room &room, float (*acc)[4]) {
+    int stride = p.c.D + WHOLE_PAD, warp = (int)threadIdx.x / WARP;
+    shared_at a = place_in((const char *)room.q) + warp % 4 * 16 * stride * 2 + lane_a(stride);
+    shared_at b = place_in((const char *)room.keys) + warp / 4 * 32 * stride * 2 + lane_b(stride);
+    zero<16>(&acc[0][0]);
+    UNROLL_BY(4)
+    for (int k = 0; k < p.c.D * 2; k += 32) {
+        const uint4 q = load_rows<0>(a + k), k0 = load_rows<0>(b + k), k1 = load_rows<0>(b + 16 * stride * 2 + k);
+        mma(acc[0], q.x, q.y, q.z, q.w, k0.x, k0.y), mma(acc[1], q.x, q.y, q.z, q.w, k0.z, k0.w);
+        mma(acc[2], q.x, q.y, q.z, q.w, k1.x, k1.y), mma(acc[3], q.x, q.y, q.z, q.w, k1.z, k1.w);
+    }
+}
+// What two warps need of one another: of each half of the keys the heads' largest; by what the sums are multiplied.
+typedef struct { float largest[2][WHOLE_HEADS], factor[WHOLE_HEADS], sum[2][WHOLE_HEADS]; } whole_scratch;
+// The softmax over n more keys: of heads g and g + 8 of the warp's, the largest so far, and the sum over its half.
+static __device__ __forceinline__ void whole_weigh(const attend_args &p, const whole_room &room, float (*acc)[4],
+                                                   int n, whole_scratch &scratch, merged *heads) {
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4, half = warp / 4,
+        h0 = warp % 4 * 16;
+    float largest[2] = { -HUGE_VALF, -HUGE_VALF }, by = 1 / sqrtf((float)p.c.D);
+    UNROLL
+    for (int i = 0; i < 16; i++) {
+        int key = half * 32 + i / 4 * 8 + 2 * t + i % 2;
+        float &x = acc[i / 4][i % 4];
+        x = key < n ? x * by : -HUGE_VALF, largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], x);
+    }
+    for (int k = 0; k < 2; k++) {
+        largest[k] = group_max(largest[k], 4);
+        if (t == 0) scratch.largest[half][h0 + g + 8 * k] = largest[k];
+    }
+    __syncthreads();
+    UNROLL
+    for (int k = 0; k < 2; k++) {
+        int h = h0 + g + 8 * k;
+        float m = fmaxf(heads[k].largest, fmaxf(scratch.largest[0][h], scratch.largest[1][h])), more = 0,
+              factor = expf(heads[k].largest - m);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            float x = expf(acc[i][2 * k] - m), y = expf(acc[i][2 * k + 1] - m);
+            more += x + y;
+            *(uint32_t *)(void *)(room.weights + h * (WHOLE_KEYS + WHOLE_PAD) + half * 32 + i * 8 + 2 * t) = bf16x2(x, y);
+        }
+        more += __shfl_xor_sync(ALL, more, 1), more += __shfl_xor_sync(ALL, more, 2);
+        heads[k].sum = fmaf(heads[k].sum, factor, more), heads[k].largest = m;
+        if (t == 0 && !half) scratch.factor[h] = factor;
+    }
+    __syncthreads();
+}
+// o += weights times keys: a warp has all heads, and dims of n-tiles warp, warp + 8, ...
+enum { WHOLE_TILES = WHOLE_HEADS / 16, WHOLE_EACH = MAX_HEAD_DIM / 8 / WARPS };
+typedef float whole_sums[WHOLE_TILES][WHOLE_EACH][4];
+static __device__ __forceinline__ void whole_values(const attend_args &p, const whole_room &room,
+                                                    const whole_scratch &scratch, whole_sums o) {
+    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, changed = 0;
+    uint4 a[WHOLE_TILES][WHOLE_KEYS / 16];
+    float factor[WHOLE_TILES][2];
+    UNROLL
+    for (int m = 0; m < WHOLE_TILES; m++) {
+        shared_at from = place_in((const char *)(room.weights + m * 16 * (WHOLE_KEYS + WHOLE_PAD))) +
+                         lane_a(WHOLE_KEYS + WHOLE_PAD);
+        a[m][0] = load_rows<0>(from), a[m][1] = load_rows<32>(from);
+        a[m][2] = load_rows<64>(from), a[m][3] = load_rows<96>(from);
+        for (int k = 0; k < 2; k++)
+            factor[m][k] = scratch.factor[m * 16 + g + 8 * k], changed |= factor[m][k] != 1;
+    }
+    changed = __ballot_sync(ALL, changed) != 0;
+    UNROLL
+    for (int i = 0; i < WHOLE_EACH; i++) {
+        int d = (i * WARPS + warp) * 8;
+        uint32_t w[8];
+        if (d >= D) break;
+        load_transposed(w, room.keys + lane * (D + WHOLE_PAD) + d);
+        load_transposed(w + 4, room.keys + (WARP + lane) * (D + WHOLE_PAD) + d);
+        UNROLL
+        for (int m = 0; m < WHOLE_TILES; m++) {
+            if (changed) for (int k = 0; k < 4; k++) o[m][i][k] *= factor[m][k / 2];
+            UNROLL
+            for (int k = 0; k < WHOLE_KEYS / 16; k++)
+                mma(o[m][i], a[m][k].x, a[m][k].y, a[m][k].z, a[m][k].w, w[2 * k], w[2 * k + 1]);
+        }
+    }
+}
+// All sums are made: to memory, over the sum of weights.
+static __device__ __forceinline__ void whole_put(const attend_args &p, int r, int h0, const whole_room &room,
+                                                 whole_scratch &scratch, const merged *heads, whole_sums o) {
+    __shared__ float of[WHOLE_HEADS][2];
+    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4;
+    float *total = (float *)(void *)room.q;
+    for (int k = 0; k < 2; k++)
+        if (lane % 4 == 0) scratch.sum[warp / 4][warp % 4 * 16 + g + 8 * k] = heads[k].sum;
+    __syncthreads();        // and all are done with queries and keys
+    if (threadIdx.x < WHOLE_HEADS) of[threadIdx.x][1] = scratch.sum[0][threadIdx.x] + scratch.sum[1][threadIdx.x];
+    UNROLL
+    for (int m = 0; m < WHOLE_TILES; m++)
+        UNROLL
+        for (int i = 0; i < WHOLE_EACH; i++)
+            UNROLL
+            for (int k = 0; k < 4; k++)
+                if (dim_of(i, k) < D) total[(m * 16 + g + 8 * (k / 2)) * (D + 8) + dim_of(i, k)] = o[m][i][k];
+    __syncthreads();
+    put_heads(p, r, h0, WHOLE_HEADS, total, of);
+}
+static __global__ void __launch_bounds__(THREADS, 1) attend_whole(const attend_args p) {
+    __shared__ whole_scratch scratch;
+    SHARED_BYTES(bytes);
+    int i = (int)blockIdx.x, h0 = (int)blockIdx.y * WHOLE_HEADS, r = p.row0 + i, half = (int)threadIdx.x / WARP / 4,
+        h = h0 + (int)threadIdx.x / WARP % 4 * 16 + (int)threadIdx.x % WARP / 4, n;
+    uint32_t scales;
+    whole_room room;
+    whole_sums o;
+    grid_go();
+    const row s = p.rows[r];
+    if (r >= p.n->n_rows) return grid_wait();
+    const view v = view_of(p, s, 0);
+    const key_at all = keys_in(p, s);
+    merged heads[2] = { merge_begin(p, h), merge_begin(p, h + 8) };      // the sink counts once
+    for (int k = 0; half && k < 2; k++) heads[k].sum = 0;
+    zero<sizeof o / sizeof(float)>(&o[0][0][0]);
+    whole_shared(&p.c, bytes, &room);
+    grid_wait();
+    for (int k = (int)threadIdx.x; v.selected && k < v.n_compressed; k += THREADS)
+        room.chosen[k] = p.chosen[(size_t)i * (size_t)p.c.index_topk + (size_t)k];
+    __syncthreads();
+    scales = whole_ask(p, all, v, 0, room), n = v.n_window + v.n_compressed;
+    whole_queries(p, r, h0, room.q);
+    for (int j0 = 0; j0 < n; j0 += WHOLE_KEYS) {
+        float acc[4][4];
+        uint8_t *to = room.scales + threadIdx.x * 2;
+        to[0] = (uint8_t)scales, to[1] = (uint8_t)(scales >> 8);
+        copies_wait<0>();
+        __syncthreads();        // all copies are seen, and all are done with the keys before
+        whole_keys(p, s, all, v, j0, room);
+        __syncthreads();
+        scales = whole_ask(p, all, v, j0 + WHOLE_KEYS, room);
+        whole_scores(p, room, acc);
+        whole_weigh(p, room, acc, n - j0, scratch, heads);
+        whole_values(p, room, scratch, o);
+    }
+    copies_wait<0>();
+    whole_put(p, r, h0, room, scratch, heads, o);
 }
 
 // Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has 2048 numbers of a row, or, with
@@ -2687,29 +3015,31 @@ static __device__ expert_part part_of(const experts_args &p, int a) {
     o.along = tiles_along(o.of->w[p.which].rows, wide_outputs(EXPERT_TILES));
     return o;
 }
-static __device__ int expert_tiles(const experts_args &p, int *before) {
-    int n = p.active[0] + 1, tiles = 0, some;
+// Tiles of things 0 .. n - 1, of(i) each, before thing i; all of them.
+template <class F> static __device__ __forceinline__ int tiles_before(int n, int *before, const F &of) {
+    int tiles = 0, some;
     for (int a0 = 0; a0 < n; a0 += THREADS) {
-        int a = a0 + (int)threadIdx.x, mine = 0;
-        if (a < n) {
-            expert_part o = part_of(p, a);
-            mine = tiles_along(o.n, 8 * o.eights) * o.along * p.n_which;
-        }
-        int at = tiles + block_before(mine, &some);
+        int a = a0 + (int)threadIdx.x, at = tiles + block_before(a < n ? of(a) : 0, &some);
         if (a < n) before[a] = at;
         tiles += some;
     }
     __syncthreads();
     return tiles;
 }
-static __device__ void find_expert(const experts_args &p, const int *before, int i, wide_tile &t) {
-    int low = 0, high = p.active[0], me = (int)threadIdx.x, K = p.c.K;
-    if (me >= MOST_COLUMNS) return;
+// The last of things 0 .. n whose tiles begin up to i. What has none is never it, unless it is the last.
+static __device__ __forceinline__ int last_before(const int *before, int n, int i) {
+    int low = 0, high = n;
     while (low < high) {
         int middle = (low + high + 1) / 2;
         if (before[middle] <= i) low = middle;
         else high = middle - 1;
     }
+    return low;
+}
+static __device__ void find_expert(const experts_args &p, const int *before, int i, wide_tile &t) {
+    int me = (int)threadIdx.x, K = p.c.K;
+    if (me >= MOST_COLUMNS) return;
+    int low = last_before(before, p.active[0], i);
     expert_part o = part_of(p, low);
     int rows = tiles_along(o.n, 8 * o.eights), m, r0, which, at, r, slot, shared = low == p.active[0];
     i -= before[low], r0 = i % rows * 8 * o.eights, i /= rows, which = i / o.along;
@@ -2731,8 +3061,192 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
     SHARED_BYTES(bytes);
     grid_go();
     grid_wait();
-    int n = expert_tiles(p, before);
+    int n = tiles_before(p.active[0] + 1, before, [&](int a) {
+        expert_part o = part_of(p, a);
+        return tiles_along(o.n, 8 * o.eights) * o.along * p.n_which;
+    });
     wide<EXPERT_TILES>(n, bytes, [&](int i, wide_tile &t) { find_expert(p, before, i, t); });
+}
+
+// ---- routed experts of whole blocks of a prompt -----------------------------------------------
+// With fast_prefill, where they are FP4. Their products are wgmma's of FP8, twice as fast as those of f16: weights as
+// E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so that 128 products are one sum. A
+// code whose scale is less than 2^-14 of that one loses bits, as the sum does. A block has 128 outputs and 64 or 128
+// rows. Bound: products, a unit of 256 k and 128 rows 1,024 clocks, 1.98 PFLOP/s; the 850 instructions of each of a
+// scheduler's two warps for it are 1,700, 1.2 PFLOP/s (512 rows in 160 experts: bytes, as experts_wide). Not yet run on
+// a device.
+
+enum { PANEL = 64, WHOLE_STEPS = 3, FP8_ROOM = 6 };     // rows of b; stages; 6 2^6 is an E4M3
+static __host__ __device__ constexpr int whole_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
+static __host__ __device__ constexpr int whole_step_bytes(int panels) {
+    return whole_x_bytes(panels) + WARPS * SLOT_BYTES + 1024;
+}
+typedef struct {
+    span s;
+    float *y;
+    int y_stride, live, to[2 * PANEL];      // rows of y
+    uint32_t at[2 * PANEL];                 // where rows of x begin
+} whole_tile;
+typedef struct { experts_args e; const uint8_t *codes; } whole_args;     // e.x as `codes` makes it for FP4
+
+// E4M3 of the eight FP4 magnitudes times 2^(FP8_ROOM - i).
+typedef uint2 fp8_table[256];
+static __device__ void fill_table(fp8_table table) {
+    const float value[8] = { 0, .5f, 1, 1.5f, 2, 3, 4, 6 };
+    uint32_t w[2] = { 0, 0 };
+    for (int i = 0; i < 8; i++)
+        w[i / 4] |= e4m3_code(nearest_e4m3(value[i] * exp2i(FP8_ROOM - least(100, (int)threadIdx.x)))) << i % 4 * 8;
+    table[threadIdx.x] = make_uint2(w[0], w[1]);
+}
+// Eight codes as `arranged` left them: a[0] has 2, 0, 3, 1, a[1] 6, 4, 7, 5.
+static __device__ __forceinline__ uint32_t fp8_of(uint32_t w, const uint2 &table) {
+    uint32_t z = w >> 1 & 0x07070707u;
+    return __byte_perm(table.x, table.y, __byte_perm(z | z >> 4, 0, 0x20)) | (w & 0x80808080u);
+}
+// Half c of a unit: of each block of 32 what mma_fp8 takes, and the scale of the 16 rows.
+static __device__ __forceinline__ float decode_fp8(const piece &q, int c, const fp8_table table, uint32_t (*a)[4]) {
+    uint32_t scale[4][2], largest = 0;
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        scale[i / 2][i % 2] = word(q.scale, 2 * c + i / 4) >> i % 4 * 8 & 255;
+        largest = scale[i / 2][i % 2] > largest ? scale[i / 2][i % 2] : largest;
+    }
+    largest = __reduce_max_sync(ALL, largest);
+    UNROLL
+    for (int b = 0; b < 4; b++)
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            uint32_t w = word(q.v[2 * c + b / 2], b % 2 * 2 + half);
+            const uint2 by = table[largest - scale[b][half]];
+            a[b][half] = fp8_of(w, by), a[b][2 + half] = fp8_of(__brev(w), by);
+        }
+    return exp2i(most(-126, (int)largest - 127 - FP4_SHIFT - FP8_ROOM));
+}
+
+// The next unit of the block's tiles to its stage: x in panels of 128 bytes a row, weights, the scales of x [row][2].
+template <int PANELS> static __device__ __forceinline__ void ask_whole(const whole_args &p, const whole_tile *known,
+                                                                       int n, wide_at &a, char *bytes) {
+    int warp = (int)threadIdx.x / WARP, q = (int)threadIdx.x % 16, first = (int)threadIdx.x / 16;
+    if (a.k < n) {
+        const whole_tile &t = known[a.k % TILES_KNOWN];
+        shared_at stage = place_in(bytes + a.stage * whole_step_bytes(PANELS)),
+                  to = stage + q / 8 * PANELS * PANEL * 128 + first * 128 + (q % 8 ^ first % 8) * 16,
+                  weights = stage + whole_x_bytes(PANELS);
+        const uint8_t *x = p.codes + (size_t)(a.unit * 2 * UNIT + q * 16);
+        UNROLL
+        for (int k = 0; k < PANELS * PANEL / 16; k++) copy16<0>(to + k * 2048, x + t.at[first + 16 * k]);
+        if (warp < t.s.tiles) {
+            const uint8_t *from, *scale;
+            unit_at(t.s, warp, a.unit, &from, &scale);
+            ask_unit<0>(weights + warp * SLOT_BYTES, from, 8 * (uint32_t)t.s.pitch, 1, scale);
+        }
+        if (threadIdx.x < PANELS * PANEL * 2)
+            copy4<0>(weights + WARPS * SLOT_BYTES + (int)threadIdx.x * 4,
+                     p.e.x.rounded_scale + (t.at[threadIdx.x / 2] / 128 + (uint32_t)(2 * a.unit) + threadIdx.x % 2));
+        if (++a.unit == t.s.pitch / UNIT) a.k++, a.unit = 0;
+    }
+    copies_close();
+    a.stage = a.stage + 1 == WHOLE_STEPS ? 0 : a.stage + 1;
+}
+// Sums of 128 enter with the weights' scale and those of x.
+static __device__ __forceinline__ void enter_fp8(float (*acc)[4], const float (*sum)[4], float scale, const float *x) {
+    UNROLL
+    for (int nt = 0; nt < PANEL / 8; nt++) {
+        const float *s = x + (nt * 8 + (int)threadIdx.x % 4 * 2) * 2, by[2] = { s[0] * scale, s[2] * scale };
+        UNROLL
+        for (int k = 0; k < 4; k++) acc[nt][k] = fmaf(sum[nt][k], by[k % 2], acc[nt][k]);
+    }
+}
+// Tile k of the block's n.
+template <int PANELS>
+static __device__ __forceinline__ void whole_sums_of(const whole_args &p, const whole_tile *known, int k, int n,
+                                                     wide_at &a, int &stage, char *bytes, const fp8_table table) {
+    const whole_tile &t = known[k % TILES_KNOWN];
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + warp * TILE + lane / 4;
+    float acc[PANELS][PANEL / 8][4];
+    zero<PANELS * PANEL / 2>(&acc[0][0][0]);
+    for (int unit = 0; unit < t.s.pitch / UNIT; unit++) {
+        char *from = bytes + stage * whole_step_bytes(PANELS), *weights = from + whole_x_bytes(PANELS);
+        const float *s = (const float *)(const void *)(weights + WARPS * SLOT_BYTES);
+        uint32_t w[2][4][4];
+        float scale[2], sum[PANELS][PANEL / 8][4];
+        piece q;
+        copies_wait<WHOLE_STEPS - 2>();
+        copies_seen();
+        __syncthreads();        // all see the stage, and are done with the one before it
+        ask_whole<PANELS>(p, known, n, a, bytes);
+        take_piece<DSPARK_FP4>(q, place_in(weights + warp * SLOT_BYTES), 0);
+        scale[0] = decode_fp8(q, 0, table, w[0]);
+        UNROLL
+        for (int c = 0; c < 2; c++) {
+            mma_fp8_begin();
+            UNROLL
+            for (int i = 0; i < PANELS; i++) {
+                shared_at b = place_in(from + (c * PANELS + i) * PANEL * 128);
+                mma_fp8<1>(sum[i], w[c][0], b), mma_fp8<0>(sum[i], w[c][1], b + 32);
+                mma_fp8<0>(sum[i], w[c][2], b + 64), mma_fp8<0>(sum[i], w[c][3], b + 96);
+                mma_fp8_close();
+            }
+            if (!c) scale[1] = decode_fp8(q, 1, table, w[1]);
+            if (PANELS == 2) mma_fp8_wait<1>(sum[0]), enter_fp8(acc[0], sum[0], scale[c], s + c);
+            mma_fp8_wait<0>(sum[PANELS - 1]);
+            enter_fp8(acc[PANELS - 1], sum[PANELS - 1], scale[c], s + (PANELS - 1) * PANEL * 2 + c);
+        }
+        stage = stage + 1 == WHOLE_STEPS ? 0 : stage + 1;
+    }
+    UNROLL
+    for (int i = 0; i < PANELS * PANEL / 4; i++) {
+        int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+        if (column >= t.live) continue;
+        float *y = t.y + (size_t)t.to[column] * (size_t)t.y_stride;
+        if (m0 < t.s.rows) y[m0] = acc[i / 16][i / 2 % 8][i % 2];
+        if (m0 + 8 < t.s.rows) y[m0 + 8] = acc[i / 16][i / 2 % 8][2 + i % 2];
+    }
+}
+// Tile i: experts in order, of each its matrices, outputs, rows.
+template <int PANELS> static __device__ void find_whole(const whole_args &p, const int *before, int i, whole_tile &t) {
+    int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], first = p.e.first[e],
+        n = p.e.first[e + 1] - first, rows = tiles_along(n, PANELS * PANEL), K = p.e.c.K, r0, at, along;
+    const expert *of = p.e.experts + e;
+    if (me >= PANELS * PANEL) return;
+    along = tiles_along(of->w[p.e.which].rows, WARPS * TILE);
+    i -= before[a], r0 = i % rows * PANELS * PANEL, i /= rows;
+    at = p.e.list[first + least(r0 + me, n - 1)];
+    t.to[me] = at / K * p.e.n_slots + at % K;
+    t.at[me] = (uint32_t)((p.e.x_by_slot ? t.to[me] : at / K) * p.e.x.stride);
+    if (me) return;
+    const matrix &w = of->w[p.e.which + i / along];
+    int m0 = i % along * WARPS * TILE;
+    set_span(t.s, w, m0, tiles_along(least(w.rows - m0, WARPS * TILE), TILE), i / along);
+    t.live = least(PANELS * PANEL, n - r0), t.y = p.e.y[i / along], t.y_stride = p.e.y_stride;
+}
+template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_whole(const whole_args p) {
+    __shared__ int before[MAX_EXPERTS + 1];
+    __shared__ whole_tile known[TILES_KNOWN];
+    __shared__ fp8_table table;
+    SHARED_BYTES(room);
+    char *bytes = room + (1024 - (uintptr_t)place_in(room) % 1024) % 1024;
+    wide_at a = { 0, 0, 0, 0 };
+    int n, stage = 0;
+    grid_go();
+    fill_table(table);
+    grid_wait();
+    n = tiles_before(p.e.active[0], before, [&](int i) {
+        int e = p.e.active[1 + i], rows = tiles_along(p.e.first[e + 1] - p.e.first[e], PANELS * PANEL);
+        return rows * tiles_along(p.e.experts[e].w[p.e.which].rows, WARPS * TILE) * p.e.n_which;
+    });
+    n = n > (int)blockIdx.x ? (n - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0;
+    for (int k = 0; k < TILES_KNOWN - 1 && k < n; k++)
+        find_whole<PANELS>(p, before, (int)(blockIdx.x + (unsigned)k * gridDim.x), known[k]);
+    __syncthreads();
+    for (int i = 0; i < WHOLE_STEPS - 1; i++) ask_whole<PANELS>(p, known, n, a, bytes);
+    for (int k = 0; k < n; k++) {
+        int next = k + TILES_KNOWN - 2;
+        if (k && next < n)
+            find_whole<PANELS>(p, before, (int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
+        whole_sums_of<PANELS>(p, known, k, n, a, stage, bytes, table);
+    }
+    copies_wait<0>();
 }
 
 // ---- experts that lie in host memory ----------------------------------------------------------
@@ -3360,7 +3874,7 @@ typedef struct {
     const dspark_weights *w;
     shape s;
     int max_rows, sms, major, shared_most, layers;
-    int wide;                               // there is room for tiles of many rows
+    int wide, attends_whole, experts_whole; // there is room for tiles of many rows; for kernels of whole blocks
     dspark_status status;                   // the first failure, until pass_end gives it
     char message[256];
     cudaStream_t stream;
@@ -3411,7 +3925,7 @@ typedef struct {
     int fast_prefill;                       // blocks of prompts may go through the library
     product products[MAX_PRODUCTS];
     int n_products;
-    uint8_t *codes, *library_room;
+    uint8_t *codes, *expert_codes, *library_room;
     float *code_scales;
 #ifndef DSPARK_CUDA_HOST
     cublasLtHandle_t library;
@@ -3504,7 +4018,7 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
 // Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
 // take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs
 // some 60. Its sums keep fewer bits, and the way it takes follows the shape: so the rows are always 512, and the first
-// choice of a shape stays. The routed experts, wo_a and bf16 matrices remain with the kernels above.
+// choice of a shape stays. wo_a and bf16 matrices remain with the kernels above, the routed experts have their own.
 
 #ifdef DSPARK_CUDA_HOST
 extern "C" { long cuda_host_products; }
@@ -3794,7 +4308,9 @@ static commit_args commit_of(const cuda *d, const layer_weights *w, int l) {
 }
 // Scores, softmax and values of all rows.
 static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch) {
-    int many = d->grid.rows >= MANY_ROWS, at_once = many ? INDEX_ROWS : ATTEND_ROWS, heads = blocks_of(d->s.H, TILE);
+    int many = d->grid.rows >= MANY_ROWS, whole = d->grid.whole && d->attends_whole, chooses = w->ratio == 4 &&
+        d->grid.indexed && !d->grid.drafts, heads = blocks_of(d->s.H, TILE),
+        at_once = !many ? ATTEND_ROWS : whole && !chooses ? d->grid.rows : INDEX_ROWS;
     attend_args a;
     memset(&a, 0, sizeof a);
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
@@ -3803,7 +4319,12 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.o_group = w->wo_a.cols, a.o_pitch = o_pitch;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
         int rows = smaller(at_once, d->grid.rows - a.row0);
-        if (a.ratio == 4 && d->grid.indexed) attention_index(d, l, a.row0, rows);
+        if (chooses) attention_index(d, l, a.row0, rows);
+        if (whole) {
+            LAUNCH(attend_whole, grid_of(rows, blocks_of(d->s.H, WHOLE_HEADS)), THREADS,
+                   whole_shared(&d->s, NULL, NULL), a);
+            continue;
+        }
         if (many) {
             LAUNCH(attend_rows, grid_of(rows, heads), THREADS, attend_rows_shared(&d->s), a);
             continue;
@@ -3825,6 +4346,7 @@ static void op_attention(cuda *d, int l) {
     r.parts = blocks_of(r.n, 8 * THREADS), r.commit = commit_of(d, w, l);
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = o_pitch;
+    if (d->grid.whole && p.jobs[0].x.planes == 2) p.jobs[0].x.planes = 1;     // 11 bits: the released kernels have 8
     jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + r.commit.arrays), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
@@ -3839,6 +4361,18 @@ static void cache_run(cuda *d, int l) {
     LAUNCH(cache_fill, grid_of(2 * d->sms, 1), THREADS, 0, p);
 }
 
+// The routed ones of whole blocks; 0: those are not of FP4, or there is no room.
+static int experts_of_blocks(cuda *d, const char *name, const experts_args &e, const layer_weights *w) {
+    int panels = d->n_rows * d->s.K > PANEL * d->s.E ? 2 : 1;
+    codes_args c = { e.x.rounded, e.x.rounded_scale, e.x.stride, e.x.stride, d->expert_codes, NULL };
+    whole_args p = { e, d->expert_codes };
+    if (!d->grid.whole || !d->experts_whole) return 0;
+    for (int i = 0; i < e.n_which; i++) if (w->routed.w[e.which + i].dtype != DSPARK_FP4) return 0;
+    LAUNCH(codes, grid_of(d->n_rows * (e.x_by_slot ? e.n_slots : 1), 1), THREADS, 0, c);
+    launch(d, name, panels == 1 ? experts_whole<1> : experts_whole<2>, grid_of(d->sms, 1), THREADS,
+           (size_t)(1024 + WHOLE_STEPS * whole_step_bytes(panels)), p);
+    return 1;
+}
 // Rows spread over experts: few of them have more than half of them.
 static void experts_run(cuda *d, const char *name, experts_args &e, const layer_weights *w) {
     if (d->grid.rows >= MANY_ROWS && d->wide) {
@@ -3877,10 +4411,17 @@ static void op_moe(cuda *d, int l) {
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
     e.y_stride = width;
-    experts_run(d, "experts w1 w3", e, w);
+    if (!experts_of_blocks(d, "experts w1 w3", e, w)) experts_run(d, "experts w1 w3", e, w);
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
-    e.routed = 1, e.shared = w->experts + d->s.E, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act;
-    e.y[0] = d->down, e.y_stride = d->s.h;
+    e.routed = 1, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
+    if (experts_of_blocks(d, "experts w2", e, w)) {
+        input x = d->act;       // the shared one's slots
+        x.rounded += K * width, x.rounded_scale += K * width / 128, x.plain += K * width, x.stride = (K + 1) * width;
+        job_add(&p, w->shared.w[2], x, d->down + K * d->s.h, (K + 1) * d->s.h);
+        jobs_run(d, "linears w2", &p, d->grid.rows, &d->dev.n->n_rows);
+        return;
+    }
+    e.shared = w->experts + d->s.E;
     experts_run(d, "experts w2", e, w);
 }
 
@@ -4665,9 +5206,10 @@ static void carve_experts(cuda *d, carver *v, int n) {
     d->down = carve_rows(v, n * (K + 1), d->s.h);
 }
 static void carve_library(cuda *d, carver *v, int n) {
-    int most = larger(larger(d->s.h, d->s.q_lora), d->c->o_groups * d->c->o_lora_rank);
+    int most = larger(larger(d->s.h, d->s.q_lora), larger(d->c->o_groups * d->c->o_lora_rank, d->act.stride));
     if (!d->fast_prefill) return;
     d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)most, 1);
+    d->expert_codes = (uint8_t *)carve(v, (size_t)n * (size_t)larger(d->x.stride, (d->s.K + 1) * d->act.stride), 1);
     d->code_scales = carve_rows(v, n, blocks_of(most, 128));
     d->library_room = (uint8_t *)carve(v, LIBRARY_BYTES, 1);
 }
@@ -4802,6 +5344,14 @@ static void allow_wide(cuda *d) {
     allow(d, linears_wide<1>, bytes[0], 100), allow(d, linears_wide<2>, bytes[1], 100);
     allow(d, experts_wide, bytes[1], 100);
 }
+// For fast_prefill.
+static void allow_whole(cuda *d) {
+    int attend = (int)whole_shared(&d->s, NULL, NULL), products[2];
+    for (int i = 0; i < 2; i++) products[i] = 1024 + WHOLE_STEPS * whole_step_bytes(i + 1);
+    d->attends_whole = d->shared_most >= attend + (2 << 10), d->experts_whole = d->shared_most >= products[1] + (16 << 10);
+    if (d->attends_whole) allow(d, attend_whole, attend, 100);
+    if (d->experts_whole) allow(d, experts_whole<1>, products[0], 100), allow(d, experts_whole<2>, products[1], 100);
+}
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
     size_t wide = (size_t)larger(c->h + 2 * c->rank, larger(c->D, c->I)) * sizeof(float);
@@ -4815,7 +5365,7 @@ static void allow_shared(cuda *d) {
     }
     allow(d, linears<1>, product_bytes(1)), allow(d, experts<1>, product_bytes(1));
     allow(d, linears<2>, product_bytes(2)), allow(d, experts<2>, product_bytes(2));
-    allow(d, linears<4>, product_bytes(4)), allow_wide(d);
+    allow(d, linears<4>, product_bytes(4)), allow_wide(d), allow_whole(d);
     allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes);
     allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, 72 << 10);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);

@@ -32,6 +32,7 @@ struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
 static inline float2 make_float2(float x, float y) { return { x, y }; }
 static inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
@@ -87,7 +88,7 @@ static struct {
     dim3 thread, block, block_dim, grid_dim;
     std::function<void()> kernel;
     char *stacks;
-    alignas(128) char shared[HOST_SHARED + HOST_FENCE];
+    alignas(1024) char shared[HOST_SHARED + HOST_FENCE];
 } host;
 
 #define threadIdx (host.thread)
@@ -173,8 +174,8 @@ static uint32_t *host_exchange(uint32_t mine) {
     host_together([](host_warp *) {});
     return slot;
 }
-static float host_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-static uint32_t host_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static __forceinline__ float host_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static __forceinline__ uint32_t host_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static float __shfl_xor_sync(unsigned, float x, int mask) {
     return host_as_float(host_exchange(host_as_bits(x))[(host.self % 32) ^ mask]);
 }
@@ -207,7 +208,7 @@ static uint32_t __reduce_min_sync(unsigned, uint32_t x) {
     return x;
 }
 
-static inline float host_f16_value(uint32_t u) {
+static __forceinline__ float host_f16_value(uint32_t u) {
     uint32_t a = (u & 0x7fffu) << 13;
     float x = (u & 0x7c00u) == 0x7c00u ? host_as_float(a | 0x7f800000u) : host_as_float(a) * host_as_float(239u << 23);
     return host_as_float(host_as_bits(x) | (u << 16 & 0x80000000u));
@@ -250,6 +251,40 @@ static void host_mma(float *c, const uint32_t *a, const uint32_t *b, int f16) {
     w->f16 = f16;
     w->in[host.self % 32] = ab, w->out[host.self % 32] = c;
     host_together(host_mma_all);
+}
+
+static float host_e4m3(uint32_t code) {
+    float x = (code & 0x7f) == 0x7f ? host_as_float(0x7fc00000u)
+                                    : host_as_float((code & 0x7f) << 20) * host_as_float(247u << 23);
+    return host_as_float(host_as_bits(x) | (code << 24 & 0x80000000u));
+}
+// A warp's part of wgmma.m64n64k32 of FP8: c [16][64] += a [16][32] b [64][32]; b where its first 32 bytes lie in
+// shared memory, in rows of 128 whose 16s are exchanged by what their address is.
+static void host_mma_fp8(float *c, const uint32_t *a, const char *b, int first) {
+    host_warp *w = &host.warp[host.self / 32];
+    if (first) memset(c, 0, 32 * sizeof *c);
+    w->in[host.self % 32] = a, w->out[host.self % 32] = c, w->from[0] = (const uint16_t *)(const void *)b;
+    host_together([](host_warp *all) {
+        static float value[256];
+        float B[32][64];
+        for (uint32_t i = 256; !value[1] && i--;) value[i] = host_e4m3(i);
+        for (int n = 0; n < 64; n++)
+            for (int k = 0; k < 32; k++) {
+                uintptr_t at = (uintptr_t)(const void *)all->from[0] + (uintptr_t)(n * 128 + k);
+                B[k][n] = value[*(const uint8_t *)(at ^ (at >> 7 & 7) << 4)];
+            }
+        for (int row = 0; row < 16; row++) {
+            double sum[64];
+            for (int n = 0; n < 64; n++) sum[n] = (double)all->out[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
+            for (int k = 0; k < 32; k++) {
+                uint32_t four = all->in[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
+                double x = (double)value[four >> k % 4 * 8 & 255];
+                if (x != 0) for (int n = 0; n < 64; n++) sum[n] += x * (double)B[k][n];
+            }
+            for (int n = 0; n < 64; n++)
+                all->out[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2] = (float)sum[n];
+        }
+    });
 }
 
 // cp.async: what was copied stands there at once, or, backwards, after the wait for its group and not before.
