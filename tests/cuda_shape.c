@@ -15,7 +15,7 @@ extern long cuda_host_products;
 #else
 enum { TEXTS = 12 };        /* a device rounds otherwise more often: its sums have other orders */
 #endif
-enum { N = 96, LENGTH = 24, CHOOSES = 20 };    /* tokens, of such a text, and from where on its index has to choose */
+enum { N = 72, LENGTH = 24, CHOOSES = 20 };    /* tokens, of such a text, and from where on its index has to choose */
 
 static dspark_model *open_on(const dspark_backend *backend) {
     dspark_model *m;
@@ -133,7 +133,7 @@ int main(void) {
     const char *const shape[] = { "num_hidden_layers=4", "num_attention_heads=72", "o_groups=3", "o_lora_rank=96",
                                   "hidden_size=288", "vocab_size=300", "index_n_heads=12", "head_dim=96",
                                   "index_topk=4", "sliding_window=80", "moe_intermediate_size=160", "stages=1",
-                                  "q_lora_rank=136" };
+                                  "q_lora_rank=136", "num_experts_per_tok=2" };
     dspark_model *cpu, *m;
     int32_t ids[N];
     uint64_t h;

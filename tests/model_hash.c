@@ -11,16 +11,16 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {     // 
 }
 
 static uint64_t hash_text(uint64_t hash, dspark_model *m, float temperature, int plain) {
-    int32_t prompt[24];
+    int32_t prompt[30];
     dspark_session_desc d;
     dspark_session *s;
     dspark_step_result r;
     memset(&d, 0, sizeof d), memset(&r, 0, sizeof r);
-    for (int i = 0; i < 24; i++) prompt[i] = (7 * i * i + 3) % dspark_model_config(m)->vocab_size;
-    d.max_context = 42, d.temperature = temperature, d.seed = 5, d.ignore_eos = 1;
+    for (int i = 0; i < 30; i++) prompt[i] = (7 * i * i + 3) % dspark_model_config(m)->vocab_size;
+    d.max_context = 40, d.temperature = temperature, d.seed = 5, d.ignore_eos = 1;
     d.policy.plain = plain, d.policy.schedule = DSPARK_SCHEDULE_BLOCK;
     if (dspark_session_open(&s, m, &d)) return 0;
-    if (dspark_session_append(s, prompt, 24)) return 0;
+    if (dspark_session_append(s, prompt, 30)) return 0;
     hash = hash_bytes(hash, dspark_session_logits(s), (size_t)dspark_model_config(m)->vocab_size * sizeof(float));
     while (!r.finish && !r.status) dspark_step(&s, 1, NULL, &r);
     hash = hash_bytes(hash, dspark_session_tokens(s), (size_t)dspark_session_length(s) * sizeof(int32_t));
