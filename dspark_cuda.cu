@@ -16,8 +16,8 @@
 // that are not rounded go in as two f16 planes with a scale (wo_a's), or where a matrix is of bf16 as three bf16 planes
 // whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
 // 33 on a block has a tile of outputs and rows (products of many rows).
-// WHOLE BLOCKS of 512 tokens of a prompt, where fast_prefill allows it, have other bits, always the same: FP8 products by
-// cuBLASLt and, of the routed experts, by experts_whole; attend_whole; wo_a with one plane of its inputs.
+// WHOLE BLOCKS of 512 tokens of a prompt, where fast_prefill allows it, have other bits, always the same: FP8 products
+// by cuBLASLt and, of the routed experts, by experts_whole; attend_whole; wo_a with one plane of its inputs.
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. [..]:
 //               not always; (..): from 33 rows on, of fewer beside the product that follows
@@ -2133,8 +2133,8 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
 // With fast_prefill. As in the released kernels queries, weights of the softmax and rotary dims of keys are rounded to
 // bf16: a third of the products above, and room for 64 heads of a row in one block, which reads and decodes keys once
 // where four blocks of attend_rows do. 64 keys at a time, those that are compressed asked for as they are stored while
-// the ones before are used. Bound: products, .14 us a row of 640 keys at 600 TFLOP/s; its shared memory, .20 us: 64 keys
-// are 4,700 clocks of it (scores 3,100, values 1,000, decoding 600). Not yet run on a device.
+// the ones before are used. Bound: products, .14 us a row of 640 keys at 600 TFLOP/s; its shared memory, .20 us: 4,700
+// clocks of it for 64 keys (scores 3,100, values 1,000, decoding 600). Not yet run on a device.
 
 enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PAD = 8, KEY_SCALES_ROOM = MAX_HEAD_DIM / 64 };
 typedef struct {
@@ -2147,8 +2147,8 @@ typedef struct {
 static __host__ __device__ size_t whole_shared(const shape *c, char *base, whole_room *room) {
     size_t each = (size_t)(c->D + WHOLE_PAD) * 2, weights = WHOLE_HEADS * (WHOLE_KEYS + WHOLE_PAD) * 2,
            n[7] = { WHOLE_HEADS * each, WHOLE_KEYS * each, weights, WHOLE_KEYS * (size_t)c->R * 4,
-                    WHOLE_KEYS * (size_t)(c->D - c->R), WHOLE_KEYS * KEY_SCALES_ROOM, (size_t)c->index_topk * 4 }, at[8];
-    at[0] = 0;
+                    WHOLE_KEYS * (size_t)(c->D - c->R), WHOLE_KEYS * KEY_SCALES_ROOM, (size_t)c->index_topk * 4 },
+           at[8] = { 0 };
     for (int i = 0; i < 7; i++) at[i + 1] = at[i] + n[i];
     if (!room) return at[7];
     room->q = (uint16_t *)(void *)base, room->keys = (uint16_t *)(void *)(base + at[1]);
@@ -2301,7 +2301,8 @@ static __device__ __forceinline__ void whole_weigh(const attend_args &p, const w
         for (int i = 0; i < 4; i++) {
             float x = expf(acc[i][2 * k] - m), y = expf(acc[i][2 * k + 1] - m);
             more += x + y;
-            *(uint32_t *)(void *)(room.weights + h * (WHOLE_KEYS + WHOLE_PAD) + half * 32 + i * 8 + 2 * t) = bf16x2(x, y);
+            *(uint32_t *)(void *)(room.weights + h * (WHOLE_KEYS + WHOLE_PAD) + half * 32 + i * 8 + 2 * t) =
+                bf16x2(x, y);
         }
         more += __shfl_xor_sync(ALL, more, 1), more += __shfl_xor_sync(ALL, more, 2);
         heads[k].sum = fmaf(heads[k].sum, factor, more), heads[k].largest = m;
@@ -3070,24 +3071,24 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 
 // ---- routed experts of whole blocks of a prompt -----------------------------------------------
 // With fast_prefill, where they are FP4. Their products are wgmma's of FP8, twice as fast as those of f16: weights as
-// E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so that 128 products are one sum. A
-// code whose scale is less than 2^-14 of that one loses bits, as the sum does. A block has 128 outputs and 64 or 128
-// rows. Bound: products, a unit of 256 k and 128 rows 1,024 clocks, 1.98 PFLOP/s; the 850 instructions of each of a
-// scheduler's two warps for it are 1,700, 1.2 PFLOP/s (512 rows in 160 experts: bytes, as experts_wide). Not yet run on
+// E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so that 128 products are one sum.
+// A code whose scale is less than 2^-14 of that one loses bits, as the sum does. A block has 128 outputs and 64 or 128
+// rows. Bound: products, 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.2 with the 850 instructions
+// that each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Not yet run on
 // a device.
 
-enum { PANEL = 64, WHOLE_STEPS = 3, FP8_ROOM = 6 };     // rows of b; stages; 6 2^6 is an E4M3
-static __host__ __device__ constexpr int whole_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
-static __host__ __device__ constexpr int whole_step_bytes(int panels) {
-    return whole_x_bytes(panels) + WARPS * SLOT_BYTES + 1024;
+enum { PANEL = 64, FP8_STAGES = 3, FP8_ROOM = 6 };     // rows of b; stages; 6 2^6 is an E4M3
+static __host__ __device__ constexpr int fp8_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
+static __host__ __device__ constexpr int fp8_stage_bytes(int panels) {
+    return fp8_x_bytes(panels) + WARPS * SLOT_BYTES + 1024;
 }
 typedef struct {
     span s;
     float *y;
     int y_stride, live, to[2 * PANEL];      // rows of y
     uint32_t at[2 * PANEL];                 // where rows of x begin
-} whole_tile;
-typedef struct { experts_args e; const uint8_t *codes; } whole_args;     // e.x as `codes` makes it for FP4
+} fp8_tile;
+typedef struct { experts_args e; const uint8_t *codes; } fp8_args;     // e.x as `codes` makes it for FP4
 
 // E4M3 of the eight FP4 magnitudes times 2^(FP8_ROOM - i).
 typedef uint2 fp8_table[256];
@@ -3098,7 +3099,7 @@ static __device__ void fill_table(fp8_table table) {
         w[i / 4] |= e4m3_code(nearest_e4m3(value[i] * exp2i(FP8_ROOM - least(100, (int)threadIdx.x)))) << i % 4 * 8;
     table[threadIdx.x] = make_uint2(w[0], w[1]);
 }
-// Eight codes as `arranged` left them: a[0] has 2, 0, 3, 1, a[1] 6, 4, 7, 5.
+// Of eight codes as `arranged` left them, 2, 0, 3, 1; of the same mirrored, 6, 4, 7, 5.
 static __device__ __forceinline__ uint32_t fp8_of(uint32_t w, const uint2 &table) {
     uint32_t z = w >> 1 & 0x07070707u;
     return __byte_perm(table.x, table.y, __byte_perm(z | z >> 4, 0, 0x20)) | (w & 0x80808080u);
@@ -3124,14 +3125,14 @@ static __device__ __forceinline__ float decode_fp8(const piece &q, int c, const 
 }
 
 // The next unit of the block's tiles to its stage: x in panels of 128 bytes a row, weights, the scales of x [row][2].
-template <int PANELS> static __device__ __forceinline__ void ask_whole(const whole_args &p, const whole_tile *known,
-                                                                       int n, wide_at &a, char *bytes) {
+template <int PANELS> static __device__ __forceinline__ void ask_fp8(const fp8_args &p, const fp8_tile *known, int n,
+                                                                     wide_at &a, char *bytes) {
     int warp = (int)threadIdx.x / WARP, q = (int)threadIdx.x % 16, first = (int)threadIdx.x / 16;
     if (a.k < n) {
-        const whole_tile &t = known[a.k % TILES_KNOWN];
-        shared_at stage = place_in(bytes + a.stage * whole_step_bytes(PANELS)),
+        const fp8_tile &t = known[a.k % TILES_KNOWN];
+        shared_at stage = place_in(bytes + a.stage * fp8_stage_bytes(PANELS)),
                   to = stage + q / 8 * PANELS * PANEL * 128 + first * 128 + (q % 8 ^ first % 8) * 16,
-                  weights = stage + whole_x_bytes(PANELS);
+                  weights = stage + fp8_x_bytes(PANELS);
         const uint8_t *x = p.codes + (size_t)(a.unit * 2 * UNIT + q * 16);
         UNROLL
         for (int k = 0; k < PANELS * PANEL / 16; k++) copy16<0>(to + k * 2048, x + t.at[first + 16 * k]);
@@ -3146,7 +3147,7 @@ template <int PANELS> static __device__ __forceinline__ void ask_whole(const who
         if (++a.unit == t.s.pitch / UNIT) a.k++, a.unit = 0;
     }
     copies_close();
-    a.stage = a.stage + 1 == WHOLE_STEPS ? 0 : a.stage + 1;
+    a.stage = a.stage + 1 == FP8_STAGES ? 0 : a.stage + 1;
 }
 // Sums of 128 enter with the weights' scale and those of x.
 static __device__ __forceinline__ void enter_fp8(float (*acc)[4], const float (*sum)[4], float scale, const float *x) {
@@ -3159,22 +3160,22 @@ static __device__ __forceinline__ void enter_fp8(float (*acc)[4], const float (*
 }
 // Tile k of the block's n.
 template <int PANELS>
-static __device__ __forceinline__ void whole_sums_of(const whole_args &p, const whole_tile *known, int k, int n,
-                                                     wide_at &a, int &stage, char *bytes, const fp8_table table) {
-    const whole_tile &t = known[k % TILES_KNOWN];
+static __device__ __forceinline__ void fp8_sums(const fp8_args &p, const fp8_tile *known, int k, int n, wide_at &a,
+                                                int &stage, char *bytes, const fp8_table table) {
+    const fp8_tile &t = known[k % TILES_KNOWN];
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + warp * TILE + lane / 4;
     float acc[PANELS][PANEL / 8][4];
     zero<PANELS * PANEL / 2>(&acc[0][0][0]);
     for (int unit = 0; unit < t.s.pitch / UNIT; unit++) {
-        char *from = bytes + stage * whole_step_bytes(PANELS), *weights = from + whole_x_bytes(PANELS);
+        char *from = bytes + stage * fp8_stage_bytes(PANELS), *weights = from + fp8_x_bytes(PANELS);
         const float *s = (const float *)(const void *)(weights + WARPS * SLOT_BYTES);
         uint32_t w[2][4][4];
         float scale[2], sum[PANELS][PANEL / 8][4];
         piece q;
-        copies_wait<WHOLE_STEPS - 2>();
+        copies_wait<FP8_STAGES - 2>();
         copies_seen();
         __syncthreads();        // all see the stage, and are done with the one before it
-        ask_whole<PANELS>(p, known, n, a, bytes);
+        ask_fp8<PANELS>(p, known, n, a, bytes);
         take_piece<DSPARK_FP4>(q, place_in(weights + warp * SLOT_BYTES), 0);
         scale[0] = decode_fp8(q, 0, table, w[0]);
         UNROLL
@@ -3192,7 +3193,7 @@ static __device__ __forceinline__ void whole_sums_of(const whole_args &p, const 
             mma_fp8_wait<0>(sum[PANELS - 1]);
             enter_fp8(acc[PANELS - 1], sum[PANELS - 1], scale[c], s + (PANELS - 1) * PANEL * 2 + c);
         }
-        stage = stage + 1 == WHOLE_STEPS ? 0 : stage + 1;
+        stage = stage + 1 == FP8_STAGES ? 0 : stage + 1;
     }
     UNROLL
     for (int i = 0; i < PANELS * PANEL / 4; i++) {
@@ -3204,9 +3205,9 @@ static __device__ __forceinline__ void whole_sums_of(const whole_args &p, const 
     }
 }
 // Tile i: experts in order, of each its matrices, outputs, rows.
-template <int PANELS> static __device__ void find_whole(const whole_args &p, const int *before, int i, whole_tile &t) {
-    int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], first = p.e.first[e],
-        n = p.e.first[e + 1] - first, rows = tiles_along(n, PANELS * PANEL), K = p.e.c.K, r0, at, along;
+template <int PANELS> static __device__ void find_fp8(const fp8_args &p, const int *before, int i, fp8_tile &t) {
+    int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], K = p.e.c.K,
+        first = p.e.first[e], n = p.e.first[e + 1] - first, rows = tiles_along(n, PANELS * PANEL), r0, at, along;
     const expert *of = p.e.experts + e;
     if (me >= PANELS * PANEL) return;
     along = tiles_along(of->w[p.e.which].rows, WARPS * TILE);
@@ -3220,9 +3221,9 @@ template <int PANELS> static __device__ void find_whole(const whole_args &p, con
     set_span(t.s, w, m0, tiles_along(least(w.rows - m0, WARPS * TILE), TILE), i / along);
     t.live = least(PANELS * PANEL, n - r0), t.y = p.e.y[i / along], t.y_stride = p.e.y_stride;
 }
-template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_whole(const whole_args p) {
+template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_whole(const fp8_args p) {
     __shared__ int before[MAX_EXPERTS + 1];
-    __shared__ whole_tile known[TILES_KNOWN];
+    __shared__ fp8_tile known[TILES_KNOWN];
     __shared__ fp8_table table;
     SHARED_BYTES(room);
     char *bytes = room + (1024 - (uintptr_t)place_in(room) % 1024) % 1024;
@@ -3237,14 +3238,14 @@ template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) exper
     });
     n = n > (int)blockIdx.x ? (n - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0;
     for (int k = 0; k < TILES_KNOWN - 1 && k < n; k++)
-        find_whole<PANELS>(p, before, (int)(blockIdx.x + (unsigned)k * gridDim.x), known[k]);
+        find_fp8<PANELS>(p, before, (int)(blockIdx.x + (unsigned)k * gridDim.x), known[k]);
     __syncthreads();
-    for (int i = 0; i < WHOLE_STEPS - 1; i++) ask_whole<PANELS>(p, known, n, a, bytes);
+    for (int i = 0; i < FP8_STAGES - 1; i++) ask_fp8<PANELS>(p, known, n, a, bytes);
     for (int k = 0; k < n; k++) {
         int next = k + TILES_KNOWN - 2;
         if (k && next < n)
-            find_whole<PANELS>(p, before, (int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
-        whole_sums_of<PANELS>(p, known, k, n, a, stage, bytes, table);
+            find_fp8<PANELS>(p, before, (int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
+        fp8_sums<PANELS>(p, known, k, n, a, stage, bytes, table);
     }
     copies_wait<0>();
 }
@@ -4365,12 +4366,12 @@ static void cache_run(cuda *d, int l) {
 static int experts_of_blocks(cuda *d, const char *name, const experts_args &e, const layer_weights *w) {
     int panels = d->n_rows * d->s.K > PANEL * d->s.E ? 2 : 1;
     codes_args c = { e.x.rounded, e.x.rounded_scale, e.x.stride, e.x.stride, d->expert_codes, NULL };
-    whole_args p = { e, d->expert_codes };
+    fp8_args p = { e, d->expert_codes };
     if (!d->grid.whole || !d->experts_whole) return 0;
     for (int i = 0; i < e.n_which; i++) if (w->routed.w[e.which + i].dtype != DSPARK_FP4) return 0;
     LAUNCH(codes, grid_of(d->n_rows * (e.x_by_slot ? e.n_slots : 1), 1), THREADS, 0, c);
     launch(d, name, panels == 1 ? experts_whole<1> : experts_whole<2>, grid_of(d->sms, 1), THREADS,
-           (size_t)(1024 + WHOLE_STEPS * whole_step_bytes(panels)), p);
+           (size_t)(1024 + FP8_STAGES * fp8_stage_bytes(panels)), p);
     return 1;
 }
 // Rows spread over experts: few of them have more than half of them.
@@ -5347,8 +5348,9 @@ static void allow_wide(cuda *d) {
 // For fast_prefill.
 static void allow_whole(cuda *d) {
     int attend = (int)whole_shared(&d->s, NULL, NULL), products[2];
-    for (int i = 0; i < 2; i++) products[i] = 1024 + WHOLE_STEPS * whole_step_bytes(i + 1);
-    d->attends_whole = d->shared_most >= attend + (2 << 10), d->experts_whole = d->shared_most >= products[1] + (16 << 10);
+    for (int i = 0; i < 2; i++) products[i] = 1024 + FP8_STAGES * fp8_stage_bytes(i + 1);
+    d->attends_whole = d->shared_most >= attend + (2 << 10);
+    d->experts_whole = d->shared_most >= products[1] + (16 << 10);
     if (d->attends_whole) allow(d, attend_whole, attend, 100);
     if (d->experts_whole) allow(d, experts_whole<1>, products[0], 100), allow(d, experts_whole<2>, products[1], 100);
 }

@@ -275,7 +275,8 @@ static void host_mma_fp8(float *c, const uint32_t *a, const char *b, int first) 
             }
         for (int row = 0; row < 16; row++) {
             double sum[64];
-            for (int n = 0; n < 64; n++) sum[n] = (double)all->out[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
+            for (int n = 0; n < 64; n++)
+                sum[n] = (double)all->out[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
             for (int k = 0; k < 32; k++) {
                 uint32_t four = all->in[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
                 double x = (double)value[four >> k % 4 * 8 & 255];

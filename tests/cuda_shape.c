@@ -21,7 +21,8 @@ static dspark_model *open_on(const dspark_backend *backend) {
     dspark_model *m;
     dspark_model_desc desc;
     memset(&desc, 0, sizeof desc);
-    desc.files.map = synth_map, desc.files.unmap = synth_unmap, desc.backend = backend, desc.max_rows = backend ? N : DSPARK_PROMPT_BLOCK;
+    desc.files.map = synth_map, desc.files.unmap = synth_unmap, desc.backend = backend;
+    desc.max_rows = backend ? N : DSPARK_PROMPT_BLOCK;
     must(dspark_model_open(&m, ".", &desc));
     return m;
 }
