@@ -488,9 +488,9 @@ static void check_rejection_company(const char *dir) {
         dspark_session_desc d = rejecting(i);
         d.logprobs = i == 1;
         if (i == 3) d.policy.verify = DSPARK_VERIFY_COUPLED;
-        alone[i] = open_session_as(m, &d), company[i] = open_session_as(m, &d);
+        alone[i] = open_session_as(m, &d);
         must(dspark_session_append(alone[i], tokens + i, PROMPT));
-        must(dspark_session_append(company[i], tokens + i, PROMPT));
+        must(dspark_session_fork(&company[i], alone[i], &d));
     }
     for (int cycle = 0; cycle < CYCLES; cycle++) {
         must(dspark_step(company, 4, NULL, r));
@@ -521,10 +521,9 @@ static void check_rejection_lengths(const char *dir) {
         if (i == 3) d.policy.verify = DSPARK_VERIFY_COUPLED;
         if (i == 4) d.temperature = 0;
         alone[i] = open_session_as(m, &d);
-        d.policy.schedule = DSPARK_SCHEDULE_ASYNC;
-        company[i] = open_session_as(m, &d);
         must(dspark_session_append(alone[i], tokens + i, PROMPT));
-        must(dspark_session_append(company[i], tokens + i, PROMPT));
+        d.policy.schedule = DSPARK_SCHEDULE_ASYNC;
+        must(dspark_session_fork(&company[i], alone[i], &d));
     }
     for (int cycle = 0; cycle < CYCLES; cycle++) {
         must(dspark_step(company, N, NULL, r));
