@@ -238,8 +238,8 @@ template <int PENDING> __device__ __forceinline__ void mma_fp8_wait(float (*c)[4
 }
 // What this thread's copies wrote is there for mma_fp8.
 __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#else
-template <int FIRST> __device__ __forceinline__ void mma_fp8(float (*)[4], const uint32_t *, shared_at) {}
+#else       // never launched, but by an H100 of a file that was compiled for sm_90 and not sm_90a
+template <int FIRST> __device__ __forceinline__ void mma_fp8(float (*)[4], const uint32_t *, shared_at) { __trap(); }
 __device__ __forceinline__ void mma_fp8_begin(void) {}
 __device__ __forceinline__ void mma_fp8_close(void) {}
 template <int PENDING> __device__ __forceinline__ void mma_fp8_wait(float (*)[4]) {}
@@ -4923,7 +4923,7 @@ static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
             uint8_t some[UNIT];
             for (int i = 0; u->slab && i < UNIT; i++) {
                 int r = m0 + i / 16 + i % 2 * 8, block = unit * 8 + i % 16 / 2;
-                some[i] = 127;
+                some[i] = 0;        // of padding: experts_whole takes the largest of a tile
                 if (r < m->rows && block < blocks)
                     check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
                 some[i] = (uint8_t)(some[i] + FP4_SHIFT);
