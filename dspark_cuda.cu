@@ -1719,6 +1719,12 @@ static __device__ __forceinline__ void ask_key(const key_at &k, int d, key_dims 
     UNROLL
     for (int i = 0; i < 4; i++) x.v[i] = ((const float4 *)(const void *)(k.floats + d))[i];
 }
+// Four codes of a key times their scale, in bf16: exact.
+static __device__ __forceinline__ uint2 bf16_of_codes(uint32_t codes, float scale) {
+    const uint2 two = f16_of_e4m3(codes);
+    return { bf16x2(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale),
+             bf16x2(f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale) };
+}
 // To bf16 in the block's room, exact; zeros where there is no key.
 static __device__ __forceinline__ void put_key(const key_dims &x, int live, uint16_t *to) {
     const uint32_t codes[4] = { __float_as_uint(x.v[0].x), __float_as_uint(x.v[0].y), __float_as_uint(x.v[0].z),
@@ -1727,11 +1733,7 @@ static __device__ __forceinline__ void put_key(const key_dims &x, int live, uint
     UNROLL
     for (int i = 0; i < 4; i++) {
         uint2 w = { bf16x2(x.v[i].x, x.v[i].y), bf16x2(x.v[i].z, x.v[i].w) };
-        if (x.scale) {
-            const uint2 two = f16_of_e4m3(codes[i]);
-            w.x = bf16x2(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale);
-            w.y = bf16x2(f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale);
-        }
+        if (x.scale) w = bf16_of_codes(codes[i], scale);
         if (!live) w.x = w.y = 0;
         *(uint2 *)(void *)(to + 4 * i) = w;
     }
@@ -2143,7 +2145,7 @@ typedef struct {
     float *turned;                  // [R]
     int *chosen;                    // [index_topk]
 } whole_room;
-// Their bytes; where the query's and the keys' end is room for the heads' sums [WHOLE_HEADS][D + 8].
+// Their bytes. Queries and keys, when all are done with them, are room for the heads' sums [WHOLE_HEADS][D + 8].
 static __host__ __device__ size_t whole_shared(const shape *c, char *base, whole_room *room) {
     size_t each = (size_t)(c->D + WHOLE_PAD) * 2, weights = WHOLE_HEADS * (WHOLE_KEYS + WHOLE_PAD) * 2,
            n[7] = { WHOLE_HEADS * each, WHOLE_KEYS * each, weights, WHOLE_KEYS * (size_t)c->R * 4,
@@ -2238,13 +2240,8 @@ static __device__ void whole_keys(const attend_args &p, const row &s, const key_
         for (int d = lane * 8; d < plain; d += WARP * 8) {
             const uint2 codes = *(const uint2 *)(const void *)(room.codes + slot * plain + d);
             float scale = e8m0(room.scales[slot * KEY_SCALES_ROOM + d / 64]);
-            uint32_t w[4];
-            for (int i = 0; i < 2; i++) {
-                const uint2 two = f16_of_e4m3(i ? codes.y : codes.x);
-                w[2 * i] = bf16x2(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale);
-                w[2 * i + 1] = bf16x2(f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale);
-            }
-            *(uint4 *)(void *)(to + d) = make_uint4(w[0], w[1], w[2], w[3]);
+            const uint2 low = bf16_of_codes(codes.x, scale), high = bf16_of_codes(codes.y, scale);
+            *(uint4 *)(void *)(to + d) = make_uint4(low.x, low.y, high.x, high.y);
         }
         for (int d = lane * 2; d < R; d += WARP * 2)
             *(uint32_t *)(void *)(to + plain + d) = bf16x2(room.turned[slot * R + d], room.turned[slot * R + d + 1]);

@@ -80,7 +80,7 @@ static const option options[] = {
     { "--compare", NULL, FLAG, AT(compare), 0, 0, "plain and with DSpark: speeds; are the texts the same?" },
     { "--check", NULL, FLAG, AT(check), 0, 0, "what machine and checkpoint are, what passes cost; does it fit?" },
     { "--backend", "cpu|cuda", CHOICE, AT(backend), 0, 0, "where it runs; cuda: built by make cuda; default cpu" },
-    { "--fast-prefill", NULL, FLAG, AT(fast_prefill), 0, 0, "cuda: a prompt's blocks of 512 by cuBLASLt, other bits" },
+    { "--fast-prefill", NULL, FLAG, AT(fast_prefill), 0, 0, "cuda: a prompt's blocks of 512 in FP8, other bits" },
     { "--threads", "N", INTEGER, AT(threads), 1, 1024, "default: all processors" },
     { "-h", NULL, FLAG, AT(help), 0, 0, "this list" },
 };

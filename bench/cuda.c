@@ -1,7 +1,7 @@
 // cuda [DIR | synth] [key=value ...] [fast]: on a device, the time of passes and of the kernels in them, and the share
 // of the floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory, as
 //     cuda synth flash n_routed_experts=110
-// fast: blocks of prompts by the library (fast_prefill), in passes of 2,048 rows.
+// fast: blocks of prompts by their own products (fast_prefill), in passes of 2,048 rows.
 // Lines of CSV as bench.h says, the device's own figures; what was not measured is not printed.
 #define DSPARK_CUDA
 #include "bench.h"
