@@ -4414,7 +4414,9 @@ static void op_moe(cuda *d, int l) {
     e.routed = 1, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
     if (experts_of_blocks(d, "experts w2", e, w)) {
         input x = d->act;       // the shared one's slots
-        x.rounded += K * width, x.rounded_scale += K * width / 128, x.plain += K * width, x.stride = (K + 1) * width;
+        if (x.rounded) x.rounded += K * width, x.rounded_scale += K * width / 128;
+        if (x.plain) x.plain += K * width;
+        x.stride = (K + 1) * width;
         job_add(&p, w->shared.w[2], x, d->down + K * d->s.h, (K + 1) * d->s.h);
         jobs_run(d, "linears w2", &p, d->grid.rows, &d->dev.n->n_rows);
         return;
@@ -5154,9 +5156,10 @@ static float *carve_rows(carver *v, int rows, int n) {
     return (float *)carve(v, (size_t)rows * (size_t)n, sizeof(float));
 }
 static int *carve_ints(carver *v, int rows, int n) { return (int *)carve(v, (size_t)rows * (size_t)n, sizeof(int)); }
-// An input in the forms that its products take.
+// An input in the forms that its products take; of a matrix, where it is of FP8 or FP4, the one named.
 enum { ROUNDED = 1, HALVES = 2, PLAIN = 4 };
-static input carve_input(carver *v, int rows, int n, int forms = ROUNDED | PLAIN) {
+static int form_of(const dspark_matrix *m, int form) { return !m->data ? 0 : m->dtype < DSPARK_FP8 ? PLAIN : form; }
+static input carve_input(carver *v, int rows, int n, int forms) {
     input x;
     memset(&x, 0, sizeof x);
     x.stride = blocks_of(n, 256) * 256, x.plane = (size_t)rows * (size_t)x.stride;
@@ -5181,11 +5184,15 @@ static void carve_block(cuda *d, pass_block *b, carver *v) {
 
 static void carve_attention(cuda *d, carver *v, int n) {
     const shape *c = &d->s;
-    int low = d->c->o_groups * d->c->o_lora_rank, group = c->H * c->D / d->c->o_groups, forms = 0;
-    for (int l = 0; l < d->layers; l++) forms |= d->w->layers[l].wo_a.dtype < DSPARK_FP8 ? PLAIN : HALVES;
-    d->qr = carve_rows(v, n, c->q_lora), d->qr_in = carve_input(v, n, c->q_lora), d->kv = carve_rows(v, n, c->D);
-    d->q = carve_rows(v, n, c->H * c->D), d->o = carve_input(v, n, d->c->o_groups * blocks_of(group, 256) * 256, forms);
-    d->low = carve_rows(v, n, low), d->low_in = carve_input(v, n, low);
+    int low = d->c->o_groups * d->c->o_lora_rank, group = c->H * c->D / d->c->o_groups, of_q = 0, of_o = 0, of_low = 0;
+    for (int l = 0; l < d->layers; l++) {
+        const dspark_layer *w = &d->w->layers[l];
+        of_q |= form_of(&w->wq_b, ROUNDED) | form_of(&w->index_wq_b, ROUNDED), of_o |= form_of(&w->wo_a, HALVES);
+        of_low |= form_of(&w->wo_b, ROUNDED);
+    }
+    d->qr = carve_rows(v, n, c->q_lora), d->qr_in = carve_input(v, n, c->q_lora, of_q), d->kv = carve_rows(v, n, c->D);
+    d->q = carve_rows(v, n, c->H * c->D), d->o = carve_input(v, n, d->c->o_groups * blocks_of(group, 256) * 256, of_o);
+    d->low = carve_rows(v, n, low), d->low_in = carve_input(v, n, low, of_low);
     d->pool_kv = carve_rows(v, n, 2 * c->D), d->pool_gate = carve_rows(v, n, 2 * c->D);
     d->index_kv = carve_rows(v, n, 2 * c->I), d->index_gate = carve_rows(v, n, 2 * c->I);
     d->index_q = carve_rows(v, n, c->index_heads * c->I), d->index_w = carve_rows(v, n, c->index_heads);
@@ -5196,10 +5203,14 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
-    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size;
+    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size, forms = 0;
+    for (int l = 0; l < d->layers; l++) {
+        forms |= form_of(&d->w->layers[l].shared.w2, ROUNDED);
+        for (int e = 0; e < d->s.E; e++) forms |= form_of(&d->w->layers[l].experts[e].w2, ROUNDED);
+    }
     d->gate = carve_rows(v, n, d->s.E), d->route_weight = carve_rows(v, n, K), d->route = carve_ints(v, n, K);
     d->first = carve_ints(v, 1, d->s.E + 1), d->active = carve_ints(v, 1, d->s.E + 1), d->list = carve_ints(v, n, K);
-    d->act = carve_input(v, n * (K + 1), width);
+    d->act = carve_input(v, n * (K + 1), width, forms);
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
 }
@@ -5219,14 +5230,16 @@ static void carve_cache(cuda *d, carver *v) {
     d->cache_state = carve_ints(v, 1, CACHE_MOVES + 1);
 }
 static void carve_drafter(cuda *d, carver *v, int n) {
+    const dspark_weights *w = d->w;
     int rank = d->s.rank, h = d->s.h;
     if (!d->c->n_stages) return;
-    d->main = carve_input(v, n, d->s.n_taps * h), d->stage_kv = carve_rows(v, d->c->n_stages * d->max_rows, d->s.D);
+    d->main = carve_input(v, n, d->s.n_taps * h, form_of(&w->main_proj, ROUNDED));
+    d->stage_kv = carve_rows(v, d->c->n_stages * d->max_rows, d->s.D);
     d->draft_logits = carve_rows(v, n, d->s.V), d->candidates = carve_ints(v, n, 1);
     d->value = (double *)carve(v, (size_t)n * DSPARK_MAX_BLOCK, sizeof *d->value);
     d->e = carve_rows(v, n, rank), d->rnn = carve_rows(v, n, rank), d->z = carve_rows(v, n, 3 * rank);
-    d->markov_in = carve_input(v, n, 2 * rank + h, HALVES | PLAIN);
-    d->markov_out = carve_input(v, n, rank, HALVES | PLAIN);
+    d->markov_in = carve_input(v, n, 2 * rank + h, form_of(&w->gate_proj, HALVES) | form_of(&w->joint_proj, HALVES));
+    d->markov_out = carve_input(v, n, rank, form_of(&w->markov_w2, HALVES));
 }
 // Rows to whole 64: products read so many, and give sums that nobody takes.
 static size_t carve_all(cuda *d, uint8_t *base) {
@@ -5242,8 +5255,8 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->tallies = (tally *)carve(&v, (size_t)n, sizeof(tally));
     d->draft_tallies = (tally *)carve(&v, (size_t)n, sizeof(tally));
     d->turns = (float2 *)(void *)carve_rows(&v, n, 2 * d->s.R);
-    d->partial = carve_rows(&v, n, h / SLICE * WARP), d->x = carve_input(&v, n, h), d->y = carve_rows(&v, n, h);
-    d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
+    d->partial = carve_rows(&v, n, h / SLICE * WARP), d->x = carve_input(&v, n, h, ROUNDED | PLAIN);
+    d->y = carve_rows(&v, n, h), d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
     carve_attention(d, &v, n);
     carve_experts(d, &v, n);
     carve_library(d, &v, n);
