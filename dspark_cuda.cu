@@ -104,12 +104,12 @@ static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t 
     host_mma(c, all, b, 1);
 }
 static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
-template <int FIRST> static inline void mma_fp8(float (*c)[4], const uint32_t *a, shared_at b) {
-    host_mma_fp8(c[0], a, b, FIRST);
+template <int DTYPE, int FIRST> static inline void mma_panel(float (*c)[4], const uint32_t *a, shared_at b) {
+    host_mma_panel(c[0], a, b, DTYPE == DSPARK_FP4 ? HOST_E4M3 : DTYPE == DSPARK_FP8 ? HOST_F16 : HOST_BF16, FIRST);
 }
-static inline void mma_fp8_begin(void) {}
-static inline void mma_fp8_close(void) {}
-template <int PENDING> static inline void mma_fp8_wait(float (*)[4]) {}
+static inline void mma_panel_begin(void) {}
+static inline void mma_panel_close(void) {}
+template <int PENDING> static inline void mma_panel_wait(float (*)[4]) {}
 static inline void copies_seen(void) {}
 template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
@@ -213,36 +213,44 @@ template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(row), "n"(AT));
     return r;
 }
-// Hopper's: a warpgroup's c [64][64] += a [64][32] b [64][32] in FP8. A warp has 16 rows of a and of c as mma has them,
-// four k where that has two; b lies in shared memory, a row each 128 bytes, of which a row's number modulo 8 exchanges
-// the 16s, from a multiple of 1,024 on. All is under way from mma_fp8_close on, a group each, until mma_fp8_wait.
-// FIRST: c is 0. Sums keep some 13 bits.
+// Hopper's: a warpgroup's c [64][64] += a [64][32] b [64][32] in FP8, which weights of FP4 become; of FP8 16 numbers of
+// f16, of bf16 as many. A warp has 16 rows of a and of c as mma has them, of FP8 four k where that has two; b lies in
+// shared memory, a row each 128 bytes, of which a row's number modulo 8 exchanges the 16s, from a multiple of 1,024 on.
+// All is under way from mma_panel_close on, a group each, until mma_panel_wait. FIRST: c is 0. Sums of FP8 keep some 13
+// bits.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR_SUMS(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-template <int FIRST> __device__ __forceinline__ void mma_fp8(float (*c)[4], const uint32_t *a, shared_at b) {
+#define MMA_PANEL(types, end)                                                                                         \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64" types " {"              \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "              \
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "                                       \
+                 "%31}, {%32, %33, %34, %35}, %36, p, 1, 1" end "; }"                                                 \
+                 : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),  \
+                   FOUR_SUMS(7)                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at), "n"(!FIRST))
+template <int DTYPE, int FIRST>
+__device__ __forceinline__ void mma_panel(float (*c)[4], const uint32_t *a, shared_at b) {
     uint64_t at = (uint64_t)(b >> 4 & 0x3fff) | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
-                 "%31}, {%32, %33, %34, %35}, %36, p, 1, 1; }"
-                 : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),
-                   FOUR_SUMS(7)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at), "n"(!FIRST));
+    if (DTYPE == DSPARK_FP4) MMA_PANEL("k32.f32.e4m3.e4m3", "");
+    else if (DTYPE == DSPARK_FP8) MMA_PANEL("k16.f32.f16.f16", ", 0");
+    else MMA_PANEL("k16.f32.bf16.bf16", ", 0");
 }
-__device__ __forceinline__ void mma_fp8_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void mma_fp8_close(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void mma_fp8_wait(float (*c)[4]) {
+__device__ __forceinline__ void mma_panel_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_panel_close(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*c)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
     asm volatile("" : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),
                       FOUR_SUMS(7) :: "memory");       // nobody reads them before
 }
-// What this thread's copies wrote is there for mma_fp8.
+// What this thread's copies wrote is there for mma_panel.
 __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else       // never launched, but by an H100 of a file that was compiled for sm_90 and not sm_90a
-template <int FIRST> __device__ __forceinline__ void mma_fp8(float (*)[4], const uint32_t *, shared_at) { __trap(); }
-__device__ __forceinline__ void mma_fp8_begin(void) {}
-__device__ __forceinline__ void mma_fp8_close(void) {}
-template <int PENDING> __device__ __forceinline__ void mma_fp8_wait(float (*)[4]) {}
+template <int DTYPE, int FIRST> __device__ __forceinline__ void mma_panel(float (*)[4], const uint32_t *, shared_at) {
+    __trap();
+}
+__device__ __forceinline__ void mma_panel_begin(void) {}
+__device__ __forceinline__ void mma_panel_close(void) {}
+template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*)[4]) {}
 __device__ __forceinline__ void copies_seen(void) {}
 #endif
 // Four E4M3 codes, in pairs.
@@ -354,6 +362,16 @@ static __device__ __forceinline__ uint32_t e4m3_code(float x) {        // of a n
     uint32_t code = a < 0x3c800000u ? (uint32_t)(__uint_as_float(a) * 512) : (a >> 20) - (120u << 3);
     return a > 0x7f800000u ? 0x7f : code | (u >> 24 & 0x80);
 }
+// Both to the nearest E4M3, as two codes.
+static __device__ __forceinline__ uint32_t e4m3x2(float low, float high) {
+    uint32_t r;
+#if __CUDA_ARCH__ >= 890
+    asm("{ .reg .b16 x; cvt.rn.satfinite.e4m3x2.f32 x, %1, %2; cvt.u32.u16 %0, x; }" : "=r"(r) : "f"(high), "f"(low));
+#else
+    r = e4m3_code(nearest_e4m3(low)) | e4m3_code(nearest_e4m3(high)) << 8;
+#endif
+    return r;
+}
 
 // ---- rows of inputs ---------------------------------------------------------------------------
 
@@ -387,8 +405,11 @@ static __device__ __forceinline__ void put_rounded(const input &x, size_t to, co
     *(uint4 *)(void *)(x.rounded + to) = make_uint4(w[0], w[1], w[2], w[3]);
     if (to % 128 == 0) x.rounded_scale[to / 128] = a <= FLT_MAX ? exp2i(e) : HUGE_VALF;     // infinity stays
 }
+static __device__ __forceinline__ int halves_exponent(float a) {       // a 2^-e < 2^15
+    return (int)(__float_as_uint(fmaxf(a, exp2i(-112))) >> 23) - 127 - 14;
+}
 static __device__ __forceinline__ void put_halves(const input &x, size_t to, const float *v, float a) {
-    int e = (int)(__float_as_uint(fmaxf(a, exp2i(-112))) >> 23) - 127 - 14;         // a 2^-e < 2^15
+    int e = halves_exponent(a);
     float rest[8];
     uint32_t w[4];
     for (int i = 0; i < 8; i++) rest[i] = v[i] * exp2i(-e);
@@ -399,6 +420,17 @@ static __device__ __forceinline__ void put_halves(const input &x, size_t to, con
         }
         *(uint4 *)(void *)(x.halves + (size_t)p * x.plane + to) = make_uint4(w[0], w[1], w[2], w[3]);
     }
+    if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
+}
+// As mma_panel takes wo_a's, in one plane: of each 16 numbers 4t and 4t + 1 at 2t, the next two at 8 + 2t.
+static __device__ __forceinline__ void put_panel(const input &x, int row, int at, const float *v, int live) {
+    float a = group_max(live ? largest_of(v) : 0, 16), scaled[8];
+    size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
+    uint32_t *out = (uint32_t *)(void *)(x.halves + to - to % 16) + to % 16 / 4;
+    int e = halves_exponent(a);
+    if (!live) return;
+    for (int i = 0; i < 8; i++) scaled[i] = v[i] * exp2i(-e);
+    for (int i = 0; i < 4; i++) out[i / 2 + i % 2 * 4] = f16x2(scaled[2 * i], scaled[2 * i + 1]);
     if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
 }
 static __device__ __forceinline__ void put_plain(const input &x, size_t to, const float *v) {
@@ -1644,7 +1676,7 @@ typedef struct {
     const int *chosen;              // [INDEX_ROWS][index_topk]
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
     input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
-    int o_group, o_pitch;
+    int o_group, o_pitch, panels;   // panels: as put_panel writes it
 } attend_args;
 
 // What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
@@ -2010,6 +2042,7 @@ static __device__ __forceinline__ int dim_at(const attend_args &p, int place) {
     return from_group < p.o_group && dim < p.c.H * p.c.D ? dim : -1;
 }
 // Eight sums of a row over the sum of weights, turned back, as wo_a's input; dim -1: none.
+template <int WHOLE>
 static __device__ __forceinline__ void put_values(const attend_args &p, int r, int place, int dim, float *o,
                                                   float sum) {
     int at = dim % p.c.D - (p.c.D - p.c.R);
@@ -2019,7 +2052,8 @@ static __device__ __forceinline__ void put_values(const attend_args &p, int r, i
             float2 turn = turn_of(p.turns, p.c.R / 2, r, p.set, (at + d) / 2);
             turn_pair(o[d], o[d + 1], turn.x, -turn.y);
         }
-    put_input(p.o, r, place, o, dim >= 0);
+    if (WHOLE && p.panels) put_panel(p.o, r, place, o, dim >= 0);
+    else put_input(p.o, r, place, o, dim >= 0);
 }
 
 // A block has 512 dims of a row, a thread eight of them and a quarter of the splits: all are asked for at once, and the
@@ -2056,7 +2090,7 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
         }
         __syncthreads();
     }
-    if (quarter == 3) put_values(p, r, place, dim, o, a.sum);
+    if (quarter == 3) put_values<0>(p, r, place, dim, o, a.sum);
 }
 static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
     int i = (int)blockIdx.x, r = p.row0 + i;
@@ -2088,6 +2122,7 @@ static __device__ __forceinline__ void add_split(const attend_args &p, const par
         }
 }
 // Sums of heads h0 .. [heads][D + 8] over of[][1], as wo_a's input.
+template <int WHOLE>
 static __device__ __forceinline__ void put_heads(const attend_args &p, int r, int h0, int heads, const float *total,
                                                  const float (*of)[2]) {
     int D = p.c.D, end = least(p.c.H, h0 + heads) * D, last = end / p.o_group * p.o_pitch + end % p.o_group;
@@ -2096,7 +2131,7 @@ static __device__ __forceinline__ void put_heads(const attend_args &p, int r, in
         float o[8];
         if (dim < 0) h = 0;
         load8(o, total + h * (D + 8) + most(0, dim) % D);
-        put_values(p, r, place, dim, o, of[h][1]);
+        put_values<WHOLE>(p, r, place, dim, o, of[h][1]);
     }
 }
 static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_args p) {
@@ -2128,7 +2163,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     if (threadIdx.x % 4 == 0 && threadIdx.x < WARP)
         for (int half = 0; half < 2; half++) of_split[g + 8 * half][1] = heads[half].sum;
     __syncthreads();
-    put_heads(p, r, h0, TILE, total, of_split);
+    put_heads<0>(p, r, h0, TILE, total, of_split);
 }
 
 // ---- attention of whole blocks of a prompt ----------------------------------------------------
@@ -2359,7 +2394,7 @@ static __device__ __forceinline__ void whole_put(const attend_args &p, int r, in
             for (int k = 0; k < 4; k++)
                 if (dim_of(i, k) < D) total[(m * 16 + g + 8 * (k / 2)) * (D + 8) + dim_of(i, k)] = o[m][i][k];
     __syncthreads();
-    put_heads(p, r, h0, WHOLE_HEADS, total, of);
+    put_heads<1>(p, r, h0, WHOLE_HEADS, total, of);
 }
 static __global__ void __launch_bounds__(THREADS, 1) attend_whole(const attend_args p) {
     __shared__ whole_scratch scratch;
@@ -2554,27 +2589,29 @@ typedef struct {
     shape c;
     const counts *n;
     const float *gate, *up, *weight;        // [rows][K + 1][stride], the same, [rows][K]
-    int stride, width, shared_width;
+    int stride, width, shared_width, slot;  // slot: the first one
     input x;                                // [rows * (K + 1)]
 } swiglu_args;
+static __device__ __forceinline__ float swiglu_of(float limit, float g, float u) {
+    g = limit < g ? limit : g, g = g < -200 ? -200 : g;         // -inf / inf would be NaN
+    u = limit < u ? limit : u, u = u < -limit ? -limit : u;
+    return g / (1 + expf(-g)) * u;
+}
+static __device__ __forceinline__ float swiglu_limit(const shape &c) { return c.limit > 0 ? c.limit : HUGE_VALF; }
 // Eight numbers of it from `at` on.
 static __device__ void swiglu_eight(const swiglu_args &p, int r, int slot, int at, int live) {
     int K = p.c.K;
     size_t from = (size_t)(r * (K + 1) + slot) * (size_t)p.stride + (size_t)at;
-    float v[8], g[8], u[8], weight, limit = p.c.limit > 0 ? p.c.limit : HUGE_VALF;
+    float v[8], g[8], u[8], weight, limit = swiglu_limit(p.c);
     live = live && at < (slot < K ? p.width : p.shared_width);
     if (live) load8_fresh(g, p.gate + from), load8_fresh(u, p.up + from);
     weight = live && slot < K ? p.weight[r * K + slot] : 1;
-    for (int i = 0; live && i < 8; i++) {
-        g[i] = limit < g[i] ? limit : g[i], g[i] = g[i] < -200 ? -200 : g[i];       // -inf / inf would be NaN
-        u[i] = limit < u[i] ? limit : u[i], u[i] = u[i] < -limit ? -limit : u[i];
-        v[i] = weight * (g[i] / (1 + expf(-g[i])) * u[i]);
-    }
+    for (int i = 0; live && i < 8; i++) v[i] = weight * swiglu_of(limit, g[i], u[i]);
     put_input(p.x, r * (K + 1) + slot, at, v, live);
 }
 // A block a slot. Bound: latency, 16 KB a slot.
 static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
-    int r = (int)blockIdx.x, slot = (int)blockIdx.y, n;
+    int r = (int)blockIdx.x, slot = p.slot + (int)blockIdx.y, n;
     grid_go();
     n = p.n->n_rows;
     grid_wait();
@@ -2623,6 +2660,11 @@ static __device__ __noinline__ void run_beside(const linears_args &p, int block,
     if (!p.mix.out) project_task(p.project, block < windows ? block : (block - windows) / (p.tasks - 1),
                                  block < windows ? 0 : 1 + (block - windows) % (p.tasks - 1), n, bytes, scratch);
     else if (block * WARPS + warp < n) post_comb(p.mix, block * WARPS + warp);
+}
+// The same for all rows, by blocks whose tiles follow.
+static __device__ __forceinline__ void all_post_comb(const linears_args &p, int n) {
+    for (int r = (int)(blockIdx.x * WARPS + threadIdx.x / WARP); p.mix.out && r < n; r += (int)gridDim.x * WARPS)
+        post_comb(p.mix, r);
 }
 // Rows r0 .. of the n.
 template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
@@ -2774,12 +2816,13 @@ static __host__ __device__ constexpr int stage_bytes(int mt) {
 static __host__ __device__ int tiles_along(int n, int each) { return (n + each - 1) / each; }
 
 // A tile: some outputs of a matrix for `live` rows of x, row i of which begins at [i] and has its sums in row to [i].
-typedef struct {
+template <int COLUMNS> struct tile_of {
     span s;
     operand x;
     float *y;
-    int y_stride, add, eights, live, at[MOST_COLUMNS], to[MOST_COLUMNS];
-} wide_tile;
+    int y_stride, add, eights, live, at[COLUMNS], to[COLUMNS];
+};
+typedef tile_of<MOST_COLUMNS> wide_tile;
 // Where a block is: in which of its tiles, in the units from w on, at which; and the stage that holds it.
 typedef struct { int k, w, unit, stage; } wide_at;
 
@@ -2931,20 +2974,31 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
     }
     if (live) put_wide<MT, NT>(t, total);
 }
-// Tiles of which find(i, tile) says what they are, all threads of a block together.
-template <int MT, class F> static __device__ __forceinline__ void wide(int n_tiles, char *bytes, const F &find) {
-    __shared__ wide_tile known[TILES_KNOWN];
-    __shared__ row_copies rows;
-    int n = n_tiles > (int)blockIdx.x ? (n_tiles - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0, stage = 0;
-    wide_at a = { 0, 0, 0, 0 };
+// A block's tiles of all, in turn, all its threads together: find(i, tile) says what tile i is, ask(known, n) asks for
+// the next unit of its n tiles, `ahead` units before sums(known, k, n) makes tile k.
+template <class T, class F, class A, class S>
+static __device__ __forceinline__ void in_turn(int n_tiles, int ahead, const F &find, const A &ask, const S &sums) {
+    __shared__ T known[TILES_KNOWN];
+    int n = n_tiles > (int)blockIdx.x ? (n_tiles - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0;
     for (int k = 0; k < TILES_KNOWN - 1 && k < n; k++)
         find((int)(blockIdx.x + (unsigned)k * gridDim.x), known[k]);
     __syncthreads();
-    for (int i = 0; i < wide_stages(MT) - 1; i++) ask_wide<MT>(known, n, a, bytes, rows);
+    for (int i = 0; i < ahead; i++) ask(known, n);
     for (int k = 0; k < n; k++) {
-        const wide_tile &t = known[k % TILES_KNOWN];
         int next = k + TILES_KNOWN - 2;     // as far as may be asked for; nobody looks at the one before the last
         if (k && next < n) find((int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
+        sums(known, k, n);
+    }
+    copies_wait<0>();
+}
+template <int MT, class F> static __device__ __forceinline__ void wide(int n_tiles, char *bytes, const F &find) {
+    __shared__ row_copies rows;
+    int stage = 0;
+    wide_at a = { 0, 0, 0, 0 };
+    in_turn<wide_tile>(n_tiles, wide_stages(MT) - 1, find, [&](const wide_tile *known, int n) {
+        ask_wide<MT>(known, n, a, bytes, rows);
+    }, [&](const wide_tile *known, int k, int n) {
+        const wide_tile &t = known[k % TILES_KNOWN];
         switch (t.x.planes == 1 ? -t.s.dtype : t.s.dtype) {
         case -DSPARK_FP8:
             if (t.eights == 8 && MT == 2) wide_sums<DSPARK_FP8, MT, 4 * MT, 1>(known, k, n, a, stage, bytes, rows);
@@ -2960,32 +3014,36 @@ template <int MT, class F> static __device__ __forceinline__ void wide(int n_til
         case DSPARK_F32: wide_sums<DSPARK_F32, MT, 4, 3>(known, k, n, a, stage, bytes, rows); break;
         default: wide_sums<DSPARK_BF16, MT, 4, 3>(known, k, n, a, stage, bytes, rows);
         }
-    }
-    copies_wait<0>();
+    });
 }
-static __device__ __forceinline__ void set_tile(wide_tile &t, const matrix &w, int m0, int end, int outputs, int of) {
-    set_span(t.s, w, m0, tiles_along(least(end - m0, outputs), TILE), of);
-    t.s.rows = end;
+static __device__ __forceinline__ void set_tile(span &s, const matrix &w, int m0, int end, int outputs, int of) {
+    set_span(s, w, m0, tiles_along(least(end - m0, outputs), TILE), of);
+    s.rows = end;
 }
 
 // Tiles of a job: of each of its groups, of whose outputs a tile has no others.
-static __host__ __device__ int wide_tiles(const job &j, int rows, int mt) {
-    int group = j.group ? j.group : j.w.rows, columns = 8 * wide_eights(mt, j.w.dtype, j.x.planes);
-    return j.w.rows / group * tiles_along(group, wide_outputs(mt)) * tiles_along(rows, columns);
+static __host__ __device__ int job_tiles(const job &j, int rows, int outputs, int columns) {
+    int group = j.group ? j.group : j.w.rows;
+    return j.w.rows / group * tiles_along(group, outputs) * tiles_along(rows, columns);
 }
-template <int MT> static __device__ void find_tile(const linears_args &p, int n, int i, wide_tile &t) {
+static __host__ __device__ __forceinline__ int wide_columns(const job &j, int mt) {
+    return 8 * wide_eights(mt, j.w.dtype, j.x.planes);
+}
+template <class T, class C>
+static __device__ __forceinline__ void find_job(const linears_args &p, int n, int i, int outputs, const C &columns,
+                                                T &t) {
     int k = p.n_jobs - 1, me = (int)threadIdx.x;
-    if (me >= MOST_COLUMNS) return;
+    if (me >= (int)(sizeof t.at / sizeof *t.at)) return;
     while (p.jobs[k].first_item > i) k--;
     const job &j = p.jobs[k];
-    int eights = wide_eights(MT, j.w.dtype, j.x.planes), along = tiles_along(p.rows, 8 * eights), group, m0, r0, r;
-    i -= j.first_item, r0 = i % along * 8 * eights, i /= along;
-    group = j.group ? j.group : j.w.rows, along = tiles_along(group, wide_outputs(MT));
-    m0 = i / along * group + i % along * wide_outputs(MT), r = most(0, least(r0 + me, n - 1));
+    int each = columns(j), along = tiles_along(p.rows, each), group, m0, r0, r;
+    i -= j.first_item, r0 = i % along * each, i /= along;
+    group = j.group ? j.group : j.w.rows, along = tiles_along(group, outputs);
+    m0 = i / along * group + i % along * outputs, r = most(0, least(r0 + me, n - 1));
     t.at[me] = r * j.x_stride + (j.group ? i / along * j.x_group : 0), t.to[me] = j.y_rows ? j.y_rows[r] : r;
     if (me) return;
-    set_tile(t, j.w, m0, (i / along + 1) * group, wide_outputs(MT), k);
-    t.live = least(8 * eights, n - r0), t.eights = eights == 8 && t.live <= 32 ? 4 : eights, t.x = j.x;
+    set_tile(t.s, j.w, m0, (i / along + 1) * group, outputs, k);
+    t.live = least(each, n - r0), t.eights = each == 64 && t.live <= 32 ? 4 : each / 8, t.x = j.x;
     t.y = j.y, t.y_stride = j.y_stride, t.add = j.add;
 }
 template <int MT> static __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
@@ -2994,9 +3052,10 @@ linears_wide(const linears_args p) {
     grid_go();
     int n = *p.n_rows;
     grid_wait();
-    for (int r = (int)(blockIdx.x * WARPS + threadIdx.x / WARP); p.mix.out && r < n; r += (int)gridDim.x * WARPS)
-        post_comb(p.mix, r);
-    wide<MT>(p.n_items, bytes, [&](int i, wide_tile &t) { find_tile<MT>(p, n, i, t); });
+    all_post_comb(p, n);
+    wide<MT>(p.n_items, bytes, [&](int i, wide_tile &t) {
+        find_job(p, n, i, wide_outputs(MT), [](const job &j) { return wide_columns(j, MT); }, t);
+    });
 }
 
 // The same for experts. before[a]: tiles of the active ones before, the shared one last.
@@ -3047,7 +3106,7 @@ static __device__ void find_expert(const experts_args &p, const int *before, int
     t.to[me] = r * p.n_slots + slot, t.at[me] = (p.x_by_slot ? t.to[me] : r) * p.x.stride;
     if (me) return;
     const matrix &w = o.of->w[p.which + which];
-    set_tile(t, w, m, w.rows, wide_outputs(EXPERT_TILES), which);
+    set_tile(t.s, w, m, w.rows, wide_outputs(EXPERT_TILES), which);
     t.live = least(8 * o.eights, o.n - r0), t.eights = t.live <= 32 ? 4 : o.eights;
     t.y = p.y[which], t.y_stride = p.y_stride, t.add = 0;
     t.x = operand_of(p.x, w.dtype, 0);
@@ -3066,26 +3125,37 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
     wide<EXPERT_TILES>(n, bytes, [&](int i, wide_tile &t) { find_expert(p, before, i, t); });
 }
 
-// ---- routed experts of whole blocks of a prompt -----------------------------------------------
-// With fast_prefill, where they are FP4. Their products are wgmma's of FP8, twice as fast as those of f16: weights as
-// E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so that 128 products are one sum.
-// A code whose scale is less than 2^-14 of that one loses bits, as the sum does. A block has 128 outputs and 64 or 128
-// rows. Bound: products, 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.2 with the 850 instructions
-// that each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Not yet run on
-// a device.
+// ---- products of whole blocks of a prompt -----------------------------------------------------
+// With fast_prefill: what the library does not take, by wgmma. A block has 128 outputs and 64 or 128 rows; weights are
+// decoded in registers, a half of a unit while the one before is multiplied, x lies in panels of 64 rows of 128 bytes.
+//   FP4, the routed experts: as E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so
+//     that 128 products are one sum. A code whose scale is less than 2^-14 of that one loses bits, as the sum does.
+//   FP8, wo_a: as f16, and of its inputs the first plane, 11 bits where the released kernels have 8.
+//   bf16: as it is, and of its inputs the first plane, as those kernels have them.
+// Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.2 with the 850 instructions that
+// each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Others: .99 PFLOP/s,
+// 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9. Not yet run on a device.
 
-enum { PANEL = 64, FP8_STAGES = 3, FP8_ROOM = 6 };     // rows of b; stages; 6 2^6 is an E4M3
-static __host__ __device__ constexpr int fp8_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
-static __host__ __device__ constexpr int fp8_stage_bytes(int panels) {
-    return fp8_x_bytes(panels) + WARPS * SLOT_BYTES + 1024;
+enum { PANEL = 64, PANEL_STAGES = 3, FP8_ROOM = 6 };   // rows of b; stages; 6 2^6 is an E4M3
+// Of a dtype: how many panels have the bytes of x for a unit; bytes of a number of x; how many scales it has there; the
+// dtype as whose a lane takes its piece: of FP8 four bytes of each 16, of bf16 16 of each 64.
+template <int DTYPE> struct panels_of { enum { ALONG = 1, NUMBER = 2, SCALES = 0, PIECE = DSPARK_FP8 }; };
+template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, NUMBER = 2, SCALES = 1, PIECE = DSPARK_BF16 }; };
+template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, NUMBER = 1, SCALES = 2, PIECE = DSPARK_FP4 }; };
+// A stage: x, weights, the scales of x [row][2].
+static __host__ __device__ constexpr int panel_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
+static __host__ __device__ constexpr int panel_stage_bytes(int panels) {
+    return panel_x_bytes(panels) + WARPS * SLOT_BYTES + 1024;
 }
-typedef struct {
-    span s;
-    float *y;
-    int y_stride, live, to[2 * PANEL];      // rows of y
-    uint32_t at[2 * PANEL];                 // where rows of x begin
-} fp8_tile;
-typedef struct { experts_args e; const uint8_t *codes; } fp8_args;     // e.x as `codes` makes it for FP4
+static __host__ __device__ constexpr int panel_bytes(int panels) {
+    return 1024 + PANEL_STAGES * panel_stage_bytes(panels);
+}
+// A tile may have two parts: of w1 and of w3 the same outputs, of rows that have these weights.
+struct panel_tile : tile_of<2 * PANEL> {
+    int parts;
+    span second;
+    float weight[2 * PANEL];
+};
 
 // E4M3 of the eight FP4 magnitudes times 2^(FP8_ROOM - i).
 typedef uint2 fp8_table[256];
@@ -3101,8 +3171,24 @@ static __device__ __forceinline__ uint32_t fp8_of(uint32_t w, const uint2 &table
     uint32_t z = w >> 1 & 0x07070707u;
     return __byte_perm(table.x, table.y, __byte_perm(z | z >> 4, 0, 0x20)) | (w & 0x80808080u);
 }
-// Half c of a unit: of each block of 32 what mma_fp8 takes, and the scale of the 16 rows.
-static __device__ __forceinline__ float decode_fp8(const piece &q, int c, const fp8_table table, uint32_t (*a)[4]) {
+// Half c of a unit as mma_panel takes it, four times. Returned: the scale that enters with its sums.
+template <int DTYPE>
+static __device__ __forceinline__ float panel_weights(const piece &q, int c, const uint2 *, uint32_t (*a)[4]) {
+    UNROLL
+    for (int b = 0; b < 4; b++)
+        UNROLL
+        for (int half = 0; half < 2; half++)
+            if (DTYPE == DSPARK_FP8) {
+                const uint2 two = f16_of_e4m3(word(q.v[2 * c + b / 2], b % 2 * 2 + half));
+                a[b][half] = two.x, a[b][2 + half] = two.y;
+            } else {
+                const uint4 &v = q.v[b / 2 * 2 + half];
+                a[b][half] = word(v, b % 2 * 2), a[b][2 + half] = word(v, b % 2 * 2 + 1);
+            }
+    return DTYPE == DSPARK_FP8 ? e8m0(q.scale.x) : 1;
+}
+template <> __device__ __forceinline__ float panel_weights<DSPARK_FP4>(const piece &q, int c, const uint2 *table,
+                                                                       uint32_t (*a)[4]) {
     uint32_t scale[4][2], largest = 0;
     UNROLL
     for (int i = 0; i < 8; i++) {
@@ -3121,33 +3207,36 @@ static __device__ __forceinline__ float decode_fp8(const piece &q, int c, const 
     return exp2i(most(-126, (int)largest - 127 - FP4_SHIFT - FP8_ROOM));
 }
 
-// The next unit of the block's tiles to its stage: x in panels of 128 bytes a row, weights, the scales of x [row][2].
-template <int PANELS> static __device__ __forceinline__ void ask_fp8(const fp8_args &p, const fp8_tile *known, int n,
-                                                                     wide_at &a, char *bytes) {
-    int warp = (int)threadIdx.x / WARP, q = (int)threadIdx.x % 16, first = (int)threadIdx.x / 16;
+// The next unit of the block's tiles to its stage: x in panels of 128 bytes a row, weights, the scales of x.
+template <int DTYPE, int PANELS>
+static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n, wide_at &a, char *bytes) {
+    enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, SCALES = panels_of<DTYPE>::SCALES };
+    int warp = (int)threadIdx.x / WARP, q = (int)threadIdx.x % IN_ROW, first = (int)threadIdx.x / IN_ROW;
     if (a.k < n) {
-        const fp8_tile &t = known[a.k % TILES_KNOWN];
-        shared_at stage = place_in(bytes + a.stage * fp8_stage_bytes(PANELS)),
+        const panel_tile &t = known[a.k % TILES_KNOWN];
+        shared_at stage = place_in(bytes + a.stage * panel_stage_bytes(PANELS)),
                   to = stage + q / 8 * PANELS * PANEL * 128 + first * 128 + (q % 8 ^ first % 8) * 16,
-                  weights = stage + fp8_x_bytes(PANELS);
-        const uint8_t *x = p.codes + (size_t)(a.unit * 2 * UNIT + q * 16);
+                  weights = stage + panel_x_bytes(PANELS);
+        const uint8_t *x = (const uint8_t *)t.x.x + (size_t)((a.unit * IN_ROW + q) * 16);
         UNROLL
-        for (int k = 0; k < PANELS * PANEL / 16; k++) copy16<0>(to + k * 2048, x + t.at[first + 16 * k]);
+        for (int k = 0; k < PANELS * PANEL / ROWS; k++)
+            copy16<0>(to + k * ROWS * 128, x + (size_t)t.at[first + k * ROWS] * panels_of<DTYPE>::NUMBER);
         if (warp < t.s.tiles) {
             const uint8_t *from, *scale;
-            unit_at(t.s, warp, a.unit, &from, &scale);
-            ask_unit<0>(weights + warp * SLOT_BYTES, from, 8 * (uint32_t)t.s.pitch, 1, scale);
+            unit_at(a.w ? t.second : t.s, warp, a.unit, &from, &scale);
+            ask_unit<0>(weights + warp * SLOT_BYTES, from, 8 * (uint32_t)t.s.pitch, DTYPE == DSPARK_FP4, scale);
         }
-        if (threadIdx.x < PANELS * PANEL * 2)
+        if (threadIdx.x < PANELS * PANEL * 2 && (int)threadIdx.x % 2 < SCALES)
             copy4<0>(weights + WARPS * SLOT_BYTES + (int)threadIdx.x * 4,
-                     p.e.x.rounded_scale + (t.at[threadIdx.x / 2] / 128 + (uint32_t)(2 * a.unit) + threadIdx.x % 2));
-        if (++a.unit == t.s.pitch / UNIT) a.k++, a.unit = 0;
+                     t.x.scale + (t.at[threadIdx.x / 2] / 128 + SCALES * a.unit + (int)threadIdx.x % 2));
+        if (++a.unit == t.s.pitch / UNIT) a.w++, a.unit = 0;
+        if (a.w == t.parts) a.k++, a.w = 0;
     }
     copies_close();
-    a.stage = a.stage + 1 == FP8_STAGES ? 0 : a.stage + 1;
+    a.stage = a.stage + 1 == PANEL_STAGES ? 0 : a.stage + 1;
 }
-// Sums of 128 enter with the weights' scale and those of x.
-static __device__ __forceinline__ void enter_fp8(float (*acc)[4], const float (*sum)[4], float scale, const float *x) {
+// Sums enter with the weights' scale and those of x.
+static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)[4], float scale, const float *x) {
     UNROLL
     for (int nt = 0; nt < PANEL / 8; nt++) {
         const float *s = x + (nt * 8 + (int)threadIdx.x % 4 * 2) * 2, by[2] = { s[0] * scale, s[2] * scale };
@@ -3155,43 +3244,83 @@ static __device__ __forceinline__ void enter_fp8(float (*acc)[4], const float (*
         for (int k = 0; k < 4; k++) acc[nt][k] = fmaf(sum[nt][k], by[k % 2], acc[nt][k]);
     }
 }
-// Tile k of the block's n.
-template <int PANELS>
-static __device__ __forceinline__ void fp8_sums(const fp8_args &p, const fp8_tile *known, int k, int n, wide_at &a,
-                                                int &stage, char *bytes, const fp8_table table) {
-    const fp8_tile &t = known[k % TILES_KNOWN];
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + warp * TILE + lane / 4;
-    float acc[PANELS][PANEL / 8][4];
+// A unit in its stage: bf16's products go to acc, the others are summed, of FP4 128 in each half, of FP8 in both.
+template <int DTYPE, int PANELS>
+static __device__ __forceinline__ void panel_unit(const piece &q, const char *stage, const uint2 *table,
+                                                  float (*acc)[PANEL / 8][4]) {
+    enum { ALONG = panels_of<DTYPE>::ALONG, SCALED = panels_of<DTYPE>::SCALES > 0, EACH = DTYPE == DSPARK_FP4 };
+    const float *s = (const float *)(const void *)(stage + panel_x_bytes(PANELS) + WARPS * SLOT_BYTES);
+    uint32_t w[2][4][4];
+    float scale[2] = { panel_weights<DTYPE>(q, 0, table, w[0]), 1 }, some[PANELS][PANEL / 8][4],
+          (*sum)[PANEL / 8][4] = SCALED ? some : acc;
+    UNROLL
+    for (int c = 0; c < ALONG; c++) {
+        mma_panel_begin();
+        UNROLL
+        for (int i = 0; i < PANELS; i++) {
+            shared_at b = place_in(stage + (c * PANELS + i) * PANEL * 128);
+            if (SCALED && (EACH || !c)) mma_panel<DTYPE, 1>(sum[i], w[c][0], b);
+            else mma_panel<DTYPE, 0>(sum[i], w[c][0], b);
+            mma_panel<DTYPE, 0>(sum[i], w[c][1], b + 32), mma_panel<DTYPE, 0>(sum[i], w[c][2], b + 64);
+            mma_panel<DTYPE, 0>(sum[i], w[c][3], b + 96);
+            mma_panel_close();
+        }
+        if (c + 1 < ALONG) scale[c + 1] = panel_weights<DTYPE>(q, c + 1, table, w[c + 1]);
+        if (c + 1 < ALONG && !EACH) continue;
+        UNROLL
+        for (int i = 0; i < PANELS; i++) {
+            if (i + 1 < PANELS) mma_panel_wait<1>(sum[i]);
+            else mma_panel_wait<0>(sum[i]);
+            if (SCALED) enter(acc[i], sum[i], scale[c], s + i * PANEL * 2 + (EACH ? c : 0));
+        }
+    }
+}
+// Part w of tile k of the block's n.
+template <int DTYPE, int PANELS>
+static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, wide_at &a, int &stage,
+                                                  char *bytes, const uint2 *table, float (*acc)[PANEL / 8][4]) {
+    enum { PIECE = panels_of<DTYPE>::PIECE };
+    const panel_tile &t = known[k % TILES_KNOWN];
+    int warp = (int)threadIdx.x / WARP;
+    const uint8_t *scales = DTYPE == DSPARK_FP8 ? scales_of(t.s, least(warp, t.s.tiles - 1)) : NULL;
     zero<PANELS * PANEL / 2>(&acc[0][0][0]);
     for (int unit = 0; unit < t.s.pitch / UNIT; unit++) {
-        char *from = bytes + stage * fp8_stage_bytes(PANELS), *weights = from + fp8_x_bytes(PANELS);
-        const float *s = (const float *)(const void *)(weights + WARPS * SLOT_BYTES);
-        uint32_t w[2][4][4];
-        float scale[2], sum[PANELS][PANEL / 8][4];
+        const char *from = bytes + stage * panel_stage_bytes(PANELS);
+        uint32_t scale = DTYPE == DSPARK_FP8 ? scales[unit] : 0;
         piece q;
-        copies_wait<FP8_STAGES - 2>();
+        copies_wait<PANEL_STAGES - 2>();
         copies_seen();
         __syncthreads();        // all see the stage, and are done with the one before it
-        ask_fp8<PANELS>(p, known, n, a, bytes);
-        take_piece<DSPARK_FP4>(q, place_in(weights + warp * SLOT_BYTES), 0);
-        scale[0] = decode_fp8(q, 0, table, w[0]);
-        UNROLL
-        for (int c = 0; c < 2; c++) {
-            mma_fp8_begin();
-            UNROLL
-            for (int i = 0; i < PANELS; i++) {
-                shared_at b = place_in(from + (c * PANELS + i) * PANEL * 128);
-                mma_fp8<1>(sum[i], w[c][0], b), mma_fp8<0>(sum[i], w[c][1], b + 32);
-                mma_fp8<0>(sum[i], w[c][2], b + 64), mma_fp8<0>(sum[i], w[c][3], b + 96);
-                mma_fp8_close();
-            }
-            if (!c) scale[1] = decode_fp8(q, 1, table, w[1]);
-            if (PANELS == 2) mma_fp8_wait<1>(sum[0]), enter_fp8(acc[0], sum[0], scale[c], s + c);
-            mma_fp8_wait<0>(sum[PANELS - 1]);
-            enter_fp8(acc[PANELS - 1], sum[PANELS - 1], scale[c], s + (PANELS - 1) * PANEL * 2 + c);
-        }
-        stage = stage + 1 == FP8_STAGES ? 0 : stage + 1;
+        ask_panels<DTYPE, PANELS>(known, n, a, bytes);
+        take_piece<PIECE>(q, place_in(from + panel_x_bytes(PANELS) + warp * SLOT_BYTES), 0);
+        if (DTYPE == DSPARK_FP8) q.scale.x = scale;
+        panel_unit<DTYPE, PANELS>(q, from, table, acc);
+        stage = stage + 1 == PANEL_STAGES ? 0 : stage + 1;
     }
+}
+// put(tile, part, its sums) of each part.
+template <int DTYPE, int PANELS, class F, class P>
+static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const uint2 *table, const F &find,
+                                              const P &put) {
+    int stage = 0;
+    wide_at a = { 0, 0, 0, 0 };
+    in_turn<panel_tile>(n_tiles, PANEL_STAGES - 1, find, [&](const panel_tile *known, int n) {
+        ask_panels<DTYPE, PANELS>(known, n, a, bytes);
+    }, [&](const panel_tile *known, int k, int n) {
+        const panel_tile &t = known[k % TILES_KNOWN];
+        for (int part = 0; part < t.parts; part++) {
+            float acc[PANELS][PANEL / 8][4];
+            panel_sums<DTYPE, PANELS>(known, k, n, a, stage, bytes, table, acc);
+            put(t, part, acc);
+        }
+    });
+}
+static __device__ __forceinline__ char *panel_room(char *shared) {
+    return shared + (1024 - (uintptr_t)place_in(shared) % 1024) % 1024;
+}
+template <int PANELS>
+static __device__ __forceinline__ void put_panels(const panel_tile &t, float (*acc)[PANEL / 8][4]) {
+    int lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + (int)threadIdx.x / WARP * TILE + lane / 4;
     UNROLL
     for (int i = 0; i < PANELS * PANEL / 4; i++) {
         int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
@@ -3201,50 +3330,129 @@ static __device__ __forceinline__ void fp8_sums(const fp8_args &p, const fp8_til
         if (m0 + 8 < t.s.rows) y[m0 + 8] = acc[i / 16][i / 2 % 8][2 + i % 2];
     }
 }
-// Tile i: experts in order, of each its matrices, outputs, rows.
-template <int PANELS> static __device__ void find_fp8(const fp8_args &p, const int *before, int i, fp8_tile &t) {
+
+template <int DTYPE> static __global__ void __launch_bounds__(THREADS, 1) linears_whole(const linears_args p) {
+    SHARED_BYTES(shared);
+    grid_go();
+    int n = *p.n_rows;
+    grid_wait();
+    all_post_comb(p, n);
+    panels<DTYPE, 2>(p.n_items, panel_room(shared), NULL, [&](int i, panel_tile &t) {
+        find_job(p, n, i, WARPS * TILE, [](const job &) { return 2 * PANEL; }, t);
+        if (!threadIdx.x) t.parts = 1;
+    }, [&](const panel_tile &t, int, float (*acc)[PANEL / 8][4]) { put_panels<2>(t, acc); });
+}
+
+typedef struct {
+    experts_args e;
+    const uint8_t *codes;           // of e.x, as `codes` makes them for FP4
+    const float *weight;            // [rows][K]
+    uint8_t *act;                   // [rows * (K + 1)][stride]: what w1 and w3 give w2, as its codes
+    float *act_scale;               // [rows * (K + 1)][stride / 128]
+    int act_stride;
+} whole_args;
+// Tile i: experts in order, of each its outputs, rows; parts: of w1 and w3, or 1.
+template <int PANELS, int PARTS>
+static __device__ void find_whole(const whole_args &p, const int *before, int i, panel_tile &t) {
     int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], K = p.e.c.K,
-        first = p.e.first[e], n = p.e.first[e + 1] - first, rows = tiles_along(n, PANELS * PANEL), r0, at, along;
-    const expert *of = p.e.experts + e;
+        first = p.e.first[e], n = p.e.first[e + 1] - first, rows = tiles_along(n, PANELS * PANEL), r0, at, m0;
+    const matrix *w = p.e.experts[e].w + p.e.which;
     if (me >= PANELS * PANEL) return;
-    along = tiles_along(of->w[p.e.which].rows, WARPS * TILE);
-    i -= before[a], r0 = i % rows * PANELS * PANEL, i /= rows;
+    i -= before[a], r0 = i % rows * PANELS * PANEL, m0 = i / rows * WARPS * TILE;
     at = p.e.list[first + least(r0 + me, n - 1)];
     t.to[me] = at / K * p.e.n_slots + at % K;
-    t.at[me] = (uint32_t)((p.e.x_by_slot ? t.to[me] : at / K) * p.e.x.stride);
+    t.at[me] = (PARTS == 1 ? t.to[me] : at / K) * p.e.x.stride;
+    if (PARTS == 2) t.weight[me] = p.weight[at];
     if (me) return;
-    const matrix &w = of->w[p.e.which + i / along];
-    int m0 = i % along * WARPS * TILE;
-    set_span(t.s, w, m0, tiles_along(least(w.rows - m0, WARPS * TILE), TILE), i / along);
-    t.live = least(PANELS * PANEL, n - r0), t.y = p.e.y[i / along], t.y_stride = p.e.y_stride;
+    set_tile(t.s, w[0], m0, w[0].rows, WARPS * TILE, 0);
+    if (PARTS == 2) set_tile(t.second, w[1], m0, w[1].rows, WARPS * TILE, 0);
+    t.parts = PARTS, t.live = least(PANELS * PANEL, n - r0), t.y = p.e.y[0], t.y_stride = p.e.y_stride;
+    t.x.x = (const uint16_t *)(const void *)p.codes, t.x.scale = p.e.x.rounded_scale;
 }
-template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_whole(const fp8_args p) {
+template <int PANELS, int PARTS, class P>
+static __device__ __forceinline__ void whole_experts(const whole_args &p, char *bytes, const P &put) {
     __shared__ int before[MAX_EXPERTS + 1];
-    __shared__ fp8_tile known[TILES_KNOWN];
     __shared__ fp8_table table;
-    SHARED_BYTES(room);
-    char *bytes = room + (1024 - (uintptr_t)place_in(room) % 1024) % 1024;
-    wide_at a = { 0, 0, 0, 0 };
-    int n, stage = 0;
+    int n;
     grid_go();
     fill_table(table);
     grid_wait();
     n = tiles_before(p.e.active[0], before, [&](int i) {
         int e = p.e.active[1 + i], rows = tiles_along(p.e.first[e + 1] - p.e.first[e], PANELS * PANEL);
-        return rows * tiles_along(p.e.experts[e].w[p.e.which].rows, WARPS * TILE) * p.e.n_which;
+        return rows * tiles_along(p.e.experts[e].w[p.e.which].rows, WARPS * TILE);
     });
-    n = n > (int)blockIdx.x ? (n - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0;
-    for (int k = 0; k < TILES_KNOWN - 1 && k < n; k++)
-        find_fp8<PANELS>(p, before, (int)(blockIdx.x + (unsigned)k * gridDim.x), known[k]);
-    __syncthreads();
-    for (int i = 0; i < FP8_STAGES - 1; i++) ask_fp8<PANELS>(p, known, n, a, bytes);
-    for (int k = 0; k < n; k++) {
-        int next = k + TILES_KNOWN - 2;
-        if (k && next < n)
-            find_fp8<PANELS>(p, before, (int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
-        fp8_sums<PANELS>(p, known, k, n, a, stage, bytes, table);
+    panels<DSPARK_FP4, PANELS>(n, bytes, table, [&](int i, panel_tile &t) {
+        find_whole<PANELS, PARTS>(p, before, i, t);
+    }, put);
+}
+template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_whole(const whole_args p) {
+    SHARED_BYTES(shared);
+    whole_experts<PANELS, 1>(p, panel_room(shared), [&](const panel_tile &t, int, float (*acc)[PANEL / 8][4]) {
+        put_panels<PANELS>(t, acc);
+    });
+}
+
+// w1 and w3 with what follows on them: a block has the same 128 outputs of both, keeps the first's in bf16 while it
+// makes the second's, and rounds what the SwiGLU of both is, a block of 128, to what w2 takes.
+static __device__ __forceinline__ int code_place(int k) {       // of a code among 32, as `codes` places it
+    return k / 8 * 4 + k / 4 % 2 * 16 + (0x2031 >> k % 4 * 4 & 3);
+}
+template <int PANELS>
+static __device__ __forceinline__ void put_gates(float (*acc)[PANEL / 8][4], uint32_t (*gates)[THREADS]) {
+    UNROLL
+    for (int i = 0; i < PANELS * 16; i++)
+        gates[i][threadIdx.x] = bf16x2(acc[i / 16][i / 2 % 8][i % 2 * 2], acc[i / 16][i / 2 % 8][i % 2 * 2 + 1]);
+}
+// largest [WARPS][2 * PANEL]
+template <int PANELS>
+static __device__ __forceinline__ void put_act(const whole_args &p, const panel_tile &t, float (*acc)[PANEL / 8][4],
+                                               const uint32_t (*gates)[THREADS], float (*largest)[2 * PANEL]) {
+    int me = (int)threadIdx.x, warp = me / WARP, lane = me % WARP, m0 = t.s.m0 + warp * TILE + lane / 4;
+    float limit = swiglu_limit(p.e.c), a[PANELS * 16];
+    zero<PANELS * 16>(a);
+    UNROLL
+    for (int i = 0; i < PANELS * 32; i++) {         // k: row m0 or 8 further, and which of two columns
+        int k = i % 4, at = i / 4 * 2 + k % 2, column = i / 4 * 8 + lane % 4 * 2 + k % 2;
+        uint32_t two = gates[i / 2][me];
+        float &x = acc[i / 32][i / 4 % 8][k];
+        x = swiglu_of(limit, __uint_as_float(k % 2 ? two & 0xffff0000u : two << 16), x) * t.weight[column];
+        if (m0 + k / 2 * 8 >= t.s.rows) x = 0;
+        a[at] = fmaxf(a[at], fabsf(x));
     }
-    copies_wait<0>();
+    UNROLL
+    for (int i = 0; i < PANELS * 16; i++) {
+        for (int k = 4; k < WARP; k *= 2) a[i] = fmaxf(a[i], __shfl_xor_sync(ALL, a[i], k));
+        if (lane < 4) largest[warp][i / 2 * 8 + lane * 2 + i % 2] = a[i];
+    }
+    __syncthreads();
+    if (me < t.live) {
+        float most_of = 0;
+        for (int w = 0; w < WARPS; w++) most_of = fmaxf(most_of, largest[w][me]);
+        int e = fp8_exponent(most_of);
+        largest[0][me] = exp2i(-e);
+        p.act_scale[(t.to[me] * p.act_stride + t.s.m0) / 128] = most_of <= FLT_MAX ? exp2i(e) : HUGE_VALF;
+    }
+    __syncthreads();
+    UNROLL
+    for (int i = 0; i < PANELS * 32; i += 2) {
+        int column = i / 4 * 8 + lane % 4 * 2, out = m0 + i % 4 / 2 * 8;
+        const float *x = &acc[i / 32][i / 4 % 8][i % 4];
+        uint32_t two = e4m3x2(x[0] * largest[0][column], x[1] * largest[0][column + 1]);
+        uint8_t *to = p.act + out / 32 * 32 + code_place(out % 32);
+        if (column < t.live) to[(size_t)t.to[column] * (size_t)p.act_stride] = (uint8_t)two;
+        if (column + 1 < t.live) to[(size_t)t.to[column + 1] * (size_t)p.act_stride] = (uint8_t)(two >> 8);
+    }
+}
+static __host__ __device__ constexpr int gate_bytes(int panels) { return panels * 16 * THREADS * 4; }
+template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_up_whole(const whole_args p) {
+    __shared__ float largest[WARPS][2 * PANEL];
+    SHARED_BYTES(shared);
+    char *bytes = panel_room(shared);
+    uint32_t (*gates)[THREADS] = (uint32_t (*)[THREADS])(void *)(bytes + PANEL_STAGES * panel_stage_bytes(PANELS));
+    whole_experts<PANELS, 2>(p, bytes, [&](const panel_tile &t, int part, float (*acc)[PANEL / 8][4]) {
+        if (!part) put_gates<PANELS>(acc, gates);
+        else put_act<PANELS>(p, t, acc, gates, largest);
+    });
 }
 
 // ---- experts that lie in host memory ----------------------------------------------------------
@@ -3872,7 +4080,7 @@ typedef struct {
     const dspark_weights *w;
     shape s;
     int max_rows, sms, major, shared_most, layers;
-    int wide, attends_whole, experts_whole; // there is room for tiles of many rows; for kernels of whole blocks
+    int wide, whole;                        // there is room for tiles of many rows; for the kernels of whole blocks
     dspark_status status;                   // the first failure, until pass_end gives it
     char message[256];
     cudaStream_t stream;
@@ -3923,7 +4131,7 @@ typedef struct {
     int fast_prefill;                       // blocks of prompts may go through the library
     product products[MAX_PRODUCTS];
     int n_products;
-    uint8_t *codes, *expert_codes, *library_room;
+    uint8_t *codes, *expert_codes, *act_codes, *library_room;
     float *code_scales;
 #ifndef DSPARK_CUDA_HOST
     cublasLtHandle_t library;
@@ -4145,10 +4353,32 @@ static void jobs_by_library(cuda *d, linears_args *p) {
     p->n_jobs = left;
 }
 
+// Runs those of them whose matrices are of bf16, or of FP8 with inputs as put_panel writes them.
+static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype) {
+    linears_args some = *p;
+    int left = 0;
+    some.n_jobs = some.n_items = 0;
+    for (int i = 0; i < p->n_jobs; i++) {
+        const job *j = &p->jobs[i];
+        if (j->w.dtype != dtype || j->x.planes == 1 || j->add) {
+            p->jobs[left++] = *j;
+            continue;
+        }
+        some.jobs[some.n_jobs] = *j, some.jobs[some.n_jobs++].first_item = some.n_items;
+        some.n_items += job_tiles(*j, p->rows, WARPS * TILE, 2 * PANEL);
+    }
+    if (!some.n_jobs) return;
+    launch(d, name, dtype == DSPARK_FP8 ? linears_whole<DSPARK_FP8> : linears_whole<DSPARK_BF16>,
+           grid_of(smaller(some.n_items, d->sms), 1), THREADS, (size_t)panel_bytes(2), some);
+    p->n_jobs = left, p->mix.out = NULL;
+}
+
 static int count_tiles(linears_args *p, int mt) {
     p->n_items = 0;
-    for (int i = 0; i < p->n_jobs; i++)
-        p->jobs[i].first_item = p->n_items, p->n_items += wide_tiles(p->jobs[i], p->rows, mt);
+    for (int i = 0; i < p->n_jobs; i++) {
+        job *j = &p->jobs[i];
+        j->first_item = p->n_items, p->n_items += job_tiles(*j, p->rows, wide_outputs(mt), wide_columns(*j, mt));
+    }
     return p->n_items;
 }
 // A large tile is four small ones, of which two run beside each other in the time of three: what ends first.
@@ -4163,9 +4393,12 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
     int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4,
         beside = p->mix.out || p->tasks ? blocks_of(rows, WARPS) + larger(0, p->tasks - 1) * rows : 0;
     dim3 grid;
-    if (d->grid.whole && rows == d->n_rows) jobs_by_library(d, p);
-    if (!p->n_jobs && !p->mix.out) return;
     p->n_rows = n_rows, p->rows = rows, p->item_bytes = ITEM / 2;
+    if (d->grid.whole && n_rows == &d->dev.n->n_rows) {
+        jobs_by_library(d, p);
+        if (d->whole) jobs_by_panels(d, name, p, DSPARK_FP8), jobs_by_panels(d, name, p, DSPARK_BF16);
+    }
+    if (!p->n_jobs && !p->mix.out) return;
     if (rows >= MANY_ROWS && d->wide) {
         jobs_wide(d, name, p);
         p->n_jobs = p->tasks = 0, p->mix.out = NULL;
@@ -4306,7 +4539,7 @@ static commit_args commit_of(const cuda *d, const layer_weights *w, int l) {
 }
 // Scores, softmax and values of all rows.
 static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch) {
-    int many = d->grid.rows >= MANY_ROWS, whole = d->grid.whole && d->attends_whole, chooses = w->ratio == 4 &&
+    int many = d->grid.rows >= MANY_ROWS, whole = d->grid.whole && d->whole, chooses = w->ratio == 4 &&
         d->grid.indexed && !d->grid.drafts, heads = blocks_of(d->s.H, TILE),
         at_once = !many ? ATTEND_ROWS : whole && !chooses ? d->grid.rows : INDEX_ROWS;
     attend_args a;
@@ -4314,7 +4547,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
-    a.o_group = w->wo_a.cols, a.o_pitch = o_pitch;
+    a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.panels = w->wo_a.dtype == DSPARK_FP8;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
         int rows = smaller(at_once, d->grid.rows - a.row0);
         if (chooses) attention_index(d, l, a.row0, rows);
@@ -4344,7 +4577,6 @@ static void op_attention(cuda *d, int l) {
     r.parts = blocks_of(r.n, 8 * THREADS), r.commit = commit_of(d, w, l);
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = o_pitch;
-    if (d->grid.whole && p.jobs[0].x.planes == 2) p.jobs[0].x.planes = 1;     // 11 bits: the released kernels have 8
     jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + r.commit.arrays), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
@@ -4359,17 +4591,27 @@ static void cache_run(cuda *d, int l) {
     LAUNCH(cache_fill, grid_of(2 * d->sms, 1), THREADS, 0, p);
 }
 
-// The routed ones of whole blocks; 0: those are not of FP4, or there is no room.
-static int experts_of_blocks(cuda *d, const char *name, const experts_args &e, const layer_weights *w) {
-    int panels = d->n_rows * d->s.K > PANEL * d->s.E ? 2 : 1;
-    codes_args c = { e.x.rounded, e.x.rounded_scale, e.x.stride, e.x.stride, d->expert_codes, NULL };
-    fp8_args p = { e, d->expert_codes };
-    if (!d->grid.whole || !d->experts_whole) return 0;
-    for (int i = 0; i < e.n_which; i++) if (w->routed.w[e.which + i].dtype != DSPARK_FP4) return 0;
-    LAUNCH(codes, grid_of(d->n_rows * (e.x_by_slot ? e.n_slots : 1), 1), THREADS, 0, c);
-    launch(d, name, panels == 1 ? experts_whole<1> : experts_whole<2>, grid_of(d->sms, 1), THREADS,
-           (size_t)(1024 + FP8_STAGES * fp8_stage_bytes(panels)), p);
-    return 1;
+// Those of whole blocks: from x to the sums of all slots; e is as for w1 and w3, a with the slots to come.
+static void experts_of_blocks(cuda *d, const experts_args &e, const swiglu_args &a, const layer_weights *w) {
+    int K = d->s.K, width = a.stride, two = d->n_rows * K > PANEL * d->s.E;
+    codes_args c = { d->x.rounded, d->x.rounded_scale, d->x.stride, d->x.stride, d->expert_codes, NULL };
+    whole_args p = { e, d->expert_codes, d->route_weight, d->act_codes, d->act.rounded_scale, width };
+    swiglu_args of_shared = a;
+    linears_args shared;
+    input x = d->act;
+    LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
+    launch(d, "experts w1 w3", two ? experts_up_whole<2> : experts_up_whole<1>, grid_of(d->sms, 1), THREADS,
+           (size_t)(panel_bytes(1 + two) + gate_bytes(1 + two)), p);
+    of_shared.slot = K;
+    LAUNCH(swiglu, grid_of(d->grid.rows, 1), THREADS, 0, of_shared);
+    p.codes = d->act_codes, p.e.which = 2, p.e.x = d->act, p.e.y[0] = d->down, p.e.y_stride = d->s.h;
+    launch(d, "experts w2", two ? experts_whole<2> : experts_whole<1>, grid_of(d->sms, 1), THREADS,
+           (size_t)panel_bytes(1 + two), p);
+    memset(&shared, 0, sizeof shared);
+    x.rounded += K * width, x.rounded_scale += K * width / 128, x.stride = (K + 1) * width;
+    if (x.plain) x.plain += K * width;
+    job_add(&shared, w->shared.w[2], x, d->down + K * d->s.h, (K + 1) * d->s.h);
+    jobs_run(d, "linears w2", &shared, d->grid.rows, &d->dev.n->n_rows);
 }
 // Rows spread over experts: few of them have more than half of them.
 static void experts_run(cuda *d, const char *name, experts_args &e, const layer_weights *w) {
@@ -4409,18 +4651,11 @@ static void op_moe(cuda *d, int l) {
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
     e.y_stride = width;
-    if (!experts_of_blocks(d, "experts w1 w3", e, w)) experts_run(d, "experts w1 w3", e, w);
+    if (d->grid.whole && d->whole && w->routed.w[0].dtype == DSPARK_FP4 && w->routed.w[2].dtype == DSPARK_FP4)
+        return experts_of_blocks(d, e, a, w);
+    experts_run(d, "experts w1 w3", e, w);
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.routed = 1, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
-    if (experts_of_blocks(d, "experts w2", e, w)) {
-        input x = d->act;       // the shared one's slots
-        if (x.rounded) x.rounded += K * width, x.rounded_scale += K * width / 128;
-        if (x.plain) x.plain += K * width;
-        x.stride = (K + 1) * width;
-        job_add(&p, w->shared.w[2], x, d->down + K * d->s.h, (K + 1) * d->s.h);
-        jobs_run(d, "linears w2", &p, d->grid.rows, &d->dev.n->n_rows);
-        return;
-    }
     e.shared = w->experts + d->s.E;
     experts_run(d, "experts w2", e, w);
 }
@@ -5218,7 +5453,8 @@ static void carve_library(cuda *d, carver *v, int n) {
     int most = larger(larger(d->s.h, d->s.q_lora), larger(d->c->o_groups * d->c->o_lora_rank, d->act.stride));
     if (!d->fast_prefill) return;
     d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)most, 1);
-    d->expert_codes = (uint8_t *)carve(v, (size_t)n * (size_t)larger(d->x.stride, (d->s.K + 1) * d->act.stride), 1);
+    d->expert_codes = (uint8_t *)carve(v, (size_t)n * (size_t)d->x.stride, 1);
+    d->act_codes = (uint8_t *)carve(v, (size_t)n * (size_t)((d->s.K + 1) * d->act.stride), 1);
     d->code_scales = carve_rows(v, n, blocks_of(most, 128));
     d->library_room = (uint8_t *)carve(v, LIBRARY_BYTES, 1);
 }
@@ -5357,12 +5593,14 @@ static void allow_wide(cuda *d) {
 }
 // For fast_prefill.
 static void allow_whole(cuda *d) {
-    int attend = (int)whole_shared(&d->s, NULL, NULL), products[2];
-    for (int i = 0; i < 2; i++) products[i] = 1024 + FP8_STAGES * fp8_stage_bytes(i + 1);
-    d->attends_whole = d->shared_most >= attend + (2 << 10);
-    d->experts_whole = d->shared_most >= products[1] + (16 << 10);
-    if (d->attends_whole) allow(d, attend_whole, attend, 100);
-    if (d->experts_whole) allow(d, experts_whole<1>, products[0], 100), allow(d, experts_whole<2>, products[1], 100);
+    int attend = (int)whole_shared(&d->s, NULL, NULL);
+    d->whole = d->shared_most >= larger(attend + (2 << 10), panel_bytes(2) + gate_bytes(2) + (20 << 10));
+    if (!d->whole) return;
+    allow(d, attend_whole, attend, 100);
+    allow(d, experts_whole<1>, panel_bytes(1), 100), allow(d, experts_whole<2>, panel_bytes(2), 100);
+    allow(d, experts_up_whole<1>, panel_bytes(1) + gate_bytes(1), 100);
+    allow(d, experts_up_whole<2>, panel_bytes(2) + gate_bytes(2), 100);
+    allow(d, linears_whole<DSPARK_FP8>, panel_bytes(2), 100), allow(d, linears_whole<DSPARK_BF16>, panel_bytes(2), 100);
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;

@@ -258,28 +258,37 @@ static float host_e4m3(uint32_t code) {
                                     : host_as_float((code & 0x7f) << 20) * host_as_float(247u << 23);
     return host_as_float(host_as_bits(x) | (code << 24 & 0x80000000u));
 }
-// A warp's part of wgmma.m64n64k32 of FP8: c [16][64] += a [16][32] b [64][32]; b where its first 32 bytes lie in
-// shared memory, in rows of 128 whose 16s are exchanged by what their address is.
-static void host_mma_fp8(float *c, const uint32_t *a, const char *b, int first) {
+// A warp's part of wgmma.m64n64k32 of FP8, or k16 of f16 or bf16: c [16][64] += a [16][k] b [64][k]; b where its first
+// 32 bytes lie in shared memory, in rows of 128 whose 16s are exchanged by what their address is.
+enum { HOST_BF16, HOST_F16, HOST_E4M3 };
+static float host_number(const void *at, int kind) {
+    static float value[256];
+    uint16_t u;
+    for (uint32_t i = 256; !value[1] && i--;) value[i] = host_e4m3(i);
+    if (kind == HOST_E4M3) return value[*(const uint8_t *)at];
+    memcpy(&u, at, sizeof u);
+    return kind == HOST_F16 ? host_f16_value(u) : host_as_float((uint32_t)u << 16);
+}
+static void host_mma_panel(float *c, const uint32_t *a, const char *b, int kind, int first) {
     host_warp *w = &host.warp[host.self / 32];
     if (first) memset(c, 0, 32 * sizeof *c);
     w->in[host.self % 32] = a, w->out[host.self % 32] = c, w->from[0] = (const uint16_t *)(const void *)b;
+    w->f16 = kind;
     host_together([](host_warp *all) {
-        static float value[256];
+        int size = all->f16 == HOST_E4M3 ? 1 : 2, n_k = 32 / size, in_word = 4 / size;
         float B[32][64];
-        for (uint32_t i = 256; !value[1] && i--;) value[i] = host_e4m3(i);
         for (int n = 0; n < 64; n++)
-            for (int k = 0; k < 32; k++) {
-                uintptr_t at = (uintptr_t)(const void *)all->from[0] + (uintptr_t)(n * 128 + k);
-                B[k][n] = value[*(const uint8_t *)(at ^ (at >> 7 & 7) << 4)];
+            for (int k = 0; k < n_k; k++) {
+                uintptr_t at = (uintptr_t)(const void *)all->from[0] + (uintptr_t)(n * 128 + k * size);
+                B[k][n] = host_number((const void *)(at ^ (at >> 7 & 7) << 4), all->f16);
             }
         for (int row = 0; row < 16; row++) {
             double sum[64];
             for (int n = 0; n < 64; n++)
                 sum[n] = (double)all->out[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
-            for (int k = 0; k < 32; k++) {
-                uint32_t four = all->in[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
-                double x = (double)value[four >> k % 4 * 8 & 255];
+            for (int k = 0; k < n_k; k++) {
+                const uint32_t *word = &all->in[row % 8 * 4 + k / in_word % 4][row / 8 + k * 2 / n_k * 2];
+                double x = (double)host_number((const char *)word + k % in_word * size, all->f16);
                 if (x != 0) for (int n = 0; n < 64; n++) sum[n] += x * (double)B[k][n];
             }
             for (int n = 0; n < 64; n++)
