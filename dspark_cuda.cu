@@ -5561,6 +5561,18 @@ static void check_shape(cuda *d) {
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole eights",
              c->num_attention_heads, c->head_dim, c->o_groups);
 }
+// Of a layer's experts, w1 and w3 are of one type, and w2.
+static void check_experts(cuda *d) {
+    static const char *const types[] = { "F32", "BF16", "F16", "FP8", "FP4" };
+    for (int l = 0; l < d->layers; l++)
+        for (int e = 0; e < d->s.E; e++) {
+            const dspark_expert *first = d->w->layers[l].experts, *a = first + e;
+            if (a->w1.dtype != first->w1.dtype || a->w3.dtype != first->w1.dtype || a->w2.dtype != first->w2.dtype)
+                fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: layer %d: expert %d has w1 of %s, w3 of %s, w2 of %s, expected "
+                     "%s, %s, %s as in expert 0", l, e, types[a->w1.dtype], types[a->w3.dtype], types[a->w2.dtype],
+                     types[first->w1.dtype], types[first->w1.dtype], types[first->w2.dtype]);
+        }
+}
 static void set_shape(cuda *d) {
     const dspark_config *c = d->c;
     shape *s = &d->s;
@@ -5700,7 +5712,7 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
     if (!d) return dspark_fail(DSPARK_ERROR_MEMORY, "cuda: no memory");
     d->c = dspark_model_config(m), d->w = dspark_model_weights(m);
     d->max_rows = larger(desc->max_rows > 0 ? desc->max_rows : 128, d->c->dspark_block_size + 1);
-    set_shape(d), check_shape(d);
+    set_shape(d), check_shape(d), check_experts(d);
     d->layer = (layer_weights *)calloc((size_t)d->layers, sizeof *d->layer);
     d->ops = (operation *)calloc((size_t)d->max_ops, sizeof *d->ops);
     if (!d->layer || !d->ops) fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d layers", d->layers);

@@ -728,6 +728,31 @@ static void check_failures(void) {
 }
 #endif
 
+/* Kernels take a layer's experts for alike: one that is not would be read past its end. */
+static void check_alike(const char *dir) {
+    static uint16_t zeros[1 << 16];
+    const dspark_backend *b = dspark_cuda_backend();
+    dspark_model_desc desc;
+    dspark_model *m;
+    void *device = NULL;
+    int refused = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.max_rows = 8;
+    must(dspark_model_open(&m, dir, NULL));
+    dspark_expert *e = &dspark_model_weights(m)->layers[1].experts[2];
+    dspark_matrix *all[] = { &e->w1, &e->w3, &e->w2 };
+    for (int i = 0; i < 3; i++) {
+        dspark_matrix was = *all[i], plain = { zeros, NULL, was.rows, was.cols, DSPARK_BF16 };
+        *all[i] = plain;
+        refused += was.rows * was.cols <= COUNT(zeros) && b->open(&device, m, &desc) == DSPARK_ERROR_UNSUPPORTED &&
+                   !device && strstr(dspark_last_error(), "expert 2") != NULL;
+        *all[i] = was;
+    }
+    ok(refused == 3, "%s: an expert with a matrix of another type than the others' is refused", dir);
+    printf("# %s\n", dspark_last_error());
+    dspark_model_close(m);
+}
+
 #ifdef DSPARK_CUDA_HOST
 /* The same bits where experts move in and out: as few slots as the device's memory can be made to leave. */
 static void check_cache(const char *dir) {
@@ -771,7 +796,7 @@ int main(void) {
     check_filters(golden_b), check_filters(spark_tiny);
     check_follows(golden_b), check_rejection_company(golden_b), check_rejection_lengths(golden_b);
     check_copies(golden_b);
-    check_longer(golden_b);
+    check_longer(golden_b), check_alike(golden_b);
 #ifdef DSPARK_CUDA_HOST
     check_launches(golden_a, 20), check_launches(golden_b, 120);
     check_traffic(golden_a), check_rejection_rows(), check_rejection_exact();
