@@ -93,6 +93,7 @@ template <int AT> static inline void copy4(shared_at to, const void *from) { hos
 static inline void copies_close(void) { host_close(); }
 static inline void keep(int) {}
 static inline void fetch(const void *) {}
+static inline void fetch_bulk(const void *p, uint32_t n) { host_fetch(p, n); }
 template <int PENDING> static inline void copies_wait(void) { host_land(PENDING); }
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
@@ -176,6 +177,12 @@ template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void
 }
 // The line at p comes to the second cache.
 __device__ __forceinline__ void fetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// All n bytes from p on: multiples of 16.
+__device__ __forceinline__ void fetch_bulk(const void *p, uint32_t n) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(n) : "memory");
+#endif
+}
 __device__ __forceinline__ void keep(int x) { asm volatile("" :: "r"(x)); }       // x is needed
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
@@ -548,6 +555,16 @@ typedef struct {
 enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, KEY_SCALES, N_ARRAYS };
 
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
+
+// Weights that a later product reads, n bytes that follow on each other: they come to the second cache while kernels run
+// that leave memory idle, each block asks for a share. A hint: no result depends on it.
+typedef struct { const uint8_t *at; size_t n; } stretch;
+static __device__ __forceinline__ void fetch_ahead(const stretch &w, int block, int blocks) {
+    const size_t each = 16 << 10;
+    if (threadIdx.x != THREADS - WARP) return;          // of a warp that has no row where there is one
+    for (size_t i = (size_t)block * each; i < w.n; i += (size_t)blocks * each)
+        fetch_bulk(w.at + i, (uint32_t)(w.n - i < each ? w.n - i : each));
+}
 
 // ---- linears ----------------------------------------------------------------------------------
 // Weights as the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit of each. A lane has 16 bytes
@@ -1118,6 +1135,7 @@ typedef struct {
     const float *fn;                // [n_out][COPIES * h]; NULL: none
     int n_out;
     float *partial;                 // [rows][h / SLICE][WARP]: sums of fn z, the last of z^2
+    stretch ahead;
 } stream_args;
 
 // v[i] of all lanes summed, in lane i: halves go over and over. Indices are constants, so that v stays in registers.
@@ -1196,6 +1214,7 @@ static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
     int slice = (int)blockIdx.x, n;
     grid_go();
     load_fn(p, slice, fn);
+    if (!blockIdx.y) fetch_ahead(p.ahead, slice, (int)gridDim.x);
     n = p.n->n_rows;
     grid_wait();
     __syncthreads();
@@ -1677,6 +1696,7 @@ typedef struct {
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
     input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
     int o_group, o_pitch, panels;   // panels: as put_panel writes it
+    stretch ahead;
 } attend_args;
 
 // What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
@@ -2003,6 +2023,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     attend_room room;
     part_sums a;
     grid_go();
+    fetch_ahead(p.ahead, (int)(blockIdx.y * gridDim.x + blockIdx.x), (int)(gridDim.x * gridDim.y));
     const row s = p.rows[r];
     view v = view_of(p, s, p.n->drafts);
     if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
@@ -4032,6 +4053,7 @@ typedef struct {
     compressor pool[2];                     // the attention's; the indexer's
     const int *tid2eid;
     expert shared, routed;                  // routed: one of them, for its sizes
+    stretch ahead[2], ahead_wo_a;           // what comes early: wq_a and what is beside it, gate and the shared expert
     expert *experts;                        // on the device: E, then the shared one
     const expert *home;                     // the same, in host memory; NULL: all lie on the device
 } layer_weights;
@@ -4428,8 +4450,14 @@ static stream_args stream_of(const cuda *d, const float *fn, int n_out) {
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
     return p;
 }
-static void run_stream(cuda *d, const float *fn, int n_out) {
+// Of few rows: where rows are many, memory is not idle.
+static stretch ahead_of(const cuda *d, const stretch &w) {
+    const stretch none = { NULL, 0 };
+    return d->grid.rows < MANY_ROWS ? w : none;
+}
+static void run_stream(cuda *d, const float *fn, int n_out, const stretch &ahead = stretch()) {
     stream_args p = stream_of(d, fn, n_out);
+    p.ahead = ahead_of(d, ahead);
     LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
 }
@@ -4457,7 +4485,7 @@ static void op_pass(cuda *d, int which) {
 }
 static void op_mix_in(cuda *d, int l, int sub) {
     const layer_weights *w = &d->layer[l];
-    run_stream(d, w->hc[sub].fn, MIX);
+    run_stream(d, w->hc[sub].fn, MIX, w->ahead[sub]);
     run_mix(d, &w->hc[sub], w->norm[sub], 0);
 }
 static void op_mix_out(cuda *d, int sub) {
@@ -4548,6 +4576,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.panels = w->wo_a.dtype == DSPARK_FP8;
+    a.ahead = ahead_of(d, w->ahead_wo_a);
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
         int rows = smaller(at_once, d->grid.rows - a.row0);
         if (chooses) attention_index(d, l, a.row0, rows);
@@ -5131,6 +5160,11 @@ static const uint8_t *up_begin(uploader *u) {
     up_put(u, NULL, (size_t)(-(int64_t)u->n & 255));
     return (const uint8_t *)((uintptr_t)u->slab + u->n);
 }
+// What was stored from there on.
+static stretch up_since(uploader *u, const uint8_t *from) {
+    stretch s = { from, (size_t)(up_begin(u) - from) };
+    return s;
+}
 static const void *up_array(uploader *u, const void *p, size_t n, size_t size) {
     const uint8_t *at = up_begin(u);
     if (!p) return NULL;
@@ -5285,20 +5319,24 @@ static const int *up_hash(uploader *u, const dspark_layer *l) {
 
 static void up_attention(uploader *u, layer_weights *o, const dspark_layer *l) {
     const shape *c = &u->d->s;
+    const uint8_t *from;
     o->norm[0] = up_floats(u, l->attn_norm, (size_t)c->h), o->q_norm = up_floats(u, l->q_norm, (size_t)c->q_lora);
     o->kv_norm = up_floats(u, l->kv_norm, (size_t)c->D), o->sink = up_floats(u, l->attn_sink, (size_t)c->H);
-    o->wq_a = up_matrix(u, &l->wq_a), o->wkv = up_matrix(u, &l->wkv), o->wq_b = up_matrix(u, &l->wq_b);
-    o->wo_a = up_matrix(u, &l->wo_a), o->wo_b = up_matrix(u, &l->wo_b);
-    if (!l->ratio) return;
-    o->pool[0] = up_compressor(u, &l->compressor);
-    if (l->ratio != 4) return;
-    o->index_wq_b = up_matrix(u, &l->index_wq_b), o->index_weights = up_matrix(u, &l->index_weights);
-    o->pool[1] = up_compressor(u, &l->index_compressor);
+    from = up_begin(u), o->wq_a = up_matrix(u, &l->wq_a), o->wkv = up_matrix(u, &l->wkv);
+    if (l->ratio) o->pool[0] = up_compressor(u, &l->compressor);
+    if (l->ratio == 4) o->index_weights = up_matrix(u, &l->index_weights);
+    if (l->ratio == 4) o->pool[1] = up_compressor(u, &l->index_compressor);
+    o->ahead[DSPARK_SUB_ATTN] = up_since(u, from);
+    o->wq_b = up_matrix(u, &l->wq_b);
+    if (l->ratio == 4) o->index_wq_b = up_matrix(u, &l->index_wq_b);
+    from = up_begin(u), o->wo_a = up_matrix(u, &l->wo_a), o->ahead_wo_a = up_since(u, from);
+    o->wo_b = up_matrix(u, &l->wo_b);
 }
 static void up_layer(uploader *u, int number) {
     cuda *d = u->d;
     layer_weights *o = &d->layer[number];
     const dspark_layer *l = &d->w->layers[number];
+    const uint8_t *from;
     int E = d->s.E;
     expert *all = (expert *)malloc((size_t)(E + 1) * sizeof *all);
     if (!all) {
@@ -5309,8 +5347,9 @@ static void up_layer(uploader *u, int number) {
     o->hc[0] = up_mix(u, &l->hc_attn, MIX), o->hc[1] = up_mix(u, &l->hc_ffn, MIX);
     up_attention(u, o, l);
     o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
-    o->gate = up_matrix(u, &l->gate), o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
-    all[E] = o->shared = up_expert(u, &l->shared);
+    o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
+    from = up_begin(u), o->gate = up_matrix(u, &l->gate), all[E] = o->shared = up_expert(u, &l->shared);
+    o->ahead[DSPARK_SUB_FFN] = up_since(u, from);
     for (int e = 0; e < E && !d->status; e++) all[e] = up_routed(u, number, e, &l->experts[e]);
     o->routed = all[0];
     o->experts = (expert *)(uintptr_t)up_array(u, all, (size_t)(E + 1), sizeof *all);

@@ -321,6 +321,12 @@ static inline const void *host_aligned(const void *row) {
     return row;
 }
 
+// cp.async.bulk.prefetch: nothing comes of it, but its bytes are there.
+static inline void host_fetch(const void *p, size_t n) {
+    if (((uintptr_t)p | n) % 16 || !n) host_stop("a fetch of what are no whole 16 bytes");
+    (void)*(const volatile char *)p, (void)((const volatile char *)p)[n - 1];
+}
+
 // ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane
 // / 4.
 static void host_load_transposed(uint32_t *r, const uint16_t *row) {
