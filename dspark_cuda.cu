@@ -556,14 +556,16 @@ enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, K
 
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
 
-// Weights that a later product reads, n bytes that follow on each other: they come to the second cache while kernels run
-// that leave memory idle, each block asks for a share. A hint: no result depends on it.
+// Weights of the next product, n bytes that follow on each other: a block that has asked for all of its own asks for
+// its share of them to come to the second cache, so that memory is not idle while what stands between the two products
+// is made. A hint: no result depends on it. Of so much that each half of the cache has room for it, evenly spread.
 typedef struct { const uint8_t *at; size_t n; } stretch;
+enum { FETCHED = 16 << 10, MOST_FETCHED = 28 << 20 };
 static __device__ __forceinline__ void fetch_ahead(const stretch &w, int block, int blocks) {
-    const size_t each = 16 << 10;
-    if (threadIdx.x != THREADS - WARP) return;          // of a warp that has no row where there is one
-    for (size_t i = (size_t)block * each; i < w.n; i += (size_t)blocks * each)
-        fetch_bulk(w.at + i, (uint32_t)(w.n - i < each ? w.n - i : each));
+    int all = (int)(w.n / FETCHED), n = least(all, MOST_FETCHED / FETCHED);
+    if (threadIdx.x) return;
+    for (int i = block; i < n; i += blocks)
+        fetch_bulk(w.at + (size_t)((long long)i * all / n) * FETCHED, FETCHED);
 }
 
 // ---- linears ----------------------------------------------------------------------------------
@@ -1135,7 +1137,6 @@ typedef struct {
     const float *fn;                // [n_out][COPIES * h]; NULL: none
     int n_out;
     float *partial;                 // [rows][h / SLICE][WARP]: sums of fn z, the last of z^2
-    stretch ahead;
 } stream_args;
 
 // v[i] of all lanes summed, in lane i: halves go over and over. Indices are constants, so that v stays in registers.
@@ -1214,7 +1215,6 @@ static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
     int slice = (int)blockIdx.x, n;
     grid_go();
     load_fn(p, slice, fn);
-    if (!blockIdx.y) fetch_ahead(p.ahead, slice, (int)gridDim.x);
     n = p.n->n_rows;
     grid_wait();
     __syncthreads();
@@ -1696,7 +1696,6 @@ typedef struct {
     float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
     input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
     int o_group, o_pitch, panels;   // panels: as put_panel writes it
-    stretch ahead;
 } attend_args;
 
 // What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
@@ -2023,7 +2022,6 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     attend_room room;
     part_sums a;
     grid_go();
-    fetch_ahead(p.ahead, (int)(blockIdx.y * gridDim.x + blockIdx.x), (int)(gridDim.x * gridDim.y));
     const row s = p.rows[r];
     view v = view_of(p, s, p.n->drafts);
     if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
@@ -2660,6 +2658,7 @@ typedef struct {
     int n_jobs, n_items, item_bytes, n_blocks;
     int rows;                       // at most so many
     const int *n_rows;
+    stretch ahead;
     post_comb_args mix;             // out NULL: none
     int tasks;                      // of project; 0: none
     project_args project;
@@ -2724,6 +2723,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
         copies_wait<0>();
     }
     if (n < 0) grid_wait();
+    if (!r0) fetch_ahead(p.ahead, block, p.n_blocks);
 }
 
 // Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
@@ -2743,6 +2743,7 @@ typedef struct {
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
     int y_stride;
+    stretch ahead;
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
@@ -2807,6 +2808,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
         copies_wait<0>();
     }
     if (waits) grid_wait();
+    fetch_ahead(p.ahead, (int)blockIdx.x, (int)gridDim.x);
 }
 
 // ---- products of many rows --------------------------------------------------------------------
@@ -4053,7 +4055,7 @@ typedef struct {
     compressor pool[2];                     // the attention's; the indexer's
     const int *tid2eid;
     expert shared, routed;                  // routed: one of them, for its sizes
-    stretch ahead[2], ahead_wo_a;           // what comes early: wq_a and what is beside it, gate and the shared expert
+    stretch of_wq_a, of_wq_b, of_wo_a, of_wo_b, of_gate, of_w2;     // what these products read, but for routed experts
     expert *experts;                        // on the device: E, then the shared one
     const expert *home;                     // the same, in host memory; NULL: all lie on the device
 } layer_weights;
@@ -4435,7 +4437,7 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
     grid = grid_of(p->n_blocks + beside, blocks_of(rows, 8 * nt));
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>, grid, THREADS,
            (size_t)product_bytes(nt), *p);
-    p->n_jobs = p->tasks = 0, p->mix.out = NULL;
+    p->n_jobs = p->tasks = 0, p->mix.out = NULL, p->ahead.n = 0;
 }
 
 // ---- the operations of a pass -----------------------------------------------------------------
@@ -4450,14 +4452,8 @@ static stream_args stream_of(const cuda *d, const float *fn, int n_out) {
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
     return p;
 }
-// Of few rows: where rows are many, memory is not idle.
-static stretch ahead_of(const cuda *d, const stretch &w) {
-    const stretch none = { NULL, 0 };
-    return d->grid.rows < MANY_ROWS ? w : none;
-}
-static void run_stream(cuda *d, const float *fn, int n_out, const stretch &ahead = stretch()) {
+static void run_stream(cuda *d, const float *fn, int n_out) {
     stream_args p = stream_of(d, fn, n_out);
-    p.ahead = ahead_of(d, ahead);
     LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
 }
@@ -4485,7 +4481,7 @@ static void op_pass(cuda *d, int which) {
 }
 static void op_mix_in(cuda *d, int l, int sub) {
     const layer_weights *w = &d->layer[l];
-    run_stream(d, w->hc[sub].fn, MIX, w->ahead[sub]);
+    run_stream(d, w->hc[sub].fn, MIX);
     run_mix(d, &w->hc[sub], w->norm[sub], 0);
 }
 static void op_mix_out(cuda *d, int sub) {
@@ -4533,7 +4529,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
     job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
-    p.mix = post_comb_of(d);
+    p.mix = post_comb_of(d), p.ahead = w->of_wq_b;
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(round_rows, grid_of(d->grid.rows, 1), THREADS, 0, r);
     if (d->grid.rows < MANY_ROWS || !d->wide) p.tasks = tasks, p.project = a;
@@ -4541,6 +4537,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
     if (target && w->ratio == 4 && d->grid.indexed)
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
+    p.ahead = w->of_wo_a;
     jobs_run(d, "linears wq_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
@@ -4576,7 +4573,6 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.panels = w->wo_a.dtype == DSPARK_FP8;
-    a.ahead = ahead_of(d, w->ahead_wo_a);
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
         int rows = smaller(at_once, d->grid.rows - a.row0);
         if (chooses) attention_index(d, l, a.row0, rows);
@@ -4606,9 +4602,11 @@ static void op_attention(cuda *d, int l) {
     r.parts = blocks_of(r.n, 8 * THREADS), r.commit = commit_of(d, w, l);
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = o_pitch;
+    p.ahead = w->of_wo_b;
     jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + r.commit.arrays), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
+    p.ahead = w->of_gate;
     jobs_run(d, "linears wo_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
@@ -4679,13 +4677,14 @@ static void op_moe(cuda *d, int l) {
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
-    e.y_stride = width;
+    e.y_stride = width, e.ahead = w->of_w2;
     if (d->grid.whole && d->whole && w->routed.w[0].dtype == DSPARK_FP4 && w->routed.w[2].dtype == DSPARK_FP4)
         return experts_of_blocks(d, e, a, w);
     experts_run(d, "experts w1 w3", e, w);
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.routed = 1, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
     e.shared = w->experts + d->s.E;
+    e.ahead = l + 1 == d->c->num_hidden_layers || l + 1 == d->layers ? stretch() : d->layer[l + 1].of_wq_a;
     experts_run(d, "experts w2", e, w);
 }
 
@@ -5326,11 +5325,12 @@ static void up_attention(uploader *u, layer_weights *o, const dspark_layer *l) {
     if (l->ratio) o->pool[0] = up_compressor(u, &l->compressor);
     if (l->ratio == 4) o->index_weights = up_matrix(u, &l->index_weights);
     if (l->ratio == 4) o->pool[1] = up_compressor(u, &l->index_compressor);
-    o->ahead[DSPARK_SUB_ATTN] = up_since(u, from);
-    o->wq_b = up_matrix(u, &l->wq_b);
+    o->of_wq_a = up_since(u, from);
+    from = up_begin(u), o->wq_b = up_matrix(u, &l->wq_b);
     if (l->ratio == 4) o->index_wq_b = up_matrix(u, &l->index_wq_b);
-    from = up_begin(u), o->wo_a = up_matrix(u, &l->wo_a), o->ahead_wo_a = up_since(u, from);
-    o->wo_b = up_matrix(u, &l->wo_b);
+    o->of_wq_b = up_since(u, from);
+    from = up_begin(u), o->wo_a = up_matrix(u, &l->wo_a), o->of_wo_a = up_since(u, from);
+    from = up_begin(u), o->wo_b = up_matrix(u, &l->wo_b), o->of_wo_b = up_since(u, from);
 }
 static void up_layer(uploader *u, int number) {
     cuda *d = u->d;
@@ -5348,8 +5348,11 @@ static void up_layer(uploader *u, int number) {
     up_attention(u, o, l);
     o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
     o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
-    from = up_begin(u), o->gate = up_matrix(u, &l->gate), all[E] = o->shared = up_expert(u, &l->shared);
-    o->ahead[DSPARK_SUB_FFN] = up_since(u, from);
+    from = up_begin(u), o->gate = up_matrix(u, &l->gate);
+    for (int i = 0; i < 2; i++) o->shared.w[i] = up_matrix(u, i ? &l->shared.w3 : &l->shared.w1);
+    o->of_gate = up_since(u, from);
+    from = up_begin(u), o->shared.w[2] = up_matrix(u, &l->shared.w2), o->of_w2 = up_since(u, from);
+    all[E] = o->shared;
     for (int e = 0; e < E && !d->status; e++) all[e] = up_routed(u, number, e, &l->experts[e]);
     o->routed = all[0];
     o->experts = (expert *)(uintptr_t)up_array(u, all, (size_t)(E + 1), sizeof *all);
