@@ -17,7 +17,8 @@
 // whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
 // 33 on a block has a tile of outputs and rows (products of many rows).
 // WHOLE BLOCKS of 512 tokens of a prompt, where fast_prefill allows it, have other bits, always the same: FP8 products
-// by cuBLASLt and, of the routed experts, by experts_whole; attend_whole; wo_a with one plane of its inputs.
+// by cuBLASLt, the routed experts' (experts_up_whole with the SwiGLU, experts_whole), wo_a's and those of bf16
+// (linears_whole, one plane of their inputs) by wgmma; attend_whole.
 //
 // operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. [..]:
 //               not always; (..): from 33 rows on, of fewer beside the product that follows
@@ -33,15 +34,16 @@
 // 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
 // is of and parameters, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.8 us of
-// bytes; then it waits (grid_wait).
+// bytes; then it waits (grid_wait). At its end a product of few rows asks for the next one's weights to come to the
+// second cache (fetch_ahead), but for routed experts, which are known too late.
 //
-// MEASURED (H100, 43 layers of 16 experts, position 4096, bench/cuda.c; us of a pass of one row, share of the bytes'
-// floor): 7,330, 52 %. wq_b 511, wo_b 483, gate w1 w3 259, w2 587 and the head 395: 92 % and more, their weights are on
-// the way before their turn. wo_a 685, 73 %; wq_a and what is beside it 429, 72 %; w1 w3 of the experts 1,267, 63 %: of
-// which experts is known last. Others 2,660: attend 542, stream 515, mix 326, round_rows 299, index_scores 271,
-// attend_merge 227, route 205, swiglu 158, index_query 120. Of their 3.5 to 14 us each 2 are the launch; and code,
-// parameters and operands come from the second cache: the same kernel again, at once, takes 1 to 3.5 less. Six rows:
-// 11,635; a cycle that drafts five and verifies six rows 12,490.
+// MEASURED before fetch_ahead, which has not run on a device yet (H100, 43 layers of 16 experts, position 4096,
+// bench/cuda.c; us of a pass of one row, share of the bytes' floor): 7,330, 52 %. wq_b 511, wo_b 483, gate w1 w3 259,
+// w2 587 and the head 395: 92 % and more, their weights are on the way before their turn. wo_a 685, 73 %; wq_a and what
+// is beside it 429, 72 %; w1 w3 of the experts 1,267, 63 %: of which experts is known last. Others 2,660: attend 542,
+// stream 515, mix 326, round_rows 299, index_scores 271, attend_merge 227, route 205, swiglu 158, index_query 120. Of
+// their 3.5 to 14 us each 2 are the launch; and code, parameters and operands come from the second cache: the same
+// kernel again, at once, takes 1 to 3.5 less. Six rows: 11,635; a cycle that drafts five and verifies six rows 12,490.
 // SLOWER: what is made of a product's outputs made by the block whose tile completes them, 12 launches a layer: 11,190,
 // for those blocks do in turn what waits for them; or by each block of the product that needs it: 264 blocks write the
 // same lines, one row gains 2 us a launch, six rows lose 15.
