@@ -453,6 +453,10 @@ static __device__ __forceinline__ void put_plain(const input &x, size_t to, cons
             *(uint32_t *)(void *)(out + 8 * t) = w;
         }
 }
+template <int N> static __device__ __forceinline__ void zero(float *v) {
+    UNROLL
+    for (int i = 0; i < N; i++) v[i] = 0;
+}
 // Eight values of a row, at `at`, in the forms that x has; all threads of a warp call it, 16 of them share a block of
 // 128. `live` 0: none.
 static __device__ void put_input(const input &x, int row, int at, const float *v, int live) {
@@ -781,11 +785,6 @@ template <int DTYPE> struct from_memory {
             } else s[j][0] = scale[scale_at[nt][j] + unit];
     }
 };
-
-template <int N> static __device__ __forceinline__ void zero(float *v) {
-    UNROLL
-    for (int i = 0; i < N; i++) v[i] = 0;
-}
 
 // c += 32 numbers of 16 weight rows times those of 8 rows of x.
 static __device__ __forceinline__ void mma_eight(float *c, const uint32_t (*a)[4], const uint4 &x, int first) {
@@ -1194,25 +1193,45 @@ static __device__ void load_fn(const stream_args &p, int slice, stream_fn fn) {
         fn[i / SLICE / COPIES][i / SLICE % COPIES][i % SLICE] =
             p.fn[(size_t)(i / SLICE) * (size_t)p.c.h + (size_t)(slice * SLICE + i % SLICE)];
 }
-static __device__ void stream_row(const stream_args &p, int slice, int r, const stream_fn fn) {
-    int lane = (int)threadIdx.x % WARP, h = p.c.h, d = slice * SLICE + lane;
-    float *copies = p.stream + (size_t)r * (size_t)(COPIES * h) + (size_t)d, z[COPIES], v[WARP];
+// Dim d of row r's copies, as they are from now on.
+static __device__ __forceinline__ void stream_row(const stream_args &p, int r, int d, float *z) {
+    float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
     const row &s = p.rows[r];
     for (int j = 0; j < COPIES; j++)
-        z[j] = p.from == STREAM_EMBED ? plain_number(p.embed, s.id, d) : copies[(size_t)j * (size_t)h];
+        z[j] = p.from == STREAM_EMBED ? plain_number(p.embed, s.id, d) : copies[(size_t)j * (size_t)p.c.h];
     if (p.from == STREAM_ADD) stream_mix(p, r, d, z);
-    for (int j = 0; p.from && j < COPIES; j++) copies[(size_t)j * (size_t)h] = z[j];
+    for (int j = 0; p.from && j < COPIES; j++) copies[(size_t)j * (size_t)p.c.h] = z[j];
     if (p.tap >= 0) stream_tap(p, s, d, z);
+}
+// Rows r .. of the n, with one reading of fn.
+template <int ROWS>
+static __device__ __forceinline__ void stream_rows(const stream_args &p, int slice, int r, int n, const stream_fn fn) {
+    int lane = (int)threadIdx.x % WARP;
+    float z[ROWS][COPIES], v[ROWS][WARP];
+    UNROLL
+    for (int i = 0; i < ROWS; i++) {
+        zero<COPIES>(z[i]);
+        if (r + i < n) stream_row(p, r + i, slice * SLICE + lane, z[i]);
+    }
     if (!p.fn) return;
     UNROLL
     for (int o = 0; o < WARP; o++) {
-        v[o] = 0;
-        if (o < MIX && o < p.n_out) for (int j = 0; j < COPIES; j++) v[o] = fmaf(fn[o][j][lane], z[j], v[o]);
-        if (o == WARP - 1) for (int j = 0; j < COPIES; j++) v[o] = fmaf(z[j], z[j], v[o]);
+        for (int i = 0; i < ROWS; i++) v[i][o] = 0;
+        for (int j = 0; o < MIX && o < p.n_out && j < COPIES; j++) {
+            float w = fn[o][j][lane];
+            for (int i = 0; i < ROWS; i++) v[i][o] = fmaf(w, z[i][j], v[i][o]);
+        }
+        for (int i = 0; o == WARP - 1 && i < ROWS; i++)
+            for (int j = 0; j < COPIES; j++) v[i][o] = fmaf(z[i][j], z[i][j], v[i][o]);
     }
-    p.partial[((size_t)r * (size_t)(h / SLICE) + (size_t)slice) * WARP + (size_t)lane] = scatter_sums<WARP / 2>(v);
+    UNROLL
+    for (int i = 0; i < ROWS; i++) {
+        float sum = scatter_sums<WARP / 2>(v[i]);
+        size_t to = (size_t)(r + i) * (size_t)(p.c.h / SLICE) + (size_t)slice;
+        if (r + i < n) p.partial[to * WARP + (size_t)lane] = sum;
+    }
 }
-static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
+template <int ROWS> static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
     __shared__ stream_fn fn;
     int slice = (int)blockIdx.x, n;
     grid_go();
@@ -1220,8 +1239,8 @@ static __global__ void __launch_bounds__(THREADS) stream(const stream_args p) {
     n = p.n->n_rows;
     grid_wait();
     __syncthreads();
-    for (int r = (int)(blockIdx.y * WARPS + threadIdx.x / WARP); r < n; r += (int)gridDim.y * WARPS)
-        stream_row(p, slice, r, fn);
+    for (int r = (int)(blockIdx.y * WARPS + threadIdx.x / WARP) * ROWS; r < n; r += (int)gridDim.y * WARPS * ROWS)
+        stream_rows<ROWS>(p, slice, r, n, fn);
 }
 
 // The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow
@@ -3167,7 +3186,7 @@ enum { PANEL = 64, PANEL_STAGES = 3, FP8_ROOM = 6 };   // rows of b; stages; 6 2
 template <int DTYPE> struct panels_of { enum { ALONG = 1, NUMBER = 2, SCALES = 0, PIECE = DSPARK_FP8 }; };
 template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, NUMBER = 2, SCALES = 1, PIECE = DSPARK_BF16 }; };
 template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, NUMBER = 1, SCALES = 2, PIECE = DSPARK_FP4 }; };
-// A stage: x, weights, the scales of x [row][2].
+// A stage: x, weights, the scales of x [2][row].
 static __host__ __device__ constexpr int panel_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
 static __host__ __device__ constexpr int panel_stage_bytes(int panels) {
     return panel_x_bytes(panels) + WARPS * SLOT_BYTES + 1024;
@@ -3252,7 +3271,7 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
             ask_unit<0>(weights + warp * SLOT_BYTES, from, 8 * (uint32_t)t.s.pitch, DTYPE == DSPARK_FP4, scale);
         }
         if (threadIdx.x < PANELS * PANEL * 2 && (int)threadIdx.x % 2 < SCALES)
-            copy4<0>(weights + WARPS * SLOT_BYTES + (int)threadIdx.x * 4,
+            copy4<0>(weights + WARPS * SLOT_BYTES + (int)(threadIdx.x % 2 * PANELS * PANEL + threadIdx.x / 2) * 4,
                      t.x.scale + (t.at[threadIdx.x / 2] / 128 + SCALES * a.unit + (int)threadIdx.x % 2));
         if (++a.unit == t.s.pitch / UNIT) a.w++, a.unit = 0;
         if (a.w == t.parts) a.k++, a.w = 0;
@@ -3264,7 +3283,8 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
 static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)[4], float scale, const float *x) {
     UNROLL
     for (int nt = 0; nt < PANEL / 8; nt++) {
-        const float *s = x + (nt * 8 + (int)threadIdx.x % 4 * 2) * 2, by[2] = { s[0] * scale, s[2] * scale };
+        const float2 two = *(const float2 *)(const void *)(x + nt * 8 + (int)threadIdx.x % 4 * 2);
+        const float by[2] = { two.x * scale, two.y * scale };
         UNROLL
         for (int k = 0; k < 4; k++) acc[nt][k] = fmaf(sum[nt][k], by[k % 2], acc[nt][k]);
     }
@@ -3296,7 +3316,7 @@ static __device__ __forceinline__ void panel_unit(const piece &q, const char *st
         for (int i = 0; i < PANELS; i++) {
             if (i + 1 < PANELS) mma_panel_wait<1>(sum[i]);
             else mma_panel_wait<0>(sum[i]);
-            if (SCALED) enter(acc[i], sum[i], scale[c], s + i * PANEL * 2 + (EACH ? c : 0));
+            if (SCALED) enter(acc[i], sum[i], scale[c], s + (EACH ? c * PANELS : 0) * PANEL + i * PANEL);
         }
     }
 }
@@ -4456,7 +4476,9 @@ static stream_args stream_of(const cuda *d, const float *fn, int n_out) {
 }
 static void run_stream(cuda *d, const float *fn, int n_out) {
     stream_args p = stream_of(d, fn, n_out);
-    LAUNCH(stream, grid_of(d->s.h / SLICE, blocks_of(d->grid.rows, 2 * WARPS)), THREADS, 0, p);
+    int rows = d->grid.rows, many = rows >= MANY_ROWS;
+    launch(d, "stream", many ? stream<2> : stream<1>,
+           grid_of(d->s.h / SLICE, blocks_of(rows, (many ? 8 : 2) * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
 }
 static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
@@ -5676,7 +5698,8 @@ static void allow_shared(cuda *d) {
     allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, 72 << 10);
     allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
-    allow(d, turns, 0), allow(d, stream, 0), allow(d, mix, 0), allow(d, round_rows, 0), allow(d, codes, 0);
+    allow(d, turns, 0), allow(d, stream<1>, 0), allow(d, stream<2>, 0), allow(d, mix, 0);
+    allow(d, round_rows, 0), allow(d, codes, 0);
     allow(d, index_query, 0), allow(d, index_scores, (int)query_bytes(c->index_heads, c->I)), allow(d, attend_merge, 0);
     allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
     allow(d, survey, 0), allow(d, sift, 0), allow(d, weigh, 0), allow(d, draw, 0), allow(d, drawn, 0);
