@@ -386,9 +386,9 @@ typedef struct {
     size_t memory_limit;                // bytes that the model and its sessions may allocate; 0: no limit
     int fast_prefill;                   // 1: where an append holds all of positions [512 i, 512 (i + 1)), a device may
                                         // run them by faster products (CUDA: FP8 sums, by cuBLASLt and its own;
-                                        // attention and bf16 matrices in bf16), in other bits. A text then depends on how its prompt
-                                        // was cut into appends, and rows run again after a long truncation are the
-                                        // usual ones. 0: never. The CPU has no other products.
+                                        // attention and bf16 matrices in bf16), in other bits. A text then depends on
+                                        // how its prompt was cut into appends, and rows run again after a long
+                                        // truncation are the usual ones. 0: never. The CPU has no other products.
     dspark_files files;
     int (*progress)(void *user, float done);    // 0..1, while opening; returns 0 to cancel
     void *user;

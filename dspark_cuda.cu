@@ -35,7 +35,7 @@
 // kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
 // is of and parameters, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.8 us of
 // bytes; then it waits (grid_wait). At its end a product of few rows asks for the next one's weights to come to the
-// second cache (fetch_ahead), but for routed experts, which are known too late.
+// second cache (fetch_ahead), but for the routed experts'.
 //
 // MEASURED before fetch_ahead, which has not run on a device yet (H100, 43 layers of 16 experts, position 4096,
 // bench/cuda.c; us of a pass of one row, share of the bytes' floor): 7,330, 52 %. wq_b 511, wo_b 483, gate w1 w3 259,
@@ -562,11 +562,12 @@ enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, K
 
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
 
-// Weights of the next product, n bytes that follow on each other: a block that has asked for all of its own asks for
-// its share of them to come to the second cache, so that memory is not idle while what stands between the two products
-// is made. A hint: no result depends on it. Of so much that each half of the cache has room for it, evenly spread.
+// Weights of the next product and the parameters on the way there, n bytes that follow on each other: a block that has
+// done its part asks for its share of them to come to the second cache, so that memory is not idle while what stands
+// between the two products is made. A hint: no result depends on it. Of so much as half of the cache has room for,
+// evenly spread.
 typedef struct { const uint8_t *at; size_t n; } stretch;
-enum { FETCHED = 16 << 10, MOST_FETCHED = 28 << 20 };
+enum { FETCHED = 16 << 10, MOST_FETCHED = 24 << 20 };
 static __device__ __forceinline__ void fetch_ahead(const stretch &w, int block, int blocks) {
     int all = (int)(w.n / FETCHED), n = least(all, MOST_FETCHED / FETCHED);
     if (threadIdx.x) return;
@@ -1087,7 +1088,7 @@ static __device__ void post_comb(const post_comb_args &p, int r) {
 
 // Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays. Or for
 // weights of FP4, without the scales: of 32 codes 8t .. 8t + 7 where lane t of a product has them, 2, 0, 3, 1 at 4t and
-// 6, 4, 7, 5 at 16 + 4t, as decode_fp8 gives the weights.
+// 6, 4, 7, 5 at 16 + 4t, as panel_weights gives them.
 typedef struct {
     const uint16_t *x;              // [rows][stride], as input.rounded
     const float *x_scales;          // [rows][stride / 128]
@@ -3170,15 +3171,17 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 }
 
 // ---- products of whole blocks of a prompt -----------------------------------------------------
-// With fast_prefill: what the library does not take, by wgmma. A block has 128 outputs and 64 or 128 rows; weights are
-// decoded in registers, a half of a unit while the one before is multiplied, x lies in panels of 64 rows of 128 bytes.
+// With fast_prefill: what the library does not take, but for F16 and F32, by wgmma. A block has 128 outputs and 64 or
+// 128 rows; weights are decoded in registers, a half of a unit while the one before is multiplied, x lies in panels of
+// 64 rows of 128 bytes.
 //   FP4, the routed experts: as E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so
 //     that 128 products are one sum. A code whose scale is less than 2^-14 of that one loses bits, as the sum does.
 //   FP8, wo_a: as f16, and of its inputs the first plane, 11 bits where the released kernels have 8.
 //   bf16: as it is, and of its inputs the first plane, as those kernels have them.
 // Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.2 with the 850 instructions that
 // each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Others: .99 PFLOP/s,
-// 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9. Not yet run on a device.
+// 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9, but 19 for a tile of 64
+// units. Not yet run on a device.
 
 enum { PANEL = 64, PANEL_STAGES = 3, FP8_ROOM = 6 };   // rows of b; stages; 6 2^6 is an E4M3
 // Of a dtype: how many panels have the bytes of x for a unit; bytes of a number of x; how many scales it has there; the
@@ -3196,7 +3199,6 @@ static __host__ __device__ constexpr int panel_bytes(int panels) {
 }
 // A tile may have two parts: of w1 and of w3 the same outputs, of rows that have these weights.
 struct panel_tile : tile_of<2 * PANEL> {
-    int parts;
     span second;
     float weight[2 * PANEL];
 };
@@ -3252,7 +3254,7 @@ template <> __device__ __forceinline__ float panel_weights<DSPARK_FP4>(const pie
 }
 
 // The next unit of the block's tiles to its stage: x in panels of 128 bytes a row, weights, the scales of x.
-template <int DTYPE, int PANELS>
+template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n, wide_at &a, char *bytes) {
     enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, SCALES = panels_of<DTYPE>::SCALES };
     int warp = (int)threadIdx.x / WARP, q = (int)threadIdx.x % IN_ROW, first = (int)threadIdx.x / IN_ROW;
@@ -3267,14 +3269,14 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
             copy16<0>(to + k * ROWS * 128, x + (size_t)t.at[first + k * ROWS] * panels_of<DTYPE>::NUMBER);
         if (warp < t.s.tiles) {
             const uint8_t *from, *scale;
-            unit_at(a.w ? t.second : t.s, warp, a.unit, &from, &scale);
+            unit_at(PARTS == 2 && a.w ? t.second : t.s, warp, a.unit, &from, &scale);
             ask_unit<0>(weights + warp * SLOT_BYTES, from, 8 * (uint32_t)t.s.pitch, DTYPE == DSPARK_FP4, scale);
         }
         if (threadIdx.x < PANELS * PANEL * 2 && (int)threadIdx.x % 2 < SCALES)
             copy4<0>(weights + WARPS * SLOT_BYTES + (int)(threadIdx.x % 2 * PANELS * PANEL + threadIdx.x / 2) * 4,
                      t.x.scale + (t.at[threadIdx.x / 2] / 128 + SCALES * a.unit + (int)threadIdx.x % 2));
         if (++a.unit == t.s.pitch / UNIT) a.w++, a.unit = 0;
-        if (a.w == t.parts) a.k++, a.w = 0;
+        if (a.w == PARTS) a.k++, a.w = 0;
     }
     copies_close();
     a.stage = a.stage + 1 == PANEL_STAGES ? 0 : a.stage + 1;
@@ -3320,8 +3322,8 @@ static __device__ __forceinline__ void panel_unit(const piece &q, const char *st
         }
     }
 }
-// Part w of tile k of the block's n.
-template <int DTYPE, int PANELS>
+// A part of tile k of the block's n, in its turn.
+template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, wide_at &a, int &stage,
                                                   char *bytes, const uint2 *table, float (*acc)[PANEL / 8][4]) {
     enum { PIECE = panels_of<DTYPE>::PIECE };
@@ -3336,7 +3338,7 @@ static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k
         copies_wait<PANEL_STAGES - 2>();
         copies_seen();
         __syncthreads();        // all see the stage, and are done with the one before it
-        ask_panels<DTYPE, PANELS>(known, n, a, bytes);
+        ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
         take_piece<PIECE>(q, place_in(from + panel_x_bytes(PANELS) + warp * SLOT_BYTES), 0);
         if (DTYPE == DSPARK_FP8) q.scale.x = scale;
         panel_unit<DTYPE, PANELS>(q, from, table, acc);
@@ -3344,19 +3346,18 @@ static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k
     }
 }
 // put(tile, part, its sums) of each part.
-template <int DTYPE, int PANELS, class F, class P>
+template <int DTYPE, int PANELS, int PARTS, class F, class P>
 static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const uint2 *table, const F &find,
                                               const P &put) {
     int stage = 0;
     wide_at a = { 0, 0, 0, 0 };
     in_turn<panel_tile>(n_tiles, PANEL_STAGES - 1, find, [&](const panel_tile *known, int n) {
-        ask_panels<DTYPE, PANELS>(known, n, a, bytes);
+        ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
     }, [&](const panel_tile *known, int k, int n) {
-        const panel_tile &t = known[k % TILES_KNOWN];
-        for (int part = 0; part < t.parts; part++) {
+        for (int part = 0; part < PARTS; part++) {
             float acc[PANELS][PANEL / 8][4];
-            panel_sums<DTYPE, PANELS>(known, k, n, a, stage, bytes, table, acc);
-            put(t, part, acc);
+            panel_sums<DTYPE, PANELS, PARTS>(known, k, n, a, stage, bytes, table, acc);
+            put(known[k % TILES_KNOWN], part, acc);
         }
     });
 }
@@ -3376,16 +3377,16 @@ static __device__ __forceinline__ void put_panels(const panel_tile &t, float (*a
     }
 }
 
-template <int DTYPE> static __global__ void __launch_bounds__(THREADS, 1) linears_whole(const linears_args p) {
+template <int DTYPE, int PANELS> static __global__ void __launch_bounds__(THREADS, 1)
+linears_whole(const linears_args p) {
     SHARED_BYTES(shared);
     grid_go();
     int n = *p.n_rows;
     grid_wait();
     all_post_comb(p, n);
-    panels<DTYPE, 2>(p.n_items, panel_room(shared), NULL, [&](int i, panel_tile &t) {
-        find_job(p, n, i, WARPS * TILE, [](const job &) { return 2 * PANEL; }, t);
-        if (!threadIdx.x) t.parts = 1;
-    }, [&](const panel_tile &t, int, float (*acc)[PANEL / 8][4]) { put_panels<2>(t, acc); });
+    panels<DTYPE, PANELS, 1>(p.n_items, panel_room(shared), NULL, [&](int i, panel_tile &t) {
+        find_job(p, n, i, WARPS * TILE, [](const job &) { return PANELS * PANEL; }, t);
+    }, [&](const panel_tile &t, int, float (*acc)[PANEL / 8][4]) { put_panels<PANELS>(t, acc); });
 }
 
 typedef struct {
@@ -3396,7 +3397,7 @@ typedef struct {
     float *act_scale;               // [rows * (K + 1)][stride / 128]
     int act_stride;
 } whole_args;
-// Tile i: experts in order, of each its outputs, rows; parts: of w1 and w3, or 1.
+// Tile i: experts in order, of each its outputs, rows; two parts: of w1 and w3.
 template <int PANELS, int PARTS>
 static __device__ void find_whole(const whole_args &p, const int *before, int i, panel_tile &t) {
     int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], K = p.e.c.K,
@@ -3406,12 +3407,12 @@ static __device__ void find_whole(const whole_args &p, const int *before, int i,
     i -= before[a], r0 = i % rows * PANELS * PANEL, m0 = i / rows * WARPS * TILE;
     at = p.e.list[first + least(r0 + me, n - 1)];
     t.to[me] = at / K * p.e.n_slots + at % K;
-    t.at[me] = (PARTS == 1 ? t.to[me] : at / K) * p.e.x.stride;
+    t.at[me] = (p.e.x_by_slot ? t.to[me] : at / K) * p.e.x.stride;
     if (PARTS == 2) t.weight[me] = p.weight[at];
     if (me) return;
     set_tile(t.s, w[0], m0, w[0].rows, WARPS * TILE, 0);
     if (PARTS == 2) set_tile(t.second, w[1], m0, w[1].rows, WARPS * TILE, 0);
-    t.parts = PARTS, t.live = least(PANELS * PANEL, n - r0), t.y = p.e.y[0], t.y_stride = p.e.y_stride;
+    t.live = least(PANELS * PANEL, n - r0), t.y = p.e.y[0], t.y_stride = p.e.y_stride;
     t.x.x = (const uint16_t *)(const void *)p.codes, t.x.scale = p.e.x.rounded_scale;
 }
 template <int PANELS, int PARTS, class P>
@@ -3426,7 +3427,7 @@ static __device__ __forceinline__ void whole_experts(const whole_args &p, char *
         int e = p.e.active[1 + i], rows = tiles_along(p.e.first[e + 1] - p.e.first[e], PANELS * PANEL);
         return rows * tiles_along(p.e.experts[e].w[p.e.which].rows, WARPS * TILE);
     });
-    panels<DSPARK_FP4, PANELS>(n, bytes, table, [&](int i, panel_tile &t) {
+    panels<DSPARK_FP4, PANELS, PARTS>(n, bytes, table, [&](int i, panel_tile &t) {
         find_whole<PANELS, PARTS>(p, before, i, t);
     }, put);
 }
@@ -3448,10 +3449,11 @@ static __device__ __forceinline__ void put_gates(float (*acc)[PANEL / 8][4], uin
     for (int i = 0; i < PANELS * 16; i++)
         gates[i][threadIdx.x] = bf16x2(acc[i / 16][i / 2 % 8][i % 2 * 2], acc[i / 16][i / 2 % 8][i % 2 * 2 + 1]);
 }
-// largest [WARPS][2 * PANEL]
+// The block's: of a warp's outputs each column's largest; what its codes are times.
+typedef struct { float largest[WARPS][2 * PANEL], by[2 * PANEL]; } act_scratch;
 template <int PANELS>
 static __device__ __forceinline__ void put_act(const whole_args &p, const panel_tile &t, float (*acc)[PANEL / 8][4],
-                                               const uint32_t (*gates)[THREADS], float (*largest)[2 * PANEL]) {
+                                               const uint32_t (*gates)[THREADS], act_scratch &of) {
     int me = (int)threadIdx.x, warp = me / WARP, lane = me % WARP, m0 = t.s.m0 + warp * TILE + lane / 4;
     float limit = swiglu_limit(p.e.c), a[PANELS * 16];
     zero<PANELS * 16>(a);
@@ -3467,22 +3469,22 @@ static __device__ __forceinline__ void put_act(const whole_args &p, const panel_
     UNROLL
     for (int i = 0; i < PANELS * 16; i++) {
         for (int k = 4; k < WARP; k *= 2) a[i] = fmaxf(a[i], __shfl_xor_sync(ALL, a[i], k));
-        if (lane < 4) largest[warp][i / 2 * 8 + lane * 2 + i % 2] = a[i];
+        if (lane < 4) of.largest[warp][i / 2 * 8 + lane * 2 + i % 2] = a[i];
     }
     __syncthreads();
     if (me < t.live) {
-        float most_of = 0;
-        for (int w = 0; w < WARPS; w++) most_of = fmaxf(most_of, largest[w][me]);
-        int e = fp8_exponent(most_of);
-        largest[0][me] = exp2i(-e);
-        p.act_scale[(t.to[me] * p.act_stride + t.s.m0) / 128] = most_of <= FLT_MAX ? exp2i(e) : HUGE_VALF;
+        float largest = 0;
+        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, of.largest[w][me]);
+        int e = fp8_exponent(largest);
+        of.by[me] = exp2i(-e);
+        p.act_scale[(t.to[me] * p.act_stride + t.s.m0) / 128] = largest <= FLT_MAX ? exp2i(e) : HUGE_VALF;
     }
     __syncthreads();
     UNROLL
     for (int i = 0; i < PANELS * 32; i += 2) {
         int column = i / 4 * 8 + lane % 4 * 2, out = m0 + i % 4 / 2 * 8;
         const float *x = &acc[i / 32][i / 4 % 8][i % 4];
-        uint32_t two = e4m3x2(x[0] * largest[0][column], x[1] * largest[0][column + 1]);
+        uint32_t two = e4m3x2(x[0] * of.by[column], x[1] * of.by[column + 1]);
         uint8_t *to = p.act + out / 32 * 32 + code_place(out % 32);
         if (column < t.live) to[(size_t)t.to[column] * (size_t)p.act_stride] = (uint8_t)two;
         if (column + 1 < t.live) to[(size_t)t.to[column + 1] * (size_t)p.act_stride] = (uint8_t)(two >> 8);
@@ -3490,13 +3492,13 @@ static __device__ __forceinline__ void put_act(const whole_args &p, const panel_
 }
 static __host__ __device__ constexpr int gate_bytes(int panels) { return panels * 16 * THREADS * 4; }
 template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_up_whole(const whole_args p) {
-    __shared__ float largest[WARPS][2 * PANEL];
+    __shared__ act_scratch scratch;
     SHARED_BYTES(shared);
     char *bytes = panel_room(shared);
     uint32_t (*gates)[THREADS] = (uint32_t (*)[THREADS])(void *)(bytes + PANEL_STAGES * panel_stage_bytes(PANELS));
     whole_experts<PANELS, 2>(p, bytes, [&](const panel_tile &t, int part, float (*acc)[PANEL / 8][4]) {
         if (!part) put_gates<PANELS>(acc, gates);
-        else put_act<PANELS>(p, t, acc, gates, largest);
+        else put_act<PANELS>(p, t, acc, gates, scratch);
     });
 }
 
@@ -4270,7 +4272,7 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
 // Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
 // take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs
 // some 60. Its sums keep fewer bits, and the way it takes follows the shape: so the rows are always 512, and the first
-// choice of a shape stays. wo_a and bf16 matrices remain with the kernels above, the routed experts have their own.
+// choice of a shape stays. wo_a, bf16 matrices and the routed experts are linears_whole's and experts_whole's.
 
 #ifdef DSPARK_CUDA_HOST
 extern "C" { long cuda_host_products; }
@@ -4399,38 +4401,44 @@ static void jobs_by_library(cuda *d, linears_args *p) {
     p->n_jobs = left;
 }
 
-// Runs those of them whose matrices are of bf16, or of FP8 with inputs as put_panel writes them.
-static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype) {
-    linears_args some = *p;
-    int left = 0;
-    some.n_jobs = some.n_items = 0;
-    for (int i = 0; i < p->n_jobs; i++) {
-        const job *j = &p->jobs[i];
-        if (j->w.dtype != dtype || j->x.planes == 1 || j->add) {
-            p->jobs[left++] = *j;
-            continue;
-        }
-        some.jobs[some.n_jobs] = *j, some.jobs[some.n_jobs++].first_item = some.n_items;
-        some.n_items += job_tiles(*j, p->rows, WARPS * TILE, 2 * PANEL);
-    }
-    if (!some.n_jobs) return;
-    launch(d, name, dtype == DSPARK_FP8 ? linears_whole<DSPARK_FP8> : linears_whole<DSPARK_BF16>,
-           grid_of(smaller(some.n_items, d->sms), 1), THREADS, (size_t)panel_bytes(2), some);
-    p->n_jobs = left, p->mix.out = NULL;
-}
-
-static int count_tiles(linears_args *p, int mt) {
+// Where the tiles of each job begin, so many outputs and columns(job) rows each; all of them.
+template <class C> static int count_tiles(linears_args *p, int outputs, const C &columns) {
     p->n_items = 0;
     for (int i = 0; i < p->n_jobs; i++) {
         job *j = &p->jobs[i];
-        j->first_item = p->n_items, p->n_items += job_tiles(*j, p->rows, wide_outputs(mt), wide_columns(*j, mt));
+        j->first_item = p->n_items, p->n_items += job_tiles(*j, p->rows, outputs, columns(*j));
     }
     return p->n_items;
 }
+static int count_wide(linears_args *p, int mt) {
+    return count_tiles(p, wide_outputs(mt), [=](const job &j) { return wide_columns(j, mt); });
+}
+static int count_panels(linears_args *p, int panels) {
+    return count_tiles(p, WARPS * TILE, [=](const job &) { return panels * PANEL; });
+}
+// Runs those of them whose matrices are of bf16, or of FP8 with inputs as put_panel writes them: 64 rows a tile where
+// SMs would be left over otherwise.
+static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype) {
+    linears_args some = *p;
+    int left = 0, panels = 2;
+    some.n_jobs = 0;
+    for (int i = 0; i < p->n_jobs; i++) {
+        const job *j = &p->jobs[i];
+        if (j->w.dtype == dtype && j->x.planes > 1 && !j->add) some.jobs[some.n_jobs++] = *j;
+        else p->jobs[left++] = *j;
+    }
+    if (!some.n_jobs) return;
+    if (count_panels(&some, 2) < d->sms) panels = 1, count_panels(&some, 1);
+    launch(d, name, dtype == DSPARK_FP8 ? panels == 1 ? linears_whole<DSPARK_FP8, 1> : linears_whole<DSPARK_FP8, 2>
+                    : panels == 1 ? linears_whole<DSPARK_BF16, 1> : linears_whole<DSPARK_BF16, 2>,
+           grid_of(some.mix.out ? d->sms : smaller(some.n_items, d->sms), 1), THREADS, (size_t)panel_bytes(panels),
+           some);
+    p->n_jobs = left, p->mix.out = NULL;
+}
 // A large tile is four small ones, of which two run beside each other in the time of three: what ends first.
 static void jobs_wide(cuda *d, const char *name, linears_args *p) {
-    int mt = 3 * blocks_of(count_tiles(p, 2), d->sms) <= 2 * blocks_of(count_tiles(p, 1), 2 * d->sms) ? 2 : 1,
-        n = count_tiles(p, mt), blocks = (3 - mt) * d->sms;
+    int mt = 3 * blocks_of(count_wide(p, 2), d->sms) <= 2 * blocks_of(count_wide(p, 1), 2 * d->sms) ? 2 : 1,
+        n = count_wide(p, mt), blocks = (3 - mt) * d->sms;
     launch(d, name, mt == 1 ? linears_wide<1> : linears_wide<2>, grid_of(n ? smaller(n, blocks) : blocks, 1), THREADS,
            (size_t)(wide_stages(mt) * stage_bytes(mt)), *p);
 }
@@ -4644,20 +4652,20 @@ static void cache_run(cuda *d, int l) {
 
 // Those of whole blocks: from x to the sums of all slots; e is as for w1 and w3, a with the slots to come.
 static void experts_of_blocks(cuda *d, const experts_args &e, const swiglu_args &a, const layer_weights *w) {
-    int K = d->s.K, width = a.stride, two = d->n_rows * K > PANEL * d->s.E;
+    int K = d->s.K, width = a.stride, panels = d->n_rows * K > PANEL * d->s.E ? 2 : 1;
     codes_args c = { d->x.rounded, d->x.rounded_scale, d->x.stride, d->x.stride, d->expert_codes, NULL };
     whole_args p = { e, d->expert_codes, d->route_weight, d->act_codes, d->act.rounded_scale, width };
     swiglu_args of_shared = a;
     linears_args shared;
     input x = d->act;
     LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
-    launch(d, "experts w1 w3", two ? experts_up_whole<2> : experts_up_whole<1>, grid_of(d->sms, 1), THREADS,
-           (size_t)(panel_bytes(1 + two) + gate_bytes(1 + two)), p);
+    launch(d, "experts w1 w3", panels == 1 ? experts_up_whole<1> : experts_up_whole<2>, grid_of(d->sms, 1), THREADS,
+           (size_t)(panel_bytes(panels) + gate_bytes(panels)), p);
     of_shared.slot = K;
     LAUNCH(swiglu, grid_of(d->grid.rows, 1), THREADS, 0, of_shared);
-    p.codes = d->act_codes, p.e.which = 2, p.e.x = d->act, p.e.y[0] = d->down, p.e.y_stride = d->s.h;
-    launch(d, "experts w2", two ? experts_whole<2> : experts_whole<1>, grid_of(d->sms, 1), THREADS,
-           (size_t)panel_bytes(1 + two), p);
+    p.codes = d->act_codes, p.e.which = 2, p.e.x_by_slot = 1, p.e.x = d->act, p.e.y[0] = d->down, p.e.y_stride = d->s.h;
+    launch(d, "experts w2", panels == 1 ? experts_whole<1> : experts_whole<2>, grid_of(d->sms, 1), THREADS,
+           (size_t)panel_bytes(panels), p);
     memset(&shared, 0, sizeof shared);
     x.rounded += K * width, x.rounded_scale += K * width / 128, x.stride = (K + 1) * width;
     if (x.plain) x.plain += K * width;
@@ -5343,9 +5351,10 @@ static const int *up_hash(uploader *u, const dspark_layer *l) {
 static void up_attention(uploader *u, layer_weights *o, const dspark_layer *l) {
     const shape *c = &u->d->s;
     const uint8_t *from;
+    from = up_begin(u), o->hc[0] = up_mix(u, &l->hc_attn, MIX);
     o->norm[0] = up_floats(u, l->attn_norm, (size_t)c->h), o->q_norm = up_floats(u, l->q_norm, (size_t)c->q_lora);
     o->kv_norm = up_floats(u, l->kv_norm, (size_t)c->D), o->sink = up_floats(u, l->attn_sink, (size_t)c->H);
-    from = up_begin(u), o->wq_a = up_matrix(u, &l->wq_a), o->wkv = up_matrix(u, &l->wkv);
+    o->wq_a = up_matrix(u, &l->wq_a), o->wkv = up_matrix(u, &l->wkv);
     if (l->ratio) o->pool[0] = up_compressor(u, &l->compressor);
     if (l->ratio == 4) o->index_weights = up_matrix(u, &l->index_weights);
     if (l->ratio == 4) o->pool[1] = up_compressor(u, &l->index_compressor);
@@ -5368,11 +5377,10 @@ static void up_layer(uploader *u, int number) {
         return;
     }
     o->ratio = l->ratio;
-    o->hc[0] = up_mix(u, &l->hc_attn, MIX), o->hc[1] = up_mix(u, &l->hc_ffn, MIX);
     up_attention(u, o, l);
-    o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
-    o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->tid2eid = up_hash(u, l);
-    from = up_begin(u), o->gate = up_matrix(u, &l->gate);
+    o->tid2eid = up_hash(u, l);
+    from = up_begin(u), o->hc[1] = up_mix(u, &l->hc_ffn, MIX), o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
+    o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->gate = up_matrix(u, &l->gate);
     for (int i = 0; i < 2; i++) o->shared.w[i] = up_matrix(u, i ? &l->shared.w3 : &l->shared.w1);
     o->of_gate = up_since(u, from);
     from = up_begin(u), o->shared.w[2] = up_matrix(u, &l->shared.w2), o->of_w2 = up_since(u, from);
@@ -5634,9 +5642,9 @@ static void check_experts(cuda *d) {
         for (int e = 0; e < d->s.E; e++) {
             const dspark_expert *first = d->w->layers[l].experts, *a = first + e;
             if (a->w1.dtype != first->w1.dtype || a->w3.dtype != first->w1.dtype || a->w2.dtype != first->w2.dtype)
-                fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: layer %d: expert %d has w1 of %s, w3 of %s, w2 of %s, expected "
-                     "%s, %s, %s as in expert 0", l, e, types[a->w1.dtype], types[a->w3.dtype], types[a->w2.dtype],
-                     types[first->w1.dtype], types[first->w1.dtype], types[first->w2.dtype]);
+                fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: layer %d: expert %d has w1 of %s, w3 of %s, w2 of %s, "
+                     "expected %s, %s, %s as in expert 0", l, e, types[a->w1.dtype], types[a->w3.dtype],
+                     types[a->w2.dtype], types[first->w1.dtype], types[first->w1.dtype], types[first->w2.dtype]);
         }
 }
 static void set_shape(cuda *d) {
@@ -5678,7 +5686,10 @@ static void allow_whole(cuda *d) {
     allow(d, experts_whole<1>, panel_bytes(1), 100), allow(d, experts_whole<2>, panel_bytes(2), 100);
     allow(d, experts_up_whole<1>, panel_bytes(1) + gate_bytes(1), 100);
     allow(d, experts_up_whole<2>, panel_bytes(2) + gate_bytes(2), 100);
-    allow(d, linears_whole<DSPARK_FP8>, panel_bytes(2), 100), allow(d, linears_whole<DSPARK_BF16>, panel_bytes(2), 100);
+    allow(d, linears_whole<DSPARK_FP8, 1>, panel_bytes(1), 100);
+    allow(d, linears_whole<DSPARK_FP8, 2>, panel_bytes(2), 100);
+    allow(d, linears_whole<DSPARK_BF16, 1>, panel_bytes(1), 100);
+    allow(d, linears_whole<DSPARK_BF16, 2>, panel_bytes(2), 100);
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
