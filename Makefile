@@ -49,7 +49,7 @@ test: dspark $(TESTS:%=build/tests/%)       ## all tests
 	@$(call RUN_TESTS,$(TESTS:%=build/tests/%),$(SHELL_TESTS))
 
 # The CUDA backend without CUDA: its kernels as threads on the host (tests/cuda_host.h). Where there is a device, on it too.
-HOST_CUDA = -std=c++17 -O3 -g -ffp-contract=off -DDSPARK_CUDA_HOST -I. -Itests $(WARN) -Werror -Wno-unknown-pragmas
+HOST_CUDA = -std=c++17 -O2 -g -ffp-contract=off -DDSPARK_CUDA_HOST -I. -Itests $(WARN) -Werror -Wno-unknown-pragmas
 build/tests/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_CUDA) -x c++ -c dspark_cuda.cu -o $@
@@ -72,7 +72,7 @@ build/tests/%: tests/%.c $(HEADERS)
 
 build/asan/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
 	@mkdir -p $(@D)
-	$(CXX) $(HOST_CUDA) -O2 $(CHECKS) -x c++ -c dspark_cuda.cu -o $@
+	$(CXX) $(HOST_CUDA) $(CHECKS) -x c++ -c dspark_cuda.cu -o $@
 
 $(CUDA_TESTS:%=build/asan/%): build/asan/%: tests/%.c build/asan/cuda_host.o $(HEADERS)
 	$(CC) $(STD) -O1 $(CHECKS) -DDSPARK_CUDA_HOST -I. -Itests -c $< -o $@.o
