@@ -220,29 +220,33 @@ __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 static void host_mma_all(host_warp *w) {
     alignas(64) double A[16][16], B[16][8];
-    uint32_t any = 0;
+    uint32_t words[6][32], any = 0;
     for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 4; i++) any |= w->in[lane][i] & 0x7fff7fffu;
+        for (int i = 0; i < 6; i++) words[i][lane] = w->in[lane][i];
+    for (int i = 0; i < 4 * 32; i++) any |= words[i / 32][i % 32] & 0x7fff7fffu;
     if (!any) return;    // padding
-    for (int lane = 0; lane < 32; lane++) {
-        const uint32_t *f = w->in[lane];
-        int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < 6; i++) {
-            float x = w->f16 ? host_f16_value(f[i] & 0xffffu) : host_as_float(f[i] << 16);
-            float y = w->f16 ? host_f16_value(f[i] >> 16) : host_as_float(f[i] & 0xffff0000u);
-            if (i < 4)
-                A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = (double)x,
-                                                     A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + 1] = (double)y;
-            else B[2 * t + 8 * (i - 4)][g] = (double)x, B[2 * t + 8 * (i - 4) + 1][g] = (double)y;
+    for (int i = 0; i < 6; i++) {
+        float x[64];     // of the eight g, eight numbers that follow on each other
+        for (int lane = 0; lane < 32; lane++) {
+            uint32_t u = words[i][lane];
+            x[2 * lane] = w->f16 ? host_f16_value(u & 0xffffu) : host_as_float(u << 16);
+            x[2 * lane + 1] = w->f16 ? host_f16_value(u >> 16) : host_as_float(u & 0xffff0000u);
         }
+        double *to = i < 4 ? &A[8 * (i & 1)][8 * (i >> 1)] : B[8 * (i - 4)];
+        int row = i < 4 ? 16 : 1, column = i < 4 ? 1 : 8;
+        for (int g = 0; g < 8; g++)
+#pragma GCC unroll 8
+            for (int k = 0; k < 8; k++) to[g * row + k * column] = (double)x[8 * g + k];
     }
-    for (int i = 0; i < 16; i++) {
-        float *c[4];
-        host_columns sum;
-        for (int j = 0; j < 4; j++) c[j] = w->out[(i & 7) * 4 + j] + (i >> 3) * 2;
-        for (int j = 0; j < 8; j++) sum[j] = (double)c[j / 2][j & 1];
-        for (int k = 0; k < 16; k++) sum += A[i][k] * *(const host_columns *)(const void *)B[k];
-        for (int j = 0; j < 8; j++) c[j / 2][j & 1] = (float)sum[j];
+    for (int half = 0; half < 2; half++) {
+        host_columns sum[8];
+        for (int i = 0; i < 32; i++)
+            for (int j = 0; j < 2; j++) sum[i / 4][i % 4 * 2 + j] = (double)w->out[i][half * 2 + j];
+        for (int k = 0; k < 16; k++)
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) sum[i] += A[half * 8 + i][k] * *(const host_columns *)(const void *)B[k];
+        for (int i = 0; i < 32; i++)
+            for (int j = 0; j < 2; j++) w->out[i][half * 2 + j] = (float)sum[i / 4][i % 4 * 2 + j];
     }
 }
 static void host_mma(float *c, const uint32_t *a, const uint32_t *b, int f16) {
