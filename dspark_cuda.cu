@@ -2861,6 +2861,7 @@ static __host__ __device__ constexpr int stage_bytes(int mt) {
 static __host__ __device__ int tiles_along(int n, int each) { return (n + each - 1) / each; }
 
 // A tile: some outputs of a matrix for `live` rows of x, row i of which begins at [i] and has its sums in row to [i].
+// eights: linears_wide's rows, of which some may be none.
 template <int COLUMNS> struct tile_of {
     span s;
     operand x;
@@ -4443,30 +4444,27 @@ static void jobs_wide(cuda *d, const char *name, linears_args *p) {
            (size_t)(wide_stages(mt) * stage_bytes(mt)), *p);
 }
 
-static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
-    int nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4,
+static void jobs_few(cuda *d, const char *name, linears_args *p) {
+    int rows = p->rows, nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4,
         beside = p->mix.out || p->tasks ? blocks_of(rows, WARPS) + larger(0, p->tasks - 1) * rows : 0;
-    dim3 grid;
-    p->n_rows = n_rows, p->rows = rows, p->item_bytes = ITEM / 2;
-    if (d->grid.whole && n_rows == &d->dev.n->n_rows) {
-        jobs_by_library(d, p);
-        if (d->whole) jobs_by_panels(d, name, p, DSPARK_FP8), jobs_by_panels(d, name, p, DSPARK_BF16);
-    }
-    if (!p->n_jobs && !p->mix.out) return;
-    if (rows >= MANY_ROWS && d->wide) {
-        jobs_wide(d, name, p);
-        p->n_jobs = p->tasks = 0, p->mix.out = NULL;
-        return;
-    }
+    p->item_bytes = ITEM / 2;
     do {        // few enough for a block to find its spans at once
         p->n_items = 0, p->item_bytes *= 2;
         for (int i = 0; i < p->n_jobs; i++)
             p->jobs[i].first_item = p->n_items, p->n_items += items_of(p->jobs[i].w, p->item_bytes);
     } while (p->n_items > 2 * d->sms * (WARP - 1) && p->item_bytes < 1 << 20);
     p->n_blocks = smaller(p->n_items, larger(d->sms, 2 * d->sms - beside));     // all at once: nobody waits for a place
-    grid = grid_of(p->n_blocks + beside, blocks_of(rows, 8 * nt));
-    launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>, grid, THREADS,
-           (size_t)product_bytes(nt), *p);
+    launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>,
+           grid_of(p->n_blocks + beside, blocks_of(rows, 8 * nt)), THREADS, (size_t)product_bytes(nt), *p);
+}
+// All jobs of p and what is beside them; p is then as before the first.
+static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
+    p->n_rows = n_rows, p->rows = rows;
+    if (d->grid.whole && n_rows == &d->dev.n->n_rows) {
+        jobs_by_library(d, p);
+        if (d->whole) jobs_by_panels(d, name, p, DSPARK_FP8), jobs_by_panels(d, name, p, DSPARK_BF16);
+    }
+    if (p->n_jobs || p->mix.out) (rows >= MANY_ROWS && d->wide ? jobs_wide : jobs_few)(d, name, p);
     p->n_jobs = p->tasks = 0, p->mix.out = NULL, p->ahead.n = 0;
 }
 

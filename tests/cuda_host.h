@@ -63,6 +63,7 @@ static void host_place_new(host_place *p, char *stack, void (*f)(void)) {
 }
 #endif
 
+enum { HOST_BF16, HOST_F16, HOST_E4M3 };
 struct host_fiber {
     host_place at;
     bool done;
@@ -76,7 +77,7 @@ struct host_warp {
     const uint32_t *in[32];
     const uint16_t *from[32];
     float *out[32];
-    int f16;                        // what numbers a product has; else bf16
+    int kind;                       // HOST_*: what numbers a product has
 };
 static struct {
     host_fiber fiber[HOST_THREADS];
@@ -229,8 +230,8 @@ static void host_mma_all(host_warp *w) {
         float x[64];     // of the eight g, eight numbers that follow on each other
         for (int lane = 0; lane < 32; lane++) {
             uint32_t u = words[i][lane];
-            x[2 * lane] = w->f16 ? host_f16_value(u & 0xffffu) : host_as_float(u << 16);
-            x[2 * lane + 1] = w->f16 ? host_f16_value(u >> 16) : host_as_float(u & 0xffff0000u);
+            x[2 * lane] = w->kind == HOST_F16 ? host_f16_value(u & 0xffffu) : host_as_float(u << 16);
+            x[2 * lane + 1] = w->kind == HOST_F16 ? host_f16_value(u >> 16) : host_as_float(u & 0xffff0000u);
         }
         double *to = i < 4 ? &A[8 * (i & 1)][8 * (i >> 1)] : B[8 * (i - 4)];
         int row = i < 4 ? 16 : 1, column = i < 4 ? 1 : 8;
@@ -252,7 +253,7 @@ static void host_mma_all(host_warp *w) {
 static void host_mma(float *c, const uint32_t *a, const uint32_t *b, int f16) {
     host_warp *w = &host.warp[host.self / 32];
     const uint32_t ab[6] = { a[0], a[1], a[2], a[3], b[0], b[1] };
-    w->f16 = f16;
+    w->kind = f16 ? HOST_F16 : HOST_BF16;
     w->in[host.self % 32] = ab, w->out[host.self % 32] = c;
     host_together(host_mma_all);
 }
@@ -264,7 +265,6 @@ static float host_e4m3(uint32_t code) {
 }
 // A warp's part of wgmma.m64n64k32 of FP8, or k16 of f16 or bf16: c [16][64] += a [16][k] b [64][k]; b where its first
 // 32 bytes lie in shared memory, in rows of 128 whose 16s are exchanged by what their address is.
-enum { HOST_BF16, HOST_F16, HOST_E4M3 };
 static float host_number(const void *at, int kind) {
     static float value[256];
     uint16_t u;
@@ -277,14 +277,14 @@ static void host_mma_panel(float *c, const uint32_t *a, const char *b, int kind,
     host_warp *w = &host.warp[host.self / 32];
     if (first) memset(c, 0, 32 * sizeof *c);
     w->in[host.self % 32] = a, w->out[host.self % 32] = c, w->from[0] = (const uint16_t *)(const void *)b;
-    w->f16 = kind;
+    w->kind = kind;
     host_together([](host_warp *all) {
-        int size = all->f16 == HOST_E4M3 ? 1 : 2, n_k = 32 / size, in_word = 4 / size;
+        int size = all->kind == HOST_E4M3 ? 1 : 2, n_k = 32 / size, in_word = 4 / size;
         float B[32][64];
         for (int n = 0; n < 64; n++)
             for (int k = 0; k < n_k; k++) {
                 uintptr_t at = (uintptr_t)(const void *)all->from[0] + (uintptr_t)(n * 128 + k * size);
-                B[k][n] = host_number((const void *)(at ^ (at >> 7 & 7) << 4), all->f16);
+                B[k][n] = host_number((const void *)(at ^ (at >> 7 & 7) << 4), all->kind);
             }
         for (int row = 0; row < 16; row++) {
             double sum[64];
@@ -292,7 +292,7 @@ static void host_mma_panel(float *c, const uint32_t *a, const char *b, int kind,
                 sum[n] = (double)all->out[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
             for (int k = 0; k < n_k; k++) {
                 const uint32_t *word = &all->in[row % 8 * 4 + k / in_word % 4][row / 8 + k * 2 / n_k * 2];
-                double x = (double)host_number((const char *)word + k % in_word * size, all->f16);
+                double x = (double)host_number((const char *)word + k % in_word * size, all->kind);
                 if (x != 0) for (int n = 0; n < 64; n++) sum[n] += x * (double)B[k][n];
             }
             for (int n = 0; n < 64; n++)
