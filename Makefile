@@ -8,7 +8,7 @@ OPENMP := $(shell mkdir -p build && d=$$(mktemp -d build/openmp.XXXXXX) && \
   printf '\043include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > $$d/a.c && \
   $(CC) -fopenmp $$d/a.c -o $$d/a 2>/dev/null && echo -fopenmp; rm -rf $$d)
 
-CHECKS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+CHECKS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
 # A program of tests/ that includes tap.h is a test; the others are tools of its scripts.
 TESTS := $(patsubst tests/%.c,%,$(shell grep -l '"tap.h"' tests/*.c))
 SHELL_TESTS := $(wildcard tests/*.sh)
@@ -22,7 +22,7 @@ MAKEFLAGS += -j$(JOBS)
 dspark: main.c dspark.h     ## build ./dspark (the default)
 	$(CC) $(STD) $(CFLAGS) $(OPENMP) $(WARN) main.c -o $@ -lm $(LDFLAGS)
 
-# Contraction would let a sum depend on the kernel's other sizes, and a text on its company.
+# Contraction would let a sum depend on the kernel's other sizes, and a text on its batch.
 NVCC ?= nvcc
 CUDA_ARCHS ?= 80 90a 100 120
 NVFLAGS = -std=c++17 -O3 -fmad=false $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -Wall,-Wextra
@@ -49,7 +49,7 @@ test: dspark $(TESTS:%=build/tests/%)       ## all tests
 	@$(call RUN_TESTS,$(TESTS:%=build/tests/%),$(SHELL_TESTS))
 
 # The CUDA backend without CUDA: its kernels as threads on the host (tests/cuda_host.h). Where there is a device, on it too.
-HOST_CUDA = -std=c++17 -O2 -g -ffp-contract=off -DDSPARK_CUDA_HOST -I. -Itests $(WARN) -Werror -Wno-unknown-pragmas
+HOST_CUDA = -std=c++17 -O2 -g1 -ffp-contract=off -DDSPARK_CUDA_HOST -I. -Itests $(WARN) -Werror -Wno-unknown-pragmas
 build/tests/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_CUDA) -x c++ -c dspark_cuda.cu -o $@
@@ -58,17 +58,17 @@ CUDA_TESTS = cuda cuda_shape
 build/tests/cuda_shape build/asan/cuda_shape: tools/synth.h
 
 $(CUDA_TESTS:%=build/tests/%): build/tests/%: tests/%.c build/tests/cuda_host.o $(HEADERS)
-	$(CC) $(STD) -O1 -g $(WARN) -Werror -DDSPARK_CUDA_HOST -I. -Itests -c $< -o $@.o
+	$(CC) $(STD) -O1 -g1 $(WARN) -Werror -DDSPARK_CUDA_HOST -I. -Itests -c $< -o $@.o
 	$(CXX) $@.o build/tests/cuda_host.o -o $@ -lm
 
 $(CUDA_TESTS:%=build/tests/%_device): build/tests/%_device: tests/%.c build/dspark_cuda.o $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(STD) -O1 -g $(WARN) -Werror -I. -Itests -c $< -o $@.o
+	$(CC) $(STD) -O1 -g1 $(WARN) -Werror -I. -Itests -c $< -o $@.o
 	$(NVCC) $@.o build/dspark_cuda.o -o $@ -lcublasLt -lm
 
 build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(STD) -O1 -g $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
+	$(CC) $(STD) -O1 -g1 $(OPENMP) $(WARN) -Werror -I. -Itests $< -o $@ -lm
 
 build/asan/cuda_host.o: dspark_cuda.cu tests/cuda_host.h dspark.h
 	@mkdir -p $(@D)
