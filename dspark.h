@@ -61,10 +61,10 @@
        l           length: how many of the drafts the target verifies
        tau         tokens a cycle commits: accepted drafts, and one more: the correction or the bonus
        SPS(B)      passes of the target a second with B rows;  T(B) = 1 / SPS(B)
-       tap         the mean of a target layer's stream over its copies, which the drafter reads
-       coupled     draft and target draw with the same random numbers, a draft stands iff it is what plain decoding
-                   draws: the text is a function of (prompt, seed). rejection: accepts more, the same distribution,
-                   but its text depends on the schedule
+       tap         a target layer's stream, averaged over its copies: the drafter's input
+       coupled     draft and target draw with the same random numbers; a draft stands iff plain decoding draws it, so
+                   the text is a function of (prompt, seed). rejection: accepts more, with the same distribution,
+                   but the text depends on the schedule
 
    ONE CYCLE, WITH NUMBERS
    Anchor "the". The drafter proposes "cat sat on the mat" with c = .95 .99 .90 .98 .40, so a = .95 .94 .85 .83 .33.
@@ -76,15 +76,15 @@
 
    NEVER SLOWER
    Each session has an account in modelled time (T and the draft's cost): a cycle's gain over plain decoding is added,
-   its loss taken off, and it drafts only if the account bears the worst outcome, and only if a gain is expected or, at
-   a text's first step and every 64th, to find out. So any text takes at most 1.01 of plain decoding, and three such
-   outcomes where other texts like it (temperature 0, or a verifier and a band of temperatures) have gained them: all
-   of those together take 1.01 of plain decoding and one such outcome. (schedule BLOCK and THRESHOLD draft always.)
+   its loss subtracted. It drafts only if the account covers the worst outcome and a gain is expected, or, at a text's
+   first step and every 64th, to probe. So any text takes at most 1.01 times plain decoding, plus three worst outcomes
+   if texts of its kind (temperature 0, or a verifier and a temperature band) have earned them; all texts of a kind
+   together take 1.01 times plain decoding plus one worst outcome. (Schedules BLOCK and THRESHOLD always draft.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
        DSPARK_MALLOC(bytes), DSPARK_REALLOC(p, bytes), DSPARK_FREE(p)      all three or none
-       DSPARK_NO_STDIO         without dspark_session_save and _restore
+       DSPARK_NO_STDIO         without dspark_session_save and _restore, dspark_model_save_profile and _load_profile
    The implementation needs libc with POSIX mmap, libm, and nothing else; threads come from OpenMP if it is on. It
    compiles as C11 and C++17 and refuses -ffast-math. The file includes itself, as "dspark.h".
 
@@ -93,22 +93,22 @@
    a step allocates nothing. Caches of V4-Flash take .7 KB for each compressed row and layer.
 
    THREADS
-   A session belongs to one thread at a time; two calls that run a model do not overlap. A tokenizer, a config and
-   all of layer 1 may be used by any number of threads.
+   A session belongs to one thread at a time; calls that run the same model must not overlap. Any number of threads may
+   use a tokenizer, a config and all of layer 1.
 
    ERRORS
-   Functions return a dspark_status and leave dspark_last_error(), a thread's own: what, where, expected, found.
-   Nothing is printed, nothing exits, nothing leaks. A checkpoint, a tokenizer and a session file are untrusted.
+   Functions return a dspark_status and set the thread's dspark_last_error(): what, where, expected, found. Nothing is
+   printed, nothing exits, nothing leaks. Checkpoint, tokenizer and session files are untrusted.
 
    THE ORDER OF ARITHMETIC is part of the definition (>>kernels): the same text on every path, with any number of
    threads, at any optimization level, in any batch. Two FP8 codes that released weights do not use, 127 and 255
    (NaN), are read as +-480.
 
    ON A GPU
-   dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: one
-   seed, one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device,
-   in float, but for sessions with an adjust hook or log-probabilities: asking for log-probabilities may change a text
-   where two tokens tie but for 1e-7. README.md says what of it has run on which device.
+   dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: a seed
+   gives one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device in
+   float, except in sessions with an adjust hook or log-probabilities: asking for log-probabilities may change a text if
+   two tokens are within 1e-7. README.md says what has run on which device.
 
    WHAT IT DOES NOT DO
    Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
@@ -139,8 +139,8 @@
 typedef enum {
     DSPARK_OK,
     DSPARK_ERROR_IO,                // a file cannot be read or written
-    DSPARK_ERROR_FORMAT,            // a file is not what it should be
-    DSPARK_ERROR_UNSUPPORTED,       // it is, but of a kind that is not covered
+    DSPARK_ERROR_FORMAT,            // a file is malformed
+    DSPARK_ERROR_UNSUPPORTED,       // a file is valid but of an unsupported kind
     DSPARK_ERROR_MEMORY,
     DSPARK_ERROR_ARGUMENT,          // the call is wrong
     DSPARK_ERROR_CONTEXT_FULL,      // more tokens than max_context
@@ -155,19 +155,19 @@ DSPARK_API const char *dspark_status_name(dspark_status);       // "OK", "IO", .
 
 // >>api-algorithm
 // Layer 1: pure functions on the caller's arrays. No model, no allocation, no state but the thread's error
-// message: any thread, any time. Floats come in, the arithmetic is double in a fixed order, so every machine
-// gives the same bits. Outputs are written only on DSPARK_OK (but see dspark_verify) and overlap no input
-// (but see dspark_distribution). r counts requests from 0, k drafts from 1: x_k is draft[k - 1].
+// message: any thread, any time. Inputs are float, arithmetic is double in a fixed order: all machines give the same
+// bits. Outputs are written only on DSPARK_OK (but see dspark_verify) and must not overlap inputs (but see
+// dspark_distribution). r counts requests from 0, k drafts from 1: x_k is draft[k - 1].
 
-// Which drafts a pass verifies. All but GLOBAL are lossless whatever verifies. GLOBAL looks at x_k: not for a
-// rejection verifier that reads p_draft; coupled, greedy and one-hot drafts may use it.
+// Which drafts a pass verifies. All but GLOBAL are lossless with any verifier. GLOBAL looks at x_k: do not use it with
+// REJECTION unless drafts are one-hot; COUPLED and GREEDY may use it.
 enum {
     DSPARK_SCHEDULE_PLAIN,      // none
     DSPARK_SCHEDULE_BLOCK,      // all
     DSPARK_SCHEDULE_THRESHOLD,  // up to the first c_k below the request's threshold
     DSPARK_SCHEDULE_PREFIX,     // Algorithm 1: the largest a_k first, as long as tokens a second rise
     DSPARK_SCHEDULE_ASYNC,      // the `budget` largest a_k; the budget comes from the past
-    DSPARK_SCHEDULE_GLOBAL      // PREFIX without the stop: the maximum, also behind a step of the SPS table
+    DSPARK_SCHEDULE_GLOBAL      // PREFIX without the stop: the maximum, even past a drop in the SPS table
 };
 enum { DSPARK_VERIFY_COUPLED, DSPARK_VERIFY_REJECTION, DSPARK_VERIFY_GREEDY };
 
@@ -181,8 +181,8 @@ DSPARK_API void dspark_philox(const uint32_t counter[4], const uint32_t key[2], 
 // at low, at high, purpose << 16 | k). index: a token; 0 for ACCEPT. k 0 .. 65535.
 DSPARK_API double dspark_uniform(uint64_t seed, int purpose, uint64_t at, int k, uint32_t index);
 
-// *token = argmax over p_v > 0 of p_v / -log(u_v), the smaller of equals: Gumbel-max with one log. So v comes
-// with probability p_v / sum p. p [vocab].
+// *token = argmax over p_v > 0 of p_v / -log(u_v), ties to the smaller v: Gumbel-max with one log. Draws v with
+// probability p_v / sum p. p [vocab].
 // NUMERIC: NaN, infinite, negative, or no mass. ARGUMENT: vocab < 1, purpose, k.
 DSPARK_API dspark_status dspark_draw(const float *p, int vocab, uint64_t seed, int purpose, uint64_t at,
                                      int k, int32_t *token);
@@ -198,7 +198,7 @@ DSPARK_API dspark_status dspark_draw(const float *p, int vocab, uint64_t seed, i
 DSPARK_API dspark_status dspark_distribution(const float *logits, int vocab, float temperature, int top_k,
                                              float top_p, float min_p, float *p);
 
-// What a pass costs: sps[B - 1] passes a second with B rows, B = 1 .. n; beyond, time grows with B.
+// Pass cost: sps[B - 1] passes a second with B = 1 .. n rows; beyond, time is proportional to B.
 typedef struct { const float *sps; int n; } dspark_sps;
 
 // Arrays are [n_requests] where no shape is given. Values are the caller's; nothing is kept.
@@ -210,9 +210,9 @@ typedef struct {
     const float *threshold;     // end before the first c_k below it; NULL: 0. PLAIN, BLOCK: not read
     const float *weight;        // what a token is worth, >= 0; NULL: 1. PREFIX, ASYNC, GLOBAL
     int n_requests, gamma, mode;        // DSPARK_SCHEDULE_*; 0: PLAIN
-    int budget;                 // drafts to admit in all: the sum of GLOBAL's lengths for the confidences of
-                                //   two steps before. ASYNC
-    int other_rows;             // rows of the pass that are no request's (prefill)
+    int budget;                 // drafts to admit in total: the sum of GLOBAL's lengths with the confidences of
+                                //   two steps ago. ASYNC
+    int other_rows;             // rows of the pass for no request (prefill)
     const dspark_sps *sps;      // PREFIX, GLOBAL
     float draft_us;             // what drafting costs this step, however little is admitted. PREFIX, GLOBAL
     void *scratch;              // dspark_schedule_scratch_bytes, aligned for double. PREFIX, ASYNC, GLOBAL
@@ -246,9 +246,8 @@ typedef struct {
 //     REJECTION  x stands iff u_ACCEPT p_d(x) < p_t(x); else next is drawn from max(0, p_t - p_d), or from
 //                p_t where that is 0 everywhere (Leviathan, Chen). The drafter draws (DRAFT, cycle, i).
 //     GREEDY     x stands iff it is the argmax, the smaller token of equals.
-// A row is looked at only when all drafts before it stand. NUMERIC: one that was cannot be drawn from (see
-// dspark_draw); then *n_accepted drafts stand and *next = -1. ARGUMENT: unknown mode, a draft outside the
-// vocabulary, p_d(x) = 0.
+// A row is read only if all drafts before it stand. NUMERIC: a row read cannot be drawn from (see dspark_draw); then
+// *n_accepted drafts stand and *next = -1. ARGUMENT: unknown mode, a draft outside the vocabulary, p_d(x) = 0.
 DSPARK_API dspark_status dspark_verify(const dspark_verify_desc *, int *n_accepted, int32_t *next);
 
 typedef struct {
@@ -271,9 +270,9 @@ DSPARK_API dspark_status dspark_sts_fit(const dspark_sts_desc *, float *temperat
 // c = sigmoid(logit / temperature)
 DSPARK_API double dspark_sts_apply(float logit, float temperature);
 
-// Never slower: a bucket of microseconds, one a session, in modelled time. plain_us P: a step without drafts.
-// worst_us W: drafting, and a pass over the whole block. Draft only if the account affords W; settle after
-// every step with what it cost and the tokens tau that it gave (a plain one: P, P, 1). Then at every step
+// Never slower: an account a session, in microseconds of modelled time. plain_us P: a step without drafts. worst_us W:
+// drafting, and a pass over the whole block. Draft only if the account affords W; after every step, settle with its
+// cost and its number of tokens tau (a plain step: P, P, 1). Then at every step
 //     time <= (1 + allowance) P tokens + (W - P),  and over any stretch  <= (1 + allowance) P tokens + limit.
 typedef struct { double allowance, balance_us, limit_us; } dspark_account;
 DSPARK_API void dspark_account_open(dspark_account *, double plain_us, double worst_us); // .01, W-P, 16 (W-P)
@@ -364,8 +363,8 @@ typedef struct {
 typedef struct dspark_model dspark_model;
 typedef struct dspark_backend dspark_backend;
 
-// How files become bytes; NULL fields: mmap. data stays valid until unmap; a thread opens a model, so must
-// these allow.
+// How files become bytes; NULL fields: mmap. data stays valid until unmap. Threads that open models at the same time
+// call these at the same time.
 typedef struct {
     dspark_status (*map)(void *user, const char *path, const void **data, uint64_t *size);
     void (*unmap)(void *user, const void *data, uint64_t size);
@@ -382,21 +381,21 @@ typedef struct {
     int n_threads;                      // 0: all processors (1 without OpenMP)
     int cpu_path;                       // DSPARK_PATH_*; 0: the best this machine has. All give the same bits.
     int max_rows;                       // rows of one pass, 0: 128. Bounds the workspace; a text does not depend on it.
-    int max_sessions;                   // at least so many with whole blocks fit into one pass; 0: what max_rows give
+    int max_sessions;                   // a pass holds at least so many with whole blocks; 0: what max_rows allow
     size_t memory_limit;                // bytes that the model and its sessions may allocate; 0: no limit
-    int fast_prefill;                   // 1: where an append holds all of positions [512 i, 512 (i + 1)), a device may
-                                        // run them by faster products (CUDA: FP8 sums, by cuBLASLt and its own;
-                                        // attention and bf16 matrices in bf16), in other bits. A text then depends on
-                                        // how its prompt was cut into appends, and rows run again after a long
-                                        // truncation are the usual ones. 0: never. The CPU has no other products.
+    int fast_prefill;                   // 1: if an append holds all of positions [512 i, 512 (i + 1)), a device may run
+                                        // them with faster products (CUDA: FP8, by cuBLASLt and its own kernels;
+                                        // attention and bf16 matrices in bf16), whose bits differ. A text then depends
+                                        // on how its prompt was split into appends; rows rerun after a long
+                                        // truncation use the usual products. 0: never. No effect on the CPU.
     dspark_files files;
     int (*progress)(void *user, float done);    // 0..1, while opening; returns 0 to cancel
     void *user;
 } dspark_model_desc;
 
 // Opens a directory. desc NULL or zeroed: the CPU, all defaults. On an error *out is NULL. IO, FORMAT (names
-// file, tensor, expected, found), UNSUPPORTED, MEMORY, CANCELLED. A model may be shared by threads, but no
-// two calls that run it (append, step, draft, profile) or open and close its sessions at once.
+// file, tensor, expected, found), UNSUPPORTED, MEMORY, CANCELLED. Threads may share a model, but calls that run it
+// (append, step, draft, profile) or open or close its sessions must not overlap.
 DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
                                            const dspark_model_desc *desc);
 DSPARK_API void dspark_model_close(dspark_model *);             // after its sessions; NULL is fine
@@ -409,10 +408,10 @@ DSPARK_API const char *dspark_model_path_name(const dspark_model *);    // "AVX-
 DSPARK_API const char *dspark_model_placement(const dspark_model *);    // what a device has where; NULL: all is mapped
 DSPARK_API int dspark_model_threads(const dspark_model *);
 
-// ---- tokenizer: text to ids and back, as DeepSeek-V4's tokenizer.json says. An open tokenizer is never
-// written to: any number of threads may use one. No function keeps a pointer it was given. Where a count of
-// ids or bytes is returned, it is what is needed, though it be over cap; cap 0 (the array may be NULL) asks
-// for just that. A failure is minus its dspark_status, with dspark_last_error.
+// ---- tokenizer: text to ids and back, as DeepSeek-V4's tokenizer.json says. An open tokenizer is read-only: any
+// number of threads may use it. No function keeps a pointer it was given. A returned count of ids or bytes is the
+// number needed, even if over cap; with cap 0 (the array may be NULL) only the count is returned. A failure returns
+// minus its dspark_status and sets dspark_last_error.
 
 typedef struct dspark_tokenizer dspark_tokenizer;
 
@@ -423,22 +422,21 @@ DSPARK_API void dspark_tokenizer_close(dspark_tokenizer *t);    // NULL is fine
 
 enum { DSPARK_PLAIN_TEXT = 1 };
 
-// The ids of len bytes of text into ids[cap]: how many, at most len; no begin-of-sentence is added. flags 0:
-// added tokens ("<think>") in the text are those tokens. DSPARK_PLAIN_TEXT: they are text like any other, as
-// content that is not trusted should be. The text may hold zeros; what is not UTF-8 keeps its bytes. Time is
-// O(len log len). Fails with -DSPARK_ERROR_MEMORY, -DSPARK_ERROR_ARGUMENT (len over 2^31 - 1).
+// Writes the ids of len bytes of text to ids[cap]; returns their number, at most len. Adds no begin-of-sentence.
+// flags 0: added tokens ("<think>") in the text become tokens. DSPARK_PLAIN_TEXT: they stay text, as untrusted content
+// should. The text may contain zeros; invalid UTF-8 keeps its bytes. Time is O(len log len). Fails with
+// -DSPARK_ERROR_MEMORY, -DSPARK_ERROR_ARGUMENT (len over 2^31 - 1).
 DSPARK_API int dspark_encode(const dspark_tokenizer *t, const char *text, size_t len, int flags, int32_t *ids,
                             int cap);
 
-// The bytes of ids[n] into text[cap], no zero after them, special tokens as their names: their number. They
-// need not be UTF-8 (dspark_utf8_push). An id outside the vocabulary gives nothing. Fails with
-// -DSPARK_ERROR_ARGUMENT where they are over 2^31 - 1.
+// Writes the bytes of ids[n] to text[cap], special tokens by name, no zero at the end; returns their number. They need
+// not be UTF-8 (dspark_utf8_push). An id outside the vocabulary gives none. Fails with -DSPARK_ERROR_ARGUMENT over
+// 2^31 - 1 bytes.
 DSPARK_API int dspark_decode(const dspark_tokenizer *t, const int32_t *ids, int n, char *text, int cap);
 
 DSPARK_API int dspark_tokenizer_size(const dspark_tokenizer *t);    // ids are 0 .. size - 1, without a gap
 
-// The bytes of a token, *len of them and a zero, until the tokenizer is closed; NULL and 0 outside the
-// vocabulary.
+// A token's *len bytes, then a zero, valid until the tokenizer is closed; NULL and 0 outside the vocabulary.
 DSPARK_API const char *dspark_token_bytes(const dspark_tokenizer *t, int32_t id, int *len);
 DSPARK_API int dspark_token_is_special(const dspark_tokenizer *t, int32_t id);  // 1: flagged so in the file
 
@@ -467,14 +465,14 @@ typedef struct {
     int continued;      // 1: the next turns of a session: no begin-of-sentence and no such paragraph
 } dspark_chat_desc;
 
-// The prompt into text[cap], no zero after it: how many bytes it is. After a user message that is last, or
-// that an answer follows, the assistant's turn is opened. form NULL: {0}. Fails with -DSPARK_ERROR_ARGUMENT:
-// a role that is none of these, over 2^31 - 1 bytes.
+// Writes the prompt to text[cap], no zero at the end; returns its bytes. After a user message that is last or followed
+// by an answer, the assistant's turn is opened. form NULL: {0}. Fails with -DSPARK_ERROR_ARGUMENT: an unknown role,
+// over 2^31 - 1 bytes.
 DSPARK_API int dspark_chat_format(const dspark_message *messages, int n, const dspark_chat_desc *form,
                                   char *text, int cap);
 
-// Its ids into ids[cap]: their number. With DSPARK_PLAIN_TEXT contents and reasoning are text whatever tokens
-// they name, and the form's own tokens are tokens still. Also fails with -DSPARK_ERROR_MEMORY, and with
+// Writes its ids to ids[cap]; returns their number. With DSPARK_PLAIN_TEXT, tokens named in contents and reasoning are
+// text; those of the form itself stay tokens. Also fails with -DSPARK_ERROR_MEMORY, and with
 // -DSPARK_ERROR_UNSUPPORTED where the tokenizer lacks a token of the form.
 DSPARK_API int dspark_chat_encode(const dspark_tokenizer *t, const dspark_message *messages, int n,
                                   const dspark_chat_desc *form, int flags, int32_t *ids, int cap);
@@ -495,16 +493,16 @@ typedef void (*dspark_adjust)(void *user, const int32_t *prefix, int n, float *l
 
 typedef struct {
     int plain;              // 1: no drafting
-    int schedule;           // 0: what models fastest, never slower than plain: GLOBAL, or PREFIX for a sampled
-                            // REJECTION, which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: this one,
-                            // never slower; _BLOCK: all drafts; _THRESHOLD: those before the first confidence
-                            // below threshold
+    int schedule;           // 0: fastest by the cost model, never slower than plain: GLOBAL, or PREFIX for sampled
+                            // REJECTION, which refuses GLOBAL. DSPARK_SCHEDULE_PREFIX, _ASYNC, _GLOBAL: that one,
+                            // never slower; _BLOCK: all drafts; _THRESHOLD: up to the first confidence below
+                            // threshold
     int verify;             // DSPARK_VERIFY_COUPLED (0): the text of plain decoding; DSPARK_VERIFY_REJECTION;
                             // DSPARK_VERIFY_GREEDY: the argmax, as both are at temperature 0
     float threshold;        // of confidence, 0: none. Cuts in every schedule but BLOCK.
     int draft_cap;          // drafts verified a cycle at most; 0: the block
     int quota;              // tokens emitted in all (dspark_stats.emitted) before the session finishes; 0: no limit
-    float share;            // of the verification budget: what its tokens are worth beside other sessions'; 0: 1
+    float share;            // of the verification budget: weight of its tokens among all sessions; 0: 1
 } dspark_policy;
 
 // A policy by name, from one table: "code", "chat", "creative", "regulated"; quota and share are the caller's to set.
@@ -547,8 +545,8 @@ typedef struct {
     int n_drafted, n_scheduled, n_accepted;         // of this cycle; 0 if it was plain
     int32_t draft[DSPARK_MAX_BLOCK];
     float confidence[DSPARK_MAX_BLOCK];             // c_k, calibrated
-    float draft_us, verify_us;          // this session's share of what the passes took
-    float step_us;                      // how long its tokens were waited for: the whole of the passes
+    float draft_us, verify_us;          // this session's share of the passes' time
+    float step_us;                      // the wait for its tokens: all of the passes' time
 } dspark_step_result;
 
 enum { DSPARK_BUCKETS = 48 };
@@ -556,7 +554,7 @@ typedef struct {
     int64_t steps;                      // with a pass of the target
     int64_t cycles;                     // of them with drafts
     int64_t drafted, accepted, emitted;
-    int64_t scheduled;                  // verified, but for drafts behind the token that ended a text: nobody looked
+    int64_t scheduled;                  // verified, except drafts after the token that ended a text: not read
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     double draft_us, verify_us;
     int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, their share of step_us; last: more
@@ -570,7 +568,7 @@ typedef struct {
 } dspark_summary;
 DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *);
 
-// Text into text[cap], zero-ended where it fits: its length, though it be over cap.
+// Writes to text[cap], zero-ended if it fits; returns the length, even if over cap.
 // Counters for Prometheus, under the names that engines share: dspark_spec_decode_num_drafts_total (cycles),
 // _num_draft_tokens_total (scheduled), _num_accepted_tokens_total, _num_accepted_tokens_per_pos_total, and more.
 // labels: `model="x"`, of every sample; NULL: none.
@@ -578,8 +576,8 @@ DSPARK_API int dspark_stats_prometheus(const dspark_stats *, const char *labels,
 // A step of a session as one line of JSON, newline and all; id is the caller's name for it.
 DSPARK_API int dspark_step_json(const dspark_step_result *, int64_t id, char *text, int cap);
 
-// What drives a schedule: what passes take here, in microseconds. With B rows of n sessions that are d tokens deep on
-// average: T(B) + (n - 1) session_us + B context_us (d - 256) / 1024; SPS(B) is one over that.
+// The schedules' cost model: the time of a pass here, in microseconds. With B rows of n sessions, d tokens deep on
+// average: T(B) + (n - 1) session_us + B context_us (d - 256) / 1024; SPS(B) is its inverse.
 enum { DSPARK_MAX_PROFILE = 64 };
 typedef struct {
     int n;                              // points of T: B = rows[i] rows of one session, 256 tokens deep, take us[i]
@@ -590,30 +588,30 @@ typedef struct {
     float inject_us;                    // each tap beyond two that a draft must inject
     float sample_us;                    // drawing a token from its logits
     int learn;                          // 1: every step's passes correct it
-    unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // how often, up to 8: the more, the less is corrected
+    unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // times seen, up to 8: more means smaller corrections
 } dspark_profile;
 
-// T(B): linear between the points; before them in proportion to B, beyond them as over their last half, though a
-// further row takes at least half of what one has taken on average.
+// T(B): linear between the points; below them proportional to B; above them with the slope of their last half, but at
+// least half of, and at most, the average time of a row.
 DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
-// Measures, unless there is one, in about half a second; so does the first step that needs it. It learns.
+// Measures one, if there is none, in about half a second, as does the first step needing one; it learns.
 DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);
-// NULL: nothing is known. Then it is learned: a plain pass and a draft that is verified whole, three times, and from
-// then on never slower.
+// NULL: nothing is known. It is then learned from plain passes and wholly verified drafts, three of each; after that,
+// never slower.
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_profile *);
-// To a file and back, as {"format": "dspark-profile-1", ...}. Refused (FORMAT) is one of another checkpoint, path or
-// number of threads, where passes take another time.
+// To a file and back, as {"format": "dspark-profile-1", ...}. One of another checkpoint, path or number of threads is
+// refused (FORMAT), as its times differ.
 DSPARK_API dspark_status dspark_model_save_profile(dspark_model *, const char *path);
 DSPARK_API dspark_status dspark_model_load_profile(dspark_model *, const char *path);
 // A calibration for every session: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1. Without this call a
-// session takes that row of the checkpoint's calibration.json whose verifier is its own (greedy at temperature 0) and
-// whose band of temperatures is nearest, the first of equals; all 1 where there is none. A row may also say what
-// products of such c were worth (`said`, `stood`: a curve for each k): then the curve's value is a_k.
+// session uses the row of the checkpoint's calibration.json with its verifier (greedy at temperature 0) and the nearest
+// temperature band, ties to the first; all 1 if there is none. A row may also have a curve for each k from the product
+// of these c to its acceptance (`said`, `stood`): its value is then a_k.
 DSPARK_API dspark_status dspark_model_set_calibration(dspark_model *, const float *temperature);
 
 // What dspark_session_open will allocate, all there is to a session; 0 and an error if the desc is wrong.
 DSPARK_API size_t dspark_session_bytes(const dspark_model *, const dspark_session_desc *);
-// MEMORY: there is no more, or it would be more than memory_limit leaves.
+// MEMORY: out of memory, or memory_limit would be exceeded.
 DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model *,
                                              const dspark_session_desc *);
 DSPARK_API void dspark_session_close(dspark_session *);         // NULL is fine
@@ -621,7 +619,7 @@ DSPARK_API void dspark_session_close(dspark_session *);         // NULL is fine
 // Commits ids [n] (0 <= id < vocab) and runs them now, after which the logits for the next token are there.
 // All or nothing: on ARGUMENT, CONTEXT_FULL, CANCELLED the session is as it was.
 DSPARK_API dspark_status dspark_session_append(dspark_session *, const int32_t *ids, int n);
-// Commits them and leaves them to the coming steps.
+// Commits ids; the next steps run them.
 DSPARK_API dspark_status dspark_session_submit(dspark_session *, const int32_t *ids, int n);
 // Back to n_tokens <= length. Free within the rings (block size + 1 tokens); further back the last tokens are
 // run again when next needed. The state has the bits of a session that never went further.
@@ -642,41 +640,40 @@ DSPARK_API const float *dspark_session_logits(const dspark_session *);          
                                                                                 // while a token is pending
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *);
 DSPARK_API const dspark_stats *dspark_model_stats(const dspark_model *);        // of all its sessions, closed ones too
-// What the drafter proposes after `anchor` were committed: gamma tokens (argmax), gamma confidence logits
-// and, unless NULL, [gamma][vocab] draft logits. The text stays as it is; nothing may be pending.
+// What the drafter would propose after `anchor`: gamma tokens (argmax), gamma confidence logits and, unless NULL,
+// [gamma][vocab] draft logits. Does not change the text; no token may be pending.
 DSPARK_API dspark_status dspark_session_draft(dspark_session *, int32_t anchor, int32_t *tokens,
                                               float *confidence_logits, float *logits);
 
 typedef struct {
-    int prompt_rows;        // of a submitted prompt, run a step at most; 0: what a pass has room for
+    int prompt_rows;        // most rows of a submitted prompt a step; 0: what a pass has room for
 } dspark_step_desc;
 
-// One cycle of n sessions of one model, results [n]; desc NULL: defaults. A pass takes what max_rows hold: a row a
-// session and those of the drafts that are worth it, all of max_sessions' at once; others follow in further passes.
-// Prompts get the rows that decoding leaves. Who is in a step changes nobody's text (but see REJECTION), so sessions
-// may come, go and be closed between any two. Returns an error that concerns all (results then mean nothing); one of a
-// session is in its result. A session that has finished emits nothing and says why.
+// One cycle of n sessions of one model, results [n]; desc NULL: defaults. A pass has up to max_rows rows: one a
+// session, and those of the drafts worth verifying; max_sessions sessions always fit. Others follow in further passes.
+// Prompts get the rows left by decoding. A session's text does not depend on the others (but see REJECTION), so
+// sessions may join, leave and close between steps. Returns an error that concerns all (results are then undefined); a
+// session's own is in its result. A finished session emits nothing and says why.
 DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *,
                                      dspark_step_result *results);
 
 // >>api-backend
 // What a device must do: hold state, and run the operations of a pass that >>forward and >>drafter call in
-// turn. A pass is flat rows; every number that changes from pass to pass travels in dspark_pass. Operations
-// return nothing; the first failure is remembered and pass_end gives it. A row's bits may not depend on the
-// other rows.
+// turn. A pass is flat rows; every number that changes from pass to pass travels in dspark_pass. Operations return
+// nothing; pass_end returns the first failure. A row's bits must not depend on the other rows.
 
 typedef struct {
     void *state;                // the session's
     int row, n_rows;            // rows [row, row + n_rows) of the pass are its
     int position;               // of its first row; the others follow
-    int keep_rows;              // 1: compressed rows are not written (refilling rings; the rows stand already)
-    int logits_from;            // logits are wanted of rows row + logits_from ..
+    int keep_rows;              // 1: do not write compressed rows (refilling rings; they are already there)
+    int logits_from;            // logits are wanted from row + logits_from on
     int inject_from;            // drafting: taps of positions [inject_from, position) enter the stages' windows first
 } dspark_segment;
 
-// A token drawn where the logits are: at temperature 0 their argmax, else dspark_draw's (seed, purpose, at, k) from
-// dspark_distribution's p. NEXT with a draft_row (-1: none): what dspark_verify puts in place of the draft of that row
-// of the last draft pass, the draft itself if it stands. Token -1: no distribution. Temperature -1: the logits instead.
+// A token drawn on the device: at temperature 0 the argmax, else dspark_draw's (seed, purpose, at, k) from
+// dspark_distribution's p. NEXT with a draft_row (-1: none): the draft in that row of the last draft pass if it stands,
+// else dspark_verify's replacement. Token -1: no distribution. Temperature -1: the logits instead.
 typedef struct {
     float temperature, top_p, min_p;
     int top_k, purpose, k, draft_row;
@@ -684,7 +681,7 @@ typedef struct {
 } dspark_device_draw;
 
 // A row of calibration.json: for sessions of this verifier at temperatures low .. high. curved: of prefixes of k + 1
-// drafts that the temperatures' product gave said[k][i], the share stood[k][i] was accepted.
+// drafts whose product of c was said[k][i], the share stood[k][i] was accepted.
 enum { DSPARK_CURVE_POINTS = 12 };
 typedef struct {
     int verify, curved;
@@ -692,9 +689,9 @@ typedef struct {
     float said[DSPARK_MAX_BLOCK * DSPARK_CURVE_POINTS], stood[DSPARK_MAX_BLOCK * DSPARK_CURVE_POINTS];
 } dspark_calibration;
 
-// Drafts that the device chooses, ASYNC: of those of the draft pass before, which asked for draws and whose n_steps are
-// yet to come, the `budget` best are verified. Each segment of the target pass is an anchor, ids [n_segments], and at
-// most n_rows - 1 drafts; all rows are drawn. Arrays [n_segments].
+// The device's choice of drafts (ASYNC): the `budget` best of the preceding draft pass, which asked for draws and whose
+// n_steps steps have not run yet. A segment of the target pass is an anchor, ids [n_segments], and at most n_rows - 1
+// drafts; all rows are drawn. Arrays [n_segments].
 typedef struct {
     int n_steps, budget;
     const int *draft_row;               // of its first draft in the draft pass; -1: it has none
@@ -709,13 +706,13 @@ typedef struct {
     int n_rows, n_segments;
     const int32_t *ids;         // [n_rows]
     const dspark_segment *segments;
-    const dspark_device_draw *draws;    // NULL: logits are wanted; else, where the backend draws, one for each row of
-                                        // logits, or drafting for each segment, for its first draft; those after it
-                                        // count on, PLAIN by at, the others by k
+    const dspark_device_draw *draws;    // NULL: logits are wanted; else, if the backend draws, one for each row of
+                                        // logits; in a draft pass, one for each segment's first draft: the next ones
+                                        // add 1 to at (PLAIN) or to k (the others)
     int whole;                  // 1: rows are whole blocks of DSPARK_PROMPT_BLOCK of one prompt (fast_prefill)
-    const dspark_choice *choice;        // NULL: the rows are as the segments say; else n_rows is the most there may be,
-                                        // and draws are the segments', for the token behind the anchor; the rows
-                                        // after it count on as drafts do, and draft_row is from the choice
+    const dspark_choice *choice;        // NULL: rows are as the segments say; else n_rows is the maximum, and draws has
+                                        // one for each segment, for the token after the anchor; later rows add 1 as
+                                        // drafts do, and draft_row comes from the choice
 } dspark_pass;
 
 typedef struct {
@@ -741,7 +738,7 @@ struct dspark_backend {
     size_t (*state_bytes)(const void *device, int max_context);     // what state_open would allocate
     dspark_status (*state_open)(void **state, void *device, int max_context);
     void (*state_close)(void *state);
-    dspark_status (*state_copy)(void *to, const void *from, int n_tokens);      // what n_tokens have left there
+    dspark_status (*state_copy)(void *to, const void *from, int n_tokens);      // the state of n_tokens
     dspark_status (*state_pieces)(void *state, int n_tokens, int restore, dspark_piece, void *user);
     dspark_status (*pass_begin)(void *device, const dspark_pass *); // embeds: stream [rows][C][h]
     void (*mix_in)(void *device, int layer, int sub);               // stream -> normed input x [rows][h]
@@ -756,8 +753,8 @@ struct dspark_backend {
                                                                     // draft k = 0.. -> logits, confidence of rows k
     float *(*draft_logits)(void *device);                           // [rows][vocab] of the last draft pass
     dspark_status (*pass_end)(void *device, dspark_pass_result *);  // drafting: before the steps, which fill it in
-    // Both NULL: the backend does not draw. After a draft pass that asked for draws, in place of n_steps draft_step's:
-    // tokens [n_rows], -1: none; and the confidence of each row. And a token from logits [vocab] of the caller's. A
+    // Both NULL: the backend does not draw. draft_steps replaces n_steps draft_step after a draft pass that asked for
+    // draws: tokens [n_rows], -1: none; and each row's confidence. draw: a token from the caller's logits [vocab]. A
     // backend that draws also chooses (dspark_choice).
     dspark_status (*draft_steps)(void *device, int n_steps, const int32_t *previous, int32_t *tokens);
     dspark_status (*draw)(void *device, const float *logits, const dspark_device_draw *, int32_t *token);
@@ -819,9 +816,9 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-// What stands between these calls more than it computes: it is to compile soon. Passes of GCC that are left out here
-// took a quarter of its time, and texts come as fast. Kernels do without DSPARK__PASSES' own only: without
-// those of DSPARK__SOON they take up to 4 % more instructions.
+// Code between these mostly calls and computes little: it is to compile fast. The GCC passes disabled here took a
+// quarter of compile time; texts come as fast without. Kernels disable only DSPARK__PASSES' own: without those of
+// DSPARK__SOON they take up to 4 % more instructions.
 #define DSPARK__PRAGMA(x) _Pragma(#x)
 #ifdef __clang__
 #define DSPARK__SOON DSPARK__PRAGMA(clang attribute push(__attribute__((minsize)), apply_to = function))
@@ -1392,7 +1389,7 @@ static int dspark__candidate_next(const dspark_schedule_desc *d, dspark__candida
     return e->value > 0;
 }
 
-// Value descending, then k, then r: larger k first would let x_k speak for itself.
+// Value descending, then k, then r: larger k first would let x_k influence its own admission.
 static int dspark__candidate_precedes(const dspark__candidate *a, const dspark__candidate *b) {
     if (a->value != b->value) return a->value > b->value;
     return a->k != b->k ? a->k < b->k : a->r < b->r;
@@ -1433,9 +1430,8 @@ static double dspark__pass_us(const dspark_sps *sps, int64_t rows) {
     return 1e6 * (double)rows / ((double)sps->n * (double)sps->sps[sps->n - 1]);
 }
 
-// Algorithm 1's loop: how many of the best candidates maximize theta = tau / (T(B) + draft). PREFIX stops at
-// the first that does not raise it: what comes later depends on x_k and must not speak for its admission.
-// GLOBAL goes to the end.
+// Algorithm 1's loop: how many of the best candidates maximize theta = tau / (T(B) + draft). PREFIX stops at the first
+// that does not raise it: later ones depend on x_k and must not affect its admission. GLOBAL goes to the end.
 static int64_t dspark__schedule_admit(const dspark_schedule_desc *d) {
     dspark__merge m;
     dspark__candidate e;
@@ -1512,8 +1508,8 @@ DSPARK_API dspark_status dspark_schedule(const dspark_schedule_desc *d, int *len
 DSPARK__SOON_END
 
 // >>verify
-// Which drafts stand, and the token after them. Rows are looked at from left to right, and none beyond the
-// first that refuses its draft: plain decoding would not have met it.
+// Which drafts stand, and the token after them. Rows are read from left to right, none after the first rejected draft:
+// plain decoding would not reach it.
 
 // x stands with probability min(1, p_t(x) / p_d(x)), else the residual max(0, p_t - p_d): so the token comes
 // from p_t whatever p_d is. p_draft NULL: p_d is one-hot at x.
@@ -4230,8 +4226,8 @@ typedef struct {
     int R, drafting;            // sessions that decode; those of them that may draft
     double base_us, row_us, context_us;         // beyond T(B): once; a row; of that for its context
     double plain_us;            // P: a session's share of a step without drafts
-    double worst[DSPARK_MAX_BLOCK + 1];         // [cap]: the most of a pass' growth that one with l <= cap may cause
-    double growth[DSPARK_MAX_BLOCK + 1];        // [l]: its share if all that may verify l
+    double worst[DSPARK_MAX_BLOCK + 1];         // [cap]: largest share of a pass's growth of one with l <= cap
+    double growth[DSPARK_MAX_BLOCK + 1];        // [l]: its share if all that may draft verify l
 } dspark__costs;
 
 // What a step gathers about its sessions; arrays of max_rows entries, [max_rows][gamma] for confidence.
@@ -4247,11 +4243,10 @@ typedef struct {
     dspark__costs costs;
 } dspark__batch;
 
-// What drafting has brought of late, a mean over so many cycles: a_k, and the drafts that a cycle's schedule hoped for
-// against those it got.
+// Recent results of drafting, means over so many cycles: a_k, and the accepted drafts that a schedule expected and got.
 typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dspark__experience;
-// What all sessions share whose drafts fare alike: those at temperature 0, and those with a verifier in a band of
-// temperatures. account: limit 0 if not opened since the profile was set.
+// Shared by all sessions of one kind: temperature 0, or one verifier in a temperature band. account: limit 0 if not
+// opened since the profile was set.
 enum { DSPARK__MANNERS = 7, DSPARK__PRIOR = 8 };     // cycles of its own that outweigh what others have seen
 typedef struct { dspark_account account; dspark__experience experience; } dspark__manner;
 
@@ -4264,7 +4259,7 @@ struct dspark_model {
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
     dspark__manner manner[DSPARK__MANNERS];
-    dspark_stats stats;         // the same
+    dspark_stats stats;         // of all its sessions
     dspark_profile profile;
     dspark_calibration calibration;        // of every session, if it was set; else of those that no row is for
     dspark__batch batch;
@@ -4482,8 +4477,8 @@ static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *
 
 DSPARK__SOON    // what follows up to >>kernels calls and seldom computes
 // >>session
-// Committed tokens, of which the first n_run have been run: their rows are in the state, indexed by position.
-// Between calls n_run is n_tokens (and the logits for the next are there) or less (the rest is pending).
+// Committed tokens. The first n_run have been run: their rows are in the state, indexed by position. Between calls,
+// n_run is n_tokens (the next token's logits are available) or less (the rest is pending).
 
 enum { DSPARK__LONGEST_STOP = 4096 };      // bytes of a stop string
 
@@ -4493,7 +4488,7 @@ struct dspark_session {
     dspark_session_desc desc;       // stop_strings and stop_tokens point into memory
     int32_t *tokens;                // [max_context + block + 1]: drafts stand behind the committed for a while
     int n_tokens, n_run;
-    int high;                       // positions run since the rings were last in order: they hold the last of these
+    int high;                       // end of the positions run since the last refill: the rings hold the last ones
     int n_injected;                 // taps of positions before it are in the stages' windows
     int has_logits;
     float *logits;                  // [vocab]
@@ -4501,8 +4496,8 @@ struct dspark_session {
     int has_account;
     dspark_account account;
     dspark__experience experience;
-    float past[2][DSPARK_MAX_BLOCK];        // confidences of one step before and of two, ..
-    int n_past[2];                          // .. so many
+    float past[2][DSPARK_MAX_BLOCK];        // confidences one step ago, and two steps ago
+    int n_past[2];                          // their number
     dspark_stats stats;
     dspark_utf8 utf8;
     char *text;                     // what the last step gave (text_out bytes), then what is held back
@@ -4700,7 +4695,7 @@ static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, in
     return dspark__forward(s->model, &pass, result);
 }
 
-// Positions up to `end` have been run: the rings hold the last of all that ever were.
+// Positions before `end` have been run: the rings hold the last ones below s->high.
 static void dspark__mark_run(dspark_session *s, int end) { s->high = dspark__max(s->high, end); }
 
 // After a long way back the rings no longer hold the rows before n_run: the last tokens are run again, as
@@ -5027,8 +5022,8 @@ static const dspark_calibration *dspark__calibration_of(const dspark_session *s)
     return best;
 }
 
-// n logits to c_k = a_k / a_{k-1}. With a curve a_k is its value at the product, and no more than a_{k-1}: what a
-// product over dependent drafts misses is in it, and c_k still comes from logits up to k alone.
+// n logits to c_k = a_k / a_{k-1}. With a curve, a_k is its value at the product, at most a_{k-1}: it corrects for
+// dependent drafts, and c_k still depends only on logits up to k.
 static void dspark__calibrate(const dspark_calibration *row, float *c, int n) {
     double product = 1, a = 1;
     for (int k = 0; k < n; k++) {
@@ -5044,11 +5039,11 @@ static void dspark__calibrate(const dspark_calibration *row, float *c, int n) {
     }
 }
 
-// Are all tokens of a session drawn where the logits are? That is up to the session alone, never to its company.
+// Are all tokens of a session drawn on the device? That depends on the session alone, never on its batch.
 static int dspark__drawn_there(const dspark_session *s) {
     return s->model->backend->draft_steps && !s->desc.adjust && !s->desc.logprobs;
 }
-// The draw of the token behind the k-th that is not committed.
+// The draw of the token at position n_tokens + k.
 static dspark_device_draw dspark__draw_there(const dspark_session *s, int k) {
     const dspark_session_desc *d = &s->desc;
     int rejection = dspark__mode(s) == DSPARK_VERIFY_REJECTION;
@@ -5180,17 +5175,17 @@ static float *dspark__profile_cost(const dspark_profile *p, int i) {
     return (float *)(uintptr_t)((const char *)p + dspark__profile_costs[i].at);
 }
 
-// A machine's speed changes from second to second, for all passes alike: a quarter of what one took more or less than
-// expected is taken for that, so that costs which are compared are of one time.
+// A machine's speed changes from second to second, for all passes alike: a quarter of a pass's deviation from its
+// expected time scales all costs, so that those compared are of one speed.
 static void dspark__learn_speed(dspark_profile *p, double ratio) {
     float scale = (float)(1 + (fmax(.75, fmin(ratio, 1.25)) - 1) / 4);
     for (int i = 0; i < p->n; i++) p->us[i] *= scale;
     for (int i = 0; i < DSPARK__PROFILE_COSTS; i++) *dspark__profile_cost(p, i) *= scale;
 }
 
-// What was seen n times before, seen again: the less of the first two, since the first may wait for the disk; then a
-// mean that outliers hardly move. What is known moves slowly: else costs that are seen would soon be of another speed
-// than those that are not.
+// A cost seen *seen times before, seen again: the smaller of the first two, since the first may wait for the disk; then
+// a mean that limits outliers. Known costs move slowly: else those seen often would soon be of another speed than the
+// rest.
 static float dspark__learned(float was, double us, unsigned char *seen) {
     double error = us - (double)was, bound = (double)was / 4;
     if (*seen < 8) ++*seen;
@@ -5198,8 +5193,8 @@ static float dspark__learned(float was, double us, unsigned char *seen) {
     return (float)((double)was + fmax(-bound, fmin(error, bound)) / (*seen < 8 ? *seen : 16));
 }
 
-// A pass of `rows` rows took so long: its point moves, or becomes one where none is near. More rows cost no less: of
-// points that say otherwise the newer counts.
+// A pass of `rows` rows took `us`: its point moves, or a new one is added if none is near. More rows cost no less:
+// where points disagree, the newer counts.
 static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
     int i = 0;
     while (i < p->n && p->rows[i] < rows) i++;
@@ -5312,7 +5307,7 @@ static dspark_status dspark__measure(dspark_session **s, int n, int most, int de
     double slice = 1.2e4, draft_us = 0, inject_us = 0, more_us = 0, sample_us = 0, us, alone = 0;
     dspark_pass_result result;
     dspark_status status = dspark__measure_rows(s, most, slice, p);
-    // n rows of one session and of n, one after the other: the machine's speed changes; and 255 times an error is much
+    // n rows of one session, then of n, back to back: the machine's speed changes, and errors count up to 255 times
     if (!status && n > 1) alone = dspark_profile_us(p, n);
     if (!status && n > 1 && n <= most) status = dspark__time_best(s, 1, n, 0, slice, &alone);
     if (!status && n > 1) {
@@ -5521,8 +5516,8 @@ static int dspark__is_forced(const dspark_session *s) {
     return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
 }
 
-// What a draft is expected to gain, microseconds: tokens at their price P, less the rows and the draft, and less a
-// twentieth of all that for what no pass sees. e NULL: as if every draft were accepted.
+// A draft's expected gain in microseconds: tokens at price P, minus the cost of rows and draft, minus a twentieth of
+// the cycle's time for costs outside passes. e NULL: every draft accepted.
 static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e) {
     const dspark__costs *c = &m->batch.costs;
     double tokens = 0, best = 0, took = c->plain_us, kept = e ? (double)e->got / (double)e->hoped : 1;
@@ -5535,7 +5530,7 @@ static double dspark__gain(const dspark_model *m, const dspark__lane *a, const d
     return best - draft - (took + draft) / 20;
 }
 
-// To be found out with each text, and again now and then: texts differ, and change.
+// A text probes at its first step and every PROBE steps: texts differ, and change.
 enum { DSPARK__PROBE = 64, DSPARK__TRIALS = 3, DSPARK__TRIAL_SESSIONS = 4 };
 
 static dspark__manner *dspark__manner_of(const dspark_session *s) {
@@ -5544,9 +5539,9 @@ static dspark__manner *dspark__manner_of(const dspark_session *s) {
     return &s->model->manner[dspark__greedy(s) ? 0 : 1 + 3 * rejection + band];
 }
 
-// A session begins with nothing of its own, and may lose three worst outcomes of what its manner has: that begins
-// with one, and keeps what all sessions gain. So where drafts do not pay, only the first text tries at length, and
-// where they do, an unlucky beginning keeps no text from them.
+// A session's account starts at 0 and may borrow three worst outcomes from its manner's, which starts with one and
+// collects all sessions' gains. So where drafts do not pay, only the first text tries at length; where they do, an
+// unlucky start stops no text from drafting.
 static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
     dspark__manner *all = dspark__manner_of(s);
     if (all->account.limit_us <= 0) dspark_account_open(&all->account, plain_us, worst_us);
@@ -5561,8 +5556,8 @@ static int dspark__affords(const dspark_session *s, double plain_us, double wors
            dspark_account_affords(&credit, plain_us, worst_us);
 }
 
-// Does this lane draft? It looks at the past only, so a rejection verifier may ask. While the costs are not known, a
-// few sessions draft to learn them, plain passes between, and no account is kept.
+// Does this lane draft? This depends on the past only, so it is safe for REJECTION. While costs are unknown, a few
+// sessions draft to learn them, with plain passes between and no account.
 static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     dspark_session *s = a->s;
     const dspark_model *m = s->model;
@@ -5737,8 +5732,8 @@ static dspark_status dspark__async_budget(dspark__batch *b, const dspark__lane *
     return status;
 }
 
-// What the schedule `mode` asks, all but the confidences: all that decode are its requests, for each brings a token;
-// `rows`, so far without the drafts of this mode, are the pass'. How many drafts there are to choose from.
+// Fills *d for schedule `mode`, except the confidences. All decoding lanes are requests, as each brings a token; `rows`
+// are the pass's so far, without this mode's drafts. Returns how many drafts there are to choose from.
 static int dspark__schedule_open(dspark_model *m, const dspark__lane *lanes, int n, int mode, int rows,
                                  dspark_schedule_desc *d, dspark_sps *sps) {
     dspark__batch *b = &m->batch;
@@ -5763,9 +5758,8 @@ static int dspark__schedule_open(dspark_model *m, const dspark__lane *lanes, int
     return candidates;
 }
 
-// Lengths of the lanes whose schedule is `mode`; their rows go into *rows. PREFIX, Algorithm 1, is for sessions that
-// verify by rejection, since its admissions look at nothing that a draft may change; GLOBAL, its maximum, where that is
-// lossless.
+// Sets the lengths of lanes with schedule `mode`; adds their rows to *rows. PREFIX, Algorithm 1, is for sessions with
+// REJECTION, since no admission there depends on the draft itself; GLOBAL, its maximum, where that is lossless.
 static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes, int n, int mode, int *rows) {
     dspark__batch *b = &m->batch;
     dspark_schedule_desc d;
@@ -5915,8 +5909,8 @@ static dspark_verify_desc dspark__verify_of(const dspark__lane *a, const float *
 static uint64_t dspark__float_mode_set(void);
 static void dspark__float_mode_restore(uint64_t old);
 
-// Rows of a lane before its turn, on any thread, if nobody is to be asked for them. What fails is left: it fails again,
-// and is told of, in its turn.
+// Verifies a lane's rows before its turn, on any thread, unless a hook or log-probabilities need them. A failure recurs
+// and is reported in turn.
 static void dspark__verify_ahead(dspark__lane *a, float *p_target, const float *p_draft) {
     const dspark_session *s = a->s;
     dspark_verify_desc v = dspark__verify_of(a, p_target, p_draft);

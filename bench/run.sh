@@ -140,7 +140,7 @@ the same, one thread|prefill over decode|.*|1|>= 3.0
 prefill over llama.cpp, two threads|prefill over llama.cpp|.*|2|>= 1.0
 the same, one thread|prefill over llama.cpp|.*|1|>= 1.0
 texts equal with and without DSpark, temperatures 0, 0.7 and 1|equal texts|spark-tiny|2|>= 100
-resident memory over weights and session|resident over weights and session|.*|1|<= 32
+resident beyond weights and session|resident over weights and session|.*|1|<= 32
 compile time of the header, gcc -O2|compile time|gcc|1|<= 5.0
 the same, clang|compile time|clang|1|<= 5.0
 spark-tiny: held-out bits a byte, mean of domains|bits a byte mean|spark-tiny|1|<= 1.9
@@ -150,12 +150,12 @@ tau at depth 512 over tau, mean of domains|tau mean at 512 over tau|spark-tiny|1
 tau at temperature 1, DSpark over the drafter without a Markov head|dspark over dflash (coupled\|rejection)|spark-tiny|1|>= 1.1
 throughput, scheduler over plain, 1 to 256 requests at once|scheduler over plain t0 .*|spark-tiny|2|>= 0.98
 the same, one request|scheduler over plain t0 1|spark-tiny|2|>= 1.3
-the same, 2 to 8, over the bound of its passes|scheduler over bound t0 [248]|spark-tiny|2|>= 0.9
+the same, 2 to 8, over the passes-only bound|scheduler over bound t0 [248]|spark-tiny|2|>= 0.9
 throughput, scheduler over the best fixed length|scheduler over best fixed t0 .*|spark-tiny|2|>= 0.97
-without a profile over with one, after 50 steps|learned over measured t0 .*|spark-tiny|2|>= 0.97
+learned profile over measured, after 50 steps|learned over measured t0 .*|spark-tiny|2|>= 0.97
 temperature 1: scheduler over plain|scheduler over plain t1 .*|spark-tiny|2|>= 0.98
 temperature 1: scheduler over the best fixed length|scheduler over best fixed t1 .*|spark-tiny|2|>= 0.97
-temperature 1: without a profile over with one|learned over measured t1 .*|spark-tiny|2|>= 0.97
+temperature 1: learned profile over measured|learned over measured t1 .*|spark-tiny|2|>= 0.97
 tau at depth 512 over tau, math|tau math at 512 over tau|spark-tiny|1|>= 1.0
 CLAIMS
 }
