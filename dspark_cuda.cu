@@ -1,55 +1,55 @@
 // dspark_cuda.cu - the CUDA backend of dspark.h, in one file. MIT license, as dspark.h.
 //
 //     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c dspark_cuda.cu     (or sm_80 and newer; make cuda)
-//     desc.backend = dspark_cuda_backend();
+//     desc.backend = dspark_cuda_backend();      (grep -n '^// ----' lists the sections)
 //
-// WHAT IT KEEPS OF THE CPU'S DEFINITION: every rounding to FP8 and FP4 at its place, fp32 between them, ties and orders
-// of selection; so the golden cases hold at their tolerances. WHAT IT DOES NOT: the order of a sum, so bits differ from
-// the CPU's.
-// BATCH INVARIANCE: a row's bits depend on no other row. A linear's sum over k is cut into units of 128 bytes of
-// weights; warp w of eight takes units w, w + 8, ... in order, and the eight sums are added in order, at every number
-// of rows. An attention's keys are cut by their number alone. Compile without contraction (-fmad=false): fused products
-// are written fmaf.
+// COMPARED WITH THE CPU. The same: every rounding to FP8 and FP4, in the same place, with fp32 in between; ties and
+// orders of selection; so the golden cases hold at their tolerances. Not the same: the order of a sum, so bits differ.
+// BATCH INVARIANCE. A row's bits depend on no other row. A matrix product cuts its sum over k into units of 128 bytes
+// of weights: warp w of eight adds up units w, w + 8, ..., then the eight sums are added in order, for any number of
+// rows. Attention splits its keys by their number alone. Compile with -fmad=false: where a fused multiply-add is
+// wanted, the code says fmaf.
 //
-// EXACT PRODUCTS. FP8 and FP4 codes are f16 numbers: one mma.m16n8k16 sums exact products in fp32. Scales, powers of
-// two, enter outside of it: where 128 products of FP8 are summed, 32 of FP4, and those of 128 rounded inputs. Inputs
-// that are not rounded go in as two f16 planes with a scale (wo_a's), or where a matrix is of bf16 as three bf16 planes
-// whose sum they are. Weights are the M side, rows of the pass the N side, so one reading serves 8, 16 or 32 rows; from
-// 33 on a block has a tile of outputs and rows (products of many rows).
-// WHOLE BLOCKS of 512 tokens of a prompt, where fast_prefill allows it, have other bits, always the same: FP8 products
-// by cuBLASLt, the routed experts' (experts_up_whole with the SwiGLU, experts_whole), wo_a's and those of bf16
-// (linears_whole, one plane of their inputs) by wgmma; attend_whole.
+// EXACT PRODUCTS. FP8 and FP4 values are exact in f16, so one mma.m16n8k16 sums exact products in fp32. Scales are
+// powers of two and are applied outside it: a weight's after 128 products (FP8) or 32 (FP4), a rounded input's after
+// 128. Inputs that are not rounded enter as two f16 planes with a scale (wo_a), or, for bf16 matrices, as three bf16
+// planes that add up to them. Weights are the M side of the mma and rows the N side, so one read of the weights serves
+// 8, 16 or 32 rows. From 33 rows on a block has a tile of outputs x rows (linears_wide, experts_wide).
+// WHOLE BLOCKS of 512 prompt tokens, with fast_prefill, have other bits, always the same: cuBLASLt does FP8 products,
+// attend_whole attention, wgmma the routed experts (experts_up_whole with the SwiGLU, experts_whole), wo_a and bf16
+// matrices (linears_whole, with one plane of their inputs).
 //
-// operation     its kernels, a launch each; over each stands its floor: V4-Flash's shape, a layer, at 3.0 TB/s. [..]:
-//               not always; (..): from 33 rows on, of fewer beside the product that follows
-// a pass        turns (cos and sin of each row's position), stream (the embedding)
-// mix_in        stream (what mix_out and tap have put off, and the sums of this mix), mix
-// attention     linears, round_rows, (project) linears, [index_query, index_scores,] attend, attend_merge, linears,
+// OPERATIONS and their kernels, one launch each. [..]: not always. (kv_rows): from 33 rows on; with fewer, the next
+// product does it. The comment at each kernel has its bound: V4-Flash's shape, one layer, 3.0 TB/s.
+// a pass        turns (cos and sin of each row's position)
+// mix_in        stream (embedding at first; deferred mix_out and tap; the sums of this mix), mix
+// attention     linears, round_rows, (kv_rows) linears, [index_query, index_scores,] attend, attend_merge, linears,
 //               round_rows, linears
 // moe           linears, route, [cache_choose, cache_fill,] experts, swiglu, experts
 // head          stream, mix, linears
 // inject        take_taps, linears, round_rows, linears, inject_rows
 // draws         [survey, 4 sift, 4 sift, weigh,] draw, drawn
 // a step        markov_begin, [linears, markov_gate,] linears, [survey, .. weigh,] draw
-// 19 launches a layer with an indexer that has keys to choose among, 17 without: some 780 a pass, one graph. Each
-// kernel may begin before the one ahead of it has ended (grid_go first of all): it takes its place, reads what the pass
-// is of and parameters, and `linears`, and `experts` of w2, ask for their first 128 KB of weights an SM, 5.8 us of
-// bytes; then it waits (grid_wait). At its end a product of few rows asks for the next one's weights to come to the
-// second cache (fetch_ahead), but for the routed experts'.
+// A layer is 19 launches if its indexer has keys to choose among, else 17; a pass is some 780, one CUDA graph.
+// Programmatic dependent launch: a kernel calls grid_go first, so the next one may start early. Before waiting
+// (grid_wait) that one reads its parameters and the pass's counts and rows; `linears`, and `experts` of w2, also issue
+// copies of their first 128 KB of weights an SM, 5.8 us of bytes. A product of few rows ends by prefetching the next
+// product's weights into L2 (prefetch_next), except routed experts'.
 //
-// MEASURED before fetch_ahead, which has not run on a device yet (H100, 43 layers of 16 experts, position 4096,
-// bench/cuda.c; us of a pass of one row, share of the bytes' floor): 7,330, 52 %. wq_b 511, wo_b 483, gate w1 w3 259,
-// w2 587 and the head 395: 92 % and more, their weights are on the way before their turn. wo_a 685, 73 %; wq_a and what
-// is beside it 429, 72 %; w1 w3 of the experts 1,267, 63 %: of which experts is known last. Others 2,660: attend 542,
-// stream 515, mix 326, round_rows 299, index_scores 271, attend_merge 227, route 205, swiglu 158, index_query 120. Of
-// their 3.5 to 14 us each 2 are the launch; and code, parameters and operands come from the second cache: the same
-// kernel again, at once, takes 1 to 3.5 less. Six rows: 11,635; a cycle that drafts five and verifies six rows 12,490.
-// SLOWER: what is made of a product's outputs made by the block whose tile completes them, 12 launches a layer: 11,190,
-// for those blocks do in turn what waits for them; or by each block of the product that needs it: 264 blocks write the
-// same lines, one row gains 2 us a launch, six rows lose 15.
-// COUNTED (the steady loops in cuobjdump -sass of sm_90a, instructions of a warp for a unit of 2 KB times 8 rows;
-// through bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). The four warps of a
-// scheduler issue 1,100 for FP4 while bytes take 2,400 clocks.
+// MEASURED without prefetch_next, which has not run on a device yet (H100, 43 layers of 16 experts, position 4096,
+// bench/cuda.c). A pass of one row: 7,330 us, 52 % of the bytes' floor. Six rows: 11,635; a cycle that drafts five and
+// verifies six rows: 12,490. Of one row, us and share of floor:
+//   wq_b 511, wo_b 483, gate w1 w3 259, w2 587, head 395: 92 % and more, their weights load before their turn.
+//   wo_a 685, 73 %; wq_a and beside it 429, 72 %; experts' w1 w3 1,267, 63 %: which experts is known last.
+//   Others 2,660: attend 542, stream 515, mix 326, round_rows 299, index_scores 271, attend_merge 227, route 205,
+//   swiglu 158, index_query 120. Each takes 3.5 to 14: 2 for the launch, 1 to 3.5 to get code, parameters and operands
+//   from L2 (the same kernel again, at once, saves them).
+// SLOWER: the block that completes a tile does the small kernel that follows, 12 launches a layer: 11,190, since such
+// blocks do serially what waits for them. Or each block of the next product does it: 264 blocks write the same lines;
+// one row gains 2 us a launch, six rows lose 15.
+// COUNTED (steady loops in cuobjdump -sass of sm_90a, a warp's instructions for a unit of 2 KB times 8 rows; in
+// brackets: via bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). For FP4 a
+// scheduler's four warps issue 1,100 while their bytes take 2,400 clocks.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
 #include "cuda_host.h"      // tests/: the same source on a machine without a GPU
@@ -71,7 +71,7 @@ enum { WARP = 32, WARPS = 8, THREADS = WARP * WARPS };
 enum { COPIES = 4, MIX = (2 + COPIES) * COPIES };       // hc_mult, and the numbers that a mix computes for a row
 enum { SLICE = 32 };                                    // dims of the hidden state that a block of the stream owns
 enum { UNIT = 128, TILE = 16 };    // bytes of a weight row that a warp takes at once; rows of a tile
-// Parts of a long attention; keys at once; rows whose parts, and whose indexes, have a place at once.
+// Splits of a long attention; keys a step; rows for which splits, and indexes, have buffers.
 enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32, INDEX_ROWS = 128 };
 enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
 
@@ -94,8 +94,8 @@ template <int AT, int ONCE = 0> static inline void copy16(shared_at to, const vo
 template <int AT> static inline void copy4(shared_at to, const void *from) { host_ask(to + AT, from, 4); }
 static inline void copies_close(void) { host_close(); }
 static inline void keep(int) {}
-static inline void fetch(const void *) {}
-static inline void fetch_bulk(const void *p, uint32_t n) { host_fetch(p, n); }
+static inline void prefetch_line(const void *) {}
+static inline void prefetch_bulk(const void *p, uint32_t n) { host_prefetch(p, n); }
 template <int PENDING> static inline void copies_wait(void) { host_land(PENDING); }
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
@@ -126,15 +126,14 @@ static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16
 #define TEXT_OF(x) #x
 #define UNROLL_BY(n) _Pragma(TEXT_OF(unroll n))
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
-#define IN_GLOBAL(p) __builtin_assume(__isGlobal(p))       // its loads need not ask where it points
-// The kernel before has ended and its stores are seen: before any read of what a kernel of this pass wrote
-// (programmatic launches). What the pass is of stands before its first kernel begins (op_pass): counts and rows are
-// read ahead.
+#define IN_GLOBAL(p) __builtin_assume(__isGlobal(p))       // p is global: no generic loads
 #ifdef DSPARK_CUDA_TIMED
 enum { MAX_TRACED = 4096 };
 __device__ unsigned long long trace_ns[MAX_TRACED];     // when each kernel's turn came
 __device__ unsigned trace_n;
 #endif
+// Programmatic dependent launch: waits until the kernel before has ended and its stores are visible. Precedes any read
+// of what this pass's kernels wrote; counts and rows, written before its first kernel (op_pass), are read early.
 __device__ __forceinline__ void grid_wait(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -144,18 +143,18 @@ __device__ __forceinline__ void grid_wait(void) {
         asm volatile("mov.u64 %0, %globaltimer;" : "=l"(trace_ns[atomicAdd(&trace_n, 1) % MAX_TRACED]));
 #endif
 }
-// The next kernel may take its place beside this one.
+// Lets the next kernel start beside this one.
 __device__ __forceinline__ void grid_go(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Into shared memory, AT bytes on from a place, without waiting: what was asked for before a close is one group, and
-// groups land in order.
+// cp.async to AT bytes past an address in shared memory. Copies issued before a close are one group; groups land in
+// order.
 typedef uint32_t shared_at;
 __device__ __forceinline__ shared_at place_in(const char *shared) {
     shared_at at = (uint32_t)__cvta_generic_to_shared(shared);
-    asm("" : "+r"(at));         // a number that is kept, and not made again for each use
+    asm("" : "+r"(at));         // keep it in a register, do not recompute it
     return at;
 }
 template <int AT> __device__ __forceinline__ uint4 load16(shared_at from) {
@@ -164,8 +163,8 @@ template <int AT> __device__ __forceinline__ uint4 load16(shared_at from) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from), "n"(AT));
     return r;
 }
-// ONCE: weights that nobody reads again in this pass leave the second cache first, so that what is read again stays
-// there: code, parameters, the stream, keys. A layer's weights are 90 MB, the cache 50.
+// ONCE: weights that are not read again in this pass leave L2 first, so that what is read again stays there: code,
+// parameters, the residual stream, keys. A layer's weights are 90 MB, L2 50.
 template <int AT, int ONCE = 0> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
     uint64_t first;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
@@ -177,10 +176,10 @@ template <int AT, int ONCE = 0> __device__ __forceinline__ void copy16(shared_at
 template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0 + %2], [%1], 4;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
-// The line at p comes to the second cache.
-__device__ __forceinline__ void fetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// All n bytes from p on: multiples of 16.
-__device__ __forceinline__ void fetch_bulk(const void *p, uint32_t n) {
+// Prefetches the line at p into L2.
+__device__ __forceinline__ void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// The same for n bytes; p, n: 16-aligned.
+__device__ __forceinline__ void prefetch_bulk(const void *p, uint32_t n) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(n) : "memory");
 #endif
@@ -199,7 +198,7 @@ __device__ __forceinline__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// The same of f16, a[half][pair]: rows g + 8 half, pairs `pair` and the next. first: c is 0.
+// The same in f16. a[half][pair]: rows g + 8 half, `pair` and the next. first: c is 0.
 __device__ __forceinline__ void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t b0, uint32_t b1,
                                         int first) {
     float c0 = first ? 0 : c[0], c1 = first ? 0 : c[1], c2 = first ? 0 : c[2], c3 = first ? 0 : c[3];
@@ -209,24 +208,23 @@ __device__ __forceinline__ void mma_f16(float *c, const uint32_t (*a)[4], int pa
         : "r"(a[0][pair]), "r"(a[1][pair]), "r"(a[0][pair + 1]), "r"(a[1][pair + 1]), "r"(b0), "r"(b1), "f"(c0),
           "f"(c1), "f"(c2), "f"(c3));
 }
-// Four 8 x 8 tiles of shared memory, lane i giving row i % 8 of tile i / 8: r[j] has of tile j rows 2t and 2t + 1 at
-// column g, as mma takes b.
+// Four 8 x 8 tiles of shared memory; lane i gives row i % 8 of tile i / 8. r[j]: rows 2t and 2t + 1 of tile j, column
+// g, as mma takes b.
 __device__ __forceinline__ void load_transposed(uint32_t *r, const uint16_t *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)));
 }
-// Likewise four tiles of eight rows of 16 bytes: of each, bytes 4t .. 4t + 3 of row g.
+// The same, not transposed, of eight rows of 16 bytes: bytes 4t .. 4t + 3 of row g.
 template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
     uint4 r;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(row), "n"(AT));
     return r;
 }
-// Hopper's: a warpgroup's c [64][64] += a [64][32] b [64][32] in FP8, which weights of FP4 become; of FP8 16 numbers of
-// f16, of bf16 as many. A warp has 16 rows of a and of c as mma has them, of FP8 four k where that has two; b lies in
-// shared memory, a row each 128 bytes, of which a row's number modulo 8 exchanges the 16s, from a multiple of 1,024 on.
-// All is under way from mma_panel_close on, a group each, until mma_panel_wait. FIRST: c is 0. Sums of FP8 keep some 13
-// bits.
+// Hopper's wgmma: a warpgroup's c [64][64] += a [64][k] b [64][k]. DTYPE is the weights': FP4 as E4M3, k 32; FP8 as
+// f16, k 16; bf16, k 16. A warp has 16 rows of a and c, laid out as for mma, but with four k of E4M3 where mma has two.
+// b is in shared memory: 128 bytes a row, 16-byte pieces swizzled by row % 8, on a multiple of 1,024. mma_panel_close
+// makes a group of what was issued, mma_panel_wait waits for it. FIRST: c starts at 0. Sums of E4M3 keep some 13 bits.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR_SUMS(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define MMA_PANEL(types, end)                                                                                         \
@@ -251,9 +249,9 @@ template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*c)
     asm volatile("" : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),
                       FOUR_SUMS(7) :: "memory");       // nobody reads them before
 }
-// What this thread's copies wrote is there for mma_panel.
+// Makes this thread's copies visible to mma_panel.
 __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#else       // never launched, but by an H100 of a file that was compiled for sm_90 and not sm_90a
+#else       // reached only on an H100 by a build for sm_90, not sm_90a
 template <int DTYPE, int FIRST> __device__ __forceinline__ void mma_panel(float (*)[4], const uint32_t *, shared_at) {
     __trap();
 }
@@ -269,7 +267,7 @@ __device__ __forceinline__ uint2 f16_of_e4m3(uint32_t codes) {
     asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
         : "=r"(r.x), "=r"(r.y) : "r"(codes));
 #else
-    uint32_t x = __byte_perm(codes, 0, 0x1404), y = __byte_perm(codes, 0, 0x3424);       // times 2^-8 in f16's places
+    uint32_t x = __byte_perm(codes, 0, 0x1404), y = __byte_perm(codes, 0, 0x3424);       // as f16: 2^-8 of the value
     x = (x & 0x80008000u) | (x & 0x7f007f00u) >> 1, y = (y & 0x80008000u) | (y & 0x7f007f00u) >> 1;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r.x) : "r"(x), "r"(0x5c005c00u));
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r.y) : "r"(y), "r"(0x5c005c00u));
@@ -299,8 +297,8 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 }
 #endif
 
-static __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
-static __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
+static __host__ __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
 // 2^e, -126 <= e <= 127
 static __device__ __forceinline__ float exp2i(int e) { return __uint_as_float((uint32_t)(e + 127) << 23); }
 // 2^(byte - 127), as E8M0 stores a scale
@@ -319,7 +317,7 @@ static __device__ __forceinline__ float warp_max(float x) {
 static __device__ float block_sum(float x, float *scratch /* [warps] */) {
     float sum = 0;
     x = warp_sum(x);
-    __syncthreads();        // what stands in scratch has been read
+    __syncthreads();        // all have read the old scratch
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
     __syncthreads();
     UNROLL_BY(8)
@@ -327,7 +325,7 @@ static __device__ float block_sum(float x, float *scratch /* [warps] */) {
     return sum;
 }
 
-// Is this the last of n blocks to come here? What the others wrote is seen then, if it is read past the first cache.
+// Is this the last of n blocks to arrive? Then what the others wrote is visible to loads that bypass L1.
 static __device__ int last_block(int *arrived, int n) {
     __shared__ int last;
     __threadfence();
@@ -353,8 +351,7 @@ static __device__ __forceinline__ int fp4_exponent(float amax) {
     if (u < 0x01c00000) u = 0x01c00000;     // 6 * 2^-126
     return (int)(u >> 23) - 127 - 2 + ((u & 0x7fffff) > 0x400000);
 }
-// |x|, at most `limit`, to the nearest with `bits` mantissa bits, below `first` to multiples of first 2^-bits; ties to
-// even.
+// |x|, at most `limit`, rounded to `bits` mantissa bits, or below `first` to multiples of first 2^-bits; ties to even.
 static __device__ __forceinline__ float nearest(float x, float limit, float first, int bits) {
     float a = fabsf(x), power;
     if (limit < a) a = limit;               // NaN stays
@@ -384,10 +381,10 @@ static __device__ __forceinline__ uint32_t e4m3x2(float low, float high) {
 
 // ---- rows of inputs ---------------------------------------------------------------------------
 
-// A row as products take it, in some of three forms. rounded [rows][stride]: FP8 codes per 128, as f16, and their
-// scale: exact. halves [2][rows][stride]: two f16 numbers whose sum, times a scale of the 128, is the input to 2^-24 of
-// it or 2^-39 of the largest. plain [3][rows][stride]: three bf16 numbers whose sum it is; of 32, at 8 t those that
-// lane t of a product takes: 2t and 2t + 1 of each eight. Scales [rows][stride / 128]. Zeros up to the stride.
+// A row of inputs, in one to three forms. rounded [rows][stride]: FP8 with a scale per 128, stored as f16, exact.
+// halves [2][rows][stride]: two f16 numbers whose sum, times a scale per 128, is the input to 2^-24 of it or 2^-39 of
+// the largest. plain [3][rows][stride]: three bf16 numbers that add up to it; of each 32, those that lane t of an mma
+// takes, 2t and 2t + 1 of each eight, are at 8t. Scales [rows][stride / 128]. Zeros up to the stride.
 typedef struct {
     uint16_t *rounded, *halves, *plain;
     float *rounded_scale, *halves_scale;
@@ -395,7 +392,7 @@ typedef struct {
     size_t plane;
 } input;
 
-// The largest of the threads that share a block of values, `threads` in a row, a power of two.
+// The largest a of `threads` consecutive threads, a power of two, that share a block.
 static __device__ __forceinline__ float group_max(float a, int threads) {
     for (int i = threads / 2; i; i /= 2) a = fmaxf(a, __shfl_xor_sync(ALL, a, i));
     return a;
@@ -405,7 +402,7 @@ static __device__ __forceinline__ float largest_of(const float *v) {
     for (int i = 0; i < 8; i++) a = fmaxf(a, fabsf(v[i]));
     return a;
 }
-// Eight numbers of each form at `to` of a buffer, of a block whose largest is a.
+// put_*: eight numbers in a form, at `to`; a: the largest of their block of 128.
 static __device__ __forceinline__ void put_rounded(const input &x, size_t to, const float *v, float a) {
     int e = fp8_exponent(a);
     uint32_t w[4];
@@ -431,7 +428,7 @@ static __device__ __forceinline__ void put_halves(const input &x, size_t to, con
     }
     if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
 }
-// As mma_panel takes wo_a's, in one plane: of each 16 numbers 4t and 4t + 1 at 2t, the next two at 8 + 2t.
+// wo_a's input for mma_panel, one plane: of each 16, numbers 4t, 4t + 1 at 2t, the next two at 8 + 2t.
 static __device__ __forceinline__ void put_panel(const input &x, int row, int at, const float *v, int live) {
     float a = group_max(live ? largest_of(v) : 0, 16), scaled[8];
     size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
@@ -457,8 +454,8 @@ template <int N> static __device__ __forceinline__ void zero(float *v) {
     UNROLL
     for (int i = 0; i < N; i++) v[i] = 0;
 }
-// Eight values of a row, at `at`, in the forms that x has; all threads of a warp call it, 16 of them share a block of
-// 128. `live` 0: none.
+// Eight values of a row, at `at`, in the forms x has. All threads of a warp call it, 16 to a block of 128; `live` 0: no
+// values.
 static __device__ void put_input(const input &x, int row, int at, const float *v, int live) {
     float a = group_max(live ? largest_of(v) : 0, 16);
     size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
@@ -471,7 +468,7 @@ static __device__ __forceinline__ void load8(float *v, const float *from) {
     float4 a = ((const float4 *)(const void *)from)[0], b = ((const float4 *)(const void *)from)[1];
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
-// Past the first cache: what is read once.
+// Bypasses L1, for what is read once.
 static __device__ __forceinline__ void load8_fresh(float *v, const float *from) {
     float4 a = __ldcg((const float4 *)(const void *)from), b = __ldcg((const float4 *)(const void *)from + 1);
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
@@ -524,7 +521,7 @@ static __device__ void norm_row(float *x, const float *w, int n, float eps, floa
 
 // ---- a pass -----------------------------------------------------------------------------------
 
-// What a kernel needs to know of a row; of its segment the first row, its position and how many there are.
+// A row, as kernels see it; of its segment the first row, that row's position, the number of rows.
 typedef struct {
     uint8_t *const *state;          // the session's arrays
     int id, position, keep_rows;
@@ -562,37 +559,36 @@ enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, K
 
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
 
-// Weights of the next product and the parameters on the way there, n bytes that follow on each other: a block that has
-// done its part asks for its share of them to come to the second cache, so that memory is not idle while what stands
-// between the two products is made. A hint: no result depends on it. Of so much as half of the cache has room for,
-// evenly spread.
-typedef struct { const uint8_t *at; size_t n; } stretch;
-enum { FETCHED = 16 << 10, MOST_FETCHED = 24 << 20 };
-static __device__ __forceinline__ void fetch_ahead(const stretch &w, int block, int blocks) {
-    int all = (int)(w.n / FETCHED), n = least(all, MOST_FETCHED / FETCHED);
+// The next product's weights and the parameters needed before it, n contiguous bytes. A block that is done prefetches
+// its share into L2, so that memory is busy while the kernels in between run. A hint: no result depends on it. At most
+// MOST_PREFETCHED bytes, as half of L2 holds, evenly spread over the n.
+typedef struct { const uint8_t *at; size_t n; } byte_range;
+enum { PREFETCHED = 16 << 10, MOST_PREFETCHED = 24 << 20 };
+static __device__ __forceinline__ void prefetch_next(const byte_range &w, int block, int blocks) {
+    int all = (int)(w.n / PREFETCHED), n = least(all, MOST_PREFETCHED / PREFETCHED);
     if (threadIdx.x) return;
     for (int i = block; i < n; i += blocks)
-        fetch_bulk(w.at + (size_t)((long long)i * all / n) * FETCHED, FETCHED);
+        prefetch_bulk(w.at + (size_t)((long long)i * all / n) * PREFETCHED, PREFETCHED);
 }
 
 // ---- linears ----------------------------------------------------------------------------------
-// Weights as the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit of each. A lane has 16 bytes
-// of rows g and g + 8 at a time, of FP4 four of each block of 32, so that a product has one scale a row, and multiplies
-// them as fragments: which k a fragment holds is free, if both sides agree. A warp asks for its units ahead, four of 2
-// KB, into slots of shared memory that only it reads: no barrier on the way in, and what is asked for goes on over the
-// ends of tiles and matrices. 128 KB an SM with two blocks. Bound: bytes of weights, the same at 1 and at 6 rows, MB
-// (us): wq_a, wkv, compressors, index weights 27.8 (9.3); wq_b, index wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6
-// (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059 (353) once a pass; markov_w2 66 (22) a step. From 16 rows on,
-// reading x for each unit from the caches binds instead; from 33 on other kernels do it.
+// Weights are the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit. A lane has 16 bytes of
+// rows g and g + 8 at a time (of FP4 four of each block of 32, so that an mma has one scale a row) as fragments: any
+// order of k will do if both sides agree. A warp issues copies four units of 2 KB ahead, into slots of shared memory
+// that only it reads: no barrier, and no gap at the ends of tiles and matrices; 128 KB an SM with two blocks. Bound:
+// bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors, index weights 27.8 (9.3); wq_b, index
+// wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059 (353) once a pass;
+// markov_w2 66 (22) a step. From 16 rows on, reading x from the caches for each unit binds instead; from 33 on other
+// kernels run.
 
 typedef struct {
-    const uint8_t *data;            // [rows to whole tiles][pitch]; pitch whole units, zeros behind the row
+    const uint8_t *data;            // [rows, padded to tiles][pitch]; pitch: row padded to units, zeros
     const uint8_t *scale;           // FP8: [rows / 128][units]; FP4: [tiles][units][8][16], as up_fp4_scales says
-    const float *block_scale;       // FP8, where the library may take it: [rows / 128][cols / 128 to whole fours]
+    const float *block_scale;       // FP8, if cuBLASLt may take it: [rows / 128][cols / 128, padded to fours]
     int rows, cols, pitch, dtype;
 } matrix;
 
-// What a block multiplies before its warps' sums are added: outputs [m0, m0 + tiles * TILE) of a matrix.
+// What a block multiplies before it adds its warps' sums: outputs [m0, m0 + tiles * TILE) of a matrix.
 typedef struct {
     const uint8_t *data, *scale;    // of the matrix
     const int *list;                // the rows that take it, NULL: all
@@ -603,8 +599,8 @@ static __device__ __forceinline__ void set_span(span &s, const matrix &w, int m0
     s.m0 = m0, s.tiles = tiles, s.of = of;
 }
 
-// A launch's weights are counted in items of so many bytes, a tile as many as it has, so that blocks have shares of
-// equal bytes; a tile is in the share where it begins.
+// A launch's weights are counted in items of item_bytes, so that blocks get equal shares of bytes. A tile is one item
+// or more; it is in the share where it begins.
 enum { ITEM = 16 << 10 };
 static __host__ __device__ __forceinline__ int items_of_tile(const matrix &w, int item_bytes) {
     int n = TILE * w.pitch / item_bytes;
@@ -613,44 +609,45 @@ static __host__ __device__ __forceinline__ int items_of_tile(const matrix &w, in
 static __host__ __device__ __forceinline__ int items_of(const matrix &w, int item_bytes) {
     return (w.rows + TILE - 1) / TILE * items_of_tile(w, item_bytes);
 }
-// What an item of a launch is: of matrix w, whose part it is; the tile that begins there, -1: none does.
+// An item of a launch: its matrix w, its part, and the tile that begins there (-1: none).
 typedef struct { matrix w; int tile, part, of; } item_at;
 
-// The spans that begin in items [first, first + 32), up to `end`: runs of up to `most_tiles` tiles of one part. The
-// first warp of the block writes them; the count is everybody's.
+// Finds the spans that begin in items [first, first + 32), up to `end`: runs of up to `most_tiles` tiles of one part.
+// The first warp writes them; every thread gets the count.
 template <class P> static __device__ __forceinline__ int find_spans(const P &p, int first, int end, int most_tiles,
                                                                     span *spans) {
     __shared__ int n;
-    __syncthreads();        // nobody reads the spans before
+    __syncthreads();        // all are done with old spans
     if (threadIdx.x < WARP) {
         int lane = (int)threadIdx.x, before;
         item_at it;
         memset(&it, 0, sizeof it), it.tile = it.part = -1;
         if (first + lane < end) item_of(p, first + lane, it);
-        unsigned tiles = __ballot_sync(ALL, it.tile >= 0), lower = (1u << lane) - 1;
-        before = tiles & lower ? 31 - __clz((int)(tiles & lower)) : lane;       // the lane of the tile before
+        unsigned tile_lanes = __ballot_sync(ALL, it.tile >= 0), lower = (1u << lane) - 1, upto = lower | 1u << lane;
+        before = tile_lanes & lower ? 31 - __clz((int)(tile_lanes & lower)) : lane;     // the lane of the tile before
         int starts = __shfl_sync(ALL, it.part, before) != it.part || before == lane;
-        unsigned parts = __ballot_sync(ALL, it.tile >= 0 && starts), upto = lower | 1u << lane;
-        int run = parts & upto ? 31 - __clz((int)(parts & upto)) : 0;           // the lane where this part starts
-        int place = __popc(tiles & lower & ~((1u << run) - 1));                 // the tile's place in it
-        unsigned heads = __ballot_sync(ALL, it.tile >= 0 && place % most_tiles == 0), next = heads & ~upto;
-        unsigned mine = tiles & ~lower & (next ? (1u << (__ffs((int)next) - 1)) - 1 : ALL);
-        if (heads >> lane & 1)
-            set_span(spans[__popc(heads & lower)], it.w, it.tile * TILE, __popc(mine), it.of),
-                span_rows(p, it.part, spans[__popc(heads & lower)]);
-        if (lane == 0) n = __popc(heads);
+        unsigned part_starts = __ballot_sync(ALL, it.tile >= 0 && starts);
+        int part_lane = part_starts & upto ? 31 - __clz((int)(part_starts & upto)) : 0;
+        int in_part = __popc(tile_lanes & lower & ~((1u << part_lane) - 1));            // the tile's number in its part
+        unsigned span_starts = __ballot_sync(ALL, it.tile >= 0 && in_part % most_tiles == 0);
+        unsigned later = span_starts & ~upto;
+        unsigned mine = tile_lanes & ~lower & (later ? (1u << (__ffs((int)later) - 1)) - 1 : ALL);
+        if (span_starts >> lane & 1)
+            set_span(spans[__popc(span_starts & lower)], it.w, it.tile * TILE, __popc(mine), it.of),
+                span_rows(p, it.part, spans[__popc(span_starts & lower)]);
+        if (lane == 0) n = __popc(span_starts);
     }
     __syncthreads();
     return n;
 }
 
-// A unit of 16 rows in shared memory: 16 bytes of rows g and g + 8, then of both 64 bytes further, each 512 bytes where
-// lane (g, t) has its 16 at place_of(lane); 16 bytes of FP4's scales for each g behind them. Eight lanes in turn, and
-// the eight g of a t, are then on all banks.
+// A unit of 16 rows in shared memory, four parts of 512 bytes: rows g, rows g + 8, both again 64 bytes further. Lane
+// (g, t) has its 16 bytes of each at place_of(lane). Then FP4's scales, 16 bytes a g. Eight consecutive lanes, and the
+// eight g of a t, then cover all banks.
 enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };
 static __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
 
-// Where the lane's first 16 bytes of a unit lie, and its four of FP4's scales, else anywhere.
+// The lane's first 16 bytes of a unit, and its four of FP4's scales (else unused).
 static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit, const uint8_t **p,
                                                const uint8_t **scale) {
     int lane = (int)threadIdx.x % WARP, m0 = s.m0 + tile * TILE;
@@ -668,9 +665,9 @@ template <int ONCE> static __device__ __forceinline__ void ask_unit(shared_at sl
     copy16<1536, ONCE>(to, below + 64);
     if (fp4) copy4<2048>(slot + lane * 4, scale);
 }
-// What a lane has of a unit. FP8, F32, v[2 c + half]: its 16 bytes of row g + 8 half, chunk c. The others, v[j], words
-// 2 b + half: four bytes of row g + 8 half, of the 16 at 2 j + b. FP4's scales are bytes of scale's word j in the same
-// order; FP8 has one scale.
+// A lane's part of a unit. FP8, F32: v[2 c + half] has 16 bytes of row g + 8 half, chunk c. Others: word 2 b + half of
+// v[j] has four bytes of row g + 8 half, of the 16 at 2 j + b. FP4's scales: the bytes of scale's word j, ordered
+// alike; FP8 has one scale.
 typedef struct { uint4 v[4], scale; } piece;
 template <int DTYPE>
 static __device__ __forceinline__ void take_piece(piece &q, shared_at slot, uint32_t scale) {
@@ -692,8 +689,7 @@ static __device__ __forceinline__ const uint8_t *scales_of(const span &s, int ti
     return s.scale + (size_t)((s.m0 + tile * TILE) / 128) * (size_t)(s.pitch / UNIT);
 }
 
-// Of a dtype: numbers in a unit; eights of them that a lane has in a row; bf16 planes that a weight falls into; chains
-// of sums.
+// Per dtype: numbers in a unit; adjacent eights a lane has of a row; bf16 planes a weight splits into; accumulators.
 template <int DTYPE> struct weights_of { enum { IN_UNIT = 64, EIGHTS = 1, PLANES = 1, SUMS = 3 }; };
 template <> struct weights_of<DSPARK_FP8> { enum { IN_UNIT = 128, EIGHTS = 2, PLANES = 1, SUMS = 1 }; };
 template <> struct weights_of<DSPARK_FP4> { enum { IN_UNIT = 256, EIGHTS = 1, PLANES = 1, SUMS = 1 }; };
@@ -704,9 +700,9 @@ static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Eight FP4 codes as `arranged` left them, to pairs (0, 1), (2, 3) .. of f16, 2^-14 of the value: e e m becomes the low
-// bits of the exponent and the first of the mantissa. A byte has one code in bits 7 and 3 2 1, another in their mirror
-// image: seven instructions for the eight.
+// Eight FP4 codes, as `arranged` leaves them, to f16 pairs (0, 1), (2, 3) .., 2^-14 of the value: e e m become the
+// exponent's low bits and the mantissa's first. A byte has one code in bits 7 and 3 2 1, another in the mirrored bits:
+// seven instructions for the eight.
 enum { FP4_SHIFT = 14 };
 static __device__ __forceinline__ void decode_fp4(uint32_t codes, uint32_t *a) {
     uint32_t mirrored = __brev(codes), bits = 0x8e008e00u;
@@ -721,7 +717,7 @@ static __device__ __forceinline__ uint32_t arranged(uint32_t codes) {
     return to;
 }
 
-// Numbers (low, high) in pairs, as floats, to planes.
+// Splits a pair of floats into bf16 planes.
 template <int PLANES>
 static __device__ __forceinline__ void planes_of(float low, float high, uint32_t (*a)[4], int pair) {
     for (int p = 0; p < PLANES; p++) {
@@ -759,9 +755,9 @@ template <int DTYPE> static __device__ __forceinline__ uint32_t lane_eight(void)
     uint32_t t = threadIdx.x % 4;
     return DTYPE == DSPARK_F32 ? t % 2 * 16 + t / 2 * 2 : t * 8;
 }
-// Of x, for a unit: the lane's i-th eight in row g of eight `nt`, as its weights lie; and the scales of rows 2t and
-// 2t + 1, s[row][128]. From where it lies: at [nt] is where the lane's part of row g begins, scale_at [nt][2] where the
-// two rows' scales do.
+// Reads x for a unit: the lane's i-th eight in row g of row group `nt`, ordered as its weights; and the scales of rows
+// 2t and 2t + 1, s[row][128]. from_memory: the lane's part of row g begins at [nt], the two rows' scales at scale_at
+// [nt][2].
 template <int DTYPE> static __device__ __forceinline__ uint4 eight_at(const uint16_t *x) {
     if (DTYPE != DSPARK_F32) return *(const uint4 *)(const void *)x;
     const uint32_t *pair = (const uint32_t *)(const void *)x;
@@ -787,13 +783,13 @@ template <int DTYPE> struct from_memory {
     }
 };
 
-// c += 32 numbers of 16 weight rows times those of 8 rows of x.
+// c += 16 weight rows times 8 rows of x, over 32 numbers of k.
 static __device__ __forceinline__ void mma_eight(float *c, const uint32_t (*a)[4], const uint4 &x, int first) {
     mma_f16(c, a, 0, x.x, x.y, first), mma_f16(c, a, 2, x.z, x.w, 0);
 }
-// acc[mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of x, of X planes, which `b` gives. FP8: its 128
-// products are summed, and enter with both scales. FP4: 32 products enter a sum of 128 with their scale, and that
-// enters with the scale of x.
+// acc[mt][nt] += a unit of MT * 16 weight rows times NT * 8 rows of x, in X planes that `b` reads. FP8: 128 products
+// are summed, then take both scales. FP4: 32 products take their scale and enter a sum of 128, which takes the scale of
+// x.
 template <int MT, int NT, int X, class B>
 static __device__ __forceinline__ void multiply_fp8(const piece *q, const B &b, float (*acc)[NT][4]) {
     float sum[MT][NT][4];
@@ -827,7 +823,7 @@ static __device__ __forceinline__ void multiply_fp8(const piece *q, const B &b, 
                 acc[mt][nt][k] = fmaf(sum[mt][nt][k], s[k % 2][0] * e8m0(q[mt].scale.x), acc[mt][nt][k]);
     }
 }
-// The float 2^(byte - 127) of byte i of a word, 1 and up.
+// 2^(byte - 127) for byte i of a word, byte 1 and up.
 static __device__ __forceinline__ float scale_float(uint32_t w, int i) {
     return __uint_as_float((i == 3 ? w >> 1 : w << (23 - 8 * i)) & 0x7f800000u);
 }
@@ -875,7 +871,7 @@ static __device__ __forceinline__ void multiply_fp4(const piece *q, const B &b, 
                 for (int k = 0; k < 4; k++) acc[mt][nt][k] = fmaf(part[mt][nt][k], s[nt][k % 2][c], acc[mt][nt][k]);
     }
 }
-// acc[p][mt][nt] += the same of plane p of x. Planes apart: three short chains of products, not a long one.
+// acc[p][mt][nt] += the same for plane p of x. Apart, planes are three short chains of mma, not a long one.
 template <int DTYPE, int MT, int NT, class B>
 static __device__ __forceinline__ void multiply_plain(const piece *q, const B &b, float (*acc)[MT][NT][4]) {
     enum { PLANES = weights_of<DTYPE>::PLANES };
@@ -910,8 +906,8 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
     else multiply_plain<DTYPE, MT, NT>(q, b, acc);
 }
 
-// What a warp asks for next, slots_of(NT) units ahead of what it multiplies, over the ends of tiles and spans: the
-// lane's bytes of it, units left of the tile and tiles of the span, the warp's slots and which of them.
+// What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the lane's
+// addresses, units left in the tile and tiles left in the span, the warp's slots and the next of them.
 typedef struct {
     const span *spans;
     const uint8_t *p, *scale;
@@ -922,8 +918,8 @@ typedef struct {
 
 static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
 static __host__ __device__ constexpr int tiles_at_once(int nt) { return (nt < 4 ? 4 : 8) / nt; }
-// Sums of the eight warps, each alone: [tile][warp][row of x][17 for 16 outputs]; then the warps' slots. Where a pass
-// has few rows, a span may have more tiles.
+// Shared memory: the eight warps' sums [tile][warp][row of x][16 outputs, padded to 17], then the warps' slots. With
+// few rows a span may have more tiles.
 static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_once(nt) * WARPS * nt * 8 * 17 * 4; }
 static __device__ __forceinline__ int most_tiles(int nt, int width) {
     return least(WARP, tiles_at_once(nt) * nt * 8 / width);
@@ -935,7 +931,7 @@ static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
     return (int)((long long)n * block / blocks);
 }
 
-// To the first span that has units for the warp.
+// To the next span that has units for the warp.
 static __device__ __forceinline__ void feed_span(feed &f) {
     int warp = (int)threadIdx.x / WARP;
     for (f.tiles = 0, f.units = INT_MAX; f.k < f.n; f.k++) {
@@ -966,7 +962,7 @@ template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, con
     memset(&f, 0, sizeof f), f.spans = spans, f.n = n, f.p = f.scale = (const uint8_t *)bytes;
     f.slots = f.slot = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES);
     for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)      // a scale a tile
-        if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) fetch(scales_of(spans[k], lane));
+        if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) prefetch_line(scales_of(spans[k], lane));
     feed_span(f);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
@@ -990,8 +986,7 @@ static __device__ __forceinline__ float total(const float *part, int width, int 
     return sum;
 }
 
-// Touches the lines of x that the warp's units of a span are multiplied with, so that they come to the first cache at
-// once and not one after the other.
+// Touches the lines of x that the warp needs for a span, so that they come to L1 together, not one after another.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
     enum { LINES = weights_of<DTYPE>::IN_UNIT < 64 ? 1 : weights_of<DTYPE>::IN_UNIT / 64 };     // in a unit and plane
@@ -1005,7 +1000,7 @@ static __device__ __forceinline__ void warm(const span &s, const operand &x, con
                            (size_t)(at[nt] + ((warp + i / LINES * WARPS) * LINES + i % LINES) * 64)];
     keep(any);
 }
-// A span for the rows of x that `at` says; the sums stand in `part` behind the next barrier.
+// A span times the rows of x at `at`; the sums are in `part` after the next barrier.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
                                                  float *part, int width) {
@@ -1032,7 +1027,7 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
             copies_wait<slots_of(NT) - 1>();
-            __syncwarp();       // lanes read what others asked for
+            __syncwarp();       // lanes read each other's copies
             take_piece<DTYPE>(q, f.slot, DTYPE == DSPARK_FP8 ? scales[unit] : 0);
             multiply<DTYPE, 1, NT, X>(
                 &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
@@ -1058,71 +1053,10 @@ static __device__ __forceinline__ void tile_sums_of(const span &s, const operand
 
 static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
-// Of a mix, what is needed only when its sub-layer ends: post = 2 sigmoid, comb by Sinkhorn. A warp's first 16 lanes,
-// lane 4 j + k has comb_jk.
-typedef struct {
-    const float *mixes, *scale, *base;      // [rows][MIX]
-    float *out;                             // [rows][COPIES + COPIES * COPIES]
-    float eps;
-    int iters;
-} post_comb_args;
-static __device__ void post_comb(const post_comb_args &p, int r) {
-    int lane = (int)threadIdx.x % WARP, jk = lane % (COPIES * COPIES);
-    const float *m = p.mixes + (size_t)r * MIX;
-    float e, a, s, *out = p.out + (size_t)r * (COPIES + COPIES * COPIES);
-    if (lane < COPIES) out[lane] = 2 * sigmoid(m[COPIES + lane] * p.scale[1] + p.base[COPIES + lane]);
-    a = m[2 * COPIES + jk] * p.scale[2] + p.base[2 * COPIES + jk];
-    e = fmaxf(a, __shfl_xor_sync(ALL, a, 1));
-    e = fmaxf(e, __shfl_xor_sync(ALL, e, 2));
-    a = expf(a - e);
-    for (int i = 0; i < p.iters; i++) {
-        s = a + __shfl_xor_sync(ALL, a, 1);         // over k
-        s += __shfl_xor_sync(ALL, s, 2);
-        a = i ? a / (s + p.eps) : a / s + p.eps;
-        s = a + __shfl_xor_sync(ALL, a, 4);         // over j
-        s += __shfl_xor_sync(ALL, s, 8);
-        a /= s + p.eps;
-    }
-    if (lane < COPIES * COPIES) out[COPIES + lane] = a;
-}
-
-// Rounded inputs as the library takes them: FP8 codes, a scale for each 128. Exact: what was rounded once stays. Or for
-// weights of FP4, without the scales: of 32 codes 8t .. 8t + 7 where lane t of a product has them, 2, 0, 3, 1 at 4t and
-// 6, 4, 7, 5 at 16 + 4t, as panel_weights gives them.
-typedef struct {
-    const uint16_t *x;              // [rows][stride], as input.rounded
-    const float *x_scales;          // [rows][stride / 128]
-    int stride, n;
-    uint8_t *codes;                 // [rows][n]
-    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]; NULL: for FP4
-} codes_args;
-static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
-    int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
-    grid_go();
-    grid_wait();
-    for (int at = (int)threadIdx.x * 8; at < p.n; at += THREADS * 8) {
-        size_t from = (size_t)r * (size_t)p.stride + (size_t)at;
-        const uint4 w = *(const uint4 *)(const void *)(p.x + from);
-        uint32_t code[2] = { 0, 0 };
-        for (int i = 0; i < 8; i++)
-            code[i / 4] |= e4m3_code(f16_value(word(w, i / 2) >> i % 2 * 16 & 0xffff)) << i % 4 * 8;
-        uint8_t *to = p.codes + (size_t)r * (size_t)p.n + (size_t)at;
-        if (p.scales) *(uint2 *)(void *)to = { code[0], code[1] };
-        else {
-            to += at % 32 / 2 - at % 32;
-            *(uint32_t *)(void *)to = __byte_perm(code[0], 0, 0x1302);
-            *(uint32_t *)(void *)(to + 16) = __byte_perm(code[1], 0, 0x1302);
-        }
-        if (p.scales && at % 128 == 0)
-            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(at / 128)) * DSPARK_PROMPT_BLOCK +
-                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = p.x_scales[from / 128];
-    }
-}
-
 // ---- the residual stream: mHC -----------------------------------------------------------------
-// A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies its part of the
-// next mix's matrix, whose sums over dims a block of `mix` adds in order. A warp has a row. Bound: bytes, of fn 1.6 MB
-// and of a row's copies .13 twice: .6 us for one row, .8 for six, so latency.
+// A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies them by its part
+// of the next mix's fn; a block of `mix` adds the sums in order. A warp has a row. Bound: bytes, 1.6 MB of fn and a
+// row's copies, .13 MB twice: .6 us for one row, .8 for six; so latency.
 
 enum { STREAM_AS_IS, STREAM_EMBED, STREAM_ADD };
 typedef struct {
@@ -1131,7 +1065,7 @@ typedef struct {
     const row *rows;
     int from;                       // STREAM_*
     matrix embed;
-    const float *y;                 // [rows][slots][h]: what is added up in order, then goes into every copy
+    const float *y;                 // [rows][slots][h]: slots are summed in order, then go into every copy
     int slots;
     const float *post_comb;         // [rows][COPIES + COPIES * COPIES]
     float *stream;                  // [rows][COPIES][h]
@@ -1141,7 +1075,7 @@ typedef struct {
     float *partial;                 // [rows][h / SLICE][WARP]: sums of fn z, the last of z^2
 } stream_args;
 
-// v[i] of all lanes summed, in lane i: halves go over and over. Indices are constants, so that v stays in registers.
+// Lane i gets the sum of all lanes' v[i], by exchanging halves. Indices are constants, so v stays in registers.
 template <int HALF> static __device__ __forceinline__ float scatter_sums(float *v) {
     int upper = (int)threadIdx.x & HALF;
     UNROLL
@@ -1163,7 +1097,7 @@ static __device__ __forceinline__ float plain_number(const matrix &w, int r, int
 static __device__ void stream_tap(const stream_args &p, const row &s, int d, const float *z) {
     int n = p.c.ring;
     float mean = 0, *taps = (float *)(void *)s.state[p.taps_at];
-    if (s.position < s.first_position + s.n - n) return;        // a later row of this pass stands in its place
+    if (s.position < s.first_position + s.n - n) return;        // a later row of this pass takes its place
     for (int j = 0; j < COPIES; j++) mean = fmaf(1.0f / COPIES, z[j], mean);
     taps[(size_t)(s.position % n) * (size_t)(p.c.n_taps * p.c.h) + (size_t)(p.tap * p.c.h + d)] = mean;
 }
@@ -1187,14 +1121,14 @@ static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) 
     }
 }
 
-// A slice's part of the mix' matrix.
+// A slice's part of a mix's matrix.
 typedef float stream_fn[MIX][COPIES][SLICE];
 static __device__ void load_fn(const stream_args &p, int slice, stream_fn fn) {
     for (int i = (int)threadIdx.x; p.fn && i < p.n_out * COPIES * SLICE; i += THREADS)
         fn[i / SLICE / COPIES][i / SLICE % COPIES][i % SLICE] =
             p.fn[(size_t)(i / SLICE) * (size_t)p.c.h + (size_t)(slice * SLICE + i % SLICE)];
 }
-// Dim d of row r's copies, as they are from now on.
+// Updates dim d of row r's copies; z: the new ones.
 static __device__ __forceinline__ void stream_row(const stream_args &p, int r, int d, float *z) {
     float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
     const row &s = p.rows[r];
@@ -1204,7 +1138,7 @@ static __device__ __forceinline__ void stream_row(const stream_args &p, int r, i
     for (int j = 0; p.from && j < COPIES; j++) copies[(size_t)j * (size_t)p.c.h] = z[j];
     if (p.tap >= 0) stream_tap(p, s, d, z);
 }
-// Rows r .. of the n, with one reading of fn.
+// ROWS of n rows, from r on; reads fn once.
 template <int ROWS>
 static __device__ __forceinline__ void stream_rows(const stream_args &p, int slice, int r, int n, const stream_fn fn) {
     int lane = (int)threadIdx.x % WARP;
@@ -1244,14 +1178,14 @@ template <int ROWS> static __global__ void __launch_bounds__(THREADS) stream(con
         stream_rows<ROWS>(p, slice, r, n, fn);
 }
 
-// The sums that make a mix, then x = sum_j pre_j copy_j, its norm, both ways. One block a row; post and comb follow
-// elsewhere. Bound: latency, 80 KB a row through one SM (1 us), two barriers.
+// Adds up a mix's sums, then x = sum_j pre_j copy_j, normed, in both forms. A block a row; post_comb does post and
+// comb. Bound: latency, 80 KB a row through one SM (1 us), two barriers.
 typedef struct {
     shape c;
     const int *n;
     const int *list;                // rows; NULL: all
     const float *partial, *stream, *scale, *base, *norm;
-    float *mixes;                   // [rows][MIX]; NULL: a head's, of which nothing is left to do
+    float *mixes;                   // [rows][MIX], for post_comb; NULL: a head, which has none
     float *hidden;                  // [rows][h] before the norm, or NULL
     input x;
 } mix_args;
@@ -1306,18 +1240,46 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
     put_input(p.x, i, at, x, live);
 }
 
+// What only the end of a mix's sub-layer needs: post = 2 sigmoid, comb by Sinkhorn. Of a warp's first 16 lanes, lane 4
+// j + k has comb_jk.
+typedef struct {
+    const float *mixes, *scale, *base;      // [rows][MIX]
+    float *out;                             // [rows][COPIES + COPIES * COPIES]
+    float eps;
+    int iters;
+} post_comb_args;
+static __device__ void post_comb(const post_comb_args &p, int r) {
+    int lane = (int)threadIdx.x % WARP, jk = lane % (COPIES * COPIES);
+    const float *m = p.mixes + (size_t)r * MIX;
+    float e, a, s, *out = p.out + (size_t)r * (COPIES + COPIES * COPIES);
+    if (lane < COPIES) out[lane] = 2 * sigmoid(m[COPIES + lane] * p.scale[1] + p.base[COPIES + lane]);
+    a = m[2 * COPIES + jk] * p.scale[2] + p.base[2 * COPIES + jk];
+    e = fmaxf(a, __shfl_xor_sync(ALL, a, 1));
+    e = fmaxf(e, __shfl_xor_sync(ALL, e, 2));
+    a = expf(a - e);
+    for (int i = 0; i < p.iters; i++) {
+        s = a + __shfl_xor_sync(ALL, a, 1);         // over k
+        s += __shfl_xor_sync(ALL, s, 2);
+        a = i ? a / (s + p.eps) : a / s + p.eps;
+        s = a + __shfl_xor_sync(ALL, a, 4);         // over j
+        s += __shfl_xor_sync(ALL, s, 8);
+        a /= s + p.eps;
+    }
+    if (lane < COPIES * COPIES) out[COPIES + lane] = a;
+}
+
 // ---- after the first products of an attention -------------------------------------------------
 
-// x [d] in shared memory: its last R dims turned to a position, adjacent pairs as complex numbers; direction -1: back.
-static __device__ __forceinline__ void turn_pair(float &x, float &y, float c, float s) {
+// RoPE of x [d] in shared memory: its last R dims, adjacent pairs as complex numbers. To turn back, negate s.
+static __device__ __forceinline__ void rope_pair(float &x, float &y, float c, float s) {
     float a = x * c - y * s, b = x * s + y * c;
     x = a, y = b;
 }
-static __device__ void turn_row(float *x, int d, int R, const double *freqs, int position) {
+static __device__ void rope_row(float *x, int d, int R, const double *freqs, int position) {
     for (int i = (int)threadIdx.x; i < R / 2; i += THREADS) {
         double s, c;
         sincos(position * freqs[i], &s, &c);
-        turn_pair(x[d - R + 2 * i], x[d - R + 2 * i + 1], (float)c, (float)s);
+        rope_pair(x[d - R + 2 * i], x[d - R + 2 * i + 1], (float)c, (float)s);
     }
     __syncthreads();
 }
@@ -1335,7 +1297,7 @@ static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scale
     }
     __syncthreads();
 }
-// Hadamard over I dims, lane has dims lane, lane + 32, ...; then E2M1 in blocks of 32: values, codes (4 bits),
+// Hadamard over I dims (a lane has dims lane, lane + 32, ..), then E2M1 in blocks of 32: values, 4-bit codes,
 // exponents.
 static __device__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *exponents) {
     int lane = (int)threadIdx.x % WARP, n = I / WARP;
@@ -1378,11 +1340,11 @@ typedef struct {
     float *kv;                      // [rows][D], finished in place
     int ratio, layer;
     pooling pool[2];                // the compressor; the index compressor
-} project_args;
+} kv_args;
 
-// Row i of a compressor into x [d] in shared memory: pooled by the gates' softmax over its tokens, normed, turned.
-// Where the ratio is 4 the group before gives its first halves, this one its second.
-static __device__ void pool_row(const project_args &p, const pooling &o, const row &s, int i, float *x,
+// Row i of a compressor into x [d] in shared memory: its tokens pooled by their gates' softmax, normed, turned. At
+// ratio 4 the group before gives its rows' first halves, this one their second.
+static __device__ void pool_row(const kv_args &p, const pooling &o, const row &s, int i, float *x,
                                 float *scratch) {
     enum { AT_ONCE = 8 };       // tokens
     int r = p.ratio, overlap = r == 4, ring = raw_ring(r, p.c.block), first = most(0, (overlap ? i - 1 : i) * r);
@@ -1414,10 +1376,10 @@ static __device__ void pool_row(const project_args &p, const pooling &o, const r
     }
     __syncthreads();
     norm_row(x, o.norm, o.d, p.c.eps, scratch);
-    turn_row(x, o.d, p.c.R, p.freqs_compressed, i * r);
+    rope_row(x, o.d, p.c.R, p.freqs_compressed, i * r);
 }
 // If row s completes a group: its compressed row (which 0), or its index key (1).
-static __device__ void compress(const project_args &p, const row &s, int which, float *x, float *scratch) {
+static __device__ void compress(const kv_args &p, const row &s, int which, float *x, float *scratch) {
     const pooling &o = p.pool[which];
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
     int D = p.c.D, R = p.c.R, I = p.c.I;
@@ -1445,7 +1407,7 @@ static __device__ void compress(const project_args &p, const row &s, int which, 
 }
 
 // The window's row, in place: normed, turned, rounded. A warp a row; a lane has eight dims of every 256.
-static __device__ void window_row(const project_args &p, int r) {
+static __device__ void window_row(const kv_args &p, int r) {
     enum { EACH = MAX_HEAD_DIM / 8 / WARP };
     int D = p.c.D, R = p.c.R, first = (int)threadIdx.x % WARP * 8;
     const float2 *turns = p.turns + (2 * r + p.set) * (R / 2);
@@ -1464,7 +1426,7 @@ static __device__ void window_row(const project_args &p, int r) {
         for (int k = 0; live && k < 8; k++) v[i][k] = v[i][k] * scale * p.kv_norm[at + k];
         for (int k = 0; live && !plain && k < 8; k += 2) {
             float2 turn = turns[(at - (D - R) + k) / 2];
-            turn_pair(v[i][k], v[i][k + 1], turn.x, turn.y);
+            rope_pair(v[i][k], v[i][k + 1], turn.x, turn.y);
         }
         e = fp8_exponent(group_max(plain ? largest_of(v[i]) : 0, 8));
         for (int k = 0; live && k < 8; k++)
@@ -1472,24 +1434,24 @@ static __device__ void window_row(const project_args &p, int r) {
     }
 }
 
-// A block's: task 0 the window's rows, eight; 1 and 2 what the compressors make of a row. bytes: D or I floats.
-static __device__ __forceinline__ void project_task(const project_args &p, int block, int task, int n, char *bytes,
+// A block's task. 0: eight rows of the window; 1, 2: a compressor's result for one row. bytes: D or I floats.
+static __device__ __forceinline__ void kv_task(const kv_args &p, int block, int task, int n, char *bytes,
                                                     float *scratch) {
     int r = task ? block : block * WARPS + (int)threadIdx.x / WARP;
     if (r >= n) return;
     if (!task) window_row(p, r);
     else compress(p, p.rows[r], task - 1, (float *)(void *)bytes, scratch);
 }
-// Where rows are many; of fewer beside the product that follows. Bound: latency; a compressor's group is 8 or 128 rows
-// of 4 KB twice, 1 MB where it is completed (.3 us).
-static __global__ void __launch_bounds__(THREADS) project(const project_args p) {
+// For many rows; with fewer run_beside does it in the next product. Bound: latency; a compressor's group is 8
+// rows of 4 KB or 128 of 2 KB, twice: .5 MB where it completes (.2 us).
+static __global__ void __launch_bounds__(THREADS) kv_rows(const kv_args p) {
     __shared__ float scratch[WARPS];
     SHARED_BYTES(bytes);
     int n;
     grid_go();
     n = p.n->n_rows;
     grid_wait();
-    project_task(p, (int)blockIdx.x, (int)blockIdx.y, n, bytes, scratch);
+    kv_task(p, (int)blockIdx.x, (int)blockIdx.y, n, bytes, scratch);
 }
 
 // ---- the indexer ------------------------------------------------------------------------------
@@ -1502,7 +1464,7 @@ typedef struct {
     int layer;
     const float2 *turns;
     const float *index_q, *index_w; // [rows][index_heads * I], [rows][index_heads]
-    uint16_t *q;                    // [INDEX_ROWS][heads to whole eights][I]: bf16, in the order of eights
+    uint16_t *q;                    // [INDEX_ROWS][heads, padded to 8][I]: bf16, eights as 0 4 1 5 ..
     float *w;                       // [INDEX_ROWS][heads to whole eights]
     float *scores;                  // [INDEX_ROWS][n_scores]
     size_t n_scores;
@@ -1513,7 +1475,7 @@ typedef struct {
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
 static __host__ __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
-// RoPE, Hadamard, FP4 of row row0 + i, head h: a warp. What a matrix of whole eights has behind the heads stays zeros.
+// RoPE, Hadamard, FP4 of row row0 + i, head h, by a warp. Heads that pad the matrix to eights stay zeros.
 static __device__ void query_head(const index_args &p, int i, int h) {
     int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP, r = p.row0 + i;
     float v[MAX_INDEX_DIM / WARP];
@@ -1554,63 +1516,63 @@ static __device__ __forceinline__ uint32_t ordered(float x) {
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// The k largest of a row's scores, ascending by index, the lower index of equals: the k-th is found a byte at a time by
-// counting, then those above it, and the first of those equal to it, are written in order.
+// The k largest of a row's scores, ascending by index; of equals the lower index. Finds the k-th byte by byte, by
+// counting, then writes in order those above it and the first of those equal to it.
 static __device__ void index_top(const index_args &p, int i, int n) {
     enum { NEAR = 4096 };
-    __shared__ uint32_t near_by[NEAR];
-    __shared__ int counts_of[256], before[2][WARPS], found[2];
+    __shared__ uint32_t cached[NEAR];
+    __shared__ int histogram[256], of_warp[2][WARPS], digit, left;
     int k = p.c.index_topk, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
-    int equal = k, n_above = 0, n_equal = 0;
+    int missing = k, n_above = 0, n_equal = 0;      // missing: of the k, those with the digits of kth so far
     uint32_t kth = 0;
     const float *scores = p.scores + (size_t)i * p.n_scores;
     UNROLL_BY(4)
-    for (int j = (int)threadIdx.x; j < least(n, NEAR); j += THREADS) near_by[j] = ordered(__ldcg(scores + j));
+    for (int j = (int)threadIdx.x; j < least(n, NEAR); j += THREADS) cached[j] = ordered(__ldcg(scores + j));
     for (int shift = 24; shift >= 0; shift -= 8) {
-        counts_of[threadIdx.x] = 0;
+        histogram[threadIdx.x] = 0;
         __syncthreads();
         for (int j = (int)threadIdx.x; j < n; j += THREADS) {
-            uint32_t u = j < NEAR ? near_by[j] : ordered(__ldcg(scores + j));
-            if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&counts_of[u >> shift & 255], 1);
+            uint32_t u = j < NEAR ? cached[j] : ordered(__ldcg(scores + j));
+            if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&histogram[u >> shift & 255], 1);
         }
         __syncthreads();
         if (warp == 0) {        // lane has digits 255 - 8 lane and down
             int mine = 0, above;
-            for (int j = 0; j < 8; j++) mine += counts_of[255 - 8 * lane - j];
+            for (int j = 0; j < 8; j++) mine += histogram[255 - 8 * lane - j];
             above = mine;
             for (int j = 1; j < WARP; j *= 2) {
                 int other = __shfl_up_sync(ALL, above, j);
                 if (lane >= j) above += other;
             }
             above -= mine;
-            if (above < equal && above + mine >= equal) {
-                int digit = 255 - 8 * lane, left = equal - above;
-                while (counts_of[digit] < left) left -= counts_of[digit--];
-                found[0] = digit, found[1] = left;
+            if (above < missing && above + mine >= missing) {
+                int at = 255 - 8 * lane, more = missing - above;
+                while (histogram[at] < more) more -= histogram[at--];
+                digit = at, left = more;
             }
         }
         __syncthreads();
-        kth |= (uint32_t)found[0] << shift, equal = found[1];
+        kth |= (uint32_t)digit << shift, missing = left;
     }
     for (int j0 = 0; j0 < n; j0 += THREADS) {
         int j = j0 + (int)threadIdx.x, above, same, a, b;
-        uint32_t u = j >= n ? 0 : j < NEAR ? near_by[j] : ordered(__ldcg(scores + j));
+        uint32_t u = j >= n ? 0 : j < NEAR ? cached[j] : ordered(__ldcg(scores + j));
         above = j < n && u > kth, same = j < n && u == kth;
         unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
         __syncthreads();
-        if (lane == 0) before[0][warp] = __popc(aboves), before[1][warp] = __popc(sames);
+        if (lane == 0) of_warp[0][warp] = __popc(aboves), of_warp[1][warp] = __popc(sames);
         __syncthreads();
         a = n_above + __popc(aboves & lower), b = n_equal + __popc(sames & lower);
         for (int w = 0; w < WARPS; w++) {
-            if (w < warp) a += before[0][w], b += before[1][w];
-            n_above += before[0][w], n_equal += before[1][w];
+            if (w < warp) a += of_warp[0][w], b += of_warp[1][w];
+            n_above += of_warp[0][w], n_equal += of_warp[1][w];
         }
-        if (above || (same && b < equal)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, equal))] = j;
+        if (above || (same && b < missing)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, missing))] = j;
     }
 }
 
 // Eight FP4 codes of a key, low nibble first, to bf16 pairs (0, 4), (1, 5), (2, 6), (3, 7) with their scale, 2^-16 of
-// the value: room for scales. e e m becomes the exponent's low bits and the mantissa's first, 2^-126 of the value.
+// the value: room for scales. e e m become the exponent's low bits and the mantissa's first, 2^-126 of the value.
 enum { KEY_SHIFT = 16 };
 static __device__ __forceinline__ void decode_key_codes(uint32_t codes, uint32_t scale, uint32_t *a) {
     uint32_t e = scale + 126 - KEY_SHIFT, factor = e << 7 | e << 23;        // 2^(e - 127) in both halves
@@ -1620,7 +1582,7 @@ static __device__ __forceinline__ void decode_key_codes(uint32_t codes, uint32_t
     }
 }
 
-// A row's queries as the lanes of a warp take them: of heads by eights [I / 32][lane]; behind them the heads' weights.
+// A row's queries as the lanes of a warp take them: [heads / 8][I / 32][lane]; then the heads' weights.
 static __host__ __device__ size_t query_bytes(int heads, int I) {
     return (size_t)eights(heads) * ((size_t)I * sizeof(uint16_t) + sizeof(float));
 }
@@ -1691,7 +1653,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
 
 // ---- attention --------------------------------------------------------------------------------
 
-// A row of this pass into the rings, when nobody looks at what it replaces; one that a later row replaces is left out.
+// Writes a row of this pass to the rings, once nothing reads what it replaces; skips rows that a later one replaces.
 typedef struct {
     const row *rows;
     int layer, ratio, arrays;
@@ -1715,8 +1677,8 @@ typedef struct {
     const float2 *turns;
     const float *q, *kv, *sink;     // [rows][H * D], [rows][D] of this pass, [H]
     const int *chosen;              // [INDEX_ROWS][index_topk]
-    float *part;    // [ATTEND_ROWS][SPLITS][H][D + 2]: weighted sum, its largest score, its sum of weights
-    input o;                        // [rows][H * D], dims of a group of wo_a's o_pitch from one another
+    float *part;    // [ATTEND_ROWS][SPLITS][H][D + 4]: weighted sum, largest score, sum of weights
+    input o;                        // [rows][H * D]; wo_a's groups begin o_pitch apart
     int o_group, o_pitch, panels;   // panels: as put_panel writes it
 } attend_args;
 
@@ -1730,18 +1692,18 @@ static __device__ view view_of(const attend_args &p, const row &s, int drafts) {
     v.n_compressed = p.ratio ? (s.position + 1) / p.ratio : 0;
     v.selected = p.ratio == 4 && v.n_compressed > p.c.index_topk;
     if (v.selected) v.n_compressed = p.c.index_topk;
-    // by the number of keys alone: 32 a split, or what SPLITS splits need; rows behind the pass' last may have none
+    // by the number of keys alone: 32 a split, or what SPLITS splits need; rows past the pass's last may have none
     int n = v.n_window + v.n_compressed;
     v.length = KEYS * most(1, (n + KEYS * SPLITS - 1) / (KEYS * SPLITS));
     v.splits = (n + v.length - 1) / v.length;
     return v;
 }
 
-// The shared memory of a block: 32 keys as bf16, exact but for the rotary dims, of which the two further planes stand
-// apart; the warps' parts of the scores, then the weights in three planes. Strides keep lanes on different banks.
+// A block's shared memory: 32 keys as bf16, exact but for the rotary dims, whose two other planes are in `rope`; the
+// warps' parts of the scores; the weights in three planes. Strides avoid bank conflicts.
 enum { PAD = 16, SCORE_STRIDE = KEYS + 1, WEIGHT_STRIDE = KEYS + 8 };
 typedef struct {
-    uint16_t *keys, *turned, *weights;      // [KEYS][D + PAD]; [2][KEYS][R + PAD]; [3][TILE][WEIGHT_STRIDE]
+    uint16_t *keys, *rope, *weights;      // [KEYS][D + PAD]; [2][KEYS][R + PAD]; [3][TILE][WEIGHT_STRIDE]
     float *scores;                          // [WARPS][TILE][SCORE_STRIDE]
     float *factor;                          // [TILE]: what the sums so far are multiplied by
 } attend_room;
@@ -1749,15 +1711,15 @@ static __host__ __device__ size_t attend_shared(const shape *c, char *base, atte
     size_t n[5] = { (size_t)(KEYS * (c->D + PAD)) * 2, (size_t)(2 * KEYS * (c->R + PAD)) * 2,
                     3 * TILE * WEIGHT_STRIDE * 2, WARPS * TILE * SCORE_STRIDE * 4, TILE * 4 };
     if (!room) return n[0] + n[1] + n[2] + n[3] + n[4];
-    room->keys = (uint16_t *)(void *)base, room->turned = (uint16_t *)(void *)(base + n[0]);
+    room->keys = (uint16_t *)(void *)base, room->rope = (uint16_t *)(void *)(base + n[0]);
     room->weights = (uint16_t *)(void *)(base + n[0] + n[1]),
     room->scores = (float *)(void *)(base + n[0] + n[1] + n[2]);
     room->factor = (float *)(void *)(base + n[0] + n[1] + n[2] + n[3]);
     return 0;
 }
 
-// Where key j of what a row sees lies: floats of the window, or codes, their scales and the rotary dims.
-typedef struct { const float *floats, *turned; const uint8_t *codes, *scales; } key_at;
+// Where a row's key j lies: floats of the window, or a compressed row's codes, scales, rotary dims.
+typedef struct { const float *floats, *rope; const uint8_t *codes, *scales; } key_at;
 static __device__ __forceinline__ key_at keys_in(const attend_args &p, const row &s) {
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
     key_at all = { (const float *)(const void *)state[WINDOW], (const float *)(const void *)state[ROPE], state[CODES],
@@ -1778,10 +1740,10 @@ static __device__ __forceinline__ key_at find_key(const attend_args &p, const ro
     size_t at = (size_t)(j - v.n_window);
     if (v.selected) at = (size_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + at];
     k.codes = all.codes + at * (size_t)(D - R), k.scales = all.scales + at * (size_t)((D - R + 63) / 64);
-    k.turned = all.turned + at * (size_t)R;
+    k.rope = all.rope + at * (size_t)R;
     return k;
 }
-// Dims [d, d + 16) of it, none of them rotary, as they lie there: floats, or 16 codes and their scale.
+// Dims [d, d + 16) of a key, none rotary, as stored: floats, or 16 codes and their scale.
 typedef struct { float4 v[4]; uint32_t scale; } key_dims;
 static __device__ __forceinline__ void ask_key(const key_at &k, int d, key_dims &x) {
     x.scale = 0;
@@ -1798,7 +1760,7 @@ static __device__ __forceinline__ uint2 bf16_of_codes(uint32_t codes, float scal
     return { bf16x2(f16_value(two.x & 0xffff) * scale, f16_value(two.x >> 16) * scale),
              bf16x2(f16_value(two.y & 0xffff) * scale, f16_value(two.y >> 16) * scale) };
 }
-// To bf16 in the block's room, exact; zeros where there is no key.
+// To shared memory as bf16, exact; zeros where no key is.
 static __device__ __forceinline__ void put_key(const key_dims &x, int live, uint16_t *to) {
     const uint32_t codes[4] = { __float_as_uint(x.v[0].x), __float_as_uint(x.v[0].y), __float_as_uint(x.v[0].z),
                                 __float_as_uint(x.v[0].w) };
@@ -1812,7 +1774,7 @@ static __device__ __forceinline__ void put_key(const key_dims &x, int live, uint
     }
 }
 // Rotary dims [d, d + 8) of key j in three planes.
-static __device__ __forceinline__ void put_turned(const attend_args &p, const attend_room &room, int j, int d,
+static __device__ __forceinline__ void put_rope(const attend_args &p, const attend_room &room, int j, int d,
                                                   const float *values, int live) {
     float v[8];
     uint16_t *to = room.keys + j * (p.c.D + PAD) + p.c.D - p.c.R + d;
@@ -1826,11 +1788,11 @@ static __device__ __forceinline__ void put_turned(const attend_args &p, const at
             v[2 * i] -= __uint_as_float(w[i] << 16), v[2 * i + 1] -= __uint_as_float(w[i] & 0xffff0000u);
         }
         *(uint4 *)(void *)to = make_uint4(w[0], w[1], w[2], w[3]);
-        to = room.turned + (plane * KEYS + j) * (p.c.R + PAD) + d;
+        to = room.rope + (plane * KEYS + j) * (p.c.R + PAD) + d;
     }
 }
-// n keys from j0 on into the block's room, zeros behind them. A warp has every eighth, and asks for some at once; of
-// the rotary dims eight threads have a key.
+// Loads n keys from j0 on, zeros after them. A warp takes every eighth key, AT_ONCE at a time; eight threads take a
+// key's rotary dims.
 template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s,
                                                                         const key_at &all, int i, const view &v,
                                                                         int j0, int n, const attend_room &room) {
@@ -1853,12 +1815,12 @@ template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const at
         }
     }
     const key_at k = find_key(p, s, all, i, v, j0 + least(mine, n - 1));
-    const float *turned = k.floats ? k.floats + plain : k.turned;
-    for (int d = (int)threadIdx.x % 8 * 8; d < p.c.R; d += 64) put_turned(p, room, mine, d, turned + d, mine < n);
+    const float *rope = k.floats ? k.floats + plain : k.rope;
+    for (int d = (int)threadIdx.x % 8 * 8; d < p.c.R; d += 64) put_rope(p, room, mine, d, rope + d, mine < n);
 }
 
-// A warp's part of the queries of 16 heads, every eighth sixteen dims, as mma takes them: as they are (their RMS goes
-// into the result), turned, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
+// A warp's part of the queries of 16 heads, every eighth 16 dims, as mma takes them: not normed (the scores take their
+// RMS), turned, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
 enum { Q_STEPS = MAX_HEAD_DIM / 16 / WARPS };
 typedef struct { uint32_t a[Q_STEPS][3][4]; } queries;
 // squares[2]: of heads g and g + 8, the lane's part.
@@ -1885,7 +1847,7 @@ static __device__ __forceinline__ void load_queries(const attend_args &p, int r,
         for (int half = 0; half < 2; half++) {
             float4 x = all[i][half];
             squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
-            if (turns) turn_pair(x.x, x.y, turn[0].x, turn[0].y), turn_pair(x.z, x.w, turn[1].x, turn[1].y);
+            if (turns) rope_pair(x.x, x.y, turn[0].x, turn[0].y), rope_pair(x.z, x.w, turn[1].x, turn[1].y);
             UNROLL
             for (int plane = 0; plane < 3; plane++) {
                 uint32_t w0 = bf16x2(x.x, x.y), w1 = bf16x2(x.z, x.w);
@@ -1909,7 +1871,7 @@ static __device__ __forceinline__ void score(const attend_args &p, const queries
         UNROLL
         for (int b = 0; b < 3; b++) {       // planes of the keys
             if (b && k < D - R) break;
-            const uint16_t *keys = b ? room.turned + ((b - 1) * KEYS + g) * (R + PAD) + k - (D - R) + 4 * t
+            const uint16_t *keys = b ? room.rope + ((b - 1) * KEYS + g) * (R + PAD) + k - (D - R) + 4 * t
                                      : room.keys + g * (D + PAD) + k + 4 * t;
             int eight = 8 * ((b ? R : D) + PAD);
             UNROLL
@@ -1947,9 +1909,8 @@ static __device__ void query_scales(const attend_args &p, float *squares, float 
     }
 }
 
-// The softmax's running largest and sum for head threadIdx / 16, over keys threadIdx % 16 and 16 further; weights in
-// three planes.
-static __device__ void weigh(const attend_room &room, int n, const float *scale, float *largest, float *sum) {
+// Online softmax of head threadIdx / 16 over keys threadIdx % 16 and 16 further: largest, sum; weights in three planes.
+static __device__ void softmax_step(const attend_room &room, int n, const float *scale, float *largest, float *sum) {
     int h = (int)threadIdx.x / 16, j = (int)threadIdx.x % 16;
     float s[2], m = *largest, e[2];
     for (int k = 0; k < 2; k++) {
@@ -1992,7 +1953,7 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
         for (int b = 0; b < 3; b++) {
             uint32_t w[4];
             if (b && d < D - R) break;
-            load_transposed(w, b ? room.turned + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
+            load_transposed(w, b ? room.rope + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
                                  : room.keys + lane * (D + PAD) + d);
             UNROLL
             for (int k = 0; k < KEYS / 16; k++)
@@ -2003,7 +1964,7 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
     }
 }
 
-// What a warp has of the weighted sums: heads g and g + 8, dims 2t and 2t + 1 of every eighth eight; and of head
+// A lane's part of the weighted sums: heads g and g + 8, dims 2t and 2t + 1 of every eighth n-tile; and of head
 // threadIdx / 16 the largest score and the sum of weights.
 typedef struct { float o[MAX_HEAD_DIM / 8 / WARPS][4], largest, sum; } part_sums;
 typedef struct { float scale[TILE], part[WARPS * TILE]; } attend_scratch;
@@ -2025,15 +1986,15 @@ static __device__ __forceinline__ void attend_split(const attend_args &p, const 
         __syncthreads();
         score(p, q, room);
         __syncthreads();
-        weigh(room, n, scale, &a.largest, &a.sum);
+        softmax_step(room, n, scale, &a.largest, &a.sum);
         __syncthreads();
         add_values(p, room, a.o);
     }
 }
 
-// Bound: bytes are .63 MB a row of 640 keys (.2 us; six rows 3.8 MB, 1.3 us), products .42 us a row at three planes; so
-// latency: about 900 products of 16 x 8 x 16 a time in eight warps and 36 KB of keys. One row of 640 keys is 80 blocks;
-// of more rows two blocks share an SM, with half of the registers each: six are 480 blocks, two waves.
+// Bound: latency. Bytes are .63 MB a row of 640 keys (.2 us; six rows 3.8 MB, 1.3 us), products .42 us a row at three
+// planes; a step of eight warps is some 900 mma (16 x 8 x 16) and 36 KB of keys. One row of 640 keys is 80 blocks; with
+// more rows two blocks share an SM, at half the registers each: six rows are 480 blocks, two waves.
 template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const attend_args p) {
     __shared__ attend_scratch scratch;
     SHARED_BYTES(bytes);
@@ -2065,8 +2026,8 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     if (threadIdx.x % 16 == 0 && h < p.c.H) to[0] = a.largest, to[1] = a.sum;
 }
 
-// The splits of a head together, one after the other, from the sink on: what is multiplied with the sums so far (x),
-// and with the split's (y).
+// Merges a head's splits in order, from the sink on. Returned: what the sums so far (x) and the split's (y) are
+// multiplied by.
 typedef struct { float largest, sum; } merged;
 static __device__ __forceinline__ merged merge_begin(const attend_args &p, int h) {
     merged a = { h < p.c.H ? p.sink[h] : 0, 1 };
@@ -2077,7 +2038,7 @@ static __device__ __forceinline__ float2 merge_split(merged &a, float largest, f
     a.sum = fmaf(more, sum, a.sum * before), a.largest = m;
     return make_float2(before, more);
 }
-// The dim of all heads' that lies at a place of o, -1: none.
+// The dim, over all heads, at a place of o; -1: none.
 static __device__ __forceinline__ int dim_at(const attend_args &p, int place) {
     int from_group = place % p.o_pitch, dim = place / p.o_pitch * p.o_group + from_group;
     return from_group < p.o_group && dim < p.c.H * p.c.D ? dim : -1;
@@ -2091,15 +2052,15 @@ static __device__ __forceinline__ void put_values(const attend_args &p, int r, i
     for (int d = 0; d < 8; d += 2)
         if (dim >= 0 && at + d >= 0) {
             float2 turn = turn_of(p.turns, p.c.R / 2, r, p.set, (at + d) / 2);
-            turn_pair(o[d], o[d + 1], turn.x, -turn.y);
+            rope_pair(o[d], o[d + 1], turn.x, -turn.y);
         }
     if (WHOLE && p.panels) put_panel(p.o, r, place, o, dim >= 0);
     else put_input(p.o, r, place, o, dim >= 0);
 }
 
-// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: all are asked for at once, and the
-// quarters follow on each other. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows 5). In the last split's
-// block it would be slower: the four blocks of a row would read 650 KB each.
+// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: all loads are issued at once, and
+// the quarters merged in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows 5). It would be slower in
+// the last split's block: the four blocks of a row would read 650 KB each.
 enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
 static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
     __shared__ float so_far[10][MERGED];
@@ -2142,8 +2103,8 @@ static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args
     if (r < n) merge_heads(p, v, i, r);
 }
 
-// Of many rows a block has all splits of one, for 16 heads, and merges them where they arise: their sums never leave
-// the SM. total [TILE][D + 8]. Bound: products, .42 us a row of 640 keys at 600 TFLOP/s.
+// For many rows: a block computes all splits of a row for 16 heads and merges them itself, so that sums never leave the
+// SM. total [TILE][D + 8]. Bound: products, .42 us a row of 640 keys at 600 TFLOP/s.
 static __host__ __device__ size_t attend_rows_shared(const shape *c) {
     return attend_shared(c, NULL, NULL) + (size_t)(TILE * (c->D + 8)) * sizeof(float);
 }
@@ -2208,20 +2169,20 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
 }
 
 // ---- attention of whole blocks of a prompt ----------------------------------------------------
-// With fast_prefill. As in the released kernels queries, weights of the softmax and rotary dims of keys are rounded to
-// bf16: a third of the products above, and room for 64 heads of a row in one block, which reads and decodes keys once
-// where four blocks of attend_rows do. 64 keys at a time, those that are compressed asked for as they are stored while
-// the ones before are used. Bound: products, .14 us a row of 640 keys at 600 TFLOP/s; its shared memory, .20 us: 4,700
-// clocks of it for 64 keys (scores 3,100, values 1,000, decoding 600). Not yet run on a device.
+// With fast_prefill. As in the released kernels, queries, softmax weights and keys' rotary dims are rounded to bf16.
+// That is a third of the products above, and one block has room for 64 heads of a row: it reads and decodes keys once
+// where four blocks of attend_rows do. 64 keys at a time; the next compressed ones are copied as stored while these are
+// used. Bound: products, .14 us a row of 640 keys at 600 TFLOP/s; shared memory, .20 us: 4,700 clocks of it for 64 keys
+// (scores 3,100, values 1,000, decoding 600). Not yet run on a device.
 
 enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PAD = 8, KEY_SCALES_ROOM = MAX_HEAD_DIM / 64 };
 typedef struct {
     uint16_t *q, *keys, *weights;   // [WHOLE_HEADS][D + pad], [WHOLE_KEYS][D + pad], [WHOLE_HEADS][WHOLE_KEYS + pad]
     uint8_t *codes, *scales;        // of the next keys [D - R], [KEY_SCALES_ROOM]
-    float *turned;                  // [R]
+    float *rope;                  // [R]
     int *chosen;                    // [index_topk]
 } whole_room;
-// Their bytes. Queries and keys, when all are done with them, are room for the heads' sums [WHOLE_HEADS][D + 8].
+// Their bytes. Queries and keys, when no longer used, become the heads' sums [WHOLE_HEADS][D + 8].
 static __host__ __device__ size_t whole_shared(const shape *c, char *base, whole_room *room) {
     size_t each = (size_t)(c->D + WHOLE_PAD) * 2, weights = WHOLE_HEADS * (WHOLE_KEYS + WHOLE_PAD) * 2,
            n[7] = { WHOLE_HEADS * each, WHOLE_KEYS * each, weights, WHOLE_KEYS * (size_t)c->R * 4,
@@ -2230,7 +2191,7 @@ static __host__ __device__ size_t whole_shared(const shape *c, char *base, whole
     for (int i = 0; i < 7; i++) at[i + 1] = at[i] + n[i];
     if (!room) return at[7];
     room->q = (uint16_t *)(void *)base, room->keys = (uint16_t *)(void *)(base + at[1]);
-    room->weights = (uint16_t *)(void *)(base + at[2]), room->turned = (float *)(void *)(base + at[3]);
+    room->weights = (uint16_t *)(void *)(base + at[2]), room->rope = (float *)(void *)(base + at[3]);
     room->codes = (uint8_t *)base + at[4], room->scales = (uint8_t *)base + at[5];
     room->chosen = (int *)(void *)(base + at[6]);
     return 0;
@@ -2260,7 +2221,7 @@ static __device__ void whole_queries(const attend_args &p, int r, int h0, uint16
             if (at >= 0) {
                 float2 a = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2);
                 float2 b = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2 + 1);
-                turn_pair(x[i].x, x[i].y, a.x, a.y), turn_pair(x[i].z, x[i].w, b.x, b.y);
+                rope_pair(x[i].x, x[i].y, a.x, a.y), rope_pair(x[i].z, x[i].w, b.x, b.y);
             }
             *(uint2 *)(void *)(to + h * (D + WHOLE_PAD) + d) = { bf16x2(x[i].x * scale, x[i].y * scale),
                                                                  bf16x2(x[i].z * scale, x[i].w * scale) };
@@ -2268,7 +2229,7 @@ static __device__ void whole_queries(const attend_args &p, int r, int h0, uint16
     }
 }
 
-// Asks for keys j0 .. that are compressed rows. Returned: the thread's two of their scales, which copies cannot take.
+// Issues copies of the compressed keys from j0 on. Returns two of their scales, too small for cp.async.
 static __device__ uint32_t whole_ask(const attend_args &p, const key_at &all, const view &v, int j0,
                                      const whole_room &room) {
     int plain = p.c.D - p.c.R, lane = (int)threadIdx.x % WARP, n = v.n_window + v.n_compressed,
@@ -2279,11 +2240,11 @@ static __device__ uint32_t whole_ask(const attend_args &p, const key_at &all, co
         if (j < 0 || j0 + slot >= n) continue;
         size_t at = (size_t)(v.selected ? room.chosen[j] : j);
         const uint8_t *codes = all.codes + at * (size_t)plain;
-        const float *turned = all.turned + at * (size_t)p.c.R;
+        const float *rope = all.rope + at * (size_t)p.c.R;
         for (int d = lane * 16; d < plain; d += WARP * 16)
             copy16<0>(place_in((const char *)room.codes) + (slot * plain + d), codes + d);
         for (int d = lane * 4; d < p.c.R; d += WARP * 4)
-            copy16<0>(place_in((const char *)room.turned) + (slot * p.c.R + d) * 4, turned + d);
+            copy16<0>(place_in((const char *)room.rope) + (slot * p.c.R + d) * 4, rope + d);
     }
     copies_close();
     if (j0 + mine >= v.n_window && j0 + mine < n) {
@@ -2320,11 +2281,11 @@ static __device__ void whole_keys(const attend_args &p, const row &s, const key_
             *(uint4 *)(void *)(to + d) = make_uint4(low.x, low.y, high.x, high.y);
         }
         for (int d = lane * 2; d < R; d += WARP * 2)
-            *(uint32_t *)(void *)(to + plain + d) = bf16x2(room.turned[slot * R + d], room.turned[slot * R + d + 1]);
+            *(uint32_t *)(void *)(to + plain + d) = bf16x2(room.rope[slot * R + d], room.rope[slot * R + d + 1]);
     }
 }
 
-// Of a 16 x 16 tile of bf16 rows, as mma takes a; of two of 8 rows each, as it takes b: where the lane's row begins.
+// Where the lane's row begins in a 16 x 16 tile of bf16 rows, as mma takes a, or in two of 8 rows, as it takes b.
 static __device__ __forceinline__ int lane_a(int stride) {
     int lane = (int)threadIdx.x % WARP;
     return (lane % 16 * stride + lane / 16 * 8) * 2;
@@ -2346,10 +2307,10 @@ static __device__ __forceinline__ void whole_scores(const attend_args &p, const 
         mma(acc[2], q.x, q.y, q.z, q.w, k1.x, k1.y), mma(acc[3], q.x, q.y, q.z, q.w, k1.z, k1.w);
     }
 }
-// What two warps need of one another: of each half of the keys the heads' largest; by what the sums are multiplied.
+// What warps of the two halves of the keys exchange: largest and sum of each head, factor of the sums.
 typedef struct { float largest[2][WHOLE_HEADS], factor[WHOLE_HEADS], sum[2][WHOLE_HEADS]; } whole_scratch;
-// The softmax over n more keys: of heads g and g + 8 of the warp's, the largest so far, and the sum over its half.
-static __device__ __forceinline__ void whole_weigh(const attend_args &p, const whole_room &room, float (*acc)[4],
+// Online softmax over n more keys. heads: g and g + 8 of the warp's; largest so far, sum over its half.
+static __device__ __forceinline__ void whole_softmax_step(const attend_args &p, const whole_room &room, float (*acc)[4],
                                                    int n, whole_scratch &scratch, merged *heads) {
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4, half = warp / 4,
         h0 = warp % 4 * 16;
@@ -2417,7 +2378,7 @@ static __device__ __forceinline__ void whole_values(const attend_args &p, const 
         }
     }
 }
-// All sums are made: to memory, over the sum of weights.
+// Final sums to memory, divided by the sum of weights.
 static __device__ __forceinline__ void whole_put(const attend_args &p, int r, int h0, const whole_room &room,
                                                  whole_scratch &scratch, const merged *heads, whole_sums o) {
     __shared__ float of[WHOLE_HEADS][2];
@@ -2465,20 +2426,21 @@ static __global__ void __launch_bounds__(THREADS, 1) attend_whole(const attend_a
         uint8_t *to = room.scales + threadIdx.x * 2;
         to[0] = (uint8_t)scales, to[1] = (uint8_t)(scales >> 8);
         copies_wait<0>();
-        __syncthreads();        // all copies are seen, and all are done with the keys before
+        __syncthreads();        // copies are visible, and all are done with the last keys
         whole_keys(p, s, all, v, j0, room);
         __syncthreads();
         scales = whole_ask(p, all, v, j0 + WHOLE_KEYS, room);
         whole_scores(p, room, acc);
-        whole_weigh(p, room, acc, n - j0, scratch, heads);
+        whole_softmax_step(p, room, acc, n - j0, scratch, heads);
         whole_values(p, room, scratch, o);
     }
     copies_wait<0>();
     whole_put(p, r, h0, room, scratch, heads, o);
 }
 
-// Rows of floats as inputs: [rows][n], normed first where there is a norm. A block has 2048 numbers of a row, or, with
-// a norm, all; the last blocks commit a row beside that, an array each. Bound: latency, 32 KB a row.
+// ---- rows as inputs; the rings ----------------------------------------------------------------
+// Rows of floats [rows][n] to inputs, normed first if there is a norm. A block takes 2048 numbers of a row, or with a
+// norm all; extra blocks commit the row to the rings, an array each. Bound: latency, 32 KB a row.
 typedef struct {
     shape c;
     const int *n_rows;
@@ -2498,7 +2460,7 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     int r = (int)blockIdx.x, part = (int)blockIdx.y, n, any = 0;
     grid_go();
     for (int i = (int)threadIdx.x * 32; p.norm && i < p.n; i += THREADS * 32) any |= (int)__float_as_uint(p.norm[i]);
-    keep(any);      // its lines come to the first cache
+    keep(any);      // brings its lines to L1
     n = *p.n_rows;
     grid_wait();
     if (r >= n) return;
@@ -2507,7 +2469,7 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     else if (threadIdx.x < WARP) put_normed_row(p.out, r, p.x + (size_t)r * (size_t)p.n, p.norm, p.n, p.c.eps);
 }
 
-// ---- experts ----------------------------------------------------------------------------------
+// ---- routing and SwiGLU -----------------------------------------------------------------------
 
 typedef struct { matrix w[3]; } expert;         // w1, w3 (gate, up), w2
 
@@ -2526,7 +2488,7 @@ typedef struct {
 
 static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))); }
 
-// What row r's choice of expert e goes by, and its weight before they are divided by their sum.
+// What the choice of an expert goes by, and its weight before it is normalized.
 typedef struct { uint32_t order; float weight; } scored_expert;
 // A block's scores, and the bias.
 static __host__ __device__ size_t route_bytes(int warps, int E) {
@@ -2538,8 +2500,8 @@ static __device__ __forceinline__ scored_expert score_expert(const route_args &p
     scored_expert s = { order ? order : 1, weight };
     return s;
 }
-// The K largest of row r, the lower index of equals, or the token's own; ascending. A warp; lane k has the k-th choice.
-// scores [E] is its own: 0 is below all numbers.
+// Row r's K experts, ascending: the largest (the lower index of equals), or its token's own. A warp; lane k has the
+// k-th. It overwrites scores [E]; 0 is below all.
 static __device__ void route_row(const route_args &p, int r, scored_expert *scores) {
     int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, mine = -1, place = 0;
     float sum = 0, weight = 0;
@@ -2568,7 +2530,7 @@ static __device__ void route_row(const route_args &p, int r, scored_expert *scor
     if (lane < K) p.route[r * K + place] = mine, p.weight[r * K + place] = weight / sum * p.c.routed_scale;
 }
 
-// Exclusive sums of x over the threads of a block; *all: the whole.
+// Exclusive prefix sum of x over a block; *all: its total.
 static __device__ int block_before(int x, int *all) {
     __shared__ int warps[WARP];
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, sum = x, before = 0;
@@ -2586,7 +2548,7 @@ static __device__ int block_before(int x, int *all) {
     }
     return before + sum - x;
 }
-// How many rows each expert has, by the threads of one block; at [E]: where its rows begin in the list.
+// Counts each expert's rows, in one block; at [E]: where its rows begin in the list.
 static __device__ void count_experts(const route_args &p, int n, int *at) {
     int E = p.c.E, rows = 0, active = 0, some, more;
     for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) at[e] = 0;
@@ -2603,7 +2565,7 @@ static __device__ void count_experts(const route_args &p, int n, int *at) {
     if (threadIdx.x == 0) p.first[E] = rows, p.active[0] = active;
     __syncthreads();
 }
-// A warp a row, all of a block score; the last block groups. Bound: latency, K rounds of a warp over the experts.
+// All score, a warp chooses per row; the last block groups. Bound: latency, K rounds of a warp over the experts.
 static __global__ void __launch_bounds__(1024) route(const route_args p) {
     SHARED_BYTES(bytes);
     int n, E = p.c.E, warps = (int)blockDim.x / WARP, warp = (int)threadIdx.x / WARP, r0 = (int)blockIdx.x * warps;
@@ -2662,13 +2624,13 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
 
 // ---- products ---------------------------------------------------------------------------------
 
-// y = w x of several matrices in one launch, by n_blocks blocks. Those behind them make what only a later launch needs:
-// the post and comb that `mix` asks for, a warp a row; or the window's rows and the compressors'.
+// y = w x of several matrices in one launch, by n_blocks blocks. Extra blocks do work that only a later launch needs:
+// post and comb for `mix`, a warp a row; or the window's rows and the compressors'.
 typedef struct {
     matrix w;
     operand x;                  // [rows][x_stride]
     int x_stride;
-    int group, x_group;    // outputs in groups of `group` take x from x_group numbers further each; 0: all the same
+    int group, x_group;    // each `group` outputs take x from x_group numbers further on; 0: all alike
     float *y;                   // [row][y_stride]
     int y_stride, add;          // 1: y += w x
     const int *y_rows;          // NULL: row r goes to row r
@@ -2680,10 +2642,10 @@ typedef struct {
     int n_jobs, n_items, item_bytes, n_blocks;
     int rows;                       // at most so many
     const int *n_rows;
-    stretch ahead;
+    byte_range ahead;
     post_comb_args mix;             // out NULL: none
-    int tasks;                      // of project; 0: none
-    project_args project;
+    int tasks;                      // of kv_rows; 0: none
+    kv_args kv;
 } linears_args;
 
 static __device__ __forceinline__ void item_of(const linears_args &p, int i, item_at &it) {
@@ -2699,11 +2661,11 @@ static __device__ __noinline__ void run_beside(const linears_args &p, int block,
     __shared__ float scratch[WARPS];
     int n = *p.n_rows, windows = (p.rows + WARPS - 1) / WARPS, warp = (int)threadIdx.x / WARP;
     grid_wait();
-    if (!p.mix.out) project_task(p.project, block < windows ? block : (block - windows) / (p.tasks - 1),
+    if (!p.mix.out) kv_task(p.kv, block < windows ? block : (block - windows) / (p.tasks - 1),
                                  block < windows ? 0 : 1 + (block - windows) % (p.tasks - 1), n, bytes, scratch);
     else if (block * WARPS + warp < n) post_comb(p.mix, block * WARPS + warp);
 }
-// The same for all rows, by blocks whose tiles follow.
+// The same for all rows, before the blocks' tiles.
 static __device__ __forceinline__ void all_post_comb(const linears_args &p, int n) {
     for (int r = (int)(blockIdx.x * WARPS + threadIdx.x / WARP); p.mix.out && r < n; r += (int)gridDim.x * WARPS)
         post_comb(p.mix, r);
@@ -2712,7 +2674,7 @@ static __device__ __forceinline__ void all_post_comb(const linears_args &p, int 
 template <int NT> static __device__ __forceinline__ void linear_rows(const job &j, const span &s, int r0, int n,
                                                                      feed &f, float *part, int width) {
     int at[NT];
-    for (int nt = 0; nt < NT; nt++) {       // rows that are none go along with the last
+    for (int nt = 0; nt < NT; nt++) {       // missing rows repeat the last one
         int r = least(r0 + nt * 8 + (int)threadIdx.x % WARP / 4, n - 1);
         at[nt] = r * j.x_stride + (j.group ? s.m0 / j.group * j.x_group : 0);
     }
@@ -2738,19 +2700,19 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), spans);
-        feed_begin<NT>(f, spans, some, bytes);      // weights alone, before anything else is there
+        feed_begin<NT>(f, spans, some, bytes);      // only weights: inputs may not be ready yet
         if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
             linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
         copies_wait<0>();
     }
     if (n < 0) grid_wait();
-    if (!r0) fetch_ahead(p.ahead, block, p.n_blocks);
+    if (!r0) prefetch_next(p.ahead, block, p.n_blocks);
 }
 
-// Of every expert that has rows, those rows times some of its matrices; then, if there is one, the shared expert's for
-// all rows. An expert's weights are read once for NT * 8 rows. Bound: bytes, MB (us): w1 w3 53.5 (18) for one row, 292
-// (97) for six rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52).
+// For each expert with rows: those rows times some of its matrices. Then, if given, the shared expert for all rows. An
+// expert's weights are read once for NT * 8 rows. Bound: bytes, MB (us): w1 w3 53.5 (18) for one row, 292 (97) for six
+// rows with 33 different experts; w2 and the shared one's 35 (12), 155 (52).
 typedef struct {
     shape c;
     const counts *n;
@@ -2760,21 +2722,20 @@ typedef struct {
     int which, n_which;             // matrices w[which] .. of an expert
     int n_slots;                    // K + 1: slot K is the shared expert's
     int rows;                       // of the pass, at most
-    int routed;                     // 1: the routes stand before the kernel ahead has ended
+    int routed;                     // 1: routes are known before the kernel ahead ends
     int x_by_slot;                  // x has a row for each slot; else for each row of the pass
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
     int y_stride;
-    stretch ahead;
+    byte_range ahead;
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
     int n = __ldcg(p.active), a = i / (p.each * p.n_which), e = __ldcg(p.active + 1 + least(a, p.c.E - 1)),
-        of_tile = p.each_tile;
+        each = p.each, of_tile = p.each_tile;
     const expert *of = p.experts + e;
-    if (a >= n) a = n, of = p.shared, of_tile = p.shared_tile;
-    i -= a * p.each * p.n_which;
-    it.of = i / (a < n ? p.each : p.shared_each), i -= it.of * p.each;
+    if (a >= n) a = n, of = p.shared, each = p.shared_each, of_tile = p.shared_tile;
+    i -= a * p.each * p.n_which, it.of = i / each, i -= it.of * each;
     it.w = of->w[p.which + it.of], it.tile = i % of_tile ? -1 : i / of_tile, it.part = a * p.n_which + it.of;
 }
 static __device__ __forceinline__ void span_rows(const experts_args &p, int part, span &s) {
@@ -2783,7 +2744,7 @@ static __device__ __forceinline__ void span_rows(const experts_args &p, int part
     if (e >= 0) s.list = p.list + first;
     s.n = e >= 0 ? __ldcg(p.first + e + 1) - first : p.n->n_rows;
 }
-// Rows i0 .. of those that take the expert.
+// Rows from i0 on of the expert's.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
                                                                      feed &f, float *part, int width) {
     int at[NT], K = p.c.K;
@@ -2805,8 +2766,8 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
     __syncthreads();
 }
 
-// w1 and w3 let the next kernel begin only when the routes stand, so what begins after that one may read them before it
-// waits: w2 asks for its first weights while its inputs are still made.
+// w1 and w3 let the next kernel start only when the routes are complete, so the one after it may read them before it
+// waits: w2 copies its first weights while its inputs are still computed.
 template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const __grid_constant__ experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
@@ -2814,7 +2775,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     feed f;
     if (!waits) {
         for (int i = (int)threadIdx.x * 128; !blockIdx.x && i < (p.c.E + 1) * (int)sizeof(expert); i += THREADS * 128)
-            fetch((const char *)p.experts + i);     // which nobody has read since the pass before
+            prefetch_line((const char *)p.experts + i);     // last read in the previous pass
         grid_wait();
     }
     grid_go();
@@ -2830,27 +2791,27 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
         copies_wait<0>();
     }
     if (waits) grid_wait();
-    fetch_ahead(p.ahead, (int)blockIdx.x, (int)gridDim.x);
+    prefetch_next(p.ahead, (int)blockIdx.x, (int)gridDim.x);
 }
 
 // ---- products of many rows --------------------------------------------------------------------
-// Above, weights are decoded again for every 32 rows, and x is read from the caches for every tile of 16. Here a block
-// of eight warps has a tile of outputs and rows of the pass: a warp 16 MT of its outputs, whose weights no other reads,
-// and all of its rows, which come to shared memory in stages. A warp sums as eight warps do above: of units w, w + 8,
-// .. alone, for each w, and those sums in order: the same bits. Blocks go through tiles in turn, rows first, so that
-// those which run at once share weights. 256 outputs x 64 rows; of FP4, whose sums take registers, and of bf16 x 32;
-// 128 x 32 where tiles are few. Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66
-// (matrices of bf16: three planes), wq_b 71, wo_a 115 (two planes), wo_b 57, gate and shared w1 w3 32. A unit of FP8
-// times 64 rows, of a tile of 256, is 1,024 products of 16 x 8 x 16: 1,600 clocks of an SM, in which a scheduler issues
-// 1,500 instructions for its two warps, and 48 KB from L2, 30 bytes a clock; of FP4 times 32 rows as many, 2,100
-// instructions. Measured: 158, 258, 256, 152, 140: two warps a scheduler wait more than they issue, yet four with half
-// the tile (128 outputs, two blocks an SM) took 1.2 to 1.5 times as long. wgmma.m64n64k16 on f16 has mma_f16's bits:
-// 8.4 million chains of four compared, so these products may go there.
+// The kernels above decode weights again for every 32 rows and read x from the caches for every tile of 16. Here a
+// block of eight warps has a tile of outputs x rows: a warp has 16 MT outputs, whose weights no other reads, and all
+// rows, which come to shared memory in stages. For the same bits a warp sums as eight warps do above: for each w, units
+// w, w + 8, .. alone, then those sums in order. Blocks take tiles in turn, rows first, so that blocks that run together
+// share weights. Tiles are 256 outputs x 64 rows; x 32 for FP4, whose sums take registers, and bf16; 128 x 32 where
+// tiles are few. Bound: products, 600 TFLOP/s of mma.sync, us of 512 rows: wq_a and beside it 66 (bf16: three planes),
+// wq_b 71, wo_a 115 (two planes), wo_b 57, gate and shared w1 w3 32; measured 158, 258, 256, 152, 140. A unit of FP8
+// times 64 rows, of a tile of 256, is 1,024 mma (16 x 8 x 16): 1,600 clocks of an SM, in which a scheduler issues 1,500
+// instructions for its two warps, and 48 KB from L2, 30 bytes a clock; of FP4 times 32 rows as many, 2,100
+// instructions. Two warps a scheduler wait more than they issue, yet four with half the tile (128 outputs, two blocks
+// an SM) took 1.2 to 1.5 times as long. wgmma.m64n64k16 on f16 has mma_f16's bits (8.4 million chains of four
+// compared), so these products may use it.
 
 enum { MANY_ROWS = 33, MOST_COLUMNS = 64, TILES_KNOWN = 4 };
 static __host__ __device__ constexpr int wide_stages(int mt) { return mt == 1 ? 2 : 3; }
 static __host__ __device__ constexpr int wide_outputs(int mt) { return WARPS * mt * TILE; }
-// Rows of a tile in eights. A stage: weights, the scales of x [row][2], and x, for the most of them.
+// Rows of a tile, in eights. A stage, sized for the largest tile: weights, x's scales [row][2], x.
 static __host__ __device__ constexpr int wide_eights(int mt, int dtype, int planes) {
     return dtype == DSPARK_FP4 ? (planes == 1 ? 4 : 2) : dtype == DSPARK_FP8 ? 4 * mt : 4;
 }
@@ -2860,8 +2821,8 @@ static __host__ __device__ constexpr int stage_bytes(int mt) {
 }
 static __host__ __device__ int tiles_along(int n, int each) { return (n + each - 1) / each; }
 
-// A tile: some outputs of a matrix for `live` rows of x, row i of which begins at [i] and has its sums in row to [i].
-// eights: linears_wide's rows, of which some may be none.
+// A tile: some outputs of a matrix for `live` rows of x; row i begins at at[i], its sums go to row to[i]. eights: of
+// rows that linears_wide computes, padding included.
 template <int COLUMNS> struct tile_of {
     span s;
     operand x;
@@ -2869,16 +2830,16 @@ template <int COLUMNS> struct tile_of {
     int y_stride, add, eights, live, at[COLUMNS], to[COLUMNS];
 };
 typedef tile_of<MOST_COLUMNS> wide_tile;
-// Where a block is: in which of its tiles, in the units from w on, at which; and the stage that holds it.
+// A block's position: tile k, the chain of units from w on, the unit in it, and its stage.
 typedef struct { int k, w, unit, stage; } wide_at;
 
-// A unit of x in a stage: its scales [row][2], then [plane][row][16 bytes each], a row as lanes read it, the e-th
-// eights of the four t together, and every second row with halves of 128 bytes exchanged: lanes of two rows then read
-// from all banks. A thread copies the same 16 bytes of some rows of each unit: where they begin in x and in the stage,
-// and the scale that is its own, stand here while a block has a tile. NONE: there is none.
+// A unit of x in a stage: scales [row][2], then [plane][row][16 bytes each]. A row is ordered as lanes read it: the
+// e-th eights of the four t together; every second row has the halves of 128 bytes swapped, so that lanes of two rows
+// read all banks. A thread copies the same 16 bytes of some rows of each unit: kept here for a block's tile are where
+// they begin in x and in the stage, and the thread's scale. NONE: there is none.
 enum { MOST_COPIES = 8, NONE = -1 };
 typedef struct { uint4 from[MOST_COPIES / 4][THREADS]; uint32_t to[THREADS], scale[THREADS]; } row_copies;
-static __device__ __forceinline__ int row_chunks(int dtype) {       // the logarithm of 16 bytes in a row of a unit
+static __device__ __forceinline__ int row_chunks(int dtype) {       // log2 of the 16 bytes in a row of a unit
     return dtype == DSPARK_F32 ? 2 : dtype < DSPARK_FP8 ? 3 : dtype == DSPARK_FP8 ? 4 : 5;
 }
 static __device__ __noinline__ void plan_rows(const wide_tile &t, row_copies &c) {
@@ -2932,7 +2893,7 @@ template <int DTYPE, int NT> struct from_stage {
     }
 };
 
-// The next unit of the block's tiles, of which it has n, to its stage.
+// Issues copies of the next unit of the block's n tiles to its stage.
 template <int MT> static __device__ __forceinline__ void ask_wide(const wide_tile *known, int n, wide_at &a,
                                                                   char *bytes, row_copies &rows) {
     int first = (int)threadIdx.x / WARP * MT;
@@ -2977,14 +2938,14 @@ static __device__ __forceinline__ void put_wide(const wide_tile &t, float (*tota
                 }
         }
 }
-// Tile k of the block's n. a: what is asked for next.
+// Tile k of the block's n. a: what to copy next.
 template <int DTYPE, int MT, int NT, int X>
 static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, int n, wide_at &a, int &stage,
                                                  char *bytes, row_copies &rows) {
     enum { SUMS = weights_of<DTYPE>::SUMS };
     const wide_tile &t = known[k % TILES_KNOWN];
     int units = t.s.pitch / UNIT, first = (int)threadIdx.x / WARP * MT, live = first < t.s.tiles;
-    int late = threadIdx.x >= THREADS / 2;      // of two warps of a scheduler one asks while the other multiplies
+    int late = threadIdx.x >= THREADS / 2;      // of a scheduler's two warps one copies, the other multiplies
     float total[MT][NT][4];
     zero<MT * NT * 4>(&total[0][0][0]);
     for (int w = 0; w < WARPS; w++) {
@@ -3020,10 +2981,10 @@ static __device__ __forceinline__ void wide_sums(const wide_tile *known, int k, 
     }
     if (live) put_wide<MT, NT>(t, total);
 }
-// A block's tiles of all, in turn, all its threads together: find(i, tile) says what tile i is, ask(known, n) asks for
-// the next unit of its n tiles, `ahead` units before sums(known, k, n) makes tile k.
+// Runs a block's share of tiles, in turn, by all threads: find(i, tile) says what tile i is, ask(known, n) copies the
+// next unit of its n tiles, `ahead` units before sums(known, k, n) computes tile k.
 template <class T, class F, class A, class S>
-static __device__ __forceinline__ void in_turn(int n_tiles, int ahead, const F &find, const A &ask, const S &sums) {
+static __device__ __forceinline__ void run_tiles(int n_tiles, int ahead, const F &find, const A &ask, const S &sums) {
     __shared__ T known[TILES_KNOWN];
     int n = n_tiles > (int)blockIdx.x ? (n_tiles - (int)blockIdx.x - 1) / (int)gridDim.x + 1 : 0;
     for (int k = 0; k < TILES_KNOWN - 1 && k < n; k++)
@@ -3031,7 +2992,7 @@ static __device__ __forceinline__ void in_turn(int n_tiles, int ahead, const F &
     __syncthreads();
     for (int i = 0; i < ahead; i++) ask(known, n);
     for (int k = 0; k < n; k++) {
-        int next = k + TILES_KNOWN - 2;     // as far as may be asked for; nobody looks at the one before the last
+        int next = k + TILES_KNOWN - 2;     // the last that may be asked for; takes tile k - 2's place
         if (k && next < n) find((int)(blockIdx.x + (unsigned)next * gridDim.x), known[next % TILES_KNOWN]);
         sums(known, k, n);
     }
@@ -3041,7 +3002,7 @@ template <int MT, class F> static __device__ __forceinline__ void wide(int n_til
     __shared__ row_copies rows;
     int stage = 0;
     wide_at a = { 0, 0, 0, 0 };
-    in_turn<wide_tile>(n_tiles, wide_stages(MT) - 1, find, [&](const wide_tile *known, int n) {
+    run_tiles<wide_tile>(n_tiles, wide_stages(MT) - 1, find, [&](const wide_tile *known, int n) {
         ask_wide<MT>(known, n, a, bytes, rows);
     }, [&](const wide_tile *known, int k, int n) {
         const wide_tile &t = known[k % TILES_KNOWN];
@@ -3067,7 +3028,7 @@ static __device__ __forceinline__ void set_tile(span &s, const matrix &w, int m0
     s.rows = end;
 }
 
-// Tiles of a job: of each of its groups, of whose outputs a tile has no others.
+// Tiles of a job; none crosses groups of outputs.
 static __host__ __device__ int job_tiles(const job &j, int rows, int outputs, int columns) {
     int group = j.group ? j.group : j.w.rows;
     return j.w.rows / group * tiles_along(group, outputs) * tiles_along(rows, columns);
@@ -3104,7 +3065,7 @@ linears_wide(const linears_args p) {
     });
 }
 
-// The same for experts. before[a]: tiles of the active ones before, the shared one last.
+// For experts. before[a]: tiles before the a-th active one's; the shared one is last.
 enum { EXPERT_TILES = 2 };
 typedef struct { const expert *of; int first, n, eights, along; } expert_part;
 static __device__ expert_part part_of(const experts_args &p, int a) {
@@ -3118,7 +3079,7 @@ static __device__ expert_part part_of(const experts_args &p, int a) {
     o.along = tiles_along(o.of->w[p.which].rows, wide_outputs(EXPERT_TILES));
     return o;
 }
-// Tiles of things 0 .. n - 1, of(i) each, before thing i; all of them.
+// before[i]: tiles, of(i) each, of things before i. Returned: all.
 template <class F> static __device__ __forceinline__ int tiles_before(int n, int *before, const F &of) {
     int tiles = 0, some;
     for (int a0 = 0; a0 < n; a0 += THREADS) {
@@ -3129,7 +3090,7 @@ template <class F> static __device__ __forceinline__ int tiles_before(int n, int
     __syncthreads();
     return tiles;
 }
-// The last of things 0 .. n whose tiles begin up to i. What has none is never it, unless it is the last.
+// The thing, 0 .. n, that has tile i. One without tiles is never it, unless it is the last.
 static __device__ __forceinline__ int last_before(const int *before, int n, int i) {
     int low = 0, high = n;
     while (low < high) {
@@ -3172,21 +3133,21 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 }
 
 // ---- products of whole blocks of a prompt -----------------------------------------------------
-// With fast_prefill: what the library does not take, but for F16 and F32, by wgmma. A block has 128 outputs and 64 or
-// 128 rows; weights are decoded in registers, a half of a unit while the one before is multiplied, x lies in panels of
-// 64 rows of 128 bytes.
+// With fast_prefill, by wgmma: what cuBLASLt does not take, except F16 and F32. A block has 128 outputs and 64 or 128
+// rows. Weights are decoded in registers, half a unit while the half before is multiplied; x is in panels of 64 rows
+// of 128 bytes.
 //   FP4, the routed experts: as E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so
-//     that 128 products are one sum. A code whose scale is less than 2^-14 of that one loses bits, as the sum does.
-//   FP8, wo_a: as f16, and of its inputs the first plane, 11 bits where the released kernels have 8.
-//   bf16: as it is, and of its inputs the first plane, as those kernels have them.
+//     that 128 products are one sum. A code whose scale is below 2^-14 of the largest loses bits, as the sum does.
+//   FP8, wo_a: as f16, with the first plane of its inputs: 11 bits where the released kernels have 8.
+//   bf16: as it is, with the first plane of its inputs, as those kernels.
 // Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.2 with the 850 instructions that
 // each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Others: .99 PFLOP/s,
-// 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9, but 19 for a tile of 64
-// units. Not yet run on a device.
+// 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9, but one tile's 64 units 19.
+// Not yet run on a device.
 
 enum { PANEL = 64, PANEL_STAGES = 3, FP8_ROOM = 6 };   // rows of b; stages; 6 2^6 is an E4M3
-// Of a dtype: how many panels have the bytes of x for a unit; bytes of a number of x; how many scales it has there; the
-// dtype as whose a lane takes its piece: of FP8 four bytes of each 16, of bf16 16 of each 64.
+// Per dtype: panels that x of a unit fills; bytes of a number of x; scales of x in a unit; the dtype whose layout a
+// lane's piece has: for FP8 four bytes of each 16, for bf16 16 of each 64.
 template <int DTYPE> struct panels_of { enum { ALONG = 1, NUMBER = 2, SCALES = 0, PIECE = DSPARK_FP8 }; };
 template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, NUMBER = 2, SCALES = 1, PIECE = DSPARK_BF16 }; };
 template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, NUMBER = 1, SCALES = 2, PIECE = DSPARK_FP4 }; };
@@ -3198,7 +3159,7 @@ static __host__ __device__ constexpr int panel_stage_bytes(int panels) {
 static __host__ __device__ constexpr int panel_bytes(int panels) {
     return 1024 + PANEL_STAGES * panel_stage_bytes(panels);
 }
-// A tile may have two parts: of w1 and of w3 the same outputs, of rows that have these weights.
+// A tile may have two parts, the same outputs of w1 and w3. weight: each row's routing weight.
 struct panel_tile : tile_of<2 * PANEL> {
     span second;
     float weight[2 * PANEL];
@@ -3213,12 +3174,12 @@ static __device__ void fill_table(fp8_table table) {
         w[i / 4] |= e4m3_code(nearest_e4m3(value[i] * exp2i(FP8_ROOM - least(100, (int)threadIdx.x)))) << i % 4 * 8;
     table[threadIdx.x] = make_uint2(w[0], w[1]);
 }
-// Of eight codes as `arranged` left them, 2, 0, 3, 1; of the same mirrored, 6, 4, 7, 5.
+// Eight `arranged` codes as 2, 0, 3, 1; mirrored, as 6, 4, 7, 5.
 static __device__ __forceinline__ uint32_t fp8_of(uint32_t w, const uint2 &table) {
     uint32_t z = w >> 1 & 0x07070707u;
     return __byte_perm(table.x, table.y, __byte_perm(z | z >> 4, 0, 0x20)) | (w & 0x80808080u);
 }
-// Half c of a unit as mma_panel takes it, four times. Returned: the scale that enters with its sums.
+// Half c of a unit, for four mma_panel. Returned: the scale that its sums take.
 template <int DTYPE>
 static __device__ __forceinline__ float panel_weights(const piece &q, int c, const uint2 *, uint32_t (*a)[4]) {
     UNROLL
@@ -3254,7 +3215,7 @@ template <> __device__ __forceinline__ float panel_weights<DSPARK_FP4>(const pie
     return exp2i(most(-126, (int)largest - 127 - FP4_SHIFT - FP8_ROOM));
 }
 
-// The next unit of the block's tiles to its stage: x in panels of 128 bytes a row, weights, the scales of x.
+// Issues copies of the next unit to its stage: x in panels of 128 bytes a row, weights, x's scales.
 template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n, wide_at &a, char *bytes) {
     enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, SCALES = panels_of<DTYPE>::SCALES };
@@ -3282,7 +3243,7 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
     copies_close();
     a.stage = a.stage + 1 == PANEL_STAGES ? 0 : a.stage + 1;
 }
-// Sums enter with the weights' scale and those of x.
+// acc += sums times the scales of weights and x.
 static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)[4], float scale, const float *x) {
     UNROLL
     for (int nt = 0; nt < PANEL / 8; nt++) {
@@ -3292,7 +3253,7 @@ static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)
         for (int k = 0; k < 4; k++) acc[nt][k] = fmaf(sum[nt][k], by[k % 2], acc[nt][k]);
     }
 }
-// A unit in its stage: bf16's products go to acc, the others are summed, of FP4 128 in each half, of FP8 in both.
+// Multiplies a unit. bf16 adds straight to acc; FP4 sums 128 products of each half, FP8 both halves, then scales.
 template <int DTYPE, int PANELS>
 static __device__ __forceinline__ void panel_unit(const piece &q, const char *stage, const uint2 *table,
                                                   float (*acc)[PANEL / 8][4]) {
@@ -3323,7 +3284,7 @@ static __device__ __forceinline__ void panel_unit(const piece &q, const char *st
         }
     }
 }
-// A part of tile k of the block's n, in its turn.
+// One part of tile k of the block's n.
 template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, wide_at &a, int &stage,
                                                   char *bytes, const uint2 *table, float (*acc)[PANEL / 8][4]) {
@@ -3352,7 +3313,7 @@ static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const ui
                                               const P &put) {
     int stage = 0;
     wide_at a = { 0, 0, 0, 0 };
-    in_turn<panel_tile>(n_tiles, PANEL_STAGES - 1, find, [&](const panel_tile *known, int n) {
+    run_tiles<panel_tile>(n_tiles, PANEL_STAGES - 1, find, [&](const panel_tile *known, int n) {
         ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
     }, [&](const panel_tile *known, int k, int n) {
         for (int part = 0; part < PARTS; part++) {
@@ -3398,7 +3359,7 @@ typedef struct {
     float *act_scale;               // [rows * (K + 1)][stride / 128]
     int act_stride;
 } whole_args;
-// Tile i: experts in order, of each its outputs, rows; two parts: of w1 and w3.
+// Tile i: by expert, then outputs, then rows. Two parts: w1 and w3.
 template <int PANELS, int PARTS>
 static __device__ void find_whole(const whole_args &p, const int *before, int i, panel_tile &t) {
     int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], K = p.e.c.K,
@@ -3439,8 +3400,8 @@ template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) exper
     });
 }
 
-// w1 and w3 with what follows on them: a block has the same 128 outputs of both, keeps the first's in bf16 while it
-// makes the second's, and rounds what the SwiGLU of both is, a block of 128, to what w2 takes.
+// w1 and w3 with the SwiGLU: a block computes the same 128 outputs of both, keeps w1's in bf16 while it computes w3's,
+// and rounds the SwiGLU of both, a block of 128, to w2's input.
 static __device__ __forceinline__ int code_place(int k) {       // of a code among 32, as `codes` places it
     return k / 8 * 4 + k / 4 % 2 * 16 + (0x2031 >> k % 4 * 4 & 3);
 }
@@ -3450,7 +3411,7 @@ static __device__ __forceinline__ void put_gates(float (*acc)[PANEL / 8][4], uin
     for (int i = 0; i < PANELS * 16; i++)
         gates[i][threadIdx.x] = bf16x2(acc[i / 16][i / 2 % 8][i % 2 * 2], acc[i / 16][i / 2 % 8][i % 2 * 2 + 1]);
 }
-// The block's: of a warp's outputs each column's largest; what its codes are times.
+// Each column's largest in a warp's outputs; the factor that makes it codes.
 typedef struct { float largest[WARPS][2 * PANEL], by[2 * PANEL]; } act_scratch;
 template <int PANELS>
 static __device__ __forceinline__ void put_act(const whole_args &p, const panel_tile &t, float (*acc)[PANEL / 8][4],
@@ -3503,12 +3464,45 @@ template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) exper
     });
 }
 
+// Rounded inputs for cuBLASLt: FP8 codes and a scale per 128; exact, as they were rounded before. Or for weights of
+// FP4, without scales, ordered as panel_weights: of 32, lane t's codes 8t .. 8t + 7 go to 4t (codes 2, 0, 3, 1) and 16
+// + 4t (6, 4, 7, 5).
+typedef struct {
+    const uint16_t *x;              // [rows][stride], as input.rounded
+    const float *x_scales;          // [rows][stride / 128]
+    int stride, n;
+    uint8_t *codes;                 // [rows][n]
+    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]; NULL: for FP4
+} codes_args;
+static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
+    int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
+    grid_go();
+    grid_wait();
+    for (int at = (int)threadIdx.x * 8; at < p.n; at += THREADS * 8) {
+        size_t from = (size_t)r * (size_t)p.stride + (size_t)at;
+        const uint4 w = *(const uint4 *)(const void *)(p.x + from);
+        uint32_t code[2] = { 0, 0 };
+        for (int i = 0; i < 8; i++)
+            code[i / 4] |= e4m3_code(f16_value(word(w, i / 2) >> i % 2 * 16 & 0xffff)) << i % 4 * 8;
+        uint8_t *to = p.codes + (size_t)r * (size_t)p.n + (size_t)at;
+        if (p.scales) *(uint2 *)(void *)to = { code[0], code[1] };
+        else {
+            to += at % 32 / 2 - at % 32;
+            *(uint32_t *)(void *)to = __byte_perm(code[0], 0, 0x1302);
+            *(uint32_t *)(void *)(to + 16) = __byte_perm(code[1], 0, 0x1302);
+        }
+        if (p.scales && at % 128 == 0)
+            p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(at / 128)) * DSPARK_PROMPT_BLOCK +
+                     (size_t)(r % DSPARK_PROMPT_BLOCK)] = p.x_scales[from / 128];
+    }
+}
+
 // ---- experts that lie in host memory ----------------------------------------------------------
-// Where not all of them fit, the routed experts have their home in pinned host memory, and `slots` of them a copy on
-// the device. Before a layer's products the experts that it has chosen get one: a hand goes round the slots, passes
-// over what this layer uses, gives what was used since it last came by another round, and takes the rest. All of it
-// happens on the device, so that a pass stays one recording. Bytes are copied as they are: no bit changes. Bound:
-// bytes over PCIe, 13.4 MB a miss at V4-Flash's shape, 270 us at 50 GB/s.
+// If not all fit, the routed experts live in pinned host memory, and `slots` of them have a copy on the device. Before
+// a layer's products the experts it chose get slots, by the clock algorithm: a hand goes round, skips slots this layer
+// uses, spares those used since it last came for one round, and takes any other. All of this runs on the device, so a
+// pass stays one CUDA graph. Bytes are copied as they are: no bit changes. Bound: bytes over PCIe, 13.4 MB a miss at
+// V4-Flash's shape, 270 us at 50 GB/s.
 
 enum { CACHE_HAND, CACHE_NOW, CACHE_MOVES };    // where the hand stands, layers so far, how many move
 typedef struct {
@@ -3520,7 +3514,7 @@ typedef struct {
     size_t slot_bytes;
     int slots, first;               // first: the layer's expert 0 among those of all layers
     int *slot_of, *owner;           // [all experts], [slots]: one more than the other's number, 0: none
-    int *used, *spared;             // [slots]: in which layer last; is there another round?
+    int *used, *spared;             // [slots]: layer of last use; is it spared a round?
     int *state, *moves;             // CACHE_*; [E]: experts
 } cache_args;
 
@@ -3573,26 +3567,25 @@ static __global__ void __launch_bounds__(THREADS) cache_fill(const cache_args p)
 }
 
 // ---- draws ------------------------------------------------------------------------------------
-// A token of a row: argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit;
-// the lower token of equals. Blocks keep score and token in one number, and the largest wins: in any order. A row with
-// NaN, +inf or nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency.
-// Where a filter stands before that, or a draft is to be refused with the probabilities of dspark_verify, or a float
-// has no room for logit / temperature and the noise, the row is weighed first: its largest logit (survey), the cuts of
-// top-k and of top-p (sift, a byte of the logits at a time), the sum of what stays (weigh); its scores are
-// dspark_draw's weight / -log u. Weights are summed as whole numbers of UNITS: the same bits in any order. So p is not
-// stored: it is the logits and a tally, and the drafter's stay for the pass that verifies. Bound: latency, 3 launches
-// and 4 for each of the cuts, .5 MB a row each.
+// A row's token: argmax over the vocabulary of logit / temperature + Gumbel noise, at temperature 0 of the logit; of
+// equals the lower token. Blocks pack score and token into one number and the largest wins, in any order. A row with
+// NaN, +inf or nothing finite gives none. Bound: .5 MB a row (.2 us), ten rounds of Philox for four tokens: latency. A
+// row is weighed first if it has a filter, if a draft may be refused with dspark_verify's probabilities, or if a float
+// has no room for logit / temperature plus noise: its largest logit (survey), the cuts of top-k and top-p (sift, a byte
+// of the logits at a time), the sum of what stays (weigh). Its scores are dspark_draw's weight / -log u. Weights are
+// summed as integers (UNITS), with the same bits in any order. p is not stored: logits and a tally give it, and the
+// drafter's are kept for the verifying pass. Bound: latency, 3 launches and 4 for each of the cuts, .5 MB a row each.
 
 typedef struct {
     float temperature, top_p, min_p;        // top_p, min_p, top_k 0: off
     int top_k, purpose, k, draft_row;       // as dspark_device_draw
     unsigned seed[2], at[2];
 } draw_row;
-// A row as a distribution: e = exp((logit - max) / temperature), over its sum, of those tokens whose logit is over the
-// cut, or at it and their id up to cut_id, and whose e is no less than min_p.
+// A row's distribution: p = e / sum, e = exp((logit - max) / temperature), of tokens with a logit above the cut, or at
+// it and an id up to cut_id, and with e >= min_p.
 typedef struct {
-    double max;                             // NaN: it is none
-    unsigned long long sum, before, limit;  // of all that stays; a cut in the making: above its bytes, to be reached
+    double max;                             // NaN: no token
+    unsigned long long sum, before, limit;  // of what stays; while cutting: above the prefix, to be reached
     uint32_t cut, prefix;                   // as `ordered`; the cut's bytes so far
     int cut_id;
 } tally;
@@ -3632,16 +3625,16 @@ static __device__ __forceinline__ int is_weighed(const draw_row &d) {
            (d.top_k || d.top_p > 0 || d.min_p > 0 || d.purpose == DSPARK_DRAW_DRAFT || refuses(d) ||
             d.temperature < COLD);
 }
-static __device__ __forceinline__ unsigned long long of_lane(unsigned long long x, int mask) {
+static __device__ __forceinline__ unsigned long long shfl_xor64(unsigned long long x, int mask) {
     uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)x, mask),
              high = (uint32_t)__shfl_xor_sync(ALL, (int)(x >> 32), mask);
     return (unsigned long long)high << 32 | low;
 }
-static __device__ __forceinline__ float logit_of(uint32_t key) {       // what `ordered` came from
+static __device__ __forceinline__ float logit_of(uint32_t key) {       // inverse of `ordered`
     return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
 }
 
-// e of a token, 0 of one that does not stay; as dspark_distribution takes what is too little for a float as 0.
+// e of a token; 0 if it is cut or, as in dspark_distribution, too small for a float.
 static __device__ double weight(const draw_row &d, const tally &t, float min_p, float z, int v) {
     uint32_t key = ordered(z);
     double e;
@@ -3677,7 +3670,7 @@ static __global__ void __launch_bounds__(THREADS) survey(const draw_args p) {
     p.tallies[r] = t;
 }
 
-// Of this thread's x and those of all before it; the last of `sums` is all.
+// Inclusive prefix sum of x over a block; the last of `sums` is all.
 static __device__ unsigned long long block_scan(unsigned long long x, unsigned long long *sums /* [THREADS] */) {
     int i = (int)threadIdx.x;
     for (int step = 1; step <= THREADS; step *= 2) {
@@ -3688,7 +3681,7 @@ static __device__ unsigned long long block_scan(unsigned long long x, unsigned l
     }
     return x;
 }
-// All at the cut are as good, but only `stay` of them stay: the first by id.
+// Of equals at the cut only `stay` stay: the first by id.
 static __device__ void cut_equals(const draw_args &p, tally *t, const float *logits, uint32_t cut, int stay,
                                   unsigned long long *sums) {
     int each = (p.c.V + THREADS - 1) / THREADS, from = (int)threadIdx.x * each, to = least(p.c.V, from + each);
@@ -3698,7 +3691,7 @@ static __device__ void cut_equals(const draw_args &p, tally *t, const float *log
     for (int v = from; v < to && stay > 0; v++)
         if (ordered(logits[v]) == cut && --stay == 0) t->cut_id = v;
 }
-// The next byte of the cut, best first: the last before which there is less than the limit.
+// The cut's next byte: the last, best first, with less than the limit before it.
 static __device__ void sift_choose(const draw_args &p, const draw_row &d, int i, tally t, tally *out,
                                    const float *logits) {
     __shared__ unsigned long long sums[THREADS];
@@ -3732,7 +3725,7 @@ static __device__ void sift_choose(const draw_args &p, const draw_row &d, int i,
     if (stay) cut_equals(p, out, logits, cut, stay, sums);
 }
 static __global__ void __launch_bounds__(THREADS) sift(const draw_args p) {
-    __shared__ unsigned low[256], high[256];        // of sums of up to SIFTED, 20 bits and the rest
+    __shared__ unsigned low[256], high[256];        // of sums of up to SIFTED: low 20 bits and rest
     int i = (int)blockIdx.y, from = (int)blockIdx.x * SIFTED, to = least(p.c.V, from + SIFTED), r;
     grid_go();
     grid_wait();
@@ -3771,11 +3764,11 @@ static __global__ void __launch_bounds__(THREADS) weigh(const draw_args p) {
     if (!(t.max >= -FLT_MAX)) return;
     for (int v = from + (int)threadIdx.x; v < to; v += THREADS)
         sum += units(weight(d, t, d.min_p, p.logits[(size_t)r * (size_t)p.c.V + (size_t)v], v));
-    for (int k = 16; k; k /= 2) sum += of_lane(sum, k);
+    for (int k = 16; k; k /= 2) sum += shfl_xor64(sum, k);
     if (threadIdx.x % WARP == 0 && sum) atomicAdd(&p.tallies[r].sum, sum);
 }
 
-// Words index & ~3 .. of Philox4x32-10 as dspark.h counts them; of a step: for PLAIN k positions, else k rows further.
+// Philox4x32-10's words 4 block .. + 3, as dspark.h counts. Step k is k positions further for PLAIN, else k rows.
 static __device__ void noise_words(const draw_row &d, int purpose, int k, uint32_t block, uint32_t *c) {
     int plain = purpose == DSPARK_DRAW_PLAIN;
     unsigned long long at = ((unsigned long long)d.at[1] << 32 | d.at[0]) + (unsigned long long)(plain ? k : 0);
@@ -3788,14 +3781,14 @@ static __device__ void noise_words(const draw_row &d, int purpose, int k, uint32
         c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1, c[3] = (uint32_t)a;
     }
 }
-// -log u, u = (word + 1/2) 2^-32: near 1 by what is missing from it, of which a float holds all that counts.
+// -log u, u = (word + 1/2) 2^-32; near 1 from 1 - u, which a float holds well enough.
 static __device__ float waiting(uint32_t w) {
     float u = ((float)w + 0.5f) * 2.3283064365386963e-10f,
           missing = ((float)(0xffffffffu - w) + 0.5f) * 2.3283064365386963e-10f;
     return w >> 31 ? -log1pf(-missing) : -logf(u);
 }
 
-// Does the draft of this place stand? x iff u p_d(x) < p_t(x).
+// Is draft x accepted? Iff u p_d(x) < p_t(x).
 static __device__ int stands(const draw_args &p, const draw_row &d, const float *logits, const tally &t, int x) {
     float p_t = chance(t, weight(d, t, d.min_p, logits[x], x));
     const tally q = p.draft_tallies[d.draft_row];
@@ -3805,8 +3798,8 @@ static __device__ int stands(const draw_args &p, const draw_row &d, const float 
     noise_words(d, DSPARK_DRAW_ACCEPT, 0, 0, w);
     return ((double)w[0] + 0.5) * 0x1p-32 * (double)p_d < (double)p_t;
 }
-// For one that does not: a token's max(0, p_t - p_d) over its -log u, above all scores by p_t alone, which count where
-// there is no such difference.
+// After a refusal, a token's score: max(0, p_t - p_d) / -log u; or p_t / -log u, below all those, which counts if no
+// token has such a difference.
 static __device__ uint32_t rest_score(const draw_args &p, const draw_row &d, const tally &t, double e, int v,
                                       uint32_t w) {
     const tally q = p.draft_tallies[d.draft_row];
@@ -3849,7 +3842,7 @@ static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
         }
     }
     for (int k = 16; k; k /= 2) {
-        unsigned long long other = of_lane(best, k);
+        unsigned long long other = shfl_xor64(best, k);
         if (other > best) best = other;
     }
     if (threadIdx.x % WARP == 0) atomicMax(&p.best[r], best);
@@ -3864,8 +3857,8 @@ static __global__ void __launch_bounds__(THREADS) drawn(const drawn_args p) {
 }
 
 // ---- which drafts are verified ----------------------------------------------------------------
-// dspark_schedule's ASYNC: of all drafts the `budget` largest in weight * survival, the earlier and then the lower
-// segment of equals, which is a prefix of each segment's; then the rows of the target pass that has them.
+// dspark_schedule's ASYNC: of all drafts the `budget` largest in weight * survival (of equals the earlier, then the
+// lower segment), a prefix of each segment's; then the rows of the target pass that has them.
 
 typedef struct {
     uint8_t *const *state;
@@ -3888,7 +3881,7 @@ typedef struct {
     draw_row *draws;
 } choose_args;
 
-// a_k of a curve at the product of temperatures' confidences.
+// a_k: curve k at the product of the scaled confidences.
 static __device__ double curve_at(const dspark_calibration &of, int k, double product) {
     const float *x = of.said + k * DSPARK_CURVE_POINTS, *y = of.stood + k * DSPARK_CURVE_POINTS;
     double t = 1;
@@ -3897,7 +3890,7 @@ static __device__ double curve_at(const dspark_calibration &of, int k, double pr
     if (x[i] > x[i - 1]) t = (product - (double)x[i - 1]) / ((double)x[i] - (double)x[i - 1]);
     return (double)y[i - 1] + fmax(0.0, fmin(t, 1.0)) * ((double)y[i] - (double)y[i - 1]);
 }
-// How many drafts of a pick may be chosen: up to its limit, to one that is none, to the threshold.
+// Drafts of a pick that may be chosen: up to its limit, a missing draft, or the threshold.
 static __device__ int candidates_of(const choose_args &p, int i) {
     const pick &a = p.picks[i];
     double survival = 1, product = 1, stood = 1;
@@ -3943,7 +3936,7 @@ static __device__ void choose_rows(const choose_args &p, int i) {
     counts all = { first + n, first + n, i + 1, 0, 0 };
     *p.n = all;
 }
-// One block, a thread a pick: 256 picks of 5 drafts take some 30 us, six rows nothing beside the launch.
+// One block, a thread a pick: 256 picks of 5 drafts take some 30 us, six rows no more than the launch.
 static __global__ void __launch_bounds__(THREADS) choose(const choose_args p) {
     grid_go();
     grid_wait();
@@ -3959,8 +3952,8 @@ static __global__ void __launch_bounds__(THREADS) choose(const choose_args p) {
 
 // ---- the drafter's own ------------------------------------------------------------------------
 
-// Taps of a position as an input: [n_taps * h]. Bound: latency, as of what follows: 48 KB a position, 2 KB a stage, 20
-// KB a segment and step.
+// Taps of a position as an input [n_taps * h]. Bound, as of those below: latency; 48 KB a position, 2 KB a stage, 20 KB
+// a segment and step.
 typedef struct { shape c; const counts *n; const injection *list; int taps_at; input x; } taps_args;
 static __global__ void __launch_bounds__(THREADS) take_taps(const taps_args p) {
     int r = (int)blockIdx.x, n = p.c.n_taps * p.c.h;
@@ -3993,7 +3986,7 @@ static __global__ void __launch_bounds__(THREADS) inject_rows(const inject_args 
     for (int i = (int)threadIdx.x; i < D; i += THREADS) x[i] = kv[i];
     __syncthreads();
     norm_row(x, p.norms[stage], D, p.c.eps, scratch);
-    turn_row(x, D, p.c.R, p.freqs, p.list[r].position);
+    rope_row(x, D, p.c.R, p.freqs, p.list[r].position);
     round_row(x, D - p.c.R, NULL, NULL);
     float *to = (float *)(void *)p.list[r].state[(p.first_layer + stage) * N_ARRAYS + WINDOW] +
                 (size_t)(p.list[r].position % p.c.ring) * (size_t)D;
@@ -4030,7 +4023,7 @@ static __global__ void __launch_bounds__(THREADS) markov_begin(const markov_args
     if (i >= p.n->n_segments) return;
     r = p.segment_row[i] + p.k;
     int previous = p.best ? token_of(p.best[r - 1]) : p.previous[i];
-    if (previous < 0) previous = 0;         // no draft, and no draft follows one
+    if (previous < 0) previous = 0;         // no draft, and none follows it
     in = x, e = x + (rnn ? rank : h);       // [x ; e], or [s ; e ; x]
     for (int d = (int)threadIdx.x; d < h; d += THREADS)
         x[rnn ? 2 * rank + d : d] = p.hidden[(size_t)r * (size_t)h + (size_t)d];
@@ -4080,7 +4073,7 @@ typedef struct {
     compressor pool[2];                     // the attention's; the indexer's
     const int *tid2eid;
     expert shared, routed;                  // routed: one of them, for its sizes
-    stretch of_wq_a, of_wq_b, of_wo_a, of_wo_b, of_gate, of_w2;     // what these products read, but for routed experts
+    byte_range of_wq_a, of_wq_b, of_wo_a, of_wo_b, of_gate, of_w2;      // what these products read; no routed experts
     expert *experts;                        // on the device: E, then the shared one
     const expert *home;                     // the same, in host memory; NULL: all lie on the device
 } layer_weights;
@@ -4089,18 +4082,18 @@ enum { OP_PASS, OP_MIX_IN, OP_ATTENTION, OP_MOE, OP_MIX_OUT, OP_TAP, OP_HEAD, OP
        OP_CHOOSE, OP_DRAW };
 typedef struct { unsigned char op, sub; short layer; } operation;
 
-// A pass' kind, and how many rows, .. its grids are made for. indexed: a row has keys to choose among; whole: blocks of
-// a prompt; weighs: what draws ask for.
+// A pass's kind, and the numbers its grids are sized for. indexed: a row has keys to choose among; whole: blocks of a
+// prompt; weighs: what draws need.
 enum { WEIGHED = 1, BY_COUNT = 2, BY_WEIGHT = 4 };
 typedef struct { int drafts, rows, logits, injected, segments, indexed, whole, weighs; } extent;
 
-// What was called, one pass or a draft and the pass that verifies it, as a number; its graph; where its kernels' names
+// A CUDA graph of a pass, or of a draft and the pass that verifies it: its calls, as a hash; where its kernels' names
 // begin and end.
 typedef struct { uint64_t calls; cudaGraphExec_t exec; int traced[2]; } recording;
 enum { MAX_RECORDINGS = 64, RECORDED_ROWS = 64, STAGE_BYTES = 8 << 20 };
 
-// What changes from pass to pass: filled in on the host, copied at its begin; and, from `tokens` on, what comes back in
-// one piece at its end.
+// What changes from pass to pass: filled on the host, copied when the pass begins; from `tokens` on, copied back in one
+// piece when it ends.
 typedef struct {
     counts *n;
     row *rows;
@@ -4113,7 +4106,7 @@ typedef struct {
     float *confidence;
 } pass_block;
 
-// A product of the library's: of a block of a prompt with a matrix of this size, and the way that was chosen for it.
+// A product by cuBLASLt, of a block of a prompt and a matrix of this size, and the algorithm chosen for it.
 typedef struct {
     int rows, cols, pitch, y_stride, possible;
 #ifndef DSPARK_CUDA_HOST
@@ -4121,8 +4114,8 @@ typedef struct {
     cublasLtMatrixLayout_t w, x, y;
     cublasLtMatmulAlgo_t algo;
 #endif
-} product;
-enum { MAX_PRODUCTS = 32, LIBRARY_BYTES = 32 << 20 };
+} lt_product;
+enum { MAX_PRODUCTS = 32, LT_BYTES = 32 << 20 };
 
 typedef struct {
     const dspark_config *c;
@@ -4157,7 +4150,7 @@ typedef struct {
     float2 *turns;                          // [rows][2][R / 2]
     uint16_t *query;
     float *query_w, *scores, *part;
-    int *arrived, *chosen, *route, *first, *list, *active;     // the first zeros between kernels
+    int *arrived, *chosen, *route, *first, *list, *active;     // arrived: zeros between kernels
     unsigned long long *best, *mass;        // zeros between passes
     unsigned *peak;
     int *surveyed;
@@ -4168,22 +4161,22 @@ typedef struct {
     // a pass in the making
     int n_rows, n_logits, n_segments;
     int draws;                              // the pass gives tokens, not logits
-    int choice;                             // which rows it has is not known here
-    int in_turn;                            // a kernel begins when the one before has ended
+    int choice;                             // the device chooses its rows
+    int serial;                             // no programmatic dependent launch
     int pending;                            // a draft whose steps are to come is noted, and not run
     operation *ops;
     int n_ops, max_ops, n_passes;
     extent passes[2], grid;                 // those noted; that of the operation that runs
-    int from, tap, slots;                   // of the stream, what is put off until the next mix
+    int from, tap, slots;                   // updates of the stream, deferred to the next mix
     const float *from_y;
     mixer now;                              // the mix whose post and comb are still to be made
-    int fast_prefill;                       // blocks of prompts may go through the library
-    product products[MAX_PRODUCTS];
+    int fast_prefill;                       // blocks of prompts may go through cuBLASLt
+    lt_product products[MAX_PRODUCTS];
     int n_products;
-    uint8_t *codes, *expert_codes, *act_codes, *library_room;
+    uint8_t *codes, *expert_codes, *act_codes, *lt_room;
     float *code_scales;
 #ifndef DSPARK_CUDA_HOST
-    cublasLtHandle_t library;
+    cublasLtHandle_t lt;
 #endif
     recording recordings[MAX_RECORDINGS];
     int n_recordings, oldest;
@@ -4197,7 +4190,7 @@ static void fail(cuda *d, dspark_status status, const char *format, ...) {
     va_end(args);
     d->status = status;
 }
-// 1: the call went well. The first that does not is remembered, by its name.
+// 1: success. The first failure is kept, with the call's name.
 static int good(cuda *d, cudaError_t e, const char *call) {
     if (e == cudaSuccess) return 1;
     fail(d, DSPARK_ERROR_BACKEND, "%.*s: %s", (int)strcspn(call, "("), call, cudaGetErrorString(e));
@@ -4213,9 +4206,9 @@ static dspark_status result(cuda *d) {
 }
 
 #ifdef DSPARK_CUDA_TIMED
-// For bench/cuda.c: the kernels of what was played, in their order, and when the turn of each came; one device at a
-// time. noted: of each recording, made once; names: of all that was played since tracing began. between: from the last
-// kernel of what was played to the first of the next.
+// For bench/cuda.c: the kernels that ran, in order, and when each passed grid_wait; one device at a time. noted: names
+// of each recording, made once; names: of all kernels run since tracing began. "between": from the last kernel of one
+// replay to the first of the next.
 static struct { const char *noted[4 * MAX_TRACED], *names[MAX_TRACED]; int n_noted, n, on; } traced;
 static void trace(const char *name) {
     if (traced.on && traced.n_noted < 4 * MAX_TRACED) traced.noted[traced.n_noted++] = name;
@@ -4247,21 +4240,19 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = shared,
     config.stream = d->stream;
-    // where experts move, weights are written while their reader might have begun
-    config.attrs = &early, config.numAttrs = d->major >= 9 && !d->n_slots && !d->in_turn;
+    // where experts move, a reader could begin before its weights are written
+    config.attrs = &early, config.numAttrs = d->major >= 9 && !d->n_slots && !d->serial;
     good(d, cudaLaunchKernelEx(&config, kernel, p), name);
 #endif
 }
 #define LAUNCH(kernel, ...) launch(d, #kernel, kernel, __VA_ARGS__)
 static dim3 grid_of(int x, int y) { return dim3((unsigned)x, (unsigned)y); }
-static int smaller(int a, int b) { return a < b ? a : b; }
-static int larger(int a, int b) { return a > b ? a : b; }
 static int blocks_of(int n, int each) { return (n + each - 1) / each; }
 
-// Rows for which grids are made: a recording serves all up to it.
+// Rows grids are made for: a recording serves all n up to it.
 static int bucket(int n) { return n <= 8 ? n : n <= 64 ? (n + 7) / 8 * 8 : (n + 63) / 64 * 64; }
 
-// ---- products ---------------------------------------------------------------------------------
+// ---- launching products -----------------------------------------------------------------------
 
 static void job_add(linears_args *p, const matrix &w, const input &x, float *y, int y_stride, int as_is = 0) {
     job *j = &p->jobs[p->n_jobs++];
@@ -4270,10 +4261,10 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
 }
 
 // ---- blocks of prompts through cuBLASLt
-// Decoding's kernels read weights as 16-bit numbers; whole blocks of a prompt are bound by products, and the library's
-// take FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs
-// some 60. Its sums keep fewer bits, and the way it takes follows the shape: so the rows are always 512, and the first
-// choice of a shape stays. wo_a, bf16 matrices and the routed experts are linears_whole's and experts_whole's.
+// The decoding kernels decode weights to 16 bits. Whole blocks of a prompt are bound by products, and cuBLASLt's take
+// FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs some
+// 60. Its sums keep fewer bits, and its algorithm depends on the shape: so rows are always 512, and a shape's first
+// choice stays. wo_a, bf16 matrices and the routed experts are linears_whole's and experts_whole's.
 
 #ifdef DSPARK_CUDA_HOST
 extern "C" { long cuda_host_products; }
@@ -4282,9 +4273,9 @@ static float e4m3_value(uint32_t code) {
     if ((code & 0x7f) == 0x7f) a = __uint_as_float(0x7fc00000u);
     return __uint_as_float(__float_as_uint(a) | (code << 24 & 0x80000000u));
 }
-static void product_open(cuda *, product *p, const matrix &) { p->possible = 1; }
+static void lt_product_open(cuda *, lt_product *p, const matrix &) { p->possible = 1; }
 // y [512][y_stride] = codes [512][cols] times w, each 128 summed alone.
-static void product_run(cuda *, const product *p, const matrix &w, const uint8_t *codes, const float *scales,
+static void lt_product_run(cuda *, const lt_product *p, const matrix &w, const uint8_t *codes, const float *scales,
                         float *y) {
     int blocks = blocks_of(p->cols, 128), stride = blocks_of(blocks, 4) * 4;
     float value[256];
@@ -4296,14 +4287,14 @@ static void product_run(cuda *, const product *p, const matrix &w, const uint8_t
             float all = 0;
             for (int b = 0; b < blocks; b++) {
                 float sum = 0, scale = w.block_scale[o / 128 * stride + b] * scales[b * DSPARK_PROMPT_BLOCK + r];
-                for (int k = b * 128; k < smaller(p->cols, b * 128 + 128); k++) sum += value[a[k]] * value[x[k]];
+                for (int k = b * 128; k < least(p->cols, b * 128 + 128); k++) sum += value[a[k]] * value[x[k]];
                 all = fmaf(sum, scale, all);
             }
             y[(size_t)r * (size_t)p->y_stride + (size_t)o] = all;
         }
 }
-static void library_open(cuda *) {}
-static void library_close(cuda *) {}
+static void lt_open(cuda *) {}
+static void lt_close(cuda *) {}
 #else
 static int good_lt(cuda *d, cublasStatus_t e, const char *call) {
     if (e == CUBLAS_STATUS_SUCCESS) return 1;
@@ -4311,37 +4302,37 @@ static int good_lt(cuda *d, cublasStatus_t e, const char *call) {
     return 0;
 }
 #define TRY_LT(call) (!d->status && good_lt(d, call, #call))
-static void library_open(cuda *d) { TRY_LT(cublasLtCreate(&d->library)); }
-static void library_close(cuda *d) {
+static void lt_open(cuda *d) { TRY_LT(cublasLtCreate(&d->lt)); }
+static void lt_close(cuda *d) {
     for (int i = 0; i < d->n_products; i++) {
-        product *p = &d->products[i];
+        lt_product *p = &d->products[i];
         if (p->desc) cublasLtMatmulDescDestroy(p->desc);
         if (p->w) cublasLtMatrixLayoutDestroy(p->w);
         if (p->x) cublasLtMatrixLayoutDestroy(p->x);
         if (p->y) cublasLtMatrixLayoutDestroy(p->y);
     }
-    if (d->library) cublasLtDestroy(d->library);
+    if (d->lt) cublasLtDestroy(d->lt);
 }
-static void product_scales(cuda *d, const product *p, const matrix &w, const float *scales) {
+static void lt_product_scales(cuda *d, const lt_product *p, const matrix &w, const float *scales) {
     TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &w.block_scale,
                                           sizeof w.block_scale));
     TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales, sizeof scales));
 }
-// Column-major, as the library counts: y [rows x 512] = (w [cols x rows])^T x [cols x 512].
-static void product_open(cuda *d, product *p, const matrix &w) {
+// Column-major, as cuBLASLt counts: y [rows x 512] = (w [cols x rows])^T x [cols x 512].
+static void lt_product_open(cuda *d, lt_product *p, const matrix &w) {
     cublasLtMatmulPreference_t wish = NULL;
     cublasLtMatmulHeuristicResult_t found;
-    cublasOperation_t turned = CUBLAS_OP_T;
+    cublasOperation_t transposed = CUBLAS_OP_T;
     cublasLtMatmulMatrixScale_t w_mode = CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F,
                                 x_mode = CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
     uint32_t no_splits = CUBLASLT_REDUCTION_SCHEME_NONE;
-    size_t room = LIBRARY_BYTES;
+    size_t room = LT_BYTES;
     int n = 0;
     TRY_LT(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &turned, sizeof turned));
+    TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed));
     TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &w_mode, sizeof w_mode));
     TRY_LT(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &x_mode, sizeof x_mode));
-    product_scales(d, p, w, d->code_scales);
+    lt_product_scales(d, p, w, d->code_scales);
     TRY_LT(cublasLtMatrixLayoutCreate(&p->w, CUDA_R_8F_E4M3, (uint64_t)p->cols, (uint64_t)p->rows, p->pitch));
     TRY_LT(cublasLtMatrixLayoutCreate(&p->x, CUDA_R_8F_E4M3, (uint64_t)p->cols, DSPARK_PROMPT_BLOCK, p->cols));
     TRY_LT(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, (uint64_t)p->rows, DSPARK_PROMPT_BLOCK, p->y_stride));
@@ -4351,24 +4342,24 @@ static void product_open(cuda *d, product *p, const matrix &w) {
         TRY_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &no_splits,
                                                     sizeof no_splits));
     }
-    // no way to do it is not a failure: the kernels have one
-    if (!d->status && !cublasLtMatmulAlgoGetHeuristic(d->library, p->desc, p->w, p->x, p->y, p->y, wish, 1, &found, &n))
+    // no algorithm is not a failure: kernels do it then
+    if (!d->status && !cublasLtMatmulAlgoGetHeuristic(d->lt, p->desc, p->w, p->x, p->y, p->y, wish, 1, &found, &n))
         p->possible = n > 0 && found.state == CUBLAS_STATUS_SUCCESS;
     if (p->possible) p->algo = found.algo;
     if (wish) cublasLtMatmulPreferenceDestroy(wish);
 }
-static void product_run(cuda *d, const product *p, const matrix &w, const uint8_t *codes, const float *scales,
+static void lt_product_run(cuda *d, const lt_product *p, const matrix &w, const uint8_t *codes, const float *scales,
                         float *y) {
     const float one = 1, none = 0;
-    product_scales(d, p, w, scales);
-    TRY_LT(cublasLtMatmul(d->library, p->desc, &one, w.data, p->w, codes, p->x, &none, y, p->y, y, p->y, &p->algo,
-                          d->library_room, LIBRARY_BYTES, d->stream));
+    lt_product_scales(d, p, w, scales);
+    TRY_LT(cublasLtMatmul(d->lt, p->desc, &one, w.data, p->w, codes, p->x, &none, y, p->y, y, p->y, &p->algo,
+                          d->lt_room, LT_BYTES, d->stream));
 }
 #endif
 
-// The product for a job of a block, the same each time; NULL: the library has none.
-static const product *product_of(cuda *d, const job *j) {
-    product *p = d->products;
+// The cuBLASLt product for a job, the same each time; NULL: none.
+static const lt_product *lt_product_of(cuda *d, const job *j) {
+    lt_product *p = d->products;
     if (!j->w.block_scale || j->x.planes > 1 || j->group || j->add || j->y_rows) return NULL;
     if (j->w.cols % 16 || j->w.rows % 16) return NULL;
     for (; p < d->products + d->n_products; p++)
@@ -4376,16 +4367,16 @@ static const product *product_of(cuda *d, const job *j) {
     if (d->n_products == MAX_PRODUCTS) return NULL;
     d->n_products++;
     p->rows = j->w.rows, p->cols = j->w.cols, p->pitch = j->w.pitch, p->y_stride = j->y_stride;
-    product_open(d, p, j->w);
+    lt_product_open(d, p, j->w);
     return p->possible ? p : NULL;
 }
-// Runs the jobs that the library takes, and leaves the others.
-static void jobs_by_library(cuda *d, linears_args *p) {
+// Runs the jobs that cuBLASLt takes; the others stay in p.
+static void jobs_by_lt(cuda *d, linears_args *p) {
     const uint16_t *last = NULL;
     int left = 0;
     for (int i = 0; i < p->n_jobs && !d->status; i++) {
         const job *j = &p->jobs[i];
-        const product *with = product_of(d, j);
+        const lt_product *with = lt_product_of(d, j);
         int n = j->w.cols, scales = blocks_of(n, 128) * DSPARK_PROMPT_BLOCK;
         if (!with) {
             p->jobs[left++] = *j;
@@ -4395,14 +4386,14 @@ static void jobs_by_library(cuda *d, linears_args *p) {
         if (last != j->x.x) LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
         last = j->x.x;
         for (int b = 0; b < d->n_rows / DSPARK_PROMPT_BLOCK; b++)
-            product_run(d, with, j->w, d->codes + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)n,
+            lt_product_run(d, with, j->w, d->codes + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)n,
                         d->code_scales + (size_t)b * (size_t)scales,
                         j->y + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)j->y_stride);
     }
     p->n_jobs = left;
 }
 
-// Where the tiles of each job begin, so many outputs and columns(job) rows each; all of them.
+// Numbers the jobs' tiles, of `outputs` x columns(job) rows each; returns how many there are.
 template <class C> static int count_tiles(linears_args *p, int outputs, const C &columns) {
     p->n_items = 0;
     for (int i = 0; i < p->n_jobs; i++) {
@@ -4417,8 +4408,8 @@ static int count_wide(linears_args *p, int mt) {
 static int count_panels(linears_args *p, int panels) {
     return count_tiles(p, WARPS * TILE, [=](const job &) { return panels * PANEL; });
 }
-// Runs those of them whose matrices are of bf16, or of FP8 with inputs as put_panel writes them: 64 rows a tile where
-// SMs would be left over otherwise.
+// Runs the jobs whose matrices are bf16, or FP8 with inputs from put_panel. Tiles have 64 rows if SMs would be idle
+// otherwise.
 static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype) {
     linears_args some = *p;
     int left = 0, panels = 2;
@@ -4432,45 +4423,45 @@ static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype
     if (count_panels(&some, 2) < d->sms) panels = 1, count_panels(&some, 1);
     launch(d, name, dtype == DSPARK_FP8 ? panels == 1 ? linears_whole<DSPARK_FP8, 1> : linears_whole<DSPARK_FP8, 2>
                     : panels == 1 ? linears_whole<DSPARK_BF16, 1> : linears_whole<DSPARK_BF16, 2>,
-           grid_of(some.mix.out ? d->sms : smaller(some.n_items, d->sms), 1), THREADS, (size_t)panel_bytes(panels),
+           grid_of(some.mix.out ? d->sms : least(some.n_items, d->sms), 1), THREADS, (size_t)panel_bytes(panels),
            some);
     p->n_jobs = left, p->mix.out = NULL;
 }
-// A large tile is four small ones, of which two run beside each other in the time of three: what ends first.
+// A large tile does four small ones' work in the time of three; those run two an SM. Takes the faster.
 static void jobs_wide(cuda *d, const char *name, linears_args *p) {
     int mt = 3 * blocks_of(count_wide(p, 2), d->sms) <= 2 * blocks_of(count_wide(p, 1), 2 * d->sms) ? 2 : 1,
         n = count_wide(p, mt), blocks = (3 - mt) * d->sms;
-    launch(d, name, mt == 1 ? linears_wide<1> : linears_wide<2>, grid_of(n ? smaller(n, blocks) : blocks, 1), THREADS,
+    launch(d, name, mt == 1 ? linears_wide<1> : linears_wide<2>, grid_of(n ? least(n, blocks) : blocks, 1), THREADS,
            (size_t)(wide_stages(mt) * stage_bytes(mt)), *p);
 }
 
 static void jobs_few(cuda *d, const char *name, linears_args *p) {
     int rows = p->rows, nt = rows <= 8 ? 1 : rows <= 16 ? 2 : 4,
-        beside = p->mix.out || p->tasks ? blocks_of(rows, WARPS) + larger(0, p->tasks - 1) * rows : 0;
+        beside = p->mix.out || p->tasks ? blocks_of(rows, WARPS) + most(0, p->tasks - 1) * rows : 0;
     p->item_bytes = ITEM / 2;
     do {        // few enough for a block to find its spans at once
         p->n_items = 0, p->item_bytes *= 2;
         for (int i = 0; i < p->n_jobs; i++)
             p->jobs[i].first_item = p->n_items, p->n_items += items_of(p->jobs[i].w, p->item_bytes);
     } while (p->n_items > 2 * d->sms * (WARP - 1) && p->item_bytes < 1 << 20);
-    p->n_blocks = smaller(p->n_items, larger(d->sms, 2 * d->sms - beside));     // all at once: nobody waits for a place
+    p->n_blocks = least(p->n_items, most(d->sms, 2 * d->sms - beside));     // all resident: none waits for an SM
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>,
            grid_of(p->n_blocks + beside, blocks_of(rows, 8 * nt)), THREADS, (size_t)product_bytes(nt), *p);
 }
-// All jobs of p and what is beside them; p is then as before the first.
+// Runs p's jobs and what is beside them, then empties p.
 static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const int *n_rows) {
     p->n_rows = n_rows, p->rows = rows;
     if (d->grid.whole && n_rows == &d->dev.n->n_rows) {
-        jobs_by_library(d, p);
+        jobs_by_lt(d, p);
         if (d->whole) jobs_by_panels(d, name, p, DSPARK_FP8), jobs_by_panels(d, name, p, DSPARK_BF16);
     }
-    if (p->n_jobs || p->mix.out) (rows >= MANY_ROWS && d->wide ? jobs_wide : jobs_few)(d, name, p);
+    if (p->n_jobs || p->mix.out || p->tasks) (rows >= MANY_ROWS && d->wide ? jobs_wide : jobs_few)(d, name, p);
     p->n_jobs = p->tasks = 0, p->mix.out = NULL, p->ahead.n = 0;
 }
 
 // ---- the operations of a pass -----------------------------------------------------------------
 
-// What is put off is done, and the sums for a mix with it.
+// The deferred updates, and with them the sums for a mix.
 static stream_args stream_of(const cuda *d, const float *fn, int n_out) {
     stream_args p;
     memset(&p, 0, sizeof p);
@@ -4507,7 +4498,7 @@ static void run_turns(cuda *d) {
 }
 static void op_pass(cuda *d, int which) {
     d->grid = d->passes[which], d->from = STREAM_EMBED, d->tap = -1;
-    d->in_turn = 1, run_turns(d), d->in_turn = 0;
+    d->serial = 1, run_turns(d), d->serial = 0;
 }
 static void op_mix_in(cuda *d, int l, int sub) {
     const layer_weights *w = &d->layer[l];
@@ -4535,7 +4526,7 @@ static index_args index_of(const cuda *d, int l, int row0) {
 }
 static void attention_project(cuda *d, const layer_weights *w, int l) {
     linears_args p;
-    project_args a;
+    kv_args a;
     round_args r;
     int target = !d->grid.drafts, tasks = 1;
     memset(&p, 0, sizeof p), memset(&a, 0, sizeof a), memset(&r, 0, sizeof r);
@@ -4562,8 +4553,8 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     p.mix = post_comb_of(d), p.ahead = w->of_wq_b;
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(round_rows, grid_of(d->grid.rows, 1), THREADS, 0, r);
-    if (d->grid.rows < MANY_ROWS || !d->wide) p.tasks = tasks, p.project = a;
-    else LAUNCH(project, grid_of(d->grid.rows, tasks), THREADS, (size_t)larger(d->s.D, d->s.I) * sizeof(float), a);
+    if (d->grid.rows < MANY_ROWS || !d->wide) p.tasks = tasks, p.kv = a;
+    else LAUNCH(kv_rows, grid_of(d->grid.rows, tasks), THREADS, (size_t)most(d->s.D, d->s.I) * sizeof(float), a);
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
     if (target && w->ratio == 4 && d->grid.indexed)
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
@@ -4574,7 +4565,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
 static void attention_index(cuda *d, int l, int row0, int rows) {
     index_args p = index_of(d, l, row0);
     LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads, WARPS), rows), THREADS, 0, p);
-    LAUNCH(index_scores, grid_of(larger(1, 2 * d->sms / rows), rows), THREADS,
+    LAUNCH(index_scores, grid_of(most(1, 2 * d->sms / rows), rows), THREADS,
            query_bytes(d->s.index_heads, d->s.I), p);
 }
 
@@ -4604,7 +4595,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
     a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.panels = w->wo_a.dtype == DSPARK_FP8;
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
-        int rows = smaller(at_once, d->grid.rows - a.row0);
+        int rows = least(at_once, d->grid.rows - a.row0);
         if (chooses) attention_index(d, l, a.row0, rows);
         if (whole) {
             LAUNCH(attend_whole, grid_of(rows, blocks_of(d->s.H, WHOLE_HEADS)), THREADS,
@@ -4648,7 +4639,7 @@ static void cache_run(cuda *d, int l) {
     LAUNCH(cache_fill, grid_of(2 * d->sms, 1), THREADS, 0, p);
 }
 
-// Those of whole blocks: from x to the sums of all slots; e is as for w1 and w3, a with the slots to come.
+// Experts of whole blocks, from x to the sums of all slots. e: as for w1 and w3; a: its slot is set here.
 static void experts_of_blocks(cuda *d, const experts_args &e, const swiglu_args &a, const layer_weights *w) {
     int K = d->s.K, width = a.stride, panels = d->n_rows * K > PANEL * d->s.E ? 2 : 1;
     codes_args c = { d->x.rounded, d->x.rounded_scale, d->x.stride, d->x.stride, d->expert_codes, NULL };
@@ -4670,7 +4661,7 @@ static void experts_of_blocks(cuda *d, const experts_args &e, const swiglu_args 
     job_add(&shared, w->shared.w[2], x, d->down + K * d->s.h, (K + 1) * d->s.h);
     jobs_run(d, "linears w2", &shared, d->grid.rows, &d->dev.n->n_rows);
 }
-// Rows spread over experts: few of them have more than half of them.
+// Few experts get more than half of the rows: 16 at once will do.
 static void experts_run(cuda *d, const char *name, experts_args &e, const layer_weights *w) {
     if (d->grid.rows >= MANY_ROWS && d->wide) {
         launch(d, name, experts_wide, grid_of(d->sms, 1), THREADS,
@@ -4701,7 +4692,7 @@ static void op_moe(cuda *d, int l) {
     for (int i = 0; i < 2; i++) job_add(&p, w->shared.w[i], d->x, d->up[i] + K * width, up_stride);
     p.mix = post_comb_of(d);
     jobs_run(d, "linears gate w1 w3", &p, d->grid.rows, &d->dev.n->n_rows);
-    threads = WARP * smaller(d->s.E > 512 ? 8 : d->s.E > 256 ? 16 : 32, larger(8, d->grid.rows));
+    threads = WARP * least(d->s.E > 512 ? 8 : d->s.E > 256 ? 16 : 32, most(8, d->grid.rows));
     LAUNCH(route, grid_of(blocks_of(d->grid.rows, threads / WARP), 1), threads,
            route_bytes(threads / WARP, d->s.E), r);
     if (d->n_slots) cache_run(d, l);
@@ -4714,7 +4705,7 @@ static void op_moe(cuda *d, int l) {
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.routed = 1, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
     e.shared = w->experts + d->s.E;
-    e.ahead = l + 1 == d->c->num_hidden_layers || l + 1 == d->layers ? stretch() : d->layer[l + 1].of_wq_a;
+    e.ahead = l + 1 == d->c->num_hidden_layers || l + 1 == d->layers ? byte_range() : d->layer[l + 1].of_wq_a;
     experts_run(d, "experts w2", e, w);
 }
 
@@ -4759,11 +4750,11 @@ static void op_inject(cuda *d) {
     LAUNCH(inject_rows, grid_of(n, stages), THREADS, (size_t)d->s.D * sizeof(float), a);
 }
 
-// Best tokens of n rows, row i those of rows[i] + k.
+// Draws n rows' tokens; row i is row rows[i] + k.
 static void run_draw(cuda *d, const float *logits, tally *tallies, int n, const int *n_rows, const int *rows, int k) {
     draw_args p;
     int weighs = d->grid.weighs;
-    int blocks = larger(1, smaller(blocks_of(d->s.V, 4 * THREADS), blocks_of(4 * d->sms, n)));
+    int blocks = most(1, least(blocks_of(d->s.V, 4 * THREADS), blocks_of(4 * d->sms, n)));
     dim3 tiles = grid_of(blocks_of(d->s.V, SIFTED), n);
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = n_rows, p.logits = logits, p.rows = rows, p.k = k, p.draws = d->dev.draws, p.best = d->best;
@@ -4839,9 +4830,9 @@ static void run_op(cuda *d, const operation *o) {
 }
 
 // ---- a pass, from begin to end ----------------------------------------------------------------
-// Operations are noted, and run when the pass ends: the same calls in grids of the same size are one recording, played
-// at once. A draft that asks for draws waits for its steps; if the device is to choose among them, for the pass that
-// verifies it: a whole cycle is one recording then, and has one read-back.
+// Operations are noted, and run when the pass ends: the same calls with grids of the same size are one recording, a
+// CUDA graph. A draft that asks for draws waits for its steps or, if the device chooses among them, for the pass that
+// verifies it: a cycle is then one recording with one read-back.
 
 static void note(void *device, int op, int l, int sub) {
     cuda *d = (cuda *)device;
@@ -4885,7 +4876,7 @@ static void segment_rows(cuda *d, const dspark_pass *pass, int i, int *n_logits)
     }
 }
 
-// All positions whose taps are to be injected; whole buffers of them at once, the rest stays for the pass.
+// Notes the positions whose taps are injected: full buffers run at once, the rest is left to the pass.
 static int inject_all(cuda *d, const dspark_pass *pass) {
     int n = 0;
     for (int i = 0; pass->kind == DSPARK_PASS_DRAFT && i < pass->n_segments; i++)
@@ -4926,14 +4917,14 @@ static int weighs_of(const cuda *d, const dspark_device_draw *draws, int n) {
     return weighs;
 }
 
-// Begins the noting of a pass, by itself or behind a draft.
+// Begins to note a pass, alone or after a draft.
 static void pass_note(cuda *d, const dspark_pass *pass, int n_logits, int n_injected) {
     extent *e;
     if (!d->pending) d->n_ops = d->n_passes = 0;
     e = &d->passes[d->n_passes];
-    e->drafts = pass->kind == DSPARK_PASS_DRAFT, e->rows = smaller(bucket(pass->n_rows), d->max_rows);
-    e->logits = smaller(bucket(n_logits), e->rows), e->injected = smaller(bucket(n_injected), d->max_rows);
-    e->segments = smaller(bucket(pass->n_segments), e->rows), e->indexed = 0;
+    e->drafts = pass->kind == DSPARK_PASS_DRAFT, e->rows = least(bucket(pass->n_rows), d->max_rows);
+    e->logits = least(bucket(n_logits), e->rows), e->injected = least(bucket(n_injected), d->max_rows);
+    e->segments = least(bucket(pass->n_segments), e->rows), e->indexed = 0;
     e->whole = pass->whole && d->fast_prefill;
     e->weighs = weighs_of(d, pass->draws, e->drafts || pass->choice ? pass->n_segments : n_logits);
     for (int i = 0; i < pass->n_segments; i++)
@@ -4943,7 +4934,7 @@ static void pass_note(cuda *d, const dspark_pass *pass, int n_logits, int n_inje
     note(d, OP_PASS, 0, d->n_passes++);
 }
 
-// The steps of the draft that waits, and the choice among them.
+// Notes the pending draft's steps, and the choice.
 static void choice_begin(cuda *d, const dspark_pass *pass) {
     const dspark_choice *c = pass->choice;
     for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = d->host.rows[d->host.segment_row[i]].id;
@@ -4967,7 +4958,7 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     cuda *d = (cuda *)device;
     counts *n = d->host.n;
     int n_logits = 0, n_injected;
-    if (d->status) return result(d);        // of a step of the head, after its pass
+    if (d->status) return result(d);        // from a draft step after its pass
     if (pass->n_rows < 1 || pass->n_rows > d->max_rows || (pass->choice && !d->pending)) {
         fail(d, DSPARK_ERROR_ARGUMENT, "a pass of %d rows: expected 1 to %d, and to choose a draft before",
              pass->n_rows, d->max_rows);
@@ -4990,7 +4981,7 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
     return result(d);
 }
 
-// Each in a range of its name, for a profiler.
+// Each in an NVTX range of its name.
 static void run_ops(cuda *d) {
 #ifndef DSPARK_CUDA_HOST
     static const char *const names[] = { "pass", "mix_in", "attention",  "moe",         "mix_out", "tap",
@@ -5034,12 +5025,11 @@ static uint64_t calls_of(const cuda *d) {
     return calls;
 }
 
-// Runs what was noted: from its recording, made where there is none yet, in place of the oldest; or, of many rows, call
-// by call.
+// Runs what was noted: as a recording, made if there is none (the oldest makes room); with many rows, call by call.
 static void play(cuda *d) {
     uint64_t calls = calls_of(d);
     int i = 0, rows = 0;
-    for (int k = 0; k < d->n_passes; k++) rows = larger(rows, d->passes[k].rows);
+    for (int k = 0; k < d->n_passes; k++) rows = most(rows, d->passes[k].rows);
     if (d->status || d->n_ops < 2) return;      // nothing but OP_PASS
     d->grid = d->passes[d->n_passes - 1];       // of steps that the host asks for one by one
     if (rows > RECORDED_ROWS) {
@@ -5091,7 +5081,7 @@ static dspark_status cuda_pass_end(void *device, dspark_pass_result *out) {
 
 // ---- the sequential head ----------------------------------------------------------------------
 
-// The logits of rows k to the host; a failure shows as NaN, which is no draft, and is given by the next pass_begin.
+// Logits of step k to the host. A failure shows as NaN, which is no draft, and the next pass_begin returns it.
 static void cuda_draft_step(void *device, int k, const int32_t *previous) {
     cuda *d = (cuda *)device;
     size_t V = (size_t)d->s.V;
@@ -5107,7 +5097,7 @@ static void cuda_draft_step(void *device, int k, const int32_t *previous) {
     TRY(cudaStreamSynchronize(d->stream));
     for (int i = 0; d->status && i < d->n_segments; i++) d->host_drafts[(size_t)(d->host.segment_row[i] + k) * V] = NAN;
 }
-// All steps, with the draft that waits for them.
+// The pending draft and all its steps.
 static dspark_status cuda_draft_steps(void *device, int n_steps, const int32_t *previous, int32_t *tokens) {
     cuda *d = (cuda *)device;
     for (int i = 0; i < d->n_segments; i++) d->host.previous[i] = previous[i];
@@ -5120,7 +5110,7 @@ static dspark_status cuda_draft_steps(void *device, int n_steps, const int32_t *
     for (int r = 0; r < d->n_rows; r++) tokens[r] = d->status ? -1 : d->host.drafted[r];
     return result(d);
 }
-// From logits of the caller's: through the same kernel as all others, and so the same token.
+// From the caller's logits: through the same kernels as all others, so the same token.
 static dspark_status cuda_draw(void *device, const float *logits, const dspark_device_draw *draw_it, int32_t *token) {
     cuda *d = (cuda *)device;
     if (d->status) return result(d);
@@ -5184,14 +5174,14 @@ static void up_put(uploader *u, const void *p, size_t n) {
         if (u->filled == STAGE_BYTES) up_flush(u);
     }
 }
-// Where the next array will stand: on 256 bytes.
+// Where the next array begins: 256-byte aligned.
 static const uint8_t *up_begin(uploader *u) {
     up_put(u, NULL, (size_t)(-(int64_t)u->n & 255));
     return (const uint8_t *)((uintptr_t)u->slab + u->n);
 }
-// What was stored from there on.
-static stretch up_since(uploader *u, const uint8_t *from) {
-    stretch s = { from, (size_t)(up_begin(u) - from) };
+// What was stored since `from`.
+static byte_range up_since(uploader *u, const uint8_t *from) {
+    byte_range s = { from, (size_t)(up_begin(u) - from) };
     return s;
 }
 static const void *up_array(uploader *u, const void *p, size_t n, size_t size) {
@@ -5204,7 +5194,7 @@ static const float *up_floats(uploader *u, const float *p, size_t n) {
     return (const float *)up_array(u, p, n, sizeof *p);
 }
 
-// A scale that decoding has no room for.
+// Refuses scales too large for decoding.
 static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
     int room = 254 - (m->dtype == DSPARK_FP4 ? FP4_SHIFT : 0);
     if (byte > room)
@@ -5212,7 +5202,7 @@ static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
              m->rows, m->cols, byte - 127, room - 127);
 }
 
-// For g of a tile's unit 16 bytes: block b's scales of rows g and g + 8 at 2 b, with what decoding leaves out.
+// A tile's unit: 16 bytes for each g, block b's scales of rows g and g + 8 at 2 b, times decoding's 2^14.
 static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
     int blocks = m->cols / 32;
     for (int m0 = 0; m0 < m->rows; m0 += TILE)
@@ -5228,7 +5218,7 @@ static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
             up_put(u, some, sizeof some);
         }
 }
-// FP4 codes in the order of decoding, on the device, or where they are at home in host memory.
+// Reorders FP4 codes for decode_fp4, on the device or, for experts at home, in host memory.
 typedef struct { uint32_t *codes; size_t n; } arrange_args;
 static __global__ void __launch_bounds__(THREADS) arrange(const arrange_args p) {
     for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < p.n; i += gridDim.x * (size_t)THREADS)
@@ -5239,7 +5229,7 @@ static void up_arrange(uploader *u, const matrix &m) {
     arrange_args p = { (uint32_t *)(uintptr_t)m.data, (size_t)m.rows * (size_t)m.pitch / 4 };
     if (!u->slab) return;
     if (!u->home) up_flush(u);
-    d->in_turn = 1, LAUNCH(arrange, grid_of(2 * d->sms, 1), THREADS, 0, p), d->in_turn = 0;
+    d->serial = 1, LAUNCH(arrange, grid_of(2 * d->sms, 1), THREADS, 0, p), d->serial = 0;
 }
 
 static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
@@ -5321,8 +5311,7 @@ static expert up_expert(uploader *u, const dspark_expert *e) {
     expert out = { { up_matrix(u, &e->w1), up_matrix(u, &e->w3), up_matrix(u, &e->w2) } };
     return out;
 }
-// A routed expert: into the slab, or where there are slots to its home. Counting, slot_bytes become what the largest
-// needs.
+// A routed expert: into the slab or, if there are slots, host memory. Counting sets slot_bytes to the largest expert's.
 static expert up_routed(uploader *u, int l, int e, const dspark_expert *from) {
     cuda *d = u->d;
     uploader home = *u;
@@ -5463,7 +5452,7 @@ static float *carve_rows(carver *v, int rows, int n) {
     return (float *)carve(v, (size_t)rows * (size_t)n, sizeof(float));
 }
 static int *carve_ints(carver *v, int rows, int n) { return (int *)carve(v, (size_t)rows * (size_t)n, sizeof(int)); }
-// An input in the forms that its products take; of a matrix, where it is of FP8 or FP4, the one named.
+// An input in the forms its products take. form_of: a matrix's, `form` if it is FP8 or FP4.
 enum { ROUNDED = 1, HALVES = 2, PLAIN = 4 };
 static int form_of(const dspark_matrix *m, int form) { return !m->data ? 0 : m->dtype < DSPARK_FP8 ? PLAIN : form; }
 static input carve_input(carver *v, int rows, int n, int forms) {
@@ -5510,7 +5499,7 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
-    int K = d->s.K, width = larger(1, d->c->n_shared_experts) * d->c->moe_intermediate_size, forms = 0;
+    int K = d->s.K, width = most(1, d->c->n_shared_experts) * d->c->moe_intermediate_size, forms = 0;
     for (int l = 0; l < d->layers; l++) {
         forms |= form_of(&d->w->layers[l].shared.w2, ROUNDED);
         for (int e = 0; e < d->s.E; e++) forms |= form_of(&d->w->layers[l].experts[e].w2, ROUNDED);
@@ -5521,14 +5510,14 @@ static void carve_experts(cuda *d, carver *v, int n) {
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
 }
-static void carve_library(cuda *d, carver *v, int n) {
-    int most = larger(larger(d->s.h, d->s.q_lora), larger(d->c->o_groups * d->c->o_lora_rank, d->act.stride));
+static void carve_lt(cuda *d, carver *v, int n) {
+    int widest = most(most(d->s.h, d->s.q_lora), most(d->c->o_groups * d->c->o_lora_rank, d->act.stride));
     if (!d->fast_prefill) return;
-    d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)most, 1);
+    d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)widest, 1);
     d->expert_codes = (uint8_t *)carve(v, (size_t)n * (size_t)d->x.stride, 1);
     d->act_codes = (uint8_t *)carve(v, (size_t)n * (size_t)((d->s.K + 1) * d->act.stride), 1);
-    d->code_scales = carve_rows(v, n, blocks_of(most, 128));
-    d->library_room = (uint8_t *)carve(v, LIBRARY_BYTES, 1);
+    d->code_scales = carve_rows(v, n, blocks_of(widest, 128));
+    d->lt_room = (uint8_t *)carve(v, LT_BYTES, 1);
 }
 static void carve_cache(cuda *d, carver *v) {
     if (!d->n_slots) return;
@@ -5549,7 +5538,7 @@ static void carve_drafter(cuda *d, carver *v, int n) {
     d->markov_in = carve_input(v, n, 2 * rank + h, form_of(&w->gate_proj, HALVES) | form_of(&w->joint_proj, HALVES));
     d->markov_out = carve_input(v, n, rank, form_of(&w->markov_w2, HALVES));
 }
-// Rows to whole 64: products read so many, and give sums that nobody takes.
+// Rows padded to 64: products read so many; the extra sums are unused.
 static size_t carve_all(cuda *d, uint8_t *base) {
     carver v = { base, 0 };
     const shape *c = &d->s;
@@ -5567,7 +5556,7 @@ static size_t carve_all(cuda *d, uint8_t *base) {
     d->y = carve_rows(&v, n, h), d->hidden = carve_rows(&v, n, h), d->logits = carve_rows(&v, n, c->V);
     carve_attention(d, &v, n);
     carve_experts(d, &v, n);
-    carve_library(d, &v, n);
+    carve_lt(d, &v, n);
     carve_cache(d, &v);
     carve_drafter(d, &v, n);
     return v.n;
@@ -5593,7 +5582,7 @@ static void cuda_close(void *device) {
     cuda *d = (cuda *)device;
     if (!d) return;
     if (d->stream) cudaStreamSynchronize(d->stream);
-    forget_recordings(d), library_close(d);
+    forget_recordings(d), lt_close(d);
     cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory), cudaFree(d->cache);
     cudaFreeHost(d->host_block);
     for (int l = 0; l < d->layers; l++) if (d->home[l]) cudaFreeHost(d->home[l]);
@@ -5618,7 +5607,8 @@ static void check_shape(cuda *d) {
                    { "n_routed_experts", c->n_routed_experts, 1, MAX_EXPERTS },
                    { "index_head_dim", c->index_head_dim, WARP, MAX_INDEX_DIM },
                    { "index_n_heads * index_head_dim", c->index_n_heads * c->index_head_dim, WARP, 32768 },
-                   { "vocab_size", c->vocab_size, 1, 1 << 24 } };
+                   { "vocab_size", c->vocab_size, 1, 1 << 24 },
+                   { "max_rows", d->max_rows, 1, 1 << 14 } };     // offsets of rows have 32 bits
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
             fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %s is %d, expected a multiple of %d up to %d", limits[i].name,
@@ -5633,7 +5623,7 @@ static void check_shape(cuda *d) {
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole eights",
              c->num_attention_heads, c->head_dim, c->o_groups);
 }
-// Of a layer's experts, w1 and w3 are of one type, and w2.
+// All w1 and w3 of a layer have one dtype; so have all w2.
 static void check_experts(cuda *d) {
     static const char *const types[] = { "F32", "BF16", "F16", "FP8", "FP4" };
     for (int l = 0; l < d->layers; l++)
@@ -5660,14 +5650,13 @@ static void set_shape(cuda *d) {
     d->layers = c->num_hidden_layers + c->n_stages, d->max_ops = 8 * d->layers + DSPARK_MAX_TAPS + 16;
 }
 
-// The largest block of shared memory that each kernel may ask for; and all take the same share of an SM's memory for
-// it: where two differ, the second waits until the SM is empty. 196 KB of an H100's 228: two blocks of products fit,
-// and their inputs stay in the first cache.
+// Sets how much shared memory a kernel may ask for, and the same carveout for all: where two differ, the second waits
+// until the SM is empty. 196 KB of an H100's 228: two blocks of products fit, and L1 keeps their inputs.
 template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes, int share = 86) {
     if (bytes) TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, share));
 }
-// Tiles of many rows take all of it; where it is less than 216 KB, decoding's kernels do their work.
+// Tiles of many rows take all of it; where it is less than 220 KB, the decoding kernels run instead.
 static void allow_wide(cuda *d) {
     int bytes[2] = { wide_stages(1) * stage_bytes(1), wide_stages(2) * stage_bytes(2) };
     d->wide = d->shared_most >= bytes[1] + (20 << 10);
@@ -5678,7 +5667,7 @@ static void allow_wide(cuda *d) {
 // For fast_prefill.
 static void allow_whole(cuda *d) {
     int attend = (int)whole_shared(&d->s, NULL, NULL);
-    d->whole = d->shared_most >= larger(attend + (2 << 10), panel_bytes(2) + gate_bytes(2) + (20 << 10));
+    d->whole = d->shared_most >= most(attend + (2 << 10), panel_bytes(2) + gate_bytes(2) + (20 << 10));
     if (!d->whole) return;
     allow(d, attend_whole, attend, 100);
     allow(d, experts_whole<1>, panel_bytes(1), 100), allow(d, experts_whole<2>, panel_bytes(2), 100);
@@ -5691,7 +5680,7 @@ static void allow_whole(cuda *d) {
 }
 static void allow_shared(cuda *d) {
     const shape *c = &d->s;
-    size_t wide = (size_t)larger(c->h + 2 * c->rank, larger(c->D, c->I)) * sizeof(float);
+    size_t wide = (size_t)most(c->h + 2 * c->rank, most(c->D, c->I)) * sizeof(float);
     size_t attend_bytes = attend_shared(c, NULL, NULL), rows_bytes = attend_rows_shared(c),
            largest = wide > rows_bytes ? wide : rows_bytes;
     if (largest < (size_t)product_bytes(4)) largest = (size_t)product_bytes(4);
@@ -5705,7 +5694,7 @@ static void allow_shared(cuda *d) {
     allow(d, linears<4>, product_bytes(4)), allow_wide(d), allow_whole(d);
     allow(d, attend<1>, (int)attend_bytes), allow(d, attend<2>, (int)attend_bytes);
     allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, 72 << 10);
-    allow(d, project, (int)wide), allow(d, inject_rows, (int)wide);
+    allow(d, kv_rows, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream<1>, 0), allow(d, stream<2>, 0), allow(d, mix, 0);
     allow(d, round_rows, 0), allow(d, codes, 0);
@@ -5727,7 +5716,7 @@ static void open_device(cuda *d) {
 
 static size_t cuda_state_bytes(const void *device, int max_context);
 
-// What the slab takes; where experts have their home elsewhere, slot_bytes with it.
+// Bytes of the slab; if experts have their home elsewhere, slot_bytes too.
 static size_t slab_bytes_of(cuda *d) {
     uploader u;
     memset(&u, 0, sizeof u);
@@ -5737,13 +5726,12 @@ static size_t slab_bytes_of(cuda *d) {
 }
 
 // All weights on the device if they fit beside the workspace and the states of max_sessions; else as many experts as
-// do, at least those that one layer may ask for at once. Or a failure that says how much of each there would have to
-// be.
+// fit, at least those that one layer may need at once; else a failure that says how much of each is needed.
 static void place(cuda *d, const dspark_model_desc *desc) {
     size_t free_bytes = 0, total = 0, room, states, all, experts;
-    int context = smaller(4096, d->c->max_position_embeddings), n = d->layers * d->s.E, least;
+    int context = least(4096, d->c->max_position_embeddings), n = d->layers * d->s.E, needed;
     TRY(cudaMemGetInfo(&free_bytes, &total));
-    states = (size_t)larger(1, desc->max_sessions) * cuda_state_bytes(d, context) + total / 64;     // and for graphs
+    states = (size_t)most(1, desc->max_sessions) * cuda_state_bytes(d, context) + total / 64;     // and for graphs
     all = d->slab_bytes = slab_bytes_of(d), d->work_bytes = carve_all(d, NULL), d->host_bytes = carve_host(d, NULL);
     room = free_bytes > d->work_bytes + states ? free_bytes - d->work_bytes - states : 0;
     snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %zu of workspace, %zu for states",
@@ -5751,13 +5739,13 @@ static void place(cuda *d, const dspark_model_desc *desc) {
     if (d->status || all <= room) return;
     d->n_slots = n, d->slab_bytes = slab_bytes_of(d), experts = (size_t)n * d->slot_bytes;
     room = room > d->slab_bytes ? (room - d->slab_bytes) / (d->slot_bytes + 64) : 0;      // 64: a slot's share of lists
-    least = d->max_rows < n / d->s.K ? smaller(d->s.E, d->max_rows * d->s.K) : d->s.E;
+    needed = d->max_rows < n / d->s.K ? least(d->s.E, d->max_rows * d->s.K) : d->s.E;
     d->n_slots = room < (size_t)n ? (int)room : n;
-    if (d->n_slots < least)
+    if (d->n_slots < needed)
         fail(d, DSPARK_ERROR_MEMORY,
              "cuda: weights take %zu bytes, passes of %d rows %zu, states %zu: the device has %zu free of %zu; with "
              "the experts in host memory (%zu bytes), %zu and %d slots of %zu bytes", all, d->max_rows, d->work_bytes,
-             states, free_bytes, total, experts, d->slab_bytes, least, d->slot_bytes);
+             states, free_bytes, total, experts, d->slab_bytes, needed, d->slot_bytes);
     d->work_bytes = carve_all(d, NULL);
     snprintf(d->placement, sizeof d->placement, "on the device %zu bytes of weights, %d of %d experts (%zu), %zu of "
              "workspace, %zu for states; in host memory the experts, %zu", d->slab_bytes, d->n_slots, n,
@@ -5778,7 +5766,7 @@ static void open_memory(cuda *d, const dspark_model_desc *desc) {
     }
     if (d->status) return;
     carve_all(d, d->work), carve_host(d, d->host_block);
-    TRY(cudaMemsetAsync(d->work, 0, d->work_bytes, d->stream));     // inputs are zeros behind their rows
+    TRY(cudaMemsetAsync(d->work, 0, d->work_bytes, d->stream));     // inputs are padded with zeros
 }
 
 static dspark_status cuda_open(void **device, const dspark_model *m, const dspark_model_desc *desc) {
@@ -5787,14 +5775,14 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
     *device = NULL;
     if (!d) return dspark_fail(DSPARK_ERROR_MEMORY, "cuda: no memory");
     d->c = dspark_model_config(m), d->w = dspark_model_weights(m);
-    d->max_rows = larger(desc->max_rows > 0 ? desc->max_rows : 128, d->c->dspark_block_size + 1);
+    d->max_rows = most(desc->max_rows > 0 ? desc->max_rows : 128, d->c->dspark_block_size + 1);
     set_shape(d), check_shape(d), check_experts(d);
     d->layer = (layer_weights *)calloc((size_t)d->layers, sizeof *d->layer);
     d->ops = (operation *)calloc((size_t)d->max_ops, sizeof *d->ops);
     if (!d->layer || !d->ops) fail(d, DSPARK_ERROR_MEMORY, "cuda: no memory for %d layers", d->layers);
     if (!d->status) open_device(d);
-    d->fast_prefill = desc->fast_prefill && d->major == 9;      // elsewhere the library has no such scales
-    if (!d->status && d->fast_prefill) library_open(d);
+    d->fast_prefill = desc->fast_prefill && d->major == 9;      // cuBLASLt has such scales only there
+    if (!d->status && d->fast_prefill) lt_open(d);
     if (!d->status) allow_shared(d);
     if (!d->status) open_memory(d, desc);
     if (!d->status) up_run(d, desc);
@@ -5814,8 +5802,8 @@ static int cuda_threads(const void *device) { (void)device; return 1; }
 static int cuda_max_rows(const void *device) { return ((const cuda *)device)->max_rows; }
 
 // ---- states -----------------------------------------------------------------------------------
-// As the CPU's, indexed by position: a ring of n rows has position p in row p % n, compressed row i is that of tokens i
-// r and on.
+// As the CPU's, indexed by position: a ring of n rows has position p in row p % n, compressed row i begins at token i
+// r.
 
 static void state_take(state *s, int l, int which, size_t row_bytes, int ring, int ratio) {
     state_array *a = &s->arrays[l * N_ARRAYS + which];
@@ -5977,7 +5965,7 @@ extern "C" void dspark_cuda_trace(int on) {
     traced.on = on, traced.n = 0;
     cudaMemcpyToSymbol(trace_n, &none, sizeof none);
 }
-// The i-th kernel of the pass before, and the time from its turn to that of the next; NULL: there are no more.
+// Kernel i of the last pass, and the time from its grid_wait to the next one's; NULL: no more.
 extern "C" const char *dspark_cuda_traced(int i, double *us) {
     static unsigned long long ns[MAX_TRACED];
     if (!i) cudaMemcpyFromSymbol(ns, trace_ns, sizeof ns);

@@ -1,8 +1,8 @@
 // cuda [DIR | synth] [key=value ...] [fast]: on a device, the time of passes and of the kernels in them, and the share
 // of the floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory, as
 //     cuda synth flash n_routed_experts=110
-// fast: blocks of prompts by their own products (fast_prefill), in passes of 2,048 rows.
-// Lines of CSV as bench.h says, the device's own figures; what was not measured is not printed.
+// fast: fast_prefill, in passes of 2,048 rows.
+// Prints CSV as bench.h says, with the device's own figures; what was not measured is left out.
 #define DSPARK_CUDA
 #include "bench.h"
 #undef SHARED
@@ -26,9 +26,8 @@ static double stored(const dspark_matrix *m) {
     }
 }
 
-// Bytes that the launches of one name read in a pass of so many independent rows: all matrices, and of the experts
-// those that rows may be expected to choose. Names as dspark_cuda.cu gives them. The matrix of a mix is read where the
-// product before it ends.
+// Bytes that the launches of one name read in a pass of `rows` independent rows: all matrices, and as many experts as
+// rows are expected to choose. Names are dspark_cuda.cu's. A mix's matrix counts with the product before it.
 enum { WQ_A, WQ_B, WO_A, WO_B, GATE, UP, DOWN, HEAD, PROJ, W2, N_READS };
 static const char *const reads[N_READS] = { "linears wq_a wkv", "linears wq_b", "linears wo_a",
                                             "linears wo_b", "linears gate w1 w3", "experts w1 w3", "experts w2",
@@ -69,8 +68,8 @@ static void print_pass(const char *what, samples *us, const floors *f, double ra
     result_one(question, name, 1, 100 * floor_us / quantile(us, .5), "%");
 }
 
-// A pass of `rows` rows at the session's end, PROMPT: of which the last has logits; or (0) a cycle of a session that
-// drafts: a draft, and the pass that verifies all of it.
+// A pass of `rows` rows at the session's end (PROMPT: the last has logits); or (0) a cycle of a session that drafts: a
+// draft, and the pass that verifies it all.
 static void run(dspark_session *s, const int32_t *ids, int rows) {
     dspark_pass_result out;
     dspark_step_result r;
@@ -101,9 +100,9 @@ static void passes(dspark_session *s, const int32_t *ids, double rate, double *m
     }
 }
 
-// What the kernels of one name have of a pass of `rows` rows, or (0) of a cycle, and how many there are. Of a prompt's
-// pass bytes are not the floor, and two repeats are enough. Returned: microseconds of all, of what a cycle has before
-// the pass that verifies, and of the sequential head, all draws included.
+// Time and count of the kernels of each name in a pass of `rows` rows, or (0) in a cycle. A prompt's pass is not bound
+// by bytes, and two repeats are enough. Returned: microseconds of all, of what a cycle does before the pass that
+// verifies, and of the sequential head, all draws included.
 enum { MAX_KERNELS = 64 };
 typedef struct { const char *name; double us; int n; } share;
 typedef struct { double all, draft, head; } totals;
@@ -146,7 +145,7 @@ static totals kernels(dspark_session *s, const int32_t *ids, int rows, double ra
     return sum;
 }
 
-// Cycles at a context like that of the passes. Host: what their kernels do not account for.
+// Cycles at the passes' context. Host time: what the kernels do not account for.
 static void cycle(dspark_model *m, const int32_t *ids, int n, double rate) {
     dspark_session_desc d = plain_desc(n + PROMPT);
     dspark_session *s;

@@ -26,7 +26,7 @@ static dspark_model *open_on_device(const char *dir, int max_rows) {
 
 typedef struct { double logits, draft_logits, confidence; int drafts; } worst;
 
-/* What was measured at position p against row i of the case. */
+/* Adds the session's errors against row i of the case. */
 static void compare(dspark_session *s, const tensors *t, int i, int draft, worst *w) {
     const dspark_config *c = dspark_model_config(s->model);
     int V = c->vocab_size, gamma = c->dspark_block_size;
@@ -143,15 +143,15 @@ static void check_chunks(const char *dir, int n, const int *chunks, int n_chunks
     dspark_model_close(m), free(tokens);
 }
 
-/* Golden b with a gate in FP32 and one in FP16: with its own matrices all dtypes. */
+/* Golden b with one gate in FP32, one in FP16; with its own matrices all dtypes. */
 static const variant all_dtypes = { golden_b, { { NULL, NULL } },
     { { "\"layers.1.ffn.gate.weight\":", "\"layers.1.ffn.gate.weight\":{\"dtype\":\"F32\",\"shape\":[6,288],"
                                         "\"data_offsets\":[6345295,6352207]},\"unused.0\":" },
       { "\"layers.2.ffn.gate.weight\":{\"dtype\":\"BF16\"", "\"layers.2.ffn.gate.weight\":{\"dtype\":\"F16\"" } },
     joint, 6 * 288 };
-/* From 33 rows on products go through tiles of many rows, below it through decoding's kernels: here both, with parts of
-   tiles and experts of layer 0 (chosen by the token: 0 by experts 1 and 5, 3 by 0 and 1, 18 by 2 and 4, 5 by 2 and 3)
-   that have 0, 1, 63, 65 and 66, or all rows. */
+/* From 33 rows on products use tiles of many rows, below that the decoding kernels. Here both run, with partial tiles
+   and with experts of layer 0 (token 0 goes to experts 1 and 5, 3 to 0 and 1, 18 to 2 and 4, 5 to 2 and 3) that have 0,
+   1, 63, 65 and 66, or all rows. */
 static void check_many(void) {
     enum { N = 200 };
     static int32_t same[N], some[129];
@@ -169,8 +169,8 @@ static void check_many(void) {
     ok(in_chunks(m, same, N, N) == in_chunks(m, same, N, 32), "and where two experts have all rows of %d", N);
 #ifdef DSPARK_CUDA_HOST
     cuda_host_backwards(1);
-    ok(in_chunks(m, some, COUNT(some), COUNT(some)) == h, "of which threads in the opposite order and copies that land "
-       "late change no bit");
+    ok(in_chunks(m, some, COUNT(some), COUNT(some)) == h,
+       "tiles of many rows: threads in the opposite order and copies that land late change no bit");
     cuda_host_backwards(0);
 #endif
     dspark_model_close(m);
@@ -276,12 +276,13 @@ static void check_cold(const char *dir) {
         must(dspark_draw(p, V, draw.seed, DSPARK_DRAW_PLAIN, draw.at, 0, &here));
         equal += here == there;
     }
-    ok(equal == N, "%s: so they are at temperatures that leave a float no room for the noise", dir);
+    ok(equal == N, "%s: tokens drawn on the device are dspark_draw's at temperatures that leave a float no room for "
+       "the noise", dir);
     dspark_model_close(m), free(logits), free(p);
 }
 
-/* Draws from rows whose best tokens are many and nearly as good, and often equal: a token too much or too few among
-   those that stay would be drawn, or missed. */
+/* Rows with many best tokens that are nearly or exactly equal: if a filter kept one token too many or too few, a draw
+   would show it. */
 static void check_filters(const char *dir) {
     static const struct { const char *name; int top_k; float top_p, min_p; } filters[] = {
         { "top-k", 17, 0, 0 }, { "top-k 1", 1, 0, 0 }, { "top-p", 0, .3f, 0 }, { "min-p", 0, 0, .5f },
@@ -314,7 +315,7 @@ static void check_filters(const char *dir) {
 
 #ifdef DSPARK_CUDA_HOST
 enum { ROWS = 128 };
-/* A draft for each of ROWS rows of the drafter's logits q, then what the target's, p, make of it. */
+/* Drafts from ROWS rows of the drafter's logits q, then verifies them with the target's, p. */
 static void reject_rows(dspark_model *m, const float *q, const float *p, dspark_device_draw *draws, int32_t *drafts,
                         int32_t *tokens) {
     for (int i = 0; i < ROWS; i++) draws[i].purpose = DSPARK_DRAW_DRAFT, draws[i].draft_row = -1;
@@ -323,7 +324,7 @@ static void reject_rows(dspark_model *m, const float *q, const float *p, dspark_
     cuda_host_rows(m->device, 0, p, draws, ROWS, tokens);
 }
 
-/* What the CPU drafts from a row and puts in its place. */
+/* The CPU's draft from a row and the token it leads to. */
 static int32_t reject_on_cpu(const float *q, const float *p, const dspark_device_draw *d, int32_t *draft,
                              int *accepted) {
     static float p_d[VOCAB], p_t[VOCAB];
@@ -338,8 +339,7 @@ static int32_t reject_on_cpu(const float *q, const float *p, const dspark_device
     must(dspark__verify_row(&v, d->k, accepted, &token));
     return *accepted ? *draft : token;
 }
-/* From the same logits: every draft and every decision. Temperatures, filters and how well the drafter knows the target
-   differ from row to row. */
+/* From the same logits: every draft and decision. Temperature, filters and the drafter's accuracy differ by row. */
 static void check_rejection_rows(void) {
     enum { BATCHES = 8, N = BATCHES * ROWS };
     dspark_model *m = open_on_device(golden_b, ROWS);
@@ -364,7 +364,8 @@ static void check_rejection_rows(void) {
         }
     }
     ok(same_drafts == N, "rejection, %d rows: the drafts are the CPU's, from the same logits", N);
-    ok(same_tokens == N && stood > N / 4 && stood < N, "and so is what comes in their place (%d stand)", stood);
+    ok(same_tokens == N && stood > N / 4 && stood < N,
+       "rejection: the tokens that replace refused drafts are the CPU's (%d stand)", stood);
     cuda_host_backwards(1);
     for (int i = 0; i < ROWS; i++) {
         draws[i].purpose = DSPARK_DRAW_DRAFT, draws[i].draft_row = -1;
@@ -374,11 +375,11 @@ static void check_rejection_rows(void) {
         alone += token == tokens[i];
     }
     cuda_host_backwards(0);
-    ok(alone == ROWS, "and a row has it alone as among %d, whatever the order of threads", ROWS);
+    ok(alone == ROWS, "rejection: a row alone decides as among %d, whatever the order of threads", ROWS);
     dspark_model_close(m);
 }
 
-/* Counts against n probabilities, in sigmas of chi-square. */
+/* Chi-square of counts against n p, in sigmas. */
 static double sigmas(const int *count, const double *p, int cells, int n) {
     double chi = 0, df = -1;
     for (int i = 0; i < cells; i++) {
@@ -387,7 +388,7 @@ static double sigmas(const int *count, const double *p, int cells, int n) {
     }
     return (cbrt(chi / df) - (1 - 2 / (9 * df))) / sqrt(2 / (9 * df));
 }
-/* Four tokens with chances, all others with none: what is drafted and what comes in its place, in all 16 ways. */
+/* Four tokens have all of the probability: counts the 16 pairs of a draft and what replaces it. */
 static void check_rejection_exact(void) {
     enum { BATCHES = 40, N = BATCHES * ROWS };
     static const int four[4] = { 5, 60, 171, 290 };
@@ -421,9 +422,10 @@ static void check_rejection_exact(void) {
     }
     ok(fabs(sigmas(pairs, joint_of, 16, N)) < 4, "rejection, %d rows: a draft and what comes in its place have the "
        "joint of min(1, p_t / p_d) and the residual (%+.1f sigma)", N, sigmas(pairs, joint_of, 16, N));
-    ok(fabs(sigmas(out, target, 4, N)) < 4, "and what comes is the target's (%+.1f sigma)", sigmas(out, target, 4, N));
+    ok(fabs(sigmas(out, target, 4, N)) < 4, "rejection: the resulting tokens have the target's distribution (%+.1f "
+       "sigma)", sigmas(out, target, 4, N));
     ok(sigmas(out, naive, 4, N) > 6 && sigmas(out, draft, 4, N) > 6,
-       "control: neither the drafter's, nor what refused drafts replaced from p_t would be (%+.1f, %+.1f sigma)",
+       "control: the test tells it from the drafter's and from refused drafts replaced by p_t (%+.1f, %+.1f sigma)",
        sigmas(out, draft, 4, N), sigmas(out, naive, 4, N));
     dspark_model_close(m);
 }
@@ -443,8 +445,8 @@ static int same_step(const dspark_step_result *a, const dspark_step_result *b) {
            !memcmp(a->draft, b->draft, (size_t)a->n_drafted * sizeof *a->draft) &&
            !memcmp(a->by, b->by, (size_t)a->n_tokens);
 }
-/* The CPU's cycles, where the block is verified and where the device chooses (ASYNC), with filters and without: until a
-   rounding of the model falls to the other side, which shows in the confidence before anything is drawn. */
+/* The same cycles as the CPU's, with BLOCK and with ASYNC (the device chooses), with and without filters: until a value
+   of the model rounds the other way, which shows in the confidence before anything is drawn. */
 static void check_follows(const char *dir) {
     enum { CYCLES = 12 };
     static const float flat[] = { 100, 101, 102, 103 };
@@ -476,8 +478,8 @@ static void check_follows(const char *dir) {
     dspark_model_close(m[0]), dspark_model_close(m[1]), free(tokens);
 }
 
-/* Two that the device verifies by rejection, one that the host does, one coupled, in one step and alone; each verifies
-   its whole block, so that no schedule looks at the company. */
+/* Two sessions verified by rejection on the device, one on the host, one coupled: in one step and alone. Each verifies
+   its whole block, so no schedule depends on company. */
 static void check_rejection_company(const char *dir) {
     enum { CYCLES = 4 };
     dspark_model *m = open_on_device(dir, 0);
@@ -539,14 +541,14 @@ static void check_rejection_lengths(const char *dir) {
             none += r[i].n_drafted && !r[i].n_scheduled, some += r[i].n_scheduled > 0;
         }
     }
-    ok(equal == CYCLES * N && none && some > CYCLES, "%s: rejection: of lengths that the device chose for five "
-       "sessions (%d of 0, %d more) each has its decisions alone", dir, none, some);
+    ok(equal == CYCLES * N && none && some > CYCLES, "%s: rejection: with lengths that the device chose for five "
+       "sessions (%d of 0, %d more) each decides as it does alone", dir, none, some);
     for (int i = 0; i < N; i++) dspark_session_close(alone[i]), dspark_session_close(company[i]);
     dspark_model_close(m), free(tokens);
 }
 
 #ifdef DSPARK_CUDA_HOST
-/* Each waits for the one before it, some 3 us, whatever it does. */
+/* Each launch costs some 3 us, whatever it does. */
 static void check_launches(const char *dir, int n) {
     dspark_model *m = open_on_device(dir, 0);
     dspark_session *s = open_session(m);
@@ -597,8 +599,8 @@ static int chosen_well(const dspark_step_result *r, int gamma) {
     for (int i = 0; i < 3; i++) same &= lengths[i] == r[i].n_scheduled;
     return same;
 }
-/* Three sessions under ASYNC, of which the last does not draft. From the third cycle on, when there are confidences of
-   two steps before, the device chooses what is verified; on the host the passes' waits are counted. */
+/* Three sessions under ASYNC; the last does not draft. From the third cycle on, when confidences of two steps earlier
+   exist, the device chooses what is verified; on the host a pass's waits are counted. */
 static void check_choice(const char *dir) {
     dspark_model *m = open_on_device(dir, 0);
     dspark_session *plain[3], *drafted[3];
@@ -671,7 +673,7 @@ static void check_copies(const char *dir) {
     dspark_model_close(m), free(tokens);
 }
 
-/* A longer context than any before moves the indexer's scores, and with them what the recordings speak of. */
+/* A longer context than any before moves the indexer's scores, whose address recordings contain. */
 static void check_longer(const char *dir) {
     dspark_model *m = open_on_device(dir, 8), *other = open_on_device(dir, 8);
     int32_t *tokens = golden_text(dir);
@@ -729,7 +731,17 @@ static void check_failures(void) {
 }
 #endif
 
-/* Kernels take a layer's experts for alike: one that is not would be read past its end. */
+/* Offsets of rows are 32 bits wide. */
+static void check_most_rows(const char *dir) {
+    dspark_model_desc desc;
+    dspark_model *m;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dspark_cuda_backend(), desc.max_rows = 1 << 15;
+    ok(dspark_model_open(&m, dir, &desc) == DSPARK_ERROR_UNSUPPORTED && strstr(dspark_last_error(), "max_rows"),
+       "%s: passes of more rows than offsets can hold are refused (%s)", dir, dspark_last_error());
+}
+
+/* Kernels assume a layer's experts alike: one that differs is read past its end. */
 static void check_alike(const char *dir) {
     static uint16_t zeros[1 << 16];
     const dspark_backend *b = dspark_cuda_backend();
@@ -755,7 +767,7 @@ static void check_alike(const char *dir) {
 }
 
 #ifdef DSPARK_CUDA_HOST
-/* The same bits where experts move in and out: as few slots as the device's memory can be made to leave. */
+/* The same bits where experts move in and out, with as few slots as limited memory can force. */
 static void check_cache(const char *dir) {
     dspark_model *m = open_on_device(dir, 8), *few;
     dspark_model_desc desc;
@@ -800,7 +812,7 @@ int main(void) {
     check_filters(golden_b), check_filters(spark_tiny);
     check_follows(golden_b), check_rejection_company(golden_b), check_rejection_lengths(golden_b);
     check_copies(golden_b);
-    check_longer(golden_b), check_alike(golden_b);
+    check_longer(golden_b), check_most_rows(golden_b), check_alike(golden_b);
 #ifdef DSPARK_CUDA_HOST
     check_launches(golden_a, 20), check_launches(golden_b, 120);
     check_traffic(golden_a), check_rejection_rows(), check_rejection_exact();

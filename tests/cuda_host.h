@@ -1,9 +1,8 @@
 // The CUDA that dspark_cuda.cu needs, on a CPU: g++ -DDSPARK_CUDA_HOST -I. -Itests -x c++ dspark_cuda.cu. Blocks run
-// one after the other, a block's threads are fibers that change places where they wait for each other: at __syncthreads
-// and at what a warp does together (shuffles, ballots, matrix products). A wait that cannot end stops the program with
-// a message. Memory comes filled with NaN, streams run at once, graphs are lists of calls. Backwards, blocks and threads
-// run in the opposite order and copies land as late as they may: no result may depend on it. One thread of the host at
-// a time.
+// one after the other; a block's threads are fibers that switch where they wait for each other: at __syncthreads and at
+// a warp's operations (shuffles, ballots, matrix products). A wait that cannot end aborts with a message. Memory comes
+// filled with NaN, streams run at once, graphs are lists of calls. In backwards mode blocks and threads run in the
+// opposite order and copies land as late as they may: no result may depend on it. One host thread at a time.
 #ifndef CUDA_HOST_H
 #define CUDA_HOST_H
 #include <functional>
@@ -39,10 +38,10 @@ static inline float4 make_float4(float x, float y, float z, float w) { return { 
 
 // ---- fibers
 
-// Not a power of two: what threads have at the same depth must not fall on the same lines of a cache.
+// HOST_STACK is no power of two: equal depths of two stacks must not share cache lines.
 enum { HOST_THREADS = 1024, HOST_STACK = (64 << 10) + 17 * 64, HOST_SHARED = 228 << 10, HOST_FENCE = 256 };
 #ifdef __x86_64__
-typedef void *host_place;           // a stack pointer, over what a call leaves alone
+typedef void *host_place;           // a stack pointer, over callee-saved registers
 extern "C" void cuda_host_switch(host_place *from, host_place *to);
 __asm__(".text\n.globl cuda_host_switch\ncuda_host_switch:\n"
         "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\nmov %rsp, (%rdi)\n"
@@ -77,7 +76,7 @@ struct host_warp {
     const uint32_t *in[32];
     const uint16_t *from[32];
     float *out[32];
-    int kind;                       // HOST_*: what numbers a product has
+    int kind;                       // HOST_*: a product's number type
 };
 static struct {
     host_fiber fiber[HOST_THREADS];
@@ -97,7 +96,7 @@ static struct {
 #define blockDim (host.block_dim)
 #define gridDim (host.grid_dim)
 
-// Copies that a thread has asked for and that have not landed; the ends of their groups.
+// A thread's copies that have not landed; where their groups end.
 struct host_copy { char *to; const char *from; size_t n; };
 static struct { std::vector<host_copy> copies; std::vector<size_t> closed; } host_asked[HOST_THREADS];
 
@@ -107,7 +106,7 @@ static void host_stop(const char *why) {
 }
 static bool host_ready(const host_fiber *f) { return !f->done && (!f->waits_for || *f->waits_for != f->seen); }
 
-// Thread i goes on, and this one, whose place is kept, when it is its turn again.
+// Switches to thread i; this one, saved in `mine`, goes on when its turn comes.
 static void host_enter(host_place *mine, int i) {
     host.self = i, host.thread.x = (unsigned)i, host.fiber[i].waits_for = NULL;
     cuda_host_switch(mine, &host.fiber[i].at);
@@ -227,7 +226,7 @@ static void host_mma_all(host_warp *w) {
     for (int i = 0; i < 4 * 32; i++) any |= words[i / 32][i % 32] & 0x7fff7fffu;
     if (!any) return;    // padding
     for (int i = 0; i < 6; i++) {
-        float x[64];     // of the eight g, eight numbers that follow on each other
+        float x[64];     // of each of the eight g, eight consecutive numbers
         for (int lane = 0; lane < 32; lane++) {
             uint32_t u = words[i][lane];
             x[2 * lane] = w->kind == HOST_F16 ? host_f16_value(u & 0xffffu) : host_as_float(u << 16);
@@ -263,8 +262,8 @@ static float host_e4m3(uint32_t code) {
                                     : host_as_float((code & 0x7f) << 20) * host_as_float(247u << 23);
     return host_as_float(host_as_bits(x) | (code << 24 & 0x80000000u));
 }
-// A warp's part of wgmma.m64n64k32 of FP8, or k16 of f16 or bf16: c [16][64] += a [16][k] b [64][k]; b where its first
-// 32 bytes lie in shared memory, in rows of 128 whose 16s are exchanged by what their address is.
+// A warp's part of wgmma.m64n64k32 of FP8, or k16 of f16 or bf16: c [16][64] += a [16][k] b [64][k]. b points to its
+// first 32 bytes, in row 0, in shared memory; rows are 128 bytes, their 16s swizzled by address.
 static float host_number(const void *at, int kind) {
     static float value[256];
     uint16_t u;
@@ -301,7 +300,7 @@ static void host_mma_panel(float *c, const uint32_t *a, const char *b, int kind,
     });
 }
 
-// cp.async: what was copied stands there at once, or, backwards, after the wait for its group and not before.
+// cp.async: the copy lands at once or, backwards, at the wait for its group, not before.
 static inline void host_ask(char *to, const void *from, size_t n) {
     if (((uintptr_t)to | (uintptr_t)from) % n) host_stop("a copy's ends are not multiples of its size");
     if (host.backwards) host_asked[host.self].copies.push_back({ to, (const char *)from, n });
@@ -321,13 +320,13 @@ static void host_land(size_t pending) {
     for (size_t &end : asked.closed) end -= n;
 }
 static inline const void *host_aligned(const void *row) {
-    if ((uintptr_t)row % 16) host_stop("16 bytes of shared memory that begin elsewhere than on 16");
+    if ((uintptr_t)row % 16) host_stop("a 16-byte access to shared memory that is not aligned to 16");
     return row;
 }
 
-// cp.async.bulk.prefetch: nothing comes of it, but its bytes are there.
-static inline void host_fetch(const void *p, size_t n) {
-    if (((uintptr_t)p | n) % 16 || !n) host_stop("a fetch of what are no whole 16 bytes");
+// cp.async.bulk.prefetch: no effect, but its bytes must exist.
+static inline void host_prefetch(const void *p, size_t n) {
+    if (((uintptr_t)p | n) % 16 || !n) host_stop("a prefetch that is not a multiple of 16 bytes");
     (void)*(const volatile char *)p, (void)((const volatile char *)p)[n - 1];
 }
 
@@ -376,7 +375,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 template <class T> static inline T atomicAdd(T *p, T x) { T old = *p; *p += x; return old; }
 template <class T> static inline T atomicMax(T *p, T x) { T old = *p; if (x > old) *p = x; return old; }
 static inline void __threadfence(void) {}
-// Of global memory alone.
+// Global memory only.
 template <class T> static inline T __ldcg(const T *p) {
     if ((const char *)p >= host.shared && (const char *)p < host.shared + HOST_SHARED) host_stop("__ldcg of shared memory");
     return *p;
@@ -457,7 +456,7 @@ static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
     *total = cuda_host_memory, *free_bytes = cuda_host_memory - cuda_host_used;
     return cudaSuccess;
 }
-// Each piece knows its size, and stands between fences that are looked at when it is freed.
+// Each piece stores its size and lies between fences that cudaFree checks.
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
     HOST_CALL();
     if (n > cuda_host_memory - cuda_host_used) return cudaErrorMemoryAllocation;
@@ -559,7 +558,7 @@ template <class P> static void host_run(void (*kernel)(P), dim3 grid, dim3 block
             host_block((int)block.x);
         }
     for (int i = 0; i < HOST_FENCE; i++)
-        if ((unsigned char)host.shared[shared + (size_t)i] != 0xfe) host_stop("shared memory behind a block's was written");
+        if ((unsigned char)host.shared[shared + (size_t)i] != 0xfe) host_stop("a write past the block's shared memory");
 }
 template <class P>
 static cudaError_t host_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t s, void (*kernel)(P), const P &p) {

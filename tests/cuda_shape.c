@@ -1,6 +1,6 @@
-/* dspark_cuda.cu on a shape of random weights that the golden cases do not have: more than 16 heads, of which a block
-   has 16, or, of a prompt's whole blocks, 64; index heads that are no whole eights and wider than the others; rows of
-   many, of which a block has all of an attention; and such a whole block. */
+/* dspark_cuda.cu on random weights of a shape that the golden cases lack: more heads than a block takes (16, or 64 in a
+   prompt's whole blocks); index heads that are no multiple of eight and wider than the others; many rows, where a block
+   does all of a row's attention; and a whole block of a prompt. */
 #define _GNU_SOURCE
 #include "sessions.h"
 #include "near.h"
@@ -13,9 +13,9 @@ const dspark_backend *dspark_cuda_backend(void);
 enum { TEXTS = 3 };         /* compared with the CPU's */
 extern long cuda_host_products;
 #else
-enum { TEXTS = 12 };        /* a device rounds otherwise more often: its sums have other orders */
+enum { TEXTS = 12 };        /* a device rounds differently more often: it sums in other orders */
 #endif
-enum { N = 72, LENGTH = 24, CHOOSES = 20 };    /* tokens, of such a text, and from where on its index has to choose */
+enum { N = 72, LENGTH = 24, CHOOSES = 20 };    /* tokens; of one text; where its index starts to choose */
 
 static dspark_model *open_on(const dspark_backend *backend) {
     dspark_model *m;
@@ -32,8 +32,8 @@ static dspark_session *open_plain(dspark_model *m) {
     return s;
 }
 
-/* A sum in another order may round a number of the caches otherwise, and all that follows in that text with it: so of
-   all tokens that have a choice a quarter is near, and none is another's. */
+/* A sum in another order may round a cached number differently, and with it all that follows in that text. So a quarter
+   of the tokens whose index chooses must be near, and none far off. */
 static void check_near(dspark_model *cpu, dspark_model *m, const int32_t *ids) {
     size_t V = (size_t)dspark_model_config(m)->vocab_size;
     double error[TEXTS * (LENGTH - CHOOSES)];
@@ -52,7 +52,7 @@ static void check_near(dspark_model *cpu, dspark_model *m, const int32_t *ids) {
        "of %d tokens within 1e-6 (%.1e), all within .3 (%.1e)", n, error[n / 4], error[n - 1]);
 }
 
-/* The last 30 tokens in chunks of so many, all others before them in one. */
+/* The last 30 tokens in chunks of `chunk`, all before them in one. */
 static uint64_t in_chunks(dspark_model *m, const int32_t *ids, int chunk) {
     dspark_session *s = open_plain(m);
     uint64_t h;
@@ -78,22 +78,22 @@ static void window_of(dspark_session *s, float *to) {
     memcpy(to, window, sizeof window);
 }
 
-/* The library's sums keep 13 bits or so on a device; its twin on the host keeps them all. */
+/* cuBLASLt's sums keep 13 bits or so on a device; its twin on the host keeps all. */
 #ifdef DSPARK_CUDA_HOST
 #define LIBRARY_ERROR 1e-7
 #else
 #define LIBRARY_ERROR 1e-2
 #endif
 enum { BLOCK_ROWS = DSPARK_PROMPT_BLOCK, LAST = 24, VOCABULARY = 300 };
-/* A session that has run all of a block but `left` rows, or, as far as its rings go, would have. */
+/* A session `left` rows before a block's end, as if it had run: its rings are empty. */
 static dspark_session *open_after(dspark_model *m, const int32_t *ids, int left) {
     dspark_session_desc d = session_desc(BLOCK_ROWS);
     dspark_session *s = open_session_as(m, &d);
     memcpy(s->tokens, ids, (size_t)(BLOCK_ROWS - left) * sizeof *ids), s->n_tokens = s->n_run = BLOCK_ROWS - left;
     return s;
 }
-/* fast_prefill: the library's products, and the kernels of whole blocks. 72 heads are two blocks of theirs, a window of
-   80 is two times of keys. */
+/* fast_prefill: cuBLASLt's products and the kernels of whole blocks. 72 heads are two of their blocks, a window of 80
+   is two steps of keys. */
 static void check_block(const dspark_backend *backend, dspark_model *cpu) {
     static int32_t ids[BLOCK_ROWS];
     static float usual[BLOCK_ROWS * VOCABULARY], by_library[COUNT(window)], by_kernels[COUNT(window)];
@@ -113,7 +113,7 @@ static void check_block(const dspark_backend *backend, dspark_model *cpu) {
     s = open_after(m, ids, 0), last = open_after(m, ids, LAST);
     must(dspark__run_alone(s, ids, BLOCK_ROWS, 0, 0, 0, &out));
 #ifdef DSPARK_CUDA_HOST
-    /* wkv, wo_b and the shared w1, w3, w2 of four layers; the 136 of wq_a and wq_b are no whole 16s */
+    /* wkv, wo_b and the shared w1, w3, w2 of four layers; 136 (wq_a, wq_b) is no multiple of 16 */
     ok(cuda_host_products == 20, "a block of 512 runs its FP8 matrices by the library (%ld products)",
        cuda_host_products);
 #endif
