@@ -845,8 +845,8 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #endif
 
 // >>base
-// Failures, memory, sizes, files, time. A failure is a status and a message of its thread; memory comes from
-// DSPARK_MALLOC alone; a size that a file gave is compared before it is added or multiplied.
+// Failures, memory, sizes, files, time. A failure is a status and its thread's message; memory comes only from
+// DSPARK_MALLOC and DSPARK_REALLOC; a size read from a file is checked before it is added or multiplied.
 
 #ifdef __cplusplus
 #define DSPARK__THREAD_LOCAL thread_local
@@ -885,7 +885,7 @@ static dspark_status dspark__no_memory(size_t n, size_t size) {
     return dspark__fail(DSPARK_ERROR_MEMORY, "no memory for %zu items of %zu bytes", n, size);
 }
 
-// n zeroed items; NULL and a message where there is no room. An empty array is not NULL.
+// n zeroed items; NULL and a message if out of memory. An empty array is not NULL.
 static void *dspark__alloc(size_t n, size_t size) {
     size_t bytes = n && size ? n * size : 1;
     void *p = size && n > SIZE_MAX / size ? NULL : DSPARK_MALLOC(bytes);
@@ -897,8 +897,7 @@ static void dspark__free(void *p) {
     if (p) DSPARK_FREE(p);
 }
 
-// Room for n items in an array of *cap, which at least doubles when it grows; NULL: no memory, p is as it
-// was.
+// Makes room for n items in an array of *cap, which grows to 3/2 n. NULL: out of memory, p is unchanged.
 static void *dspark__grow(void *p, size_t *cap, size_t n, size_t size) {
     size_t more = n < 8 ? 8 : n > SIZE_MAX / 2 ? n : n + n / 2;
     void *q;
@@ -909,7 +908,7 @@ static void *dspark__grow(void *p, size_t *cap, size_t n, size_t size) {
     return q;
 }
 
-// One allocation for many arrays: without a base they are counted, then placed. Each starts on 64 bytes.
+// One allocation for many arrays: counted first, without a base, then placed. Sizes are rounded up to 64 bytes.
 typedef struct { char *base; size_t n; } dspark__carver;
 static void *dspark__carve(dspark__carver *v, size_t n, size_t size) {
     void *p = v->base ? v->base + v->n : NULL;
@@ -919,14 +918,14 @@ static void *dspark__carve(dspark__carver *v, size_t n, size_t size) {
 
 static double dspark__now_us(void) {
     struct timespec t;
-    timespec_get(&t, TIME_UTC);     // of C11: no feature macro has to stand before the user's includes
+    timespec_get(&t, TIME_UTC);     // C11: needs no feature macro before the user's includes
     return 1e6 * (double)t.tv_sec + 1e-3 * (double)t.tv_nsec;
 }
 
 static int dspark__min(int a, int b) { return a < b ? a : b; }
 static int dspark__max(int a, int b) { return a > b ? a : b; }
 
-// A file as bytes, mapped; the caller may bring other means (dspark_files).
+// Maps a file into memory; the caller may supply functions of its own (dspark_files).
 static dspark_status dspark__file_map(void *user, const char *path, const void **data, uint64_t *size) {
     struct stat st;
     void *p;
@@ -950,8 +949,8 @@ static void dspark__file_unmap(void *user, const void *data, uint64_t size) {
 }
 
 // >>elementary
-// exp, log, sin and cos in double: within 2 ulp (sin, cos: 1e-15), from +, -, *, / alone in a fixed order. So
-// the same bits come out of every compiler and libc. Coefficients: minimax (Remez).
+// exp, log, sin and cos in double: within 2 ulp (sin, cos: 1e-15), with only +, -, *, / in a fixed order. So every
+// compiler and libc gives the same bits. Coefficients: minimax (Remez).
 
 static inline double dspark__from_bits(uint64_t bits) {
     double x;
@@ -964,8 +963,7 @@ static inline uint64_t dspark__to_bits(double x) {
     return bits;
 }
 
-// Adding it rounds |x| < 2^51 to an integer, half to even, and leaves that integer in the low bits of the
-// sum.
+// Adding it rounds |x| < 2^51 to an integer, ties to even, and leaves that integer in the sum's low bits.
 #define DSPARK__ROUND 0x1.8p52
 
 // 2^k of an integer -1022 <= k <= 1023: k + 1023 into the low bits, from there into the exponent.
@@ -990,8 +988,7 @@ static inline double dspark__exp_reduced(double x, double *k) {
     return 1.0 + (r + s * (even + r * odd));
 }
 
-// The power of two goes in as two factors: subnormals round once, what is too large becomes infinite. NaN
-// stays.
+// Multiplies by 2^k as two factors: subnormals round only once, overflow gives infinity. NaN stays NaN.
 static inline double dspark__exp(double x) {
     double k, half, y;
     x = x < -746.0 ? -746.0 : x;        // exp is 0 from -745.14 down, infinite from 709.79 up
@@ -1031,8 +1028,8 @@ static double dspark__log(double x) {
     return k * 0x1.62e42feep-1 - ((h - (s * (h + z * p) + k * 0x1.a39ef35793c76p-33)) - f);
 }
 
-// sin and cos of |x| <= 1.6e6, a context of a million positions at one radian each: up to 2^20 quarter turns
-// are taken off exactly (pi/2 in parts of 32 bits). Beyond, they lose accuracy; infinite or NaN: NaN.
+// sin and cos for |x| <= 1.6e6, a context of a million positions at one radian each: up to 2^20 quarter turns are
+// subtracted exactly (pi/2 in parts of 32 bits). Beyond that, accuracy falls; infinity and NaN give NaN.
 static inline void dspark__sincos(double x, double *sine, double *cosine) {
     double turns = x * 0x1.45f306dc9c883p-1 + DSPARK__ROUND, k = turns - DSPARK__ROUND, r, z, s, c;
     unsigned quarter = (unsigned)(dspark__to_bits(turns) & 3);
@@ -1057,13 +1054,13 @@ static inline void dspark__sincos(double x, double *sine, double *cosine) {
 }
 
 // >>random
-// Numbers that are a function of what they are for: Philox4x32-10 (Salmon et al. 2011) of seed, purpose,
-// place and token. Nothing is carried from one to the next, so order, batch and threads cannot change them.
+// Random numbers without state: each is Philox4x32-10 (Salmon et al. 2011) of its seed, purpose, place (at, k) and
+// token, so order, batch and threads cannot change it.
 
 // Rows are read in tiles: loops of a constant length, one operation each, are what compilers vectorize.
 enum { DSPARK__TILE = 64 };
 
-// The next n of a row, or as many as a tile holds; `fill` behind the end
+// The next n values of a row, at most a tile; `fill` after its end
 static inline void dspark__row_tile(const float *p, int n, float fill, float tile[DSPARK__TILE]) {
     if (n >= DSPARK__TILE) {
         memcpy(tile, p, DSPARK__TILE * sizeof *tile);
@@ -1122,7 +1119,7 @@ static void dspark__words(uint64_t seed, int purpose, uint64_t at, int k, uint32
     dspark_philox(counter, key, out);
 }
 
-// In double: 33 bits, which a float would round to 1.
+// In double: the result has 33 bits, and a float would round the largest to 1.
 static double dspark__unit(uint32_t word) { return ((double)word + 0.5) * 0x1p-32; }
 
 DSPARK_API double dspark_uniform(uint64_t seed, int purpose, uint64_t at, int k, uint32_t index) {
@@ -1131,10 +1128,10 @@ DSPARK_API double dspark_uniform(uint64_t seed, int purpose, uint64_t at, int k,
     return dspark__unit(word[index & 3]);
 }
 
-// argmax of w_v / -log(u_v) over w_v > 0, the smaller token of equals; -1: no weight. w = p - q, q NULL: p,
-// and 0 for the token `without`. As -log u >= (1 - u)(1 + (1 - u) / 2), w_v <= best (1 - u_v) cannot win, by
-// 2^-34 at least, far more than log and quotient are rounded by: few logs are needed. And as 1 - u >= 2^-33,
-// w_v <= best 2^-33 cannot win whatever u_v is: four such (or 64, by p alone) need no random numbers.
+// argmax of w_v / -log(u_v) over w_v > 0, ties to the smaller v; -1: no weight. w = p - q (q NULL: w = p), but 0 for
+// the token `without`. As -log u >= (1 - u)(1 + (1 - u) / 2), a w_v <= best (1 - u_v) loses by a factor of at least
+// 1 + 2^-34, far above the rounding of log and quotient: few logs are needed. As 1 - u >= 2^-33, a w_v <= best 2^-33
+// loses for any u_v: a group of four such (or of 64, judged by p alone) needs no random numbers.
 static int32_t dspark__race(const float *p, const float *q, int without, int vocab, uint64_t seed,
                             int purpose, uint64_t at, int k) {
     float a[DSPARK__TILE], b[DSPARK__TILE];
@@ -1175,8 +1172,8 @@ DSPARK_API dspark_status dspark_draw(const float *p, int vocab, uint64_t seed, i
     return DSPARK_OK;
 }
 
-// What a row of logits becomes: e_v = exp((logit_v - max) / t) of the tokens that stay, 0 of the others. One
-// stays if, logit descending, id ascending, it does not come after (cut, cut_id), and if e_v >= min_p.
+// The weights of a row of logits: e_v = exp((logit_v - max) / t) for kept tokens, 0 for the others. A token is kept if
+// e_v >= min_p and it is not after (cut, cut_id) in the order logit descending, id ascending.
 typedef struct {
     const float *logits;
     int vocab, filtered, cut_id;        // filtered: cut or min_p take some away
@@ -1184,13 +1181,13 @@ typedef struct {
     double max, t, min_p, least;        // where (logit - max) / t < least, e is 0
 } dspark__softmax;
 
-// A weight of 2^-150 or less is taken as 0, and where (logit - max) / t < -104 (exp(-104) is less) not even
-// computed. That is exact: the sum is at least the best token's weight, 1, so p <= 2^-150 is float's 0 (half
-// its least number goes to the even one); and all of them together are less than the sum's rounding.
+// A weight of 2^-150 or less becomes 0; a tile with all (logit - max) / t < -104 (exp(-104) is less) is not computed.
+// This is exact: the sum is at least the best token's weight, 1, so its p <= 2^-150 rounds to 0 as a float (half the
+// least subnormal, ties to even); and all such weights together are below the sum's rounding.
 #define DSPARK__LEAST_WEIGHT 0x1p-150
 #define DSPARK__LEAST_EXPONENT (-104.0)
 
-// Weights of the tile from i on. 0: all are 0, and e is not written.
+// Writes the weights of the tile from i on to e. Returns 0 if all are 0; e is then not written.
 static int dspark__weights_tile(const dspark__softmax *s, int i, const float z[DSPARK__TILE],
                                 double e[DSPARK__TILE]) {
     const double max = s->max, t = s->t, least = DSPARK__LEAST_EXPONENT;
@@ -1207,7 +1204,7 @@ static int dspark__weights_tile(const dspark__softmax *s, int i, const float z[D
     return 1;
 }
 
-// A logit as an integer that grows with it, -0 and 0 being one, and back
+// A logit to an integer of the same order (-0 and 0 are equal), and back
 static inline uint32_t dspark__logit_key(float z) {
     uint32_t bits;
     z += 0.0f;
@@ -1221,7 +1218,7 @@ static float dspark__logit_of_key(uint32_t key) {
     return z;
 }
 
-// Weight, or number (count), of the tokens whose key begins with `prefix`, by the next `bits` bits of the key
+// mass[b]: the weight (count: the number) of tokens whose key begins with `prefix`, then the `bits` bits of b
 static void dspark__histogram(const dspark__softmax *s, int count, uint32_t prefix, int shift, int bits,
                               double *mass) {
     float z[DSPARK__TILE];
@@ -1239,9 +1236,9 @@ static void dspark__histogram(const dspark__softmax *s, int count, uint32_t pref
     }
 }
 
-// Cuts after the last token, best first, before which there is less than the limit: top_k tokens, or, top_k
-// being 0, top_p of the weight. A radix selection (bits of the key from above, then ids of equal keys), since
-// there is no storage to sort in. O(vocab), whatever the logits are.
+// Keeps tokens, best first, until they reach the limit: top_k tokens or, if top_k is 0, top_p of the weight. A radix
+// selection (the key's bits from the top, then ids of equal keys), since there is no storage to sort in. O(vocab) for
+// any logits.
 static void dspark__softmax_cut(dspark__softmax *s, int top_k, double top_p) {
     static const int width[3] = { 11, 11, 10 };
     double mass[2048], before = 0, limit = top_k;
@@ -1292,7 +1289,7 @@ static dspark_status dspark__logits_max(const dspark__softmax *s, double *max) {
     return DSPARK_OK;
 }
 
-// Fixed order: lane j takes tokens j, j + 64, ..., then the lanes are halved.
+// Fixed order: lane j sums tokens j, j + 64, ...; then the upper half of the lanes is added to the lower, down to one.
 static double dspark__softmax_sum(const dspark__softmax *s) {
     float z[DSPARK__TILE];
     double e[DSPARK__TILE], sum[DSPARK__TILE];
@@ -1589,8 +1586,8 @@ DSPARK_API dspark_status dspark_verify(const dspark_verify_desc *d, int *n_accep
 
 DSPARK__SOON
 // >>calibrate
-// Confidence that means what it says (Sequential Temperature Scaling), and an account that lets drafting cost
-// next to nothing where it does not pay.
+// Calibrated confidence (Sequential Temperature Scaling), and an account that makes drafting cost next to nothing
+// where it does not pay.
 
 enum { DSPARK__STS_MAX_BINS = 1024 };
 
@@ -1679,13 +1676,12 @@ DSPARK_API void dspark_account_settle(dspark_account *a, double plain_us, double
 }
 
 // >>json
-// JSON (RFC 8259, strictly) as an array of nodes in document order: config.json, the header of a safetensors
-// file, tokenizer.json. The children of node i begin at i + 1, an object's as key, value, key, value; the
-// node after i's subtree is nodes[i].next, so child k of an array of scalars is i + 1 + k, and a walk over
-// children is  for (c = i + 1; c < nodes[i].next; c = nodes[c].next).  The text is not trusted: depth, UTF-8,
-// escapes and the grammar of numbers are checked, a key may stand once in its object, and what is built takes
-// 16 bytes a node, at most half as much again while it grows, and a copy of the text. Nothing refers to the
-// text later.
+// Parses JSON (strict RFC 8259) into an array of nodes in document order: config.json, the header of a safetensors
+// file, tokenizer.json. The children of node i start at i + 1, those of an object as key, value, key, value; the node
+// after i's subtree is nodes[i].next. So child k of an array of scalars is i + 1 + k, and a loop over children is
+// for (c = i + 1; c < nodes[i].next; c = nodes[c].next).  The text is untrusted: depth, UTF-8, escapes and the syntax
+// of numbers are checked, an object must not repeat a key, and the result takes 16 to 24 bytes a node and a copy of
+// the text. Nothing points into the text afterwards.
 
 enum {
     DSPARK__JSON_NULL, DSPARK__JSON_FALSE, DSPARK__JSON_TRUE, DSPARK__JSON_NUMBER, DSPARK__JSON_STRING,
@@ -1697,7 +1693,7 @@ enum { DSPARK__JSON_DEPTH = 64 };
 typedef struct {
     int kind, n;        // n: elements of an array, pairs of an object, bytes of a string or number
     int next;           // the node after this one's subtree
-    int at;             // of a string or number: where in strings it begins; it ends in a zero
+    int at;             // of a string or number: where it begins in strings; a zero ends it
 } dspark__json_node;
 
 typedef struct dspark__json {
@@ -1710,12 +1706,12 @@ typedef struct dspark__json {
 typedef struct {
     dspark__json *j;
     const char *path, *text;
-    size_t len, at, used;       // bytes of text, the next one, bytes of strings
+    size_t len, at, used;       // bytes of text, offset of the next one, bytes used of strings
 } dspark__json_reader;
 
-// The character at text: its length, 1 to 4; where it is not UTF-8, minus the length of the part that Unicode
-// says to replace by one U+FFFD (the longest that could begin a character, or one byte); 0 where n bytes are
-// too few to tell.
+// Reads the character at text. Returns its length, 1 to 4; if it is not UTF-8, minus the length of the part that
+// Unicode says to replace by one U+FFFD (the longest that could begin a character, or one byte); 0 if n bytes are too
+// few to tell.
 static int dspark__utf8_read(const char *text, size_t n, uint32_t *code) {
     const unsigned char *s = (const unsigned char *)text;
     unsigned c = n ? s[0] : 0, low = 0x80, high = 0xBF;
@@ -1724,7 +1720,7 @@ static int dspark__utf8_read(const char *text, size_t n, uint32_t *code) {
     *code = c;
     if (length == 1) return 1;
     if (c < 0xC2 || c > 0xF4) return -1;
-    if (c == 0xE0) low = 0xA0;      // shorter forms exist
+    if (c == 0xE0) low = 0xA0;      // overlong forms
     if (c == 0xED) high = 0x9F;     // surrogates
     if (c == 0xF0) low = 0x90;
     if (c == 0xF4) high = 0x8F;     // above U+10FFFF
@@ -1746,8 +1742,8 @@ static int dspark__utf8_write(uint32_t code, char *out) {
     return length;
 }
 
-// For open addressing: 8 bytes a step, high bits folded down. A table's address as seed, which a file cannot foresee,
-// keeps it from choosing names that collide.
+// For open addressing: 8 bytes a step, high bits folded down. Seeded with the table's address, which a file cannot
+// predict, so it cannot choose names that collide.
 static uint32_t dspark__hash(const char *s, size_t n, uint64_t seed) {
     uint64_t h = (0x9E3779B97F4A7C15u * (n + 1)) ^ (seed * 0xA0761D6478BD642Fu), word;
     for (; n; s += n < 8 ? n : 8, n -= n < 8 ? n : 8) {
@@ -1769,7 +1765,7 @@ static int dspark__json_kind(const dspark__json *j, int node) {
 
 static int dspark__json_next(const dspark__json *j, int node) { return j->nodes[node].next; }
 
-// The bytes of a string, *len (may be NULL) of them and a zero; NULL if it is none.
+// A string's *len bytes (len may be NULL), then a zero; NULL if the node is no string.
 static const char *dspark__json_string(const dspark__json *j, int node, size_t *len) {
     int is_string = dspark__json_kind(j, node) == DSPARK__JSON_STRING;
     if (len) *len = is_string ? (size_t)j->nodes[node].n : 0;
@@ -1782,7 +1778,7 @@ static int dspark__json_is(const dspark__json *j, int node, const char *text) {
     return s && len == strlen(text) && !memcmp(s, text, len);
 }
 
-// What stands at a node, for a message; -1 is nothing.
+// What a message shows of a node; "nothing" for -1.
 static const char *dspark__json_show(const dspark__json *j, int node) {
     static const char *const names[] = { "null", "false", "true", "", "", "an array", "an object" };
     int kind = dspark__json_kind(j, node);
@@ -1790,7 +1786,7 @@ static const char *dspark__json_show(const dspark__json *j, int node) {
     return kind < 0 ? "nothing" : names[kind];
 }
 
-// The value of a key, or -1. It looks at every key before: to find thousands in one object, walk it instead.
+// The value of a key, or -1. A linear search: to find thousands of keys in one object, loop over it instead.
 static int dspark__json_find(const dspark__json *j, int object, const char *key) {
     if (dspark__json_kind(j, object) != DSPARK__JSON_OBJECT) return -1;
     for (int i = object + 1; i < j->nodes[object].next; i = j->nodes[i + 1].next)
@@ -1798,7 +1794,7 @@ static int dspark__json_find(const dspark__json *j, int object, const char *key)
     return -1;
 }
 
-// 1 for a number written without fraction and exponent that fits.
+// Returns 1 if the node is a number without fraction and exponent that fits *value.
 static int dspark__json_integer(const dspark__json *j, int node, int64_t *value) {
     const char *s;
     uint64_t u = 0, limit = INT64_MAX;
@@ -1816,8 +1812,8 @@ static int dspark__json_integer(const dspark__json *j, int node, int64_t *value)
     return 1;
 }
 
-// digits * 10^exponent as 128 bits, m[0] the highest word, times a power of two; the double next to it. Each
-// of at most 400 steps loses less than 2^-123 of the value: within 1 ulp, and nearly always the nearest.
+// Returns digits * 10^exponent within 1 ulp, nearly always the nearest double. Works on 128 bits, m[0] the highest
+// word, times a power of two; each of at most 400 steps loses less than 2^-123 of the value.
 static double dspark__json_scale(uint64_t digits, int exponent) {
     uint32_t m[4] = { (uint32_t)(digits >> 32), (uint32_t)digits, 0, 0 };
     uint64_t carry, top;
@@ -1889,7 +1885,7 @@ static void dspark__json_free(dspark__json *j) {
 
 // ---- parsing
 
-// Not what the grammar wants at the next byte.
+// Fails: the next byte is not what the grammar expects.
 static dspark_status dspark__json_expected(const dspark__json_reader *r, const char *what) {
     unsigned c = r->at < r->len ? (unsigned char)r->text[r->at] : 0;
     char found[16] = "the end";
@@ -1898,7 +1894,7 @@ static dspark_status dspark__json_expected(const dspark__json_reader *r, const c
                         found);
 }
 
-// The next byte; 0 at the end, and a zero is nowhere right.
+// The next byte; 0 at the end, as a zero byte is valid nowhere.
 static int dspark__json_peek(const dspark__json_reader *r) {
     return r->at < r->len ? (unsigned char)r->text[r->at] : 0;
 }
@@ -1939,7 +1935,7 @@ static dspark_status dspark__json_hex(dspark__json_reader *r, uint32_t *unit) {
     return DSPARK_OK;
 }
 
-// From the backslash on. Half of a surrogate pair alone is no character.
+// Reads an escape, from its backslash on. An unpaired surrogate is an error.
 static dspark_status dspark__json_escape(dspark__json_reader *r) {
     static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
     size_t begin = r->at++;
@@ -1965,7 +1961,7 @@ static dspark_status dspark__json_escape(dspark__json_reader *r) {
     return DSPARK_OK;
 }
 
-// From the opening quote to the closing one. Decoded it is never longer; the quotes leave room for its zero.
+// Reads a string, quotes included. Decoded text is never longer than the source; the quotes leave room for its zero.
 static dspark_status dspark__json_text(dspark__json_reader *r) {
     dspark_status status = dspark__json_push(r, DSPARK__JSON_STRING);
     dspark__json_node *node;
@@ -1999,7 +1995,7 @@ static dspark_status dspark__json_digits(dspark__json_reader *r) {
     return DSPARK_OK;
 }
 
-// -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?  A delimiter or the end follows: room for its zero.
+// -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?  The delimiter or end after it leaves room for a zero.
 static dspark_status dspark__json_number(dspark__json_reader *r) {
     size_t begin = r->at;
     dspark_status status = dspark__json_push(r, DSPARK__JSON_NUMBER);
@@ -2036,7 +2032,7 @@ static int dspark__json_equal(const dspark__json *j, int a, int b) {
     return x->n == y->n && !memcmp(j->strings + x->at, j->strings + y->at, (size_t)x->n);
 }
 
-// No key twice: each against the others where they are few, else through a table of nodes (0 is never a key).
+// Rejects repeated keys: compares all pairs if keys are few, else uses a hash table of nodes (0 is never a key).
 static dspark_status dspark__json_unique(const dspark__json_reader *r, int object) {
     const dspark__json *j = r->j;
     size_t size = 16;
@@ -2062,7 +2058,7 @@ static dspark_status dspark__json_unique(const dspark__json_reader *r, int objec
 
 static dspark_status dspark__json_value(dspark__json_reader *r, int depth);
 
-// An array or object, depth of them around it.
+// Reads an array or object that is inside `depth` others.
 static dspark_status dspark__json_list(dspark__json_reader *r, int depth) {
     int object = dspark__json_peek(r) == '{', node = r->j->n;
     char end = object ? '}' : ']';
@@ -2124,13 +2120,12 @@ static dspark_status dspark__json_parse(dspark__json *j, const char *path, const
 }
 
 // >>checkpoint
-// A directory as released -> dspark_config and dspark_weights. Nothing in it is trusted: a size is compared
-// before it is used, and what is allocated is bounded by the files' sizes. First config.json; then the
-// shards' headers, into one table of tensors by name; then binding, which looks up every tensor that the
-// config implies and holds it against the types and the shape it must have. The first failure stays in the
-// loader's status and the calls after it do nothing, so that a step reads as a list. Weights stay where the
-// files are mapped and are not looked at: a NaN among them shows as DSPARK_ERROR_NUMERIC when it is met.
-// Vectors become floats; the experts that hash layers name are checked, since they are indices.
+// A directory as released -> dspark_config and dspark_weights. Nothing in it is trusted: sizes are checked before use,
+// and allocations are bounded by the files' sizes. First config.json is read; then the shards' headers, into one table
+// of tensors by name; then binding looks up every tensor that the config implies and checks its type and shape. The
+// loader's status keeps the first failure, and calls after it do nothing, so that a step reads as a list. Weights stay
+// in the mapped files and are not inspected: a NaN in them gives DSPARK_ERROR_NUMERIC once it is used. Vectors are
+// converted to floats; the experts that hash layers name are checked, since they are indices.
 
 typedef struct dspark__owned { struct dspark__owned *next; double align; } dspark__owned;
 
@@ -2148,11 +2143,11 @@ typedef struct {
     dspark__file *files;    // the shards, [n_files]
     int n_files;
     size_t files_cap;
-    dspark__owned *owned;   // vectors, layers, experts: each behind its link
+    dspark__owned *owned;   // vectors, layers, experts: each follows its link
     dspark_calibration *calibrations;   // [n_calibrations]
     int n_calibrations;
     uint64_t hash;          // of config.json and the vectors
-    size_t bytes, mapped;   // of what is owned, of the shards
+    size_t bytes, mapped;   // bytes owned, bytes of the shards
 } dspark__checkpoint;
 
 // The types of safetensors; the first five are those of dspark_matrix.
@@ -2172,11 +2167,11 @@ enum {
 typedef struct {
     const char *name;
     uint64_t shape[4];      // the first four of n_dims
-    uint64_t begin, end;    // bytes of the shard
-    int file, type, n_dims; // type -1: the index lists it, and its shard has not been read
+    uint64_t begin, end;    // its bytes in the shard
+    int file, type, n_dims; // type -1: the index lists it, not yet found in its shard
 } dspark__tensor;
 
-// Names to numbers, by open addressing; at most half full. The names are the JSON's.
+// Names to numbers, by open addressing; at most half full. The names point into the JSON.
 typedef struct { const char *name; size_t len; int value; } dspark__name;
 typedef struct { dspark__name *slots; size_t mask; } dspark__names;
 
@@ -2187,12 +2182,12 @@ typedef struct {
     const dspark_model_desc *desc;
     const char *dir;
     dspark_status status;
-    dspark__document config, generation, calibration, index;    // index: or, in json, the header of the only shard
+    dspark__document config, generation, calibration, index;    // index: of a single shard, json is its header
     dspark__names names;
     dspark__tensor *tensors;
     int n_tensors, n_ratios, n_stages;
     const char *source;     // the file that lists the tensors
-    char scope[64], name[128];      // before the names being bound; the whole of the last one
+    char scope[64], name[128];      // prefix of the names being bound; the last full name
 } dspark__loader;
 
 // "file: name: ...", FORMAT
@@ -2210,7 +2205,7 @@ static dspark_status dspark__bad(const char *file, const char *name, const char 
 
 // ---- files
 
-// The last bytes of a long path are those that tell.
+// The end of a long path tells the most.
 static const char *dspark__path_end(const char *path) {
     size_t n = strlen(path);
     return path + (n > 160 ? n - 160 : 0);
@@ -2288,7 +2283,7 @@ static void dspark__checkpoint_close(dspark__checkpoint *ck) {
 
 // ---- config.json and generation_config.json
 
-// An object of a document whose keys are read; prefix stands before them in messages.
+// An object whose keys are read; messages put prefix before a key.
 typedef struct { dspark__loader *b; const dspark__document *d; int object; const char *prefix; } dspark__keys;
 
 // The value of a key; -1 for none, or null.
@@ -2330,14 +2325,14 @@ static double dspark__key_real(const dspark__keys *k, const char *key, double lo
     return low;
 }
 
-// An integer of the config held against others.
+// Fails unless `holds`, a condition on an integer of the config.
 static void dspark__config_check(dspark__loader *b, int holds, const char *key, int found,
                                  const char *expected) {
     if (b->status || holds) return;
     b->status = dspark__bad(b->config.file.name, key, "expected %s, found %d", expected, found);
 }
 
-// What the forward pass takes for granted. Absent is as good.
+// What the forward pass assumes. A missing key is fine.
 static void dspark__read_fixed(const dspark__keys *k) {
     static const char *const fixed[][2] = {
         { "model_type", "deepseek_v4" }, { "hidden_act", "silu" }, { "scoring_func", "sqrtsoftplus" },
@@ -2351,7 +2346,7 @@ static void dspark__read_fixed(const dspark__keys *k) {
     }
 }
 
-// The bounds keep every product of two that follows within an int; what a tensor shows is checked there.
+// The bounds keep later products of two sizes within an int; binding checks the sizes against the tensors.
 static void dspark__read_sizes(const dspark__keys *k, dspark_config *c) {
     c->vocab_size = dspark__key_int(k, "vocab_size", 1, 1 << 24);
     c->hidden_size = dspark__key_int(k, "hidden_size", 1, 1 << 20);
@@ -2382,7 +2377,7 @@ static void dspark__read_sizes(const dspark__keys *k, dspark_config *c) {
     c->compress_rope_theta = dspark__key_real(k, "compress_rope_theta", 2, 1e12);
 }
 
-// Of the target's layers, then (or not) of as many draft stages as there are.
+// compress_ratios: one for each target layer, then optionally one for each draft stage.
 static void dspark__read_ratios(const dspark__keys *k, dspark_config *c) {
     int node = dspark__key(k, "compress_ratios");
     int n = dspark__json_kind(&k->d->json, node) == DSPARK__JSON_ARRAY ? k->d->json.nodes[node].n : -1;
@@ -2420,7 +2415,7 @@ static void dspark__read_rope(const dspark__keys *k, dspark_config *c) {
     if (dspark__key(&r, "beta_slow") >= 0) c->rope_beta_slow = dspark__key_real(&r, "beta_slow", 1e-3, 1e6);
 }
 
-// One id or a list of them; where both files have it the later call counts, generation_config.json's.
+// One id or a list of them; if both files have it, generation_config.json counts, which is read later.
 static void dspark__read_eos(const dspark__keys *k, dspark_config *c) {
     int node = dspark__key(k, "eos_token_id");
     if (node < 0) return;
@@ -2464,7 +2459,7 @@ static void dspark__read_config(dspark__loader *b) {
     dspark__read_eos(&k, c);
 }
 
-// Whatever keeps generation_config.json from being read means that there is none.
+// Any I/O error counts as a missing generation_config.json.
 static void dspark__read_generation(dspark__loader *b) {
     dspark_config *c = &b->ck->config;
     dspark__keys k = { b, &b->generation, 0, "" };
@@ -2480,7 +2475,7 @@ static void dspark__read_generation(dspark__loader *b) {
     if (dspark__key(&k, "top_p") >= 0) c->top_p = (float)dspark__key_real(&k, "top_p", 1e-6, 1);
 }
 
-// [n], n numbers from low to high.
+// Reads an array of n numbers from low to high to out [n].
 static void dspark__key_reals(const dspark__keys *k, const char *key, int n, double low, double high, float *out) {
     const dspark__json *j = &k->d->json;
     int node = dspark__key(k, key), good = dspark__json_kind(j, node) == DSPARK__JSON_ARRAY && j->nodes[node].n == n;
@@ -2532,7 +2527,7 @@ static void dspark__read_calibration(dspark__loader *b) {
     }
 }
 
-// What the config says of the draft stages that the file has; without any these fields are 0.
+// The config's fields for the draft stages found in the checkpoint; all 0 if it has none.
 static void dspark__read_drafter(dspark__loader *b) {
     dspark_config *c = &b->ck->config;
     dspark__keys k = { b, &b->config, 0, "" };
@@ -2576,7 +2571,7 @@ static dspark_status dspark__names_open(dspark__names *names, int n) {
     return names->slots ? DSPARK_OK : DSPARK_ERROR_MEMORY;
 }
 
-// Where a name is or, with name NULL, would stand.
+// The slot of a name or, if it is absent, the empty slot for it (name NULL).
 static dspark__name *dspark__names_find(const dspark__names *names, const char *name, size_t len) {
     size_t i = dspark__hash(name, len, (uintptr_t)names->slots) & names->mask;
     while (names->slots[i].name && (names->slots[i].len != len || memcmp(names->slots[i].name, name, len)))
@@ -2592,7 +2587,7 @@ static void dspark__tensor_show(const dspark__tensor *t, char *out, size_t size)
     snprintf(out + n, size - (size_t)n, t->n_dims > 4 ? ", ...]" : "]");
 }
 
-// Elements of a shape; 0 if that is no array of sizes, or their bits do not fit 64.
+// Reads a shape and its number of elements; returns 0 if it is no array of sizes or its bits overflow uint64_t.
 static int dspark__tensor_shape(const dspark__json *j, int node, dspark__tensor *t, uint64_t *elements) {
     int64_t size;
     if (dspark__json_kind(j, node) != DSPARK__JSON_ARRAY) return 0;
@@ -2672,8 +2667,8 @@ static dspark_status dspark__header_open(dspark__file *f, dspark__json *j) {
     return dspark__object_parse(j, f, 8, (size_t)f->begin);
 }
 
-// The tensors of shard `file`: of the only one into the table; of one of several into the places that the
-// index gave them, without those that it has not or has elsewhere. All are checked.
+// Reads and checks all tensors of shard `file`. A single shard's enter the table; with an index they fill the entries
+// it made, except tensors that it does not list or lists in another shard.
 static dspark_status dspark__header_read(dspark__loader *b, int file, const dspark__json *j, int indexed) {
     const dspark__file *f = &b->ck->files[file];
     dspark__span *spans = (dspark__span *)dspark__alloc((size_t)j->nodes[0].n, sizeof *spans);
@@ -2807,8 +2802,7 @@ static int dspark__stage_of(const char *name, const char **rest) {
     return *name == '.' ? n : -1;
 }
 
-// How many draft stages there are. MTP-1, an earlier kind of head, stands in their place and is told by its
-// own tensors.
+// Counts the draft stages. MTP-1, an earlier kind of head under the same names, is recognized by its own tensors.
 static void dspark__count_stages(dspark__loader *b) {
     static const char *const mtp1[] = { "e_proj.", "h_proj.", "enorm.", "hnorm." };
     unsigned char seen[DSPARK_MAX_LAYERS + 1] = { 0 };
@@ -2860,7 +2854,7 @@ static const char *dspark__file_of(const dspark__loader *b, const dspark__tensor
     return t ? b->ck->files[t->file].name : b->source;
 }
 
-// What b->name should be and is. A type that is right is the one expected; else any of types is.
+// Fails with what b->name should be and is. Of `types` the message names the tensor's own if it is one, else all.
 static void dspark__bind_failed(dspark__loader *b, const dspark__tensor *t, int types,
                                 const dspark__tensor *wanted) {
     char expected[200], shape[120], found[160] = "no such tensor";
@@ -2874,7 +2868,7 @@ static void dspark__bind_failed(dspark__loader *b, const dspark__tensor *t, int 
                             expected, strchr(shape, '['), found);
 }
 
-// A tensor of one of `types` and [rows][cols], or with rows 0 [cols]. I8 is FP4, two a byte.
+// A tensor of one of `types`, [rows][cols], or [cols] if rows is 0. I8 holds FP4, two a byte.
 static const dspark__tensor *dspark__bind(dspark__loader *b, int types, int rows, int cols, const char *name,
                                           const char *suffix) {
     const dspark__tensor *t;
@@ -2892,7 +2886,7 @@ static const dspark__tensor *dspark__bind(dspark__loader *b, int types, int rows
     return NULL;
 }
 
-// The scales beside name.weight: where its type has them, and nowhere else.
+// Binds name.scale if the weight's type has scales; else there must be none.
 static void dspark__bind_scale(dspark__loader *b, dspark_matrix *m, const char *name) {
     int fp8 = m->dtype == DSPARK_FP8;
     int rows = fp8 ? (m->rows + 127) / 128 : m->rows, cols = fp8 ? (m->cols + 127) / 128 : m->cols / 32;
@@ -2923,7 +2917,7 @@ static void dspark__bind_linear(dspark__loader *b, dspark_matrix *m, int rows, i
     dspark__bind_matrix(b, m, DSPARK__LINEAR_TYPES, rows, cols, name, ".weight");
 }
 
-// Rows of it are looked up, or it is never quantized.
+// For a matrix whose rows are looked up, or that is never quantized.
 static void dspark__bind_plain(dspark__loader *b, dspark_matrix *m, int rows, int cols, const char *name,
                                const char *suffix) {
     dspark__bind_matrix(b, m, DSPARK__PLAIN_TYPES, rows, cols, name, suffix);
@@ -2999,7 +2993,7 @@ static void dspark__bind_attention(dspark__loader *b, dspark_layer *l, const cha
     dspark__bind_compressor(b, &l->index_compressor, 4, c->index_head_dim);
 }
 
-// A hash layer's experts for each token: in range, none twice. last [experts]: who named it last, plus one.
+// Checks a hash layer's experts of each token: in range, none twice. last [experts]: the last token naming it, plus 1.
 static void dspark__check_hash(dspark__loader *b, const dspark_layer *l, const char *file, int *last) {
     const dspark_config *c = &b->ck->config;
     const uint8_t *p = l->tid2eid;
@@ -3053,7 +3047,7 @@ static void dspark__bind_moe(dspark__loader *b, dspark_layer *l, const char *pre
     }
 }
 
-// Layer l of all, the draft stages after the target's.
+// Binds layer l; draft stages come after the target's layers.
 static void dspark__bind_layer(dspark__loader *b, int l) {
     const dspark_config *c = &b->ck->config;
     dspark_layer *layer = &b->ck->weights.layers[l];
@@ -3070,7 +3064,7 @@ static void dspark__bind_layer(dspark__loader *b, int l) {
     dspark__bind_moe(b, layer, prefix, l < c->num_hash_layers);
 }
 
-// The sequential head is known by its tensors; rank 0, and it has none.
+// The kind of sequential head is known by its tensors; rank 0: there is none.
 static void dspark__bind_markov(dspark__loader *b, int stage) {
     const dspark_config *c = &b->ck->config;
     dspark_weights *w = &b->ck->weights;
@@ -3165,8 +3159,8 @@ static dspark_status dspark__checkpoint_open(dspark__checkpoint *ck, const char 
     return b.status;
 }
 
-// The same for the same checkpoint and hardly for another: of config.json, the vectors, the headers, and the
-// tensors' bytes, which are all taken up to 64 MB and beyond it as 256 pages that are spread over them.
+// Equal for equal checkpoints, almost surely different for others. Covers config.json, the vectors, the headers and the
+// tensors' bytes: up to 64 MiB all of them, beyond that about 256 pages spread over them.
 static dspark_status dspark__checkpoint_fingerprint(const dspark__checkpoint *ck, uint64_t *out) {
     const uint64_t page = 4096, pages = ck->mapped <= 64 << 20 ? 1 : (uint64_t)ck->mapped / page / 256 + 1;
     *out = ck->hash;
@@ -3183,26 +3177,25 @@ static dspark_status dspark__checkpoint_fingerprint(const dspark__checkpoint *ck
 }
 
 // >>tokenizer
-// Text to ids as DeepSeek-V4's tokenizer.json says: the text is cut at added tokens, what is between them by
-// three patterns, and in each piece, bytes at first, the adjacent pair of lowest rank is merged, the leftmost
-// of equals, until no pair has a rank. Ids to text is the tokens' bytes one after another. The file is not
-// trusted: in an open tokenizer every id below n has its bytes, every byte its token, and every merge leads
-// from two tokens to a token.
+// Text to ids as DeepSeek-V4's tokenizer.json says: the text is split at added tokens, and between them into pieces by
+// three patterns. A piece starts as bytes; its adjacent pair of lowest rank, ties to the leftmost, is merged until no
+// pair has a rank. Ids to text concatenates the tokens' bytes. The file is untrusted: in an open tokenizer every id
+// below n has its bytes, every byte has a token, and every merge makes a token of two tokens.
 
-// What a byte of text is to the patterns; all bytes of a character share its class.
+// Classes of a byte of text, for the patterns; all bytes of a character have its class.
 enum {
     DSPARK__LETTER = 1,         // \p{L}
     DSPARK__MARK = 2,           // \p{M}
     DSPARK__NUMBER = 4,         // \p{N}
     DSPARK__PUNCTUATION = 8,    // \p{P} or \p{S}
     DSPARK__SPACE = 16,         // \s
-    DSPARK__NEWLINE = 32,       // \r or \n, beside SPACE
-    DSPARK__KANJI = 64,         // [一-龥぀-ゟ゠-ヿ], beside what else it is
-    DSPARK__FIRST = 128         // a character begins
+    DSPARK__NEWLINE = 32,       // \r or \n, besides SPACE
+    DSPARK__KANJI = 64,         // [一-龥぀-ゟ゠-ヿ], besides its other class
+    DSPARK__FIRST = 128         // first byte of a character
 };
 
-// Unicode 16.0 (tools/unicode_table.py): of each range in turn the class (0 L, 1 M, 2 N, 3 P or S, 4 \s), the
-// distance from the one before, and its length - 1; numbers in base 26, the last digit in upper case.
+// Unicode 16.0 (tools/unicode_table.py): for each range in turn its class (0 L, 1 M, 2 N, 3 P or S, 4 \s), its distance
+// from the end of the one before, and its length - 1; numbers in base 26, the last digit in upper case.
 static const char dspark__unicode[] =
     "4JE4SA3AO2AJ3AG0AZ3AF0AZ3AD4GA4bAA3AI0AA3AB3BD2AB3AA0AA3AC2AA0AA3AA2AC3AA0AW3AA0AbE3AA0ArP3AD0AL3AN0AE3A"
     "G0AA3AA0AA3AQ1AeH0AE3AA0AB0CD3AA0AA3EB0AA3AA0AC0BA0BT0BdE3AA0AfI3AA1AG0AgJ0BbL0CA3AF0AbO3AB3CC1BbS3AA1AA"
@@ -3261,7 +3254,7 @@ enum {
 
 typedef struct {
     const char *bytes;      // a zero follows them
-    int len, kind;          // DSPARK__TOKEN_*; 0 while the id has none
+    int len, kind;          // DSPARK__TOKEN_*; 0: no token has this id yet
 } dspark__token;
 
 typedef struct {
@@ -3272,7 +3265,7 @@ typedef struct {
 struct dspark_tokenizer {
     int n;                          // ids are 0 .. n - 1
     dspark__token *tokens;          // [n]
-    char *bytes;                    // theirs
+    char *bytes;                    // of the tokens
     int32_t *ids;                   // [ids_mask + 1] by hash of a token's bytes: id + 1; 0: an empty slot
     size_t ids_mask;
     dspark__bpe_merge *merges;          // [merges_mask + 1] by hash of the pair
@@ -3296,7 +3289,7 @@ DSPARK_API int dspark_token_is_special(const dspark_tokenizer *t, int32_t id) {
     return id >= 0 && id < t->n && (t->tokens[id].kind & DSPARK__TOKEN_SPECIAL) != 0;
 }
 
-// Where the bytes stand in ids, or the empty slot where they would.
+// The slot of these bytes in ids, or the empty slot for them.
 static size_t dspark__token_slot(const dspark_tokenizer *t, const char *bytes, size_t len) {
     size_t slot = dspark__hash(bytes, len, (uintptr_t)t->ids) & t->ids_mask;
     for (; t->ids[slot]; slot = (slot + 1) & t->ids_mask) {
@@ -3310,7 +3303,7 @@ DSPARK_API int32_t dspark_token_id(const dspark_tokenizer *t, const char *text, 
     return len ? t->ids[dspark__token_slot(t, text, len)] - 1 : -1;
 }
 
-// The slot of a pair, or the empty one where it would be.
+// The slot of a pair, or the empty slot for it.
 static size_t dspark__merge_slot(const dspark_tokenizer *t, uint64_t pair) {
     size_t slot = (size_t)(pair * 0x9E3779B97F4A7C15u >> 32) & t->merges_mask;
     while (t->merges[slot].pair && t->merges[slot].pair != pair) slot = (slot + 1) & t->merges_mask;
@@ -3323,11 +3316,11 @@ static uint64_t dspark__merge_pair(int32_t left, int32_t right) {
 
 // ---- encoding
 
-// A piece while it is merged: the symbol at i began as its byte i. The right part of a merged pair is no
-// longer linked and has rank -1.
+// A piece while it is merged: symbol i starts as its byte i. The right symbol of a merged pair is unlinked and has
+// rank -1.
 typedef struct {
-    int32_t id, prev, next;     // neighbours; -1 and the piece's length beyond its ends
-    int32_t rank, merged;       // of the pair with next; rank -1: nothing merges them
+    int32_t id, prev, next;     // neighbours; -1 before the first, the piece's length after the last
+    int32_t rank, merged;       // of the pair with next: rank, -1: no merge; id of the whole
 } dspark__symbol;
 
 typedef struct {
@@ -3365,7 +3358,7 @@ static uint64_t dspark__encoder_pop(dspark__encoder *e) {
     return lowest;
 }
 
-// The symbol at i or the one after it is new.
+// Updates the pair of symbol i and the next, either of which is new.
 static void dspark__encoder_pair(dspark__encoder *e, int32_t i, int32_t n) {
     dspark__symbol *s = &e->symbols[i];
     const dspark__bpe_merge *m;
@@ -3377,7 +3370,7 @@ static void dspark__encoder_pair(dspark__encoder *e, int32_t i, int32_t n) {
     dspark__encoder_push(e, (uint64_t)m->rank << 32 | (uint64_t)i);
 }
 
-// n bytes have n - 1 pairs at first, and at most two new ones after each of at most n - 1 merges.
+// The heap gets at most n - 1 pairs at first, and two for each of at most n - 1 merges: fewer than 3 n.
 static dspark_status dspark__encode_piece(dspark__encoder *e, size_t begin, size_t end) {
     const unsigned char *bytes = (const unsigned char *)e->text + begin;
     int32_t n = (int32_t)(end - begin);
@@ -3404,7 +3397,7 @@ static dspark_status dspark__encode_piece(dspark__encoder *e, size_t begin, size
     return DSPARK_OK;
 }
 
-// Past the bytes from i on that are of one of these classes.
+// The end of the bytes from i on that have one of these classes.
 static size_t dspark__run(const dspark__encoder *e, size_t i, size_t end, int classes) {
     while (i < end && (e->classes[i] & classes)) i++;
     return i;
@@ -3415,8 +3408,8 @@ static size_t dspark__next_character(const dspark__encoder *e, size_t i, size_t 
     return i;
 }
 
-// The third pattern at p of a text that ends at end: the end of its match, p if there is none. The first of
-// its alternatives that matches:
+// The end of the third pattern's match at p in a text that ends at `end`; p if there is none. The first matching
+// alternative counts:
 //     [!-/:-@\[-`{-~][A-Za-z]+
 //     [^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+
 //      ?[\p{P}\p{S}]+[\r\n]*
@@ -3444,7 +3437,7 @@ static size_t dspark__match(const dspark__encoder *e, size_t p, size_t end) {
     return q;
 }
 
-// The third pattern's matches and what is between them.
+// Encodes the third pattern's matches and the text between them.
 static dspark_status dspark__encode_words(dspark__encoder *e, size_t begin, size_t end) {
     dspark_status status = DSPARK_OK;
     for (size_t p = begin; p < end && !status; ) {
@@ -3461,7 +3454,7 @@ static dspark_status dspark__encode_words(dspark__encoder *e, size_t begin, size
     return status;
 }
 
-// The second pattern's: runs of kanji and kana. To a pattern each piece of the one before is a whole text.
+// The same for the second pattern, runs of kanji and kana. A pattern sees each piece of the one before as a whole text.
 static dspark_status dspark__encode_kanji(dspark__encoder *e, size_t begin, size_t end) {
     dspark_status status = DSPARK_OK;
     for (size_t p = begin, to; p < end && !status; p = to) {
@@ -3472,7 +3465,7 @@ static dspark_status dspark__encode_kanji(dspark__encoder *e, size_t begin, size
     return status;
 }
 
-// The first pattern's, \p{N}{1,3}, in a text without added tokens.
+// The same for the first pattern, \p{N}{1,3}, in a text without added tokens.
 static dspark_status dspark__encode_text(dspark__encoder *e, size_t begin, size_t end) {
     dspark_status status = DSPARK_OK;
     for (size_t p = begin, to; p < end && !status; p = to) {
@@ -3485,7 +3478,7 @@ static dspark_status dspark__encode_text(dspark__encoder *e, size_t begin, size_
     return status;
 }
 
-// The class of every byte; what is not UTF-8 is like a character that is in no class.
+// Sets the class of every byte; a byte that is not UTF-8 counts as a character without a class.
 static void dspark__encoder_classify(dspark__encoder *e, size_t len) {
     for (size_t i = 0; i < len; ) {
         uint32_t code;
@@ -3497,7 +3490,7 @@ static void dspark__encoder_classify(dspark__encoder *e, size_t len) {
     }
 }
 
-// The first of added[from, to) whose byte at depth is c or above; they are equal up to there, and longer.
+// The first of added[from, to) whose byte at depth is >= c; all are longer than depth and equal before it.
 static int dspark__added_bound(const dspark_tokenizer *t, int from, int to, int depth, int c) {
     while (from < to) {
         int middle = from + (to - from) / 2;
@@ -3597,7 +3590,7 @@ typedef struct {
     int16_t byte_of[0x144];     // the byte that a character stands for in byte-level text; -1: none
 } dspark__token_file;
 
-// What cannot be served, and what is no tokenizer.
+// Failures: a tokenizer of an unsupported kind, and a malformed file.
 static dspark_status dspark__unsupported(const dspark__token_file *r, const char *where, const char *expected,
                                          int found) {
     return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "%s: %s: expected %s, found %.160s", r->path, where,
@@ -3609,7 +3602,7 @@ static dspark_status dspark__malformed(const dspark__token_file *r, const char *
                         expected, dspark__json_show(&r->j, found));
 }
 
-// The options of an object that would change the ids: null, false or "", or not there.
+// Options that would change the ids must be missing, null, false or "".
 static dspark_status dspark__tokenizer_off(const dspark__token_file *r, const char *where, int object,
                                            const char *const *keys, int n) {
     for (int i = 0; i < n; i++) {
@@ -3643,7 +3636,7 @@ static dspark_status dspark__tokenizer_split(const dspark__token_file *r, int sp
     return dspark__tokenizer_off(r, where, split, off, 1);
 }
 
-// The three patterns that >>tokenizer has by hand, then bytes as they are.
+// Must be the three patterns that >>tokenizer implements by hand, then a ByteLevel without options.
 static dspark_status dspark__tokenizer_pieces(const dspark__token_file *r) {
     static const char *const patterns[] = {
         "\\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
@@ -3700,7 +3693,7 @@ static dspark_status dspark__tokenizer_form(const dspark__token_file *r) {
     return status;
 }
 
-// Byte-level text to the bytes it stands for; out may be s. Their number, -1: not byte-level text.
+// Decodes byte-level text to out, which may be s; returns the number of bytes, -1: not byte-level text.
 static int dspark__byte_level(const dspark__token_file *r, const char *s, size_t len, char *out) {
     int n = 0;
     for (size_t i = 0; i < len; n++) {
@@ -3723,7 +3716,7 @@ static void dspark__byte_level_init(dspark__token_file *r) {
     }
 }
 
-// An id with a place in tokens, whose number is an upper bound.
+// The token with the id at node, which must be below t->n, at this point an upper bound.
 static dspark_status dspark__tokenizer_id(const dspark__token_file *r, const char *where, int node,
                                           dspark__token **token) {
     int64_t id;
@@ -3801,14 +3794,14 @@ static dspark_status dspark__tokenizer_added(dspark__token_file *r, int list) {
     return DSPARK_OK;
 }
 
-// A table that stays at most half full.
+// The mask of a table that n entries fill at most half.
 static size_t dspark__table_mask(size_t n) {
     size_t size = 16;
     while (size < 2 * n) size *= 2;
     return size - 1;
 }
 
-// ids 0 .. n - 1, each with its own bytes, and each byte with an id
+// Checks that ids 0 .. n - 1 all have bytes, no two the same, and that each byte has an id.
 static dspark_status dspark__tokenizer_index(dspark__token_file *r) {
     dspark_tokenizer *t = r->t;
     while (t->n && !t->tokens[t->n - 1].kind) t->n--;       // added tokens may repeat the vocabulary's
@@ -3840,7 +3833,7 @@ static dspark_status dspark__tokenizer_index(dspark__token_file *r) {
     return DSPARK_OK;
 }
 
-// A merge as "a b" or ["a", "b"], to bytes where it stands: a and b side by side. 0: neither.
+// Decodes a merge, "a b" or ["a", "b"], in place: a's bytes, then b's, at *at. Returns 0 if it is neither.
 static int dspark__merge_parts(const dspark__token_file *r, int node, char **at, int *left, int *right) {
     const dspark__json *j = &r->j;
     int pair = dspark__json_kind(j, node) == DSPARK__JSON_ARRAY && j->nodes[node].n == 2;
@@ -3861,7 +3854,7 @@ static int32_t dspark__vocabulary_id(const dspark_tokenizer *t, const char *byte
     return id >= 0 && (t->tokens[id].kind & DSPARK__TOKEN_VOCABULARY) ? id : -1;
 }
 
-// model.merges: the pairs in the order of their rank, tokens of the vocabulary that together are one
+// model.merges: pairs in rank order; both parts and the whole must be tokens of the vocabulary
 static dspark_status dspark__tokenizer_merges(dspark__token_file *r, int list) {
     dspark_tokenizer *t = r->t;
     int32_t rank = 0;
@@ -3995,10 +3988,9 @@ DSPARK_API dspark_status dspark_tokenizer_open(dspark_tokenizer **out, const cha
 }
 
 // >>chat
-// Messages to the prompt that DeepSeek-V4 was trained on, without tools: the release's encoding_dsv4.py.
-// Contents go in as they are. After a user message that an answer follows or that is last, the assistant's
-// turn opens with <think> or </think>: </think> where thinking is off and, if earlier reasoning is dropped,
-// for the turns before the last user message.
+// Messages to the prompt that DeepSeek-V4 was trained on, without tools: the release's encoding_dsv4.py. Contents are
+// copied unchanged. After a user message that is last or followed by an answer, the assistant's turn opens: with
+// </think> if thinking is off or, when earlier reasoning is dropped, before the last user message; else with <think>.
 
 static const char dspark__chat_effort[] =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
@@ -4008,12 +4000,12 @@ static const char dspark__chat_effort[] =
     "Explicitly write out your entire deliberation process, documenting every intermediate step, considered "
     "alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n";
 
-// Where the prompt goes. Contents that stand side by side are one text to the tokenizer; a token of the form
-// ends it, so its parts encoded one by one are what the whole would be.
+// Where the prompt goes. Adjacent contents are one text to the tokenizer; a token of the form ends it, so encoding
+// these texts one by one gives the ids of the whole.
 typedef struct {
-    const dspark_tokenizer *t;      // NULL: the text is wanted, text[cap] is the caller's
+    const dspark_tokenizer *t;      // NULL: the output is text, to the caller's text[cap]
     int flags;
-    char *text;                     // else: what is not yet encoded
+    char *text;                     // else: text not yet encoded
     size_t n, cap;
     int32_t *ids;
     int64_t n_ids;
@@ -4056,7 +4048,7 @@ static int dspark__chat_is(const dspark_message *messages, int n, int i, const c
     return i >= 0 && i < n && messages[i].role && !strcmp(messages[i].role, role);
 }
 
-// A user message; thinking: as the answer to it will be.
+// A user message; thinking: whether the answer to it thinks.
 static dspark_status dspark__chat_user(dspark__chat *c, const dspark_message *m, int n, int i, int thinking) {
     int joins = dspark__chat_is(m, n, i - 1, "user");
     dspark_status status = joins ? dspark__chat_text(c, "\n\n") : dspark__chat_token(c, "<｜User｜>");
@@ -4128,10 +4120,10 @@ DSPARK_API int dspark_chat_encode(const dspark_tokenizer *t, const dspark_messag
 }
 
 // >>state
-// What the CPU keeps of a session, indexed by position, so that going back costs nothing: what a rejected
-// token wrote is overwritten before it is read. A ring of n rows holds position p in row p % n; compressed
-// row i pools tokens [i r, (i + 1) r). Rows are kept as the rounding left them: E4M3 codes with their scales
-// and floats for the RoPE dims; the short window stays in floats.
+// What the CPU keeps of a session, indexed by position, so that rollback is free: what a rejected token wrote is
+// overwritten before it is read. A ring of n rows holds position p in row p % n; compressed row i pools tokens
+// [i r, (i + 1) r), for r = 4 from (i - 1) r. Compressed rows are stored as rounded: E4M3 codes with their scales, and
+// floats for the RoPE dims; the window stays in floats.
 
 typedef struct {
     float *window;                      // [ring][head_dim]
@@ -4164,7 +4156,7 @@ static size_t dspark__array_rows(const dspark__array *a, int n_tokens) {
     return a->ring ? (size_t)a->ring : (size_t)(n_tokens / a->ratio);
 }
 
-// Places one array behind the others; without memory it only counts.
+// Places one array after the others; without memory it only counts bytes.
 static void *dspark__state_take(dspark__state *s, size_t *bytes, size_t row_bytes, int ring, int ratio) {
     dspark__array a = { NULL, row_bytes, ring, ratio };
     if (s->memory) a.data = s->memory + *bytes;
@@ -4217,14 +4209,14 @@ typedef struct {
     int trial;                  // to learn what that costs
     double plain_us;            // P of its account; 0: no account is kept
     double extra_us;            // what its draft takes beyond its share of the pass
-    int n_p, n_ahead;           // rows that are p, and those of them that are verified, before its commit
+    int n_p, n_ahead;           // before its commit: rows turned into p, and those of them verified
     struct { int32_t token; int accepted; } ahead[DSPARK_MAX_BLOCK + 1];
 } dspark__lane;
 
 // What this step's passes cost.
 typedef struct {
     int R, drafting;            // sessions that decode; those of them that may draft
-    double base_us, row_us, context_us;         // beyond T(B): once; a row; of that for its context
+    double base_us, row_us, context_us;         // beyond T(B): a pass; a row; the context's part of row_us
     double plain_us;            // P: a session's share of a step without drafts
     double worst[DSPARK_MAX_BLOCK + 1];         // [cap]: largest share of a pass's growth of one with l <= cap
     double growth[DSPARK_MAX_BLOCK + 1];        // [l]: its share if all that may draft verify l
@@ -4247,7 +4239,7 @@ typedef struct {
 typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dspark__experience;
 // Shared by all sessions of one kind: temperature 0, or one verifier in a temperature band. account: limit 0 if not
 // opened since the profile was set.
-enum { DSPARK__MANNERS = 7, DSPARK__PRIOR = 8 };     // cycles of its own that outweigh what others have seen
+enum { DSPARK__MANNERS = 7, DSPARK__PRIOR = 8 };     // PRIOR: cycles that an initial experience counts as
 typedef struct { dspark_account account; dspark__experience experience; } dspark__manner;
 
 struct dspark_model {
@@ -4263,11 +4255,11 @@ struct dspark_model {
     dspark_profile profile;
     dspark_calibration calibration;        // of every session, if it was set; else of those that no row is for
     dspark__batch batch;
-    float *row;                 // [vocab], a distribution in the making
+    float *row;                 // [vocab]: adjusted logits, for log-probabilities; measuring: p
     size_t bytes;               // of batch and row
 };
 
-// Would so many bytes more be too many?
+// MEMORY if `more` bytes would exceed memory_limit.
 static dspark_status dspark__memory_check(const dspark_model *m, const char *what, size_t more) {
     size_t limit = m->memory_limit, used = dspark_model_bytes(m, NULL) + m->session_bytes;
     if (!limit || (used <= limit && more <= limit - used)) return DSPARK_OK;
@@ -4471,11 +4463,11 @@ static dspark_status dspark__draft_backbone(dspark_model *m, const dspark_pass *
         b->moe(d, l);
         b->mix_out(d, l, DSPARK_SUB_FFN);
     }
-    b->draft_head(d);                                   // U [n][vocab], the logits but for the bias
+    b->draft_head(d);                                   // U [n][vocab], the logits without the bias
     return b->pass_end(d, result);
 }
 
-DSPARK__SOON    // what follows up to >>kernels calls and seldom computes
+DSPARK__SOON    // up to >>kernels: code that mostly calls and computes little
 // >>session
 // Committed tokens. The first n_run have been run: their rows are in the state, indexed by position. Between calls,
 // n_run is n_tokens (the next token's logits are available) or less (the rest is pending).
@@ -4486,7 +4478,7 @@ struct dspark_session {
     dspark_model *model;
     void *state;                    // the backend's
     dspark_session_desc desc;       // stop_strings and stop_tokens point into memory
-    int32_t *tokens;                // [max_context + block + 1]: drafts stand behind the committed for a while
+    int32_t *tokens;                // [max_context + block + 2]: drafts follow the committed ones for a while
     int n_tokens, n_run;
     int high;                       // end of the positions run since the last refill: the rings hold the last ones
     int n_injected;                 // taps of positions before it are in the stages' windows
@@ -4618,8 +4610,8 @@ static size_t dspark__session_layout(dspark_session *s, const dspark_model *m, c
     return v.n;
 }
 
-// desc, or where it is NULL all defaults in *none: greedy, no stops but the checkpoint's, the schedule that
-// models best.
+// desc, or if it is NULL, *none with all defaults: greedy, only the checkpoint's stops, the schedule that is
+// fastest by the cost model.
 static const dspark_session_desc *dspark__session_defaults(const dspark_session_desc *desc,
                                                            dspark_session_desc *none) {
     memset(none, 0, sizeof *none);
@@ -4698,8 +4690,8 @@ static dspark_status dspark__run_alone(dspark_session *s, const int32_t *ids, in
 // Positions before `end` have been run: the rings hold the last ones below s->high.
 static void dspark__mark_run(dspark_session *s, int end) { s->high = dspark__max(s->high, end); }
 
-// After a long way back the rings no longer hold the rows before n_run: the last tokens are run again, as
-// many as those rows depend on (a window for each layer). Their compressed rows stand, so only the rings are
+// After a long truncation the rings no longer hold the rows before n_run: the last tokens are run again, as
+// many as those rows depend on (a window for each layer). Their compressed rows are kept; only the rings are
 // written.
 static dspark_status dspark__refill(dspark_session *s) {
     const dspark_config *c = dspark__config(s);
@@ -4720,7 +4712,7 @@ static dspark_status dspark__refill(dspark_session *s) {
     return DSPARK_OK;
 }
 
-// How many of n pending tokens a pass runs: with fast_prefill whole blocks, or none of the next.
+// How many of n pending tokens a pass runs: with fast_prefill, whole blocks, or tokens of one block only.
 static int dspark__cut(const dspark_model *m, int position, int n) {
     int into = position % DSPARK_PROMPT_BLOCK;
     n = dspark__min(m->max_rows, n);
@@ -4825,7 +4817,7 @@ DSPARK_API dspark_status dspark_session_truncate(dspark_session *s, int n_tokens
 
 // ---- copies and files
 
-// What a session is besides its desc and its state; a session file holds these bytes.
+// The scalars of a session and of its desc; a session file begins with these bytes.
 typedef struct {
     char magic[8];
     uint64_t fingerprint, seed, cycle;
@@ -4889,7 +4881,7 @@ static dspark_status dspark__piece_read(void *user, void *data, size_t bytes) {
     return dspark__fail(DSPARK_ERROR_FORMAT, "expected %zu bytes more, found the end", bytes);
 }
 
-// The parts of a session file behind its record: tokens, logits, text held back, state.
+// The parts of a session file after its record: tokens, logits, text held back, state.
 static dspark_status dspark__session_parts(const dspark_session *s, int restore, dspark_piece piece, void *user) {
     size_t V = (size_t)dspark__config(s)->vocab_size;
     dspark_status status = piece(user, s->tokens, (size_t)s->n_tokens * sizeof *s->tokens);
@@ -4997,7 +4989,7 @@ DSPARK_API dspark_status dspark_session_restore(dspark_session **out, dspark_mod
 // >>engine
 // One decoding cycle of a batch: anchors drawn, drafts, schedule, one flat pass of the target, verification,
 // commit. Every number a session draws is a function of its seed and a position or a cycle, never of its
-// company.
+// batch.
 
 // ---- one token at a time
 
@@ -5008,7 +5000,7 @@ static int dspark__mode(const dspark_session *s) {
     return dspark__greedy(s) ? DSPARK_VERIFY_GREEDY : s->desc.policy.verify;
 }
 
-// What makes confidences of a session's logits.
+// The calibration that turns a session's confidence logits into c_k.
 static const dspark_calibration *dspark__calibration_of(const dspark_session *s) {
     const dspark_model *m = s->model;
     const dspark__checkpoint *ck = &m->checkpoint;
@@ -5054,8 +5046,8 @@ static dspark_device_draw dspark__draw_there(const dspark_session *s, int k) {
     return draw;
 }
 
-// Logits of the token after n of the session's tokens, in place: adjusted, then p. The log of the adjusted
-// softmax's denominator goes to *log_sum, if wanted.
+// Turns the logits after n of the session's tokens into p, in place, once adjusted. *log_sum, unless NULL: the
+// log-sum-exp of the adjusted logits, which go to the model's row.
 static dspark_status dspark__to_p(const dspark_session *s, float *logits, int n, double *log_sum) {
     const dspark_session_desc *d = &s->desc;
     int V = dspark__config(s)->vocab_size;
@@ -5071,7 +5063,7 @@ static dspark_status dspark__to_p(const dspark_session *s, float *logits, int n,
                                d->min_p, logits);
 }
 
-// The text of a token to the session's; 1: a stop string is complete, and the text ends before it.
+// Appends a token's text; returns 1 if a stop string is complete: the text then ends before it.
 static int dspark__text_add(dspark_session *s, int32_t token, int last) {
     const dspark_tokenizer *t = s->model->tokenizer;
     const char *bytes = "";
@@ -5113,7 +5105,7 @@ static int dspark__exhausted(const dspark_session *s) {
     return s->n_tokens >= s->desc.max_context ? DSPARK_CONTEXT : DSPARK_RUNNING;
 }
 
-// Commits a token and gives it out; 1: the session has finished with it.
+// Commits and emits a token; returns 1 if it finishes the session.
 static int dspark__emit(dspark_session *s, dspark_step_result *r, int32_t token, int by, double logprob) {
     int stop = dspark__is_stop_token(s, token);
     s->tokens[s->n_tokens++] = token;
@@ -5126,7 +5118,7 @@ static int dspark__emit(dspark_session *s, dspark_step_result *r, int32_t token,
     return r->finish != DSPARK_RUNNING;
 }
 
-// What the last step gave leaves the text; what was held back stays.
+// Drops the text that the last step returned; what was held back stays.
 static void dspark__text_begin(dspark_session *s) {
     memmove(s->text, s->text + s->text_out, (size_t)(s->text_len - s->text_out));
     s->text_len -= s->text_out, s->text_out = 0;
@@ -5142,8 +5134,8 @@ static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
 
 // ---- the cost of passes
 
-enum { DSPARK__FRESH_TAPS = 2 };        // that a draft injects after a usual cycle: in draft_us
-enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 4 };      // where, and with how many, is measured
+enum { DSPARK__FRESH_TAPS = 2 };        // taps that a draft usually injects: draft_us includes them
+enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 4 };      // measured: depth, more depth, sessions
 
 DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
     double slope;
@@ -5219,7 +5211,7 @@ static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
         if ((p->us[j] > p->us[i]) == (j < i)) p->us[j] = p->us[i];
 }
 
-// A draft of n sessions took so long, what they inject and draw left out.
+// A draft of n sessions took `us`, not counting their extra_us.
 static void dspark__learn_draft(dspark_profile *p, int n, double us) {
     double expected = (double)p->draft_us + (n - 1) * (double)p->draft_more_us;
     float scale = 1;
@@ -5229,7 +5221,7 @@ static void dspark__learn_draft(dspark_profile *p, int n, double us) {
     if (n > 1) p->draft_more_us *= scale;
 }
 
-// One pass of the target with B rows of each of n sessions at their ends, or (B 0) a draft of each; microseconds.
+// Times one target pass with B rows at the end of each of n sessions, or (B 0) a draft of each, in microseconds.
 static dspark_status dspark__time_pass(dspark_session **s, int n, int B, double *us) {
     dspark_model *m = s[0]->model;
     const dspark_config *c = &m->checkpoint.config;
@@ -5286,7 +5278,7 @@ static dspark_status dspark__time_sample(dspark_session *s, const float *logits,
     return status;
 }
 
-// T(B) of one session, from few rows to as many as a third of a second allows.
+// T(B) of one session, from one row to as many as .3 s allow, and at least a block and one.
 static dspark_status dspark__measure_rows(dspark_session **s, int most, double slice, dspark_profile *p) {
     int gamma = dspark__config(s[0])->dspark_block_size;
     double start = dspark__now_us(), us;
@@ -5300,7 +5292,7 @@ static dspark_status dspark__measure_rows(dspark_session **s, int most, double s
     return status;
 }
 
-// s [n]: sessions with room for `most` rows each, the first of them deeper.
+// s [n]: sessions. The first has room for `most` rows, and `deeper` further on; the others for a block each.
 static dspark_status dspark__measure(dspark_session **s, int n, int most, int deeper, dspark_profile *p) {
     int gamma = dspark__config(s[0])->dspark_block_size, rows = dspark__min(most, 8),
         company = dspark__min(n, gamma ? s[0]->model->max_rows / gamma : n);
@@ -5322,7 +5314,7 @@ static dspark_status dspark__measure(dspark_session **s, int n, int most, int de
     p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64);
     p->draft_more_us = (float)(fmax(more_us - draft_us, 0) / (company - 1)), p->draft_seen = 8;
     if (!status) status = dspark__run_alone(s[0], s[0]->tokens, 1, s[0]->n_run, 0, 0, &result);
-    if (!status && dspark__time_sample(s[0], result.logits, &sample_us)) sample_us = 0;     // NaN concerns who meets it
+    if (!status && dspark__time_sample(s[0], result.logits, &sample_us)) sample_us = 0;     // NaN: a step reports it
     p->sample_us = (float)sample_us;
     if (!status && deeper) status = dspark__time_best(s, 1, rows, 0, slice, &alone);
     s[0]->n_run += deeper;
@@ -5388,7 +5380,7 @@ DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_
 }
 
 #ifndef DSPARK_NO_STDIO
-// What passes depend on besides: a profile of another is refused.
+// What pass times depend on; a profile of anything else is refused.
 static void dspark__profile_of(const dspark_model *m, char *text, size_t size) {
     snprintf(text, size, "checkpoint %016llx, %s, %s, %d threads", (unsigned long long)m->checkpoint.hash,
              m->backend->name, dspark_model_path_name(m), dspark_model_threads(m));
@@ -5452,7 +5444,7 @@ DSPARK_API dspark_status dspark_model_load_profile(dspark_model *m, const char *
 }
 #endif
 
-// What a session adds to the time of each of its rows: a draw, unless it is greedy.
+// What a session adds to each of its rows' time: a draw, unless it is greedy or the device draws.
 static double dspark__sample_us(const dspark_session *s) {
     return dspark__greedy(s) || dspark__drawn_there(s) ? 0 : (double)s->model->profile.sample_us;
 }
@@ -5466,7 +5458,7 @@ static double dspark__pass_time(const dspark_model *m, int64_t rows) {
 static double dspark__draft_time(const dspark_model *m, int n) {
     return ((double)m->profile.draft_us + (n - 1) * (double)m->profile.draft_more_us) / n;
 }
-// What a session's draft takes besides: its draws, and the taps that a pause has left to inject.
+// What else a session's draft takes: its draws, and injecting the taps left by a pause.
 static double dspark__draft_extra(const dspark_session *s) {
     int taps = s->n_run - dspark__max(s->n_injected, s->n_run - dspark__config(s)->sliding_window);
     return (double)s->model->profile.inject_us * dspark__max(0, taps - DSPARK__FRESH_TAPS) +
@@ -5501,7 +5493,7 @@ static void dspark__costs_open(dspark_model *m, const dspark__lane *lanes, int n
 
 // ---- draft
 
-// May this lane draft, and how many of its drafts may be verified? Never past the quota or the context.
+// How many drafts of a session may be verified; 0: it may not draft. Never past the quota or the context.
 static int dspark__draft_limit(const dspark_session *s) {
     const dspark_policy *p = &s->desc.policy;
     int limit = dspark__config(s)->dspark_block_size, left = s->desc.max_context - s->n_tokens;
@@ -5511,7 +5503,7 @@ static int dspark__draft_limit(const dspark_session *s) {
     return dspark__max(0, dspark__min(limit, left - 1));
 }
 
-// BLOCK and THRESHOLD draft always; else it must be worth it.
+// BLOCK and THRESHOLD always draft; other schedules only if it pays.
 static int dspark__is_forced(const dspark_session *s) {
     return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
 }
@@ -5588,8 +5580,8 @@ static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
         a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0, a->drafted = a->limit > 0;
     }
 }
-// How many of n lanes share the next pass, and what they draft: all, if that fits; else as many as would fit if all
-// drafted that may. *rows: what they may need.
+// Decides how many of n lanes share the next pass, and what they draft: all lanes if they fit; else as many as fit if
+// every lane drafts that may. *rows: the most rows they need.
 static int dspark__fitting(dspark_model *m, dspark__lane *lanes, int n, int *rows) {
     int block = m->checkpoint.config.dspark_block_size, some = 0;
     dspark__decide(m, lanes, n);
@@ -5602,7 +5594,7 @@ static int dspark__fitting(dspark_model *m, dspark__lane *lanes, int n, int *row
     return some;
 }
 
-// Draft k of a lane from its logits, into the tokens behind the committed ones.
+// Draws draft k of a lane from its logits, into the tokens after the committed ones.
 static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, float confidence_logit) {
     dspark_session *s = a->s;
     int V = dspark__config(s)->vocab_size, position = s->n_tokens + k,
@@ -5619,7 +5611,7 @@ static dspark_status dspark__draw_draft(dspark__lane *a, int k, float *logits, f
     return DSPARK_OK;
 }
 
-// The block [anchor, noise, ...] of every drafting lane goes through the drafter; then draft by draft.
+// The draft pass: a block [anchor, noise, ...] for each drafting lane whose tokens the device draws (there 1) or not.
 static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int there, dspark_pass *pass) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
@@ -5639,7 +5631,7 @@ static void dspark__draft_rows(dspark_model *m, dspark__lane *lanes, int n, int 
     }
 }
 
-// A lane's drafts and their confidences' logits, as the device gives them.
+// Takes a lane's drafts and confidence logits from the device.
 static void dspark__take_drafts(dspark__lane *a, const int32_t *drafts, const float *confidence) {
     for (int k = 0; k < dspark__config(a->s)->dspark_block_size; k++) {
         int32_t token = drafts[a->draft_row + k];
@@ -5650,7 +5642,7 @@ static void dspark__take_drafts(dspark__lane *a, const int32_t *drafts, const fl
     a->r->n_drafted = a->n_drafted;
 }
 
-// All steps on the device: tokens and confidences' logits come back.
+// All draft steps on the device: tokens and confidence logits come back.
 static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, const dspark_pass *pass,
                                          const float *confidence) {
     dspark__batch *b = &m->batch;
@@ -5665,7 +5657,7 @@ static dspark_status dspark__draft_there(dspark_model *m, dspark__lane *lanes, c
     return status;
 }
 
-// The lanes whose tokens the device draws, or the others.
+// Drafts for the lanes whose tokens the device draws (there 1), or for the others.
 static dspark_status dspark__draft(dspark_model *m, dspark__lane *lanes, int n, int there) {
     const dspark_config *c = &m->checkpoint.config;
     dspark__batch *b = &m->batch;
@@ -5715,7 +5707,7 @@ static int dspark__mode_of(const dspark__lane *a) {
     return dspark__mode(s) == DSPARK_VERIFY_REJECTION ? DSPARK_SCHEDULE_PREFIX : DSPARK_SCHEDULE_GLOBAL;
 }
 
-// The budget: what GLOBAL would admit with the confidences of two steps before. PREFIX until there are some.
+// The budget: what GLOBAL would admit with the confidences of two steps ago. PREFIX until there are any.
 static dspark_status dspark__async_budget(dspark__batch *b, const dspark__lane *lanes, dspark_schedule_desc *d) {
     dspark_schedule_desc past = *d;
     dspark_status status;
@@ -5749,7 +5741,7 @@ static int dspark__schedule_open(dspark_model *m, const dspark__lane *lanes, int
     }
     memset(d, 0, sizeof *d);
     sps->sps = b->sps, sps->n = rows + candidates;
-    if (mode >= DSPARK_SCHEDULE_PREFIX && candidates)   // rows below what the pass has anyway are never asked for
+    if (mode >= DSPARK_SCHEDULE_PREFIX && candidates)   // entries below `rows` are never read
         for (int B = 1; B <= sps->n; B++) b->sps[B - 1] = (float)(1e6 / dspark__pass_time(m, dspark__max(B, rows)));
     d->confidence = b->confidence, d->cap = b->limit, d->threshold = b->threshold, d->weight = b->weight;
     d->n_requests = R, d->gamma = m->checkpoint.config.dspark_block_size, d->mode = mode, d->other_rows = rows - R;
@@ -5775,7 +5767,7 @@ static dspark_status dspark__schedule_mode(dspark_model *m, dspark__lane *lanes,
     return DSPARK_OK;
 }
 
-// This step's confidences are the next's of one step before.
+// Keeps this step's confidences for the next two steps.
 static void dspark__remember(const dspark__lane *a) {
     dspark_session *s = a->s;
     if (a->n_prompt) return;
@@ -5830,7 +5822,7 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
 }
 
 // Draft, choice and verification in one go, with one read-back at the end. ASYNC knows its budget before the drafts: if
-// all tokens of the step are drawn on the device, so are the lengths. *done 0: this step cannot; nothing has happened.
+// the device draws all the step's tokens, it also chooses the lengths. *done 0: not in this step; nothing was done.
 static dspark_status dspark__cycle_there(dspark_model *m, dspark__lane *lanes, int n, dspark_pass_result *out,
                                          int *done) {
     dspark__batch *b = &m->batch;
@@ -5888,8 +5880,8 @@ static void dspark__commit_prompt(dspark__lane *a, const dspark_pass_result *out
     s->has_logits = 1;
 }
 
-// A row whose token the device has drawn. (By rejection, where p_t <= p_d everywhere by rounding, that may be the
-// refused draft: it comes from p_t, and counts as accepted.)
+// A row whose token the device has drawn. (REJECTION: if rounding leaves p_t <= p_d everywhere, the token is drawn from
+// p_t and may be the rejected draft, which then counts as accepted.)
 static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t drawn, int *accepted, int32_t *token) {
     *token = drawn, *accepted = i < a->length && drawn == a->s->tokens[a->s->n_tokens];
     if (drawn >= 0) return DSPARK_OK;
@@ -5924,7 +5916,7 @@ static void dspark__verify_ahead(dspark__lane *a, float *p_target, const float *
     }
 }
 
-// Row by row, none before it is reached: plain decoding would have met no other. drawn: the rows' tokens, or NULL.
+// Verifies row by row, only rows that plain decoding would reach. drawn: the rows' tokens, or NULL.
 static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const float *p_draft, const int32_t *drawn) {
     dspark_session *s = a->s;
     dspark_step_result *r = a->r;
@@ -5971,7 +5963,7 @@ static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
 
-// A cycle's confidences, and what came of those that were verified; of the last `most` cycles.
+// Adds a cycle's a_k, and the accepted drafts expected and got, to means over about `most` cycles.
 static void dspark__experience_add(dspark__experience *e, const dspark_step_result *r, int most) {
     float survival = 1, hoped = 0, rate;
     if (!r->n_drafted) return;
@@ -5986,8 +5978,8 @@ static void dspark__experience_add(dspark__experience *e, const dspark_step_resu
     e->got += rate * ((float)r->n_accepted - e->got);
 }
 
-// In modelled time: what this cycle cost the session, and what its tokens would have cost plainly. `drafts` are
-// verified in all, of `drafted` sessions.
+// Settles the accounts in modelled time: this cycle's cost to the session against that of its tokens plainly decoded.
+// In the pass, `drafts` drafts were verified; `drafted` sessions drafted.
 static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
     dspark_model *m = a->s->model;
     int R = m->batch.costs.R;
@@ -6008,7 +6000,7 @@ static const float *dspark__lane_drafts(const dspark__lane *a, const float *p_dr
     if (!p_draft || !a->n_drafted) return NULL;
     return p_draft + (size_t)a->draft_row * (size_t)dspark__config(a->s)->vocab_size;
 }
-// What lanes draw, on as many threads as the backend has.
+// Verifies the lanes ahead of their turns, on as many threads as the backend has.
 static void dspark__draw_ahead(dspark_model *m, dspark__lane *lanes, int n, const dspark_pass_result *out,
                                const float *p_draft) {
     int threads = dspark__min(n, m->backend->threads(m->device));
@@ -6038,11 +6030,11 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
 
 // ---- a step
 
-// The anchor from an append's logits. 0: there is nothing more to run in this step.
+// Draws the anchor from an append's logits; returns 0 if this step has nothing more to run.
 static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
     int V = dspark__config(s)->vocab_size, accepted, finished;
     double log_sum = 0;
-    dspark_device_draw draw = dspark__draw_there(s, 0);         // of this cycle, which the next lines end
+    dspark_device_draw draw = dspark__draw_there(s, 0);         // before the next lines change s->cycle
     dspark_verify_desc v;
     int32_t token;
     float *p = s->logits;
@@ -6085,7 +6077,7 @@ static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_res
     return !r->status;
 }
 
-// What a pass has left goes to the prompts in it, in their order.
+// Gives the pass's remaining rows to the prompts in it, in their order.
 static void dspark__share_rows(dspark__lane *lanes, int n, int left, int prompt_rows) {
     for (int i = 0; i < n; i++) {
         int more = lanes[i].s->n_tokens - lanes[i].s->n_run;
@@ -6104,7 +6096,7 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     double start = dspark__now_us();
     status = dspark__cycle_there(m, lanes, n, &out, &done);
     if (!status && !done) status = dspark__draft(m, lanes, n, 0);
-    if (!status && !done) status = dspark__draft(m, lanes, n, 1);   // the last: the device verifies by its logits
+    if (!status && !done) status = dspark__draft(m, lanes, n, 1);   // last: the device verifies with its logits
     if (!status && !done) status = dspark__schedule(m, lanes, n);
     if (!status && !done) status = dspark__target(m, lanes, n, &out);
     if (status) return status;
@@ -6163,7 +6155,7 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     return status;
 }
 
-// ---- what there is to see
+// ---- statistics
 
 static double dspark__quantile_us(const dspark_stats *t, double p) {
     double below = 0, all = 0, top = 2;
@@ -6195,7 +6187,7 @@ static void dspark__write(dspark__writer *w, const char *format, ...) {
     w->n += dspark__max(n, 0);
 }
 
-// The lines of one metric: value, and for each of n positions one where by_position is not NULL.
+// The lines of one metric: `value`, or, unless by_position is NULL, one for each position.
 static void dspark__write_metric(dspark__writer *w, const char *name, const char *labels, double value,
                                  const int64_t *by_position) {
     int n = by_position ? DSPARK_MAX_BLOCK : 1;
@@ -6286,16 +6278,16 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
 DSPARK__SOON_END
 
 // >>kernels
-// The arithmetic on vectors, written once, at the end of this file, and compiled once a path: plain C, AVX2,
+// The arithmetic on vectors, written once, at the end of this file, and compiled once for each path: plain C, AVX2,
 // AVX-512, NEON. All paths give the same bits. A sum over k has 16 lanes: lane i takes k = i, i + 16, ... in
-// order, each by a fused multiply-add; then lanes 8 apart are added, those 4 apart, 2 apart, 1 apart. Where the
-// weights are FP8 or FP4, lane i takes 2 i + 1, then 2 i of each 32: so does a processor's product of bfloat16
-// pairs, which is exact for them and for inputs rounded to FP8. What is missing at the end of a row counts as
-// zeros (up to a multiple of 32 in a linear, of 16 elsewhere). So an output depends on no path, on no other row,
-// and not on who computes its neighbours. Block scales are powers of two and multiply exactly: FP8's go into the
-// input, FP4's into the weight. An FP8 weight of NaN counts as +-480.
+// order, each by a fused multiply-add; then lanes 8 apart are added, then 4 apart, 2 apart, 1 apart. If the weights
+// are FP8 or FP4, lane i takes 2 i + 1, then 2 i of each 32, as processors' products of bfloat16 pairs do; these
+// are exact for such weights and for inputs rounded to FP8. A row is extended with zeros (to a multiple of 32 in a
+// linear, of 16 elsewhere). So an output depends neither on the path, nor on other rows, nor on who computes its
+// neighbours. Block scales are powers of two and multiply exactly: FP8's go into the input, FP4's into the weight.
+// An FP8 weight of NaN counts as +-480.
 
-// y[r][i] = sum over k of w[first + i][k] x[r][k], for i in [0, n); what begin and end cut out is a thread's.
+// y[r][i] = sum over k of w[first + i][k] x[r][k], for i in [0, n); a thread computes i in [begin, end).
 typedef struct {
     const dspark_matrix *w;
     int first, n, n_rows;
@@ -6342,7 +6334,7 @@ typedef struct {
     void (*sinkhorn)(float *comb, int C, int iters, float eps);
 } dspark__kernels;
 
-// Products of up to 6 rows of inputs with `groups` times up to 4 rows of weights, each group behind the last.
+// Products of up to 6 rows of inputs with `groups` times up to 4 rows of weights, one group after the other.
 typedef struct {
     const uint8_t *w[4];        // of the first group: n weights each, as they are stored; n a multiple of 32
     const uint8_t *codes[4];    // FP4: their scales, or NULL if `scale` has them; past `end` nothing is read
@@ -6352,20 +6344,20 @@ typedef struct {
     float *y[6];                // [row][output]
     int n, groups;
     size_t step;                // bytes of weights a group
-    size_t ahead;               // and from a row of them to the one that is fetched meanwhile
+    size_t ahead;               // bytes from a row of weights to the one that is prefetched meanwhile
 } dspark__product;
 
-// Many rows go in groups of at most this many, whose inputs (scaled, for FP8) stay in the second cache.
+// Many rows go in groups of at most this many, whose inputs (scaled, for FP8) stay in the L2 cache.
 enum { DSPARK__LINEAR_ROWS = 64 };
 static int dspark__linear_rows(int n) { return n < DSPARK__LINEAR_ROWS ? n : DSPARK__LINEAR_ROWS; }
 
-// How many bytes of weights are fetched before they are used: into the second cache, for what is on its way to the
-// first holds one of its few miss buffers.
+// How many bytes ahead of use weights are prefetched: into the L2 cache, since a line on its way to L1 holds one of
+// its few miss buffers.
 enum { DSPARK__AHEAD = 8192 };
-// 16 more, so that rows do not fall on the same lines of the first cache.
+// 16 more, so that rows do not map to the same lines of the L1 cache.
 static size_t dspark__input_stride(int cols) { return ((size_t)cols + 31) / 32 * 32 + 16; }
-// Floats of scratch for a thread: rows of inputs; four of weights; their scales; those four decoded; the inputs, a lane
-// a row.
+// Floats of scratch for a thread: rows of inputs; four rows of weights; their scales; those rows decoded; the inputs
+// packed, a lane a row.
 static size_t dspark__linear_scratch(int cols, int n_rows) {
     size_t rows = (size_t)dspark__linear_rows(n_rows);
     return dspark__input_stride(cols) * (rows + 9 + (rows + 15) / 16 * 16) + 64;
@@ -6391,10 +6383,10 @@ static uint32_t dspark__bits_of(float f) {
 static float dspark__exp2i(int e) { return dspark__float_of((uint32_t)(e + 127) << 23); }
 // 2^(byte - 127); 0 is the subnormal 2^-127, 255 (NaN in E8M0) infinity
 static float dspark__e8m0(uint8_t byte) { return dspark__float_of(byte ? (uint32_t)byte << 23 : 0x400000u); }
-// An FP8 block's scale times the 2^8 that decoding leaves out, as a power of two, held in -56 .. 71: so x takes it
-// exactly.
+// The exponent of an FP8 block's scale times the 2^8 that decoding leaves out, clamped to -56 .. 71: scaling x by it is
+// exact.
 static int dspark__fp8_power(uint8_t byte) { return (byte < 63 ? 63 : byte > 190 ? 190 : byte) - 127 + 8; }
-// e of the smallest 2^e with amax / 2^e within the format, from the bits: log2f is wrong near powers of two.
+// The smallest e with amax / 2^e in the format's range, from the bits: log2f is wrong near powers of two.
 static int dspark__fp8_exponent(float amax) {       // 448 = 1.75 * 2^8
     uint32_t u = dspark__bits_of(amax > 1e-4f ? amax : 1e-4f);
     return (int)(u >> 23) - 127 - 8 + ((u & 0x7fffff) > 0x600000);
@@ -6412,7 +6404,7 @@ static int dspark__fp4_exponent(float amax) {       // 6 = 1.5 * 2^2
 #define DSPARK__ARM 1
 #endif
 
-// Round to nearest, subnormals kept, whatever the program around us chose; and back. A thread's.
+// Sets this thread's float mode to round to nearest and keep subnormals, whatever the caller chose; and restores it.
 static uint64_t dspark__float_mode_set(void) {
 #ifdef DSPARK__X86
     uint64_t old = _mm_getcsr();
@@ -6449,9 +6441,9 @@ static void dspark__float_mode_restore(uint64_t old) {
 #define DSPARK__PASTE(a, b) DSPARK__PASTE_(a, b)
 #define DSPARK__AT(name) DSPARK__PASTE(dspark__##name, DSPARK__PATH)
 
-// Path numbers as in DSPARK_PATH_*, which the preprocessor cannot read; 5 are products for 3. What is fast here is
-// written out. (GCC's expensive optimizations put a vzeroupper behind AVX: SSE instructions after it would wait for
-// the upper halves, three times as long for a draw.)
+// Path numbers as in DSPARK_PATH_*, which the preprocessor cannot read; 5: products for 3. What must be fast here is
+// unrolled by hand. (GCC's expensive optimizations put a vzeroupper after AVX code: without it, later SSE instructions
+// wait for the upper halves, and a draw takes three times as long.)
 #ifdef __clang__
 #define DSPARK__TARGET(x) DSPARK__PRAGMA(clang attribute push(__attribute__((target(x))), apply_to = function))
 #define DSPARK__TARGET_END DSPARK__PRAGMA(clang attribute pop)
@@ -6518,8 +6510,8 @@ static const dspark__kernels *dspark__kernels_choose(int path) {
 
 DSPARK__SOON
 // >>cpu
-// The operations of dspark_backend in plain C over >>kernels: here is what is computed, there how a vector of
-// it. Buffers are [rows][...], a row's stride a multiple of 16 floats. Work is split by rows, by heads and by
+// The operations of dspark_backend in plain C: this section says what is computed, >>kernels how vectors are.
+// Buffers are [rows][...], a row's stride a multiple of 16 floats. Work is split by rows, by heads and by
 // outputs; a sum is never split, so neither threads nor batch change a bit.
 
 enum { DSPARK__INDEX_KEYS = 16 };       // decoded at a time
@@ -6541,7 +6533,7 @@ typedef struct {
 
     float *stream, *mixes, *post_comb;          // [rows][C * h], [rows][(2 + C) C], the same
     float *x, *xq, *y;                          // [rows][h]: input of a sub-layer, the same in FP8, its output
-    float *qr, *q, *kv, *o, *low, *lowq;        // [rows] [q_lora], [H * D], [D], [H * D], [G * o_lora] twice
+    float *qr, *q, *kv, *o, *low, *lowq;        // [rows] [q_lora], [H * D], [D], [H * D], [G * o_lora (+ q_lora)] twice
     float *pool_kv, *pool_gate;                 // [rows][2 D]
     float *index_kv, *index_gate, *index_q, *index_w;   // [rows] [2 I], [2 I], [heads * I], [heads]
     float *gate, *route_weight;                 // [rows] [experts], [experts a token]
@@ -6567,7 +6559,7 @@ typedef struct {
     size_t n_pointers;
 } dspark__cpu;
 
-// A row's stride: rows a multiple of 4 KiB apart would fall on the same lines of the first cache.
+// A row's stride: rows a multiple of 4 KiB apart would map to the same lines of the L1 cache.
 static int dspark__pad(int n) { return (n + 15) / 16 * 16 + (n % 1024 ? 0 : 16); }
 static int dspark__shared_width(const dspark_config *c) {
     return c->n_shared_experts * c->moe_intermediate_size;
@@ -6580,11 +6572,11 @@ static int dspark__expert_width(const dspark_config *c) {
 
 typedef void (*dspark__work)(dspark__cpu *, int thread, int item, void *arg);
 
-// Where a share of n things begins, which come in eaches.
+// Where a share of n things begins; shares are multiples of `each`.
 static int dspark__share_of(int n, int each, int share, int n_shares) {
     return dspark__min(each * (int)((int64_t)((n + each - 1) / each) * share / n_shares), n);
 }
-// Many rows are shared as rows by all that is done to them: what a thread left in its second cache it finds there.
+// Many rows are split by rows in every operation: a thread then finds its rows in its own L2 cache.
 static int dspark__many_rows(int n, int n_shares) { return n >= n_shares * DSPARK__LINEAR_ROWS; }
 static int dspark__rows_begin(int n, int share, int n_shares) {
     return dspark__share_of(n, dspark__many_rows(n, n_shares) ? 16 : 1, share, n_shares);
@@ -6614,12 +6606,12 @@ static float *dspark__scratch(dspark__cpu *d, int thread) {
     return d->thread_scratch + (size_t)thread * d->scratch_floats;
 }
 
-// The first of a share's outputs of a job: shares are whole fours.
+// The first of a job's outputs in a share; shares are multiples of 4.
 static int dspark__share_begin(const dspark__job *job, int share, int n_shares) {
     return dspark__share_of(job->n, 4, share, n_shares);
 }
 
-// A kernel fetches the weights ahead of it, but not its first: those come while the job before still runs.
+// A kernel prefetches its weights, except the first ones: these come while the previous job runs.
 static void dspark__fetch_first(const dspark__job *job, int begin) {
 #ifdef __GNUC__
     const dspark_matrix *w = job->w;
@@ -6736,7 +6728,7 @@ static void dspark__rope_angles(const double *freqs, int n, int position, float 
     }
 }
 
-// The rotary dims of x [n], which are its last, turned; direction -1: back.
+// Rotates the rotary dims of x [n], which are its last; direction -1: back.
 static void dspark__rope(const dspark__cpu *d, float *x, int n, const float *turn, float direction) {
     d->k->rope(x + n - d->c->qk_rope_head_dim, d->c->qk_rope_head_dim, turn, direction);
 }
@@ -6781,7 +6773,7 @@ static void dspark__mix_scale(dspark__cpu *d, int r, float *m, int n) {
     for (int i = 0; i < n; i++) m[i] *= scale;
 }
 
-// x = sum_j sigmoid(m_j scale + base_j) + eps times copy j, [h]
+// x [h] = sum_j pre_j copy_j, pre_j = sigmoid(m_j scale + base_j) + eps
 static void dspark__mix_copies(dspark__cpu *d, int r, const float *pre, float *x) {
     const dspark_config *c = d->c;
     const float *stream = dspark__row(d->stream, r, c->hc_mult * c->hidden_size);
@@ -6905,8 +6897,8 @@ static void dspark__attn_queries(dspark__cpu *d, const dspark_layer *l) {
 
 // ---- compressed rows
 
-// The members of group i, oldest first: of this pass or of the ring. Where the ratio is 4 the group before
-// gives its first halves, this one its second; before row 0 there is nothing. Returns how many.
+// The members of group i, oldest first, from this pass or from the ring; returns their number. With ratio 4, the
+// group before gives its first halves, this one its second halves; before group 0 there is none.
 static int dspark__group(const dspark__cpu *d, const dspark_segment *s, const dspark_compressor *p, int i,
                          const float *pass_rows, int stride, const float *ring, const float **rows,
                          const float **ape) {
@@ -6921,7 +6913,7 @@ static int dspark__group(const dspark__cpu *d, const dspark_segment *s, const ds
     return n;
 }
 
-// Row i of a compressor, [d]: pooled by the gates' softmax over its tokens, normed, turned to its first
+// Row i of a compressor, [d]: pooled by the gates' softmax over its tokens, normed, rotated to its first
 // position.
 static void dspark__pool(dspark__cpu *d, const dspark_segment *s, const dspark_compressor *p, int i,
                          const float *kv, const float *gate, int stride, const float *ring_kv,
@@ -6960,7 +6952,7 @@ static void dspark__compress_row(dspark__cpu *d, int thread, int r, int layer) {
                      state->key_scales + i * (size_t)(I / 32));
 }
 
-// What of a row needs only its projections.
+// The part of a row's work that needs only its projections.
 static void dspark__attn_row(dspark__cpu *d, int thread, int r, void *arg) {
     int layer = *(const int *)arg;
     dspark__attn_norm_row(d, r, &d->w->layers[layer]);
@@ -7000,8 +6992,8 @@ static void dspark__top_few(const float *scores, int n, int k, int *chosen) {
     }
 }
 
-// The same for any number. The k-th largest is found a byte at a time, by counting, until what begins with its bytes
-// belongs to the k.
+// The same for any n. The k-th largest is found a byte at a time, by counting, until all scores that begin with the
+// bytes found belong to the k.
 static void dspark__top(const float *scores, int n, int k, int *chosen) {
     uint32_t kth = 0;
     int equal = k, n_chosen = 0, done = 0;  // how many of those equal to the k-th belong to the k
@@ -7079,8 +7071,8 @@ static int dspark__compressed_rows(dspark__cpu *d, int r, int layer, float *room
 
 typedef struct { int layer, parts; } dspark__attend_arg;
 
-// Some heads of a row: queries divided by their RMS and turned, softmax over what is seen and the sink,
-// turned back.
+// Some heads of a row: queries divided by their RMS and rotated; softmax over the rows seen and the sink;
+// outputs rotated back.
 static void dspark__attend_part(dspark__cpu *d, int thread, int item, void *arg) {
     const dspark__attend_arg *a = (const dspark__attend_arg *)arg;
     const dspark_config *c = d->c;
@@ -7175,8 +7167,8 @@ static int dspark__hash_expert(const dspark_layer *l, int32_t id, int k, int n) 
     return p[0] | p[1] << 8 | p[2] << 16;       // checked when the model opened
 }
 
-// scores = sqrt(softplus(gate x)); the experts with the largest scores + bias, or the token's own; weights
-// are the plain scores over their sum. Slots stand in the experts' order, which is the order of summing.
+// scores = sqrt(softplus(gate x)); the experts with the largest scores + bias, or the token's own; weights are
+// the scores without bias over their sum. Slots are in ascending order of experts, the order of summing.
 static void dspark__route_row(dspark__cpu *d, int thread, int r, void *arg) {
     const dspark_layer *l = (const dspark_layer *)arg;
     const dspark_config *c = d->c;
@@ -7241,7 +7233,7 @@ static void dspark__routed_jobs(dspark__cpu *d, const dspark_layer *l, int step)
     }
 }
 
-// weight * silu(gate) * up, rounded if w2 wants it so
+// weight * silu(gate) * up, rounded if w2 is quantized
 static void dspark__swiglu_row(dspark__cpu *d, int thread, int r, void *arg) {
     const dspark_layer *l = (const dspark_layer *)arg;
     const dspark_config *c = d->c;
@@ -7423,7 +7415,7 @@ static void dspark__cpu_draft_head(void *device) {
 // The sequential heads (dspark.md): the logits of row r get W2 times e, left in d->markov.
 //   vanilla: e = W1[previous];  gated: e = sigmoid(G [x ; W1[previous]] + b) * W1[previous]
 //   RNN: (g, c, o) = J [s ; W1[previous] ; x] + b, s = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), e = tanh(o)
-// The confidence of a draft is that of [x ; W1[previous]], before it is drawn.
+// A draft's confidence is computed from [x ; W1[previous]], before the draft is drawn.
 static void dspark__markov_input(dspark__cpu *d, int r, int32_t previous) {
     int rank = d->c->dspark_markov_rank, h = d->c->hidden_size, rnn = d->w->head_kind == DSPARK_HEAD_RNN;
     float *in = dspark__row(d->markov_in, r, 2 * rank + h), *e = dspark__row(d->markov, r, rank);
@@ -7663,7 +7655,7 @@ static size_t dspark__cpu_bytes(const void *device) {
 
 // ---- states -----------------------------------------------------------------------------------
 
-// What attention over max_context tokens may look at, for each thread: rows, scores, decoded rows.
+// Room for a thread's attention over max_context tokens: n row pointers or scores; floats for decoded rows and scores.
 static void dspark__attend_room(const dspark__cpu *d, int max_context, size_t *n, size_t *floats) {
     const dspark_config *c = d->c;
     int rows = 0, scored = 0;
@@ -7805,9 +7797,9 @@ DSPARK__SOON_END
 
 #else   // DSPARK__PATH: what follows is compiled once a path, included from >>kernels
 // >>paths
-// First the vocabulary: dspark__v, a vector of 16 floats, dspark__i, of 16 integers (bits of floats), and
-// what can be done with them, for plain C, AVX2, AVX-512 and NEON. Then the kernels, in these words only. A
-// name here stands for one with the path's number behind it: dspark__v_add is dspark__v_add_3.
+// First the vocabulary: dspark__v, a vector of 16 floats, dspark__i, of 16 integers (bits of floats), and the
+// operations on them, for plain C, AVX2, AVX-512 and NEON. Then the kernels, in these words only. A name here
+// is short for one with the path's number appended: dspark__v_add is dspark__v_add_3.
 
 #define dspark__v DSPARK__AT(v)
 #define dspark__i DSPARK__AT(i)
@@ -7839,16 +7831,16 @@ DSPARK__SOON_END
 #define dspark__v_swap2 DSPARK__AT(v_swap2)
 #define dspark__v_swap1 DSPARK__AT(v_swap1)
 #define dspark__v_first DSPARK__AT(v_first)         // lane 0
-// A piece: as many lanes as one step of a product takes at once, a vector or half of one. Where two are
-// joined, the second begins AT(piece) % 16 weights behind the first: if a piece is a vector, it is that
-// again.
+// A piece: the lanes that one step of a product takes at once, a vector or half of one. When two are joined,
+// the second begins AT(piece) % 16 weights after the first: if a piece is a whole vector, it is the same
+// piece again.
 #define dspark__p DSPARK__AT(p)
 #define dspark__p_zero DSPARK__AT(p_zero)
 #define dspark__p_load DSPARK__AT(p_load)
-#define dspark__p_keep DSPARK__AT(p_keep)           // itself; GCC would load it anew for each use
+#define dspark__p_keep DSPARK__AT(p_keep)           // its argument; keeps GCC from reloading it for each use
 #define dspark__p_fma DSPARK__AT(p_fma)
 #define dspark__p_input DSPARK__AT(p_input)         // inputs, from the k-th on
-// Of a block of 32 weights, those of lanes that begin at `part` if it is below 16: odd ones, else even ones.
+// Of a block of 32 weights, the lanes from `part` on: below 16 they are the odd weights, from 16 on the even ones.
 #define dspark__p_fp8 DSPARK__AT(p_fp8)             // E4M3 codes: 2^-8 of their values; NaN: +-480/256
 #define dspark__p_table DSPARK__AT(p_table)         // what p_fp4 needs of a scale
 #define dspark__p_fp4 DSPARK__AT(p_fp4)             // E2M1 codes times that scale
@@ -7862,7 +7854,7 @@ DSPARK__SOON_END
 #define dspark__prefetch DSPARK__AT(prefetch)
 
 // Each path says how many rows and outputs of a product its registers hold, and outputs of one row (wide).
-// Words are inlined, but in plain C, on which GCC would work for ten seconds.
+// Words are inlined, except in plain C, where that would take GCC ten seconds.
 #undef DSPARK__WORD
 #if DSPARK__PATH == 1
 #define DSPARK__WORD DSPARK__CALLED
@@ -7875,7 +7867,7 @@ DSPARK__INLINE __m128i DSPARK__AT(load16)(const uint8_t *p) {
     return _mm_loadu_si128((const __m128i *)(const void *)p);
 }
 DSPARK__INLINE void DSPARK__AT(store16)(uint8_t *p, __m128i x) { _mm_storeu_si128((__m128i *)(void *)p, x); }
-// Halves, then quarters of a and c beside each other, then of both pairs.
+// v_sum of four vectors folded to 8 lanes: adds lanes 4 apart, of two side by side; then 2 and 1 apart, of all four.
 DSPARK__INLINE void DSPARK__AT(sum4)(float *y, __m256 a, __m256 b, __m256 c, __m256 d) {
     __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
     __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
@@ -7945,7 +7937,7 @@ DSPARK__CALLED dspark__p dspark__p_fma(dspark__p a, dspark__p b, dspark__p c) {
     return dspark__v_fma(a, b, c);
 }
 DSPARK__CALLED dspark__v dspark__v_join(dspark__p a, dspark__p b) { return (void)b, a; }
-// The code's exponent and mantissa in a float's place are 2^-120 of its value, subnormals included.
+// The code's exponent and mantissa, put into a float's fields, give 2^-120 of its value, subnormals included.
 DSPARK__CALLED dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     dspark__p y;
     p += part < 16;
@@ -8073,15 +8065,15 @@ DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return _mm256_fmadd_ps(x, y, z);
 }
 DSPARK__INLINE dspark__v dspark__v_join(dspark__p x, dspark__p y) { return DSPARK__AT(v_pair)(x, y); }
-// A code at the upper end of 16 bits, shifted with its sign, is half precision for 2^-8 of its value, but for a
-// second sign and the other code.
+// A code in the upper byte of 16 bits, shifted right by one with its sign, is 2^-8 of its value in half precision,
+// once the copied sign and the other code are masked out.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     __m128i h = DSPARK__AT(load16)(p + 2 * (part & 8));
     if (part >= 16) h = _mm_slli_epi16(h, 8);
     return _mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(h, 1), _mm_set1_epi16((short)0xbf80)));
 }
-// A code's sign, shifted to its place, brings the rest of the code along; the table holds that too: it
-// cancels.
+// Shifting a code's sign to its place shifts the rest of the code along; the table contains that rest too, so
+// the xor cancels it.
 DSPARK__INLINE dspark__p dspark__p_table(float scale) {
     __m256i rest = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 28);
     return _mm256_xor_ps(_mm256_mul_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), _mm256_set1_ps(scale)),
@@ -8129,7 +8121,7 @@ DSPARK__INLINE dspark__v dspark__v_e8m0(const uint8_t *p) {
     return DSPARK__AT(v_pair)(DSPARK__AT(e8m0_half)(p), DSPARK__AT(e8m0_half)(p + 8));
 }
 
-#elif DSPARK__PATH == 3 || DSPARK__PATH == 5     // AVX-512: one register. 5: what products of bfloat16 take
+#elif DSPARK__PATH == 3 || DSPARK__PATH == 5     // AVX-512: one register. 5: for products of bfloat16
 typedef struct { __m512 a; } dspark__v;
 typedef struct { __m512i a; } dspark__i;
 enum { DSPARK__AT(rows) = 6, DSPARK__AT(wide) = 4, DSPARK__AT(outputs) = 4 };
@@ -8197,7 +8189,7 @@ DSPARK__INLINE void DSPARK__AT(turn)(__m512 *v) {
     v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)), v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
     v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)), v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
 }
-// y[r][q] = v_sum of v[r][q] for four rows. Halves, then quarters of a row's four beside each other; then rows too.
+// y[r][q] = v_sum of v[r][q] for four rows: adds halves, then quarters, of a row's four together; then of all rows.
 #define DSPARK__QUARTERS_SUM(r) { \
         __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(v[r][0][0], v[r][1][0], 0x44), \
                                   _mm512_shuffle_f32x4(v[r][0][0], v[r][1][0], 0xee)); \
@@ -8231,8 +8223,8 @@ DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return _mm5
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return _mm512_fmadd_ps(x, y, z);
 }
-// A code at the upper end of 16 bits, shifted with its sign, is half precision for 2^-8 of its value, but for a
-// second sign and the other code.
+// A code in the upper byte of 16 bits, shifted right by one with its sign, is 2^-8 of its value in half precision,
+// once the copied sign and the other code are masked out.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
     if (part >= 16) h = _mm256_slli_epi16(h, 8);
@@ -8265,7 +8257,7 @@ DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) {
 DSPARK__INLINE dspark__p dspark__p_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
-// n inputs as pairs of bfloat16; returns whether they are such, and 0 or of a size that no scale takes to an underflow.
+// n inputs to pairs of bfloat16; returns whether that is exact, and each 0 or of a size that no scale underflows.
 static int DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
     const __m512i least = _mm512_set1_epi32(0x2b800000), range = _mm512_set1_epi32(0x28000000);      // 2^-40 .. 2^40
     unsigned bad = 0;
@@ -8278,7 +8270,7 @@ static int DSPARK__AT(to_bf16)(const float *x, int n, uint16_t *y) {
     }
     return !bad;
 }
-// y = x times the scales of a row of FP8 blocks, `each` inputs a scale: its power of two is added where x is not 0.
+// y = x times the scales of a row of FP8 blocks, `each` inputs a scale: adds its exponent where x is not 0.
 static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, int each, const uint8_t *scale, uint16_t *y) {
     __m512i power = _mm512_setzero_si512();
     for (int k = 0; k < n; k += 32) {
@@ -8288,14 +8280,14 @@ static void DSPARK__AT(scale_bf16)(const uint16_t *x, int n, int each, const uin
         _mm512_storeu_si512(y + k, _mm512_mask_add_epi16(u, some, u, power));
     }
 }
-#else       // pairs of bfloat16 in a piece, 32; inputs lie in as many bytes
+#else       // a piece is 32 bfloat16, in pairs; inputs are bfloat16 too
 DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return _mm512_loadu_ps(x + k / 2); }
 DSPARK__INLINE dspark__p dspark__p_bf16(const uint8_t *p) { return _mm512_loadu_ps(p); }
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return _mm512_dpbf16_ps(z, (__m512bh)x, (__m512bh)y);
 }
-// A code without its sign, looked up in the bytes of 2^-8 of the values. Both halves of 64 are decoded at once:
-// the second call finds it done.
+// A code without its sign indexes tables of the bytes of 2^-8 of its value. Both halves of 64 are decoded at once:
+// the second call reuses the first's work.
 #define DSPARK__16(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
 #define DSPARK__LOW 0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240
 static const uint8_t DSPARK__AT(upper)[128] = {
@@ -8314,7 +8306,7 @@ DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     u = _mm512_ternarylogic_epi32(u, code, _mm512_set1_epi8(-128), 0xf8);       // u | (code & 128)
     return _mm512_castsi512_ps(part ? _mm512_unpackhi_epi8(l, u) : _mm512_unpacklo_epi8(l, u));
 }
-// All codes' values times each scale, held in 2^-64 .. 2^64, four in a number; twice, for an index has a bit too many.
+// All codes' values times each scale, clamped to 2^-64 .. 2^64, four a number; twice, as indices have a bit too many.
 #define DSPARK__CODES(e, sign) \
     (sign & ~0xffffull) + (e - 1) * 0x80008000800000 + 0xc0008000000000, \
     sign + (e - 1) * 0x80008000800080 + 0x1c0018001400100
@@ -8446,8 +8438,8 @@ DSPARK__INLINE dspark__p DSPARK__AT(p_half)(uint16x8_t x) {         // of half p
     float16x8_t a = vreinterpretq_f16_u16(x);
     return DSPARK__AT(p_of)(vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)));
 }
-// A code at the upper end of 16 bits, shifted with its sign, is half precision for 2^-8 of its value, but for a
-// second sign and the other code.
+// A code in the upper byte of 16 bits, shifted right by one with its sign, is 2^-8 of its value in half precision,
+// once the copied sign and the other code are masked out.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     int16x8_t h = vreinterpretq_s16_u8(vld1q_u8(p + 2 * (part & 8)));
     if (part >= 16) h = vshlq_n_s16(h, 8);
@@ -8521,8 +8513,8 @@ DSPARK__WORD void dspark__v_sum4(float *y, dspark__v a, dspark__v b, dspark__v c
     y[0] = dspark__v_sum(a), y[1] = dspark__v_sum(b), y[2] = dspark__v_sum(c), y[3] = dspark__v_sum(d);
 }
 #endif
-// The first n > -16 lanes (16 if n is more); the others are `fill`, or left alone.
-#if DSPARK__PATH == 3 || DSPARK__PATH == 5     // no call: sums would go to memory and back at each step
+// The first n > -16 lanes (16 if n is more); loads set the others to `fill`, stores leave them alone.
+#if DSPARK__PATH == 3 || DSPARK__PATH == 5     // inline: a call would spill the sums at each step
 DSPARK__INLINE __mmask16 DSPARK__AT(lanes)(int n) { return (__mmask16)(0xffffu >> (n < 16 ? 16 - n : 0)); }
 DSPARK__INLINE dspark__v dspark__v_load_n(const float *p, int n, float fill) {
     return DSPARK__AT(v_of)(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), DSPARK__AT(lanes)(n), p));
@@ -8565,7 +8557,7 @@ static void DSPARK__AT(scales)(const uint8_t *codes, int n, const uint8_t *end, 
 }
 #endif
 
-// A piece's weights, the k-th being the first of the block; FP8: 2^-8 of them; FP4: times their scale
+// A piece of the block that begins at weight k; FP8: 2^-8 of the weights; FP4: times their scale
 #define dspark__p_decode DSPARK__AT(p_decode)
 DSPARK__WORD dspark__p dspark__p_decode(const int dtype, const uint8_t *w, size_t k, int part, dspark__p table) {
     if (dtype == DSPARK_FP8) return dspark__p_fp8(w + k, part);
@@ -8580,10 +8572,10 @@ DSPARK__INLINE size_t DSPARK__AT(bytes)(const int dtype, size_t k) {
     return dtype == DSPARK_FP8 ? k : dtype == DSPARK_FP4 ? k / 2 : dtype == DSPARK_F32 ? 4 * k : 2 * k;
 }
 
-// The inner product of everything: R inputs times Q rows of weights, a block of 32 (64 if a piece is 32) at a time.
-// dtype, R and Q are constants where it is called, so that what is not needed vanishes and acc stays in registers
-// (hence no loops over r and q: GCC at -O2 would keep them). Weights are decoded where they are used, each for R
-// rows: measured, that costs less than fetching floats from a tile that was decoded before.
+// The innermost loop of all products: R inputs times Q rows of weights, a block of 32 (64 if a piece is 32) at a time.
+// dtype, R and Q are constants in each call, so that unused code vanishes and acc stays in registers (hence no loops
+// over r and q: GCC at -O2 would not unroll them). Weights are decoded where they are used, each for R rows:
+// measured, that costs less than loading floats from a tile decoded before.
 #define DSPARK__EACH_ROW(what) \
     if (R > 0) { what(0) } if (R > 1) { what(1) } if (R > 2) { what(2) } \
     if (R > 3) { what(3) } if (R > 4) { what(4) } if (R > 5) { what(5) }
@@ -8701,11 +8693,11 @@ static void dspark__multiply(int dtype, int R, const dspark__product *p) {
 #endif
 
 #if DSPARK__PATH == 3 || DSPARK__PATH == 5
-// ---- Sixteen rows at once: a lane of a register is a row, and a register one lane of its sums, which then add
-// without being turned. Columns are of 4 bytes: floats, or pairs of bfloat16.
+// ---- Sixteen rows at once: each lane of a register is a row, each register one lane of the rows' sums, which then
+// add up without a transpose. A column has 4 bytes: a float, or a pair of bfloat16.
 
 #if DSPARK__PATH == 3
-// n columns of each 16 rows to y [n][16]; for those that are missing at the end stands the last.
+// n columns of each 16 rows to y [n][16]; the last row stands in for those missing at the end.
 static void DSPARK__AT(pack)(const float *const *x, int rows, int n, float *y) {
     const float *from[16];
     __m512 v[4];
@@ -8726,7 +8718,7 @@ static void DSPARK__AT(pack)(const float *const *x, int rows, int n, float *y) {
 }
 #endif
 
-// Four rows of weights as pieces of a product, at `tile` from here on: decoded once for all rows of inputs.
+// Decodes four rows of weights to `tile` as pieces of a product, once for all rows of inputs; p->w then points there.
 static void DSPARK__AT(decode)(dspark__product *p, int dtype, float *tile) {
     enum { next = DSPARK__AT(piece) == 32 ? 32 : 16, step = 2 * next, each = DSPARK__AT(piece) / 16 };
 #if DSPARK__PATH != 5
@@ -8760,8 +8752,8 @@ DSPARK__INLINE __m512 DSPARK__AT(column)(__m512 x, const float *w, __m512 sum) {
 #endif
 }
 
-// y[r % 4], lane 4 (r / 4) + q = the product of row r and weights q; x [n][16], as pack() leaves it. Four lanes of the
-// sum at a time, 4 apart: they are added first.
+// y[r % 4], lane 4 (r / 4) + q = the product of row r and weights q; x [n][16], as pack() leaves it. Computes four
+// lanes of the sum at a time, 4 apart, since these are added first.
 static void DSPARK__AT(across)(const float *x, const uint8_t *const *w, int n, __m512 *y) {
     const float *w0 = (const float *)(const void *)w[0], *w1 = (const float *)(const void *)w[1];
     const float *w2 = (const float *)(const void *)w[2], *w3 = (const float *)(const void *)w[3];
@@ -8793,8 +8785,8 @@ static int DSPARK__AT(group)(int n) {
     return (n + groups - 1) / groups;
 }
 
-// The input as a product wants it, and zeros behind it: for FP8 times the scales of a row of blocks; for FP8 and FP4
-// of each 32 the odd ones first.
+// The input in a product's form, with zeros after it: for FP8, times the scales of a row of blocks; for FP8 and FP4,
+// the odd ones first in each 32.
 static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *x, float *y) {
     const uint8_t *scale = m->scale;
     int n = m->cols;
@@ -8808,8 +8800,8 @@ static void DSPARK__AT(prepare)(const dspark_matrix *m, int block, const float *
     }
 }
 
-// The next weight rows into p: outputs i, i + 1, ...; past the end the last one again. odd: room to pad them
-// with zeros, where a row's length asks for it.
+// Points p to the weight rows of outputs i, i + 1, ...; past the end, to the last one again. odd: room to pad
+// them with zeros if their length needs it; else NULL.
 static void DSPARK__AT(take)(const dspark__job *job, int i, int end, dspark__product *p, uint8_t *odd) {
     const dspark_matrix *m = job->w;
     size_t bytes = dspark__row_bytes(m), padded = DSPARK__AT(bytes)(m->dtype, (size_t)p->n);
@@ -8853,8 +8845,8 @@ static void dspark__across_block(const dspark__product *from, int dtype, int i, 
 #endif
 
 // Outputs [begin, end) of one row of FP8 blocks, for n rows of prepared inputs: all outputs at once if the rows are one
-// group; else few at a time, whose weights stay in the first cache for all rows. bf16: inputs are pairs of those.
-// spare: four rows of weights; their FP4 scales; those rows decoded; rows of inputs.
+// group; else a few at a time, whose weights stay in the L1 cache for all rows. bf16: inputs are pairs of bfloat16.
+// spare: room for four rows of weights; their FP4 scales; those rows decoded; packed inputs.
 static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end, const float *const *x,
                                      float *const *y, int n, float *spare, int bf16) {
     const dspark_matrix *m = job->w;
@@ -8895,8 +8887,8 @@ static void DSPARK__AT(linear_block)(const dspark__job *job, int begin, int end,
 }
 
 #if DSPARK__PATH == 3
-// n rows of inputs, if they are exact in bfloat16, to pairs of those in `copy`: of a row cols of them, and behind it
-// room for as many, which a row of FP8 blocks scales. Those that go by sixteens lie in `packed` too.
+// Converts n rows of inputs, if exact in bfloat16, to pairs in `copy`: a row has cols of them, then room for as many
+// scaled by a row of FP8 blocks. Rows that go by sixteens are in `packed` too. Returns whether they are exact.
 static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *copy, size_t stride, const float **x,
                                    float *packed) {
     int cols = job->w->cols;
@@ -8909,7 +8901,7 @@ static int DSPARK__AT(inputs_bf16)(const dspark__job *job, int r, int n, float *
     for (int j = 0; j < n && job->w->dtype == DSPARK_FP8; j++) x[j] += cols / 2;
     return 1;
 }
-// Both times the scales of a row of blocks, behind what they are.
+// Scales both by a row of blocks, into the room after the unscaled ones.
 static void DSPARK__AT(scale_inputs)(const dspark_matrix *m, int block, int n, float *copy, size_t stride,
                                      float *packed) {
     const uint8_t *scale = m->scale + (size_t)block * (size_t)((m->cols + 127) / 128);
@@ -9222,7 +9214,7 @@ DSPARK__CALLED dspark__v dspark__v_exp(dspark__v x) {
     dspark__v p;
     x = dspark__v_max(dspark__v_set(-105), dspark__v_min(dspark__v_set(89), x));
     p = dspark__v_add(dspark__v_exp_parts(x, &n), dspark__v_set(1));
-    half = dspark__i_half(n);               // in two steps: 2^n alone may be no float
+    half = dspark__i_half(n);               // in two steps: 2^n alone may be out of range
     return dspark__v_mul(dspark__v_mul(p, dspark__i_exp2(half)), dspark__i_exp2(dspark__i_sub(n, half)));
 }
 // ln x of a positive normal x: x = 2^n (1 + f), sqrt(1/2) <= 1 + f < sqrt(2)
@@ -9318,7 +9310,7 @@ static float DSPARK__AT(log_sum_exp)(const float *x, int n) {
 DSPARK__SOON_CLANG_END
 // ---- Attention
 
-// o[r][i] = factor[r] sum_j p[r][j] rows[j][i] for i in [at, at + 16 W), or at + n where W is 1; in order of
+// o[r][i] = factor[r] sum_j p[r][j] rows[j][i] for i in [at, at + 16 W), or [at, at + n) if W is 1; in order of
 // j.
 #define DSPARK__WEIGH_ROW(r) \
     if (R > r) { \

@@ -1342,7 +1342,7 @@ typedef struct {
     pooling pool[2];                // the compressor; the index compressor
 } kv_args;
 
-// Row i of a compressor into x [d] in shared memory: its tokens pooled by their gates' softmax, normed, turned. At
+// Row i of a compressor into x [d] in shared memory: its tokens pooled by their gates' softmax, normed, rotated. At
 // ratio 4 the group before gives its rows' first halves, this one their second.
 static __device__ void pool_row(const kv_args &p, const pooling &o, const row &s, int i, float *x,
                                 float *scratch) {
@@ -1406,7 +1406,7 @@ static __device__ void compress(const kv_args &p, const row &s, int which, float
     }
 }
 
-// The window's row, in place: normed, turned, rounded. A warp a row; a lane has eight dims of every 256.
+// The window's row, in place: normed, rotated, rounded. A warp a row; a lane has eight dims of every 256.
 static __device__ void window_row(const kv_args &p, int r) {
     enum { EACH = MAX_HEAD_DIM / 8 / WARP };
     int D = p.c.D, R = p.c.R, first = (int)threadIdx.x % WARP * 8;
@@ -1820,7 +1820,7 @@ template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const at
 }
 
 // A warp's part of the queries of 16 heads, every eighth 16 dims, as mma takes them: not normed (the scores take their
-// RMS), turned, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
+// RMS), rotated, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
 enum { Q_STEPS = MAX_HEAD_DIM / 16 / WARPS };
 typedef struct { uint32_t a[Q_STEPS][3][4]; } queries;
 // squares[2]: of heads g and g + 8, the lane's part.
@@ -2043,7 +2043,7 @@ static __device__ __forceinline__ int dim_at(const attend_args &p, int place) {
     int from_group = place % p.o_pitch, dim = place / p.o_pitch * p.o_group + from_group;
     return from_group < p.o_group && dim < p.c.H * p.c.D ? dim : -1;
 }
-// Eight sums of a row over the sum of weights, turned back, as wo_a's input; dim -1: none.
+// Eight sums of a row over the sum of weights, rotated back, as wo_a's input; dim -1: none.
 template <int WHOLE>
 static __device__ __forceinline__ void put_values(const attend_args &p, int r, int place, int dim, float *o,
                                                   float sum) {
@@ -2197,7 +2197,7 @@ static __host__ __device__ size_t whole_shared(const shape *c, char *base, whole
     return 0;
 }
 
-// Queries of 64 heads over their RMS, turned; zeros behind the last.
+// Queries of 64 heads over their RMS, rotated; zeros behind the last.
 static __device__ void whole_queries(const attend_args &p, int r, int h0, uint16_t *to) {
     enum { EACH = MAX_HEAD_DIM / 4 / WARP };
     int D = p.c.D, lane = (int)threadIdx.x % WARP;

@@ -1,6 +1,6 @@
 // dspark: text from a DeepSeek-V4 checkpoint, decoded with DSpark. `make` builds it, `./dspark -h` lists
-// its options. It uses the public part of dspark.h only: an answer is made in generate(), a conversation
-// held in chat().
+// its options. It uses only the public part of dspark.h: generate() makes an answer, chat() holds a
+// conversation.
 #define _GNU_SOURCE      // getline, readlink, sigaction
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
@@ -52,18 +52,18 @@ typedef struct {
 #define AT(field) offsetof(settings, field)
 static const option options[] = {
     { "-m", "DIR", TEXT, AT(model), 0, 0, "checkpoint directory; default tools/spark-tiny/model" },
-    { "-p", "PROMPT", TEXT, AT(prompt), 0, 0, "- is standard input; without, on a terminal: a chat" },
-    { "-n", "N", INTEGER, AT(n), 0, 1e9, "most tokens to make, default 256; 0: until the context is full" },
+    { "-p", "PROMPT", TEXT, AT(prompt), 0, 0, "- reads standard input; no -p on a terminal: a chat" },
+    { "-n", "N", INTEGER, AT(n), 0, 1e9, "at most N tokens, default 256; 0: until the context is full" },
     { "-c", "CONTEXT", INTEGER, AT(context), 1, 1e9, "tokens of prompt and answers; default 4096" },
     { "-t", "TEMPERATURE", REAL, AT(temperature), 0, 100, "0: greedy; default: the checkpoint's, or 0" },
     { "--top-k", "K", INTEGER, AT(top_k), 0, 1e9, "draw among the K likeliest tokens; 0: all" },
-    { "--top-p", "P", REAL, AT(top_p), 0, 1, "draw among the likeliest that hold mass P; 0: all" },
+    { "--top-p", "P", REAL, AT(top_p), 0, 1, "draw from the likeliest tokens of total probability P; 0: all" },
     { "--min-p", "P", REAL, AT(min_p), 0, 1, "drop tokens below P times the likeliest; 0: none" },
     { "--stop", "TEXT", STOP, AT(stop), 0, 0, "end before this text; may be given 16 times" },
     { "--seed", "SEED", SEED, AT(seed), 0, 0, "one seed, one text; default 0" },
     { "--plain", NULL, FLAG, AT(plain), 0, 0, "no drafting" },
     { "--schedule", "sps|block|threshold", CHOICE, AT(schedule), 0, 0,
-      "drafts to verify: what models fastest (default), all, those before --threshold" },
+      "drafts to verify: fastest by the cost model (default), all, up to --threshold" },
     { "--threshold", "X", REAL, AT(threshold), 0, 1, "cut before the first confidence below X; default 0" },
     { "--preset", "NAME", TEXT, AT(preset), 0, 0, "schedule, verifier, threshold: code, chat, creative, regulated" },
     { "--verify", "coupled|rejection", CHOICE, AT(verify), 0, 0, "coupled (default): the text of --plain" },
@@ -75,12 +75,12 @@ static const option options[] = {
     { "--json", NULL, FLAG, AT(json), 0, 0, "one JSON object in place of the text" },
     { "--metrics", "FILE", TEXT, AT(metrics), 0, 0, "counters at the end, for Prometheus" },
     { "--log", "FILE", TEXT, AT(log), 0, 0, "a line of JSON for every step" },
-    { "--profile", "FILE", TEXT, AT(profile), 0, 0, "what passes cost: read if it is there, written at the end" },
-    { "--learn", NULL, FLAG, AT(learn), 0, 0, "do not measure what passes cost: learn it from the first steps" },
+    { "--profile", "FILE", TEXT, AT(profile), 0, 0, "pass times: read if FILE exists, written at the end" },
+    { "--learn", NULL, FLAG, AT(learn), 0, 0, "do not measure pass times: learn them from the first steps" },
     { "--compare", NULL, FLAG, AT(compare), 0, 0, "plain and with DSpark: speeds; are the texts the same?" },
-    { "--check", NULL, FLAG, AT(check), 0, 0, "what machine and checkpoint are, what passes cost; does it fit?" },
-    { "--backend", "cpu|cuda", CHOICE, AT(backend), 0, 0, "where it runs; cuda: built by make cuda; default cpu" },
-    { "--fast-prefill", NULL, FLAG, AT(fast_prefill), 0, 0, "cuda: a prompt's blocks of 512 in FP8, other bits" },
+    { "--check", NULL, FLAG, AT(check), 0, 0, "show machine, checkpoint and pass times; does it fit in memory?" },
+    { "--backend", "cpu|cuda", CHOICE, AT(backend), 0, 0, "where to run; cuda: if built by make cuda; default cpu" },
+    { "--fast-prefill", NULL, FLAG, AT(fast_prefill), 0, 0, "cuda: prompt blocks of 512 tokens in FP8; bits differ" },
     { "--threads", "N", INTEGER, AT(threads), 1, 1024, "default: all processors" },
     { "-h", NULL, FLAG, AT(help), 0, 0, "this list" },
 };
@@ -139,7 +139,7 @@ static int parse(settings *s, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const option *o = options;
         while (o < options + N_OPTIONS && strcmp(o->name, argv[i])) o++;
-        if (o == options + N_OPTIONS) return error(BAD_CALL, "no option %s; dspark -h lists them", argv[i]);
+        if (o == options + N_OPTIONS) return error(BAD_CALL, "unknown option %s; dspark -h lists all", argv[i]);
         if (o->kind == FLAG) {
             *(int *)(void *)((char *)s + o->at) = 1;
             continue;
@@ -149,11 +149,11 @@ static int parse(settings *s, int argc, char **argv) {
         if (o->high <= 0) return error(BAD_CALL, "%s '%s': expected %s", o->name, argv[i], o->value);
         return error(BAD_CALL, "%s '%s': expected %g to %g", o->name, argv[i], o->low, o->high);
     }
-    if (s->json + s->show + s->compare > 1) return error(BAD_CALL, "of --json, --show, --compare only one");
+    if (s->json + s->show + s->compare > 1) return error(BAD_CALL, "--json, --show, --compare: only one of them");
     if (s->preset && !dspark_preset(s->preset)) return error(BAD_CALL, "--preset %s: there is none", s->preset);
     if (s->plain && s->compare) return error(BAD_CALL, "--compare runs --plain itself");
     if (s->schedule == DSPARK_SCHEDULE_THRESHOLD && s->threshold <= 0)
-        return error(BAD_CALL, "--schedule threshold wants a --threshold");
+        return error(BAD_CALL, "--schedule threshold needs a --threshold");
     s->chat |= s->think || s->system;
     return 0;
 }
@@ -229,9 +229,9 @@ static void answer_clear(answer *a) {
     memset(a, 0, sizeof *a);
 }
 
-// Every figure that is printed: tokens a second, the prompt's time left out; tokens a pass of the target
-// (the first token is from the prompt's logits and needs none), 1 without drafting; the share of the
-// drafts verified at position k = 0.. that was accepted; milliseconds a token took (sorts them).
+// All printed figures: tokens a second, without the prompt's time; tokens a pass of the target (the first
+// token comes from the prompt's logits and needs none), 1 without drafting; the share of the drafts
+// verified at position k = 0.. that were accepted; milliseconds a token took (sorts them).
 static double speed(const answer *a) { return ratio(a->n, a->s); }
 static double tau(const answer *a) { return ratio(a->n - 1, (double)a->stats.steps); }
 static double accepted_at(const answer *a, int k) {
@@ -372,8 +372,8 @@ static int encode_text(const dspark_model *m, const buffer *text, buffer *ids) {
     return n < 0 ? error(FAILED, "%s", dspark_last_error()) : 0;
 }
 
-// A question in the chat form, with the system message before the first. What they say is text, whatever
-// tokens it names.
+// Encodes a question in the chat form, the first with the system message. Their contents are text, whatever
+// tokens they name.
 static int encode_chat(const settings *o, const dspark_model *m, const char *question, int first,
                        buffer *ids) {
     const dspark_message said[] = { { "system", o->system, NULL, 0 }, { "user", question, NULL, 0 } };
@@ -480,7 +480,7 @@ static int one_prompt(const settings *o, dspark_model *m) {
     return status;
 }
 
-// T(B) in milliseconds and tokens a second where all rows count; what a draft takes.
+// Prints T(B) in milliseconds, and the tokens a second if every row gives one; then the times of drafts and draws.
 static int check_profile(dspark_model *m) {
     dspark_profile p;
     dspark_status status = dspark_model_profile(m, &p);
@@ -605,7 +605,7 @@ static int chat(const settings *o, dspark_model *m) {
 
 // ---- the program -----------------------------------------------------------------------------
 
-// What -m names, or the small model beside the program, or that of the working directory.
+// The directory of -m, or of the small model beside the program, else in the working directory.
 static const char *model_directory(const settings *o, char *room, size_t size) {
     static const char small[] = "tools/spark-tiny/model";
     ssize_t n = o->model ? 0 : readlink("/proc/self/exe", room, size - sizeof small);
@@ -624,7 +624,7 @@ static const dspark_backend *backend_of(const settings *o) {
 #endif
 }
 
-// A profile is read where there is one, or measured now rather than in the first answer's time, or learned.
+// Reads the profile file if it exists; else has it learned, or measures it now, not in the first answer's time.
 static dspark_status prepare_profile(const settings *o, dspark_model *m) {
     dspark_profile profile;
     if (o->plain || !dspark_model_config(m)->n_stages) return DSPARK_OK;
@@ -633,7 +633,7 @@ static dspark_status prepare_profile(const settings *o, dspark_model *m) {
     return o->check ? DSPARK_OK : dspark_model_profile(m, &profile);
 }
 
-// What the run leaves in files, where they were asked for.
+// Writes the files that were asked for.
 static int leave(const settings *o, dspark_model *m) {
     char text[16384];
     FILE *f;

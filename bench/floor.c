@@ -102,7 +102,7 @@ static void decode_share(dspark_session *s, const load *token, int threads, samp
 
 static const int dtypes[] = { DSPARK_F32, DSPARK_BF16, DSPARK_FP8, DSPARK_FP4 };
 typedef struct {
-    probe_matrix of[N_DTYPES], keys;        // of a buffer in memory; keys: float rows in the second cache
+    probe_matrix of[N_DTYPES], keys;        // of a buffer in memory; keys: float rows in the L2 cache
     double rate[PROBE_ROWS + 1][N_DTYPES], key_rate;
     const dspark__kernels *k;
     int threads;

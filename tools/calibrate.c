@@ -1,19 +1,19 @@
-// calibrate DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]: what a checkpoint's confidences are worth, and what
-// makes them mean what they say (`make calibrate` makes the prompts too).
+// calibrate DIR FIT.jsonl HELDOUT.jsonl OUT [CYCLES [THREADS]]: judges a checkpoint's confidences, and fits what makes
+// them true probabilities (`make calibrate` makes the prompts too).
 //
 // For each verifier, at a temperature of each band, the prompts of FIT and of HELDOUT are answered with the whole block
 // verified in every cycle; CYCLES (20,000) of HELDOUT and half as many of FIT are kept, a quarter a domain, with
 // their confidence logits and accepted prefixes. On FIT two things are fitted, position by position, and judged on
 // HELDOUT:
 //   sts             temperatures (>>calibrate in dspark.h), which leave c_k independent of the drafts before
-//   said, stood     what the product of those c was worth: FIT's reliability diagram in DSPARK_CURVE_POINTS bins of as
-//                   many cycles each, made to rise (isotonic regression); between the points a_k is linear
-// Into OUT go
+//   said, stood     those c's product and how often it came true: FIT's reliability diagram, DSPARK_CURVE_POINTS
+//                   bins of equally many cycles, made non-decreasing (isotonic regression); a_k is linear between them
+// Written to OUT:
 //   calibration.json    a row for each verifier and band, which belongs beside the checkpoint's config.json
 //   cycles.csv          set, verify, temperature, domain, prompt, logit 1 .. gamma, accepted
 //   report.csv          ECE, AUC and Brier score of the prefix's probability a_k, by k, before and after, held out,
 //                       with 95 % intervals (bootstrap over prompts)
-//   reliability.csv     what the diagram draws: a_k as said against as it happened, in 20 bins
+//   reliability.csv     the points of the diagram: predicted against observed a_k, in 20 bins
 #include "bench/bench.h"
 
 enum { GAMMA = DSPARK_MAX_BLOCK, LANES = 16, TOKENS = 128, BINS = 20, RESAMPLES = 200, BEFORE = 0, AFTER = 1 };
@@ -87,7 +87,7 @@ static int lane_open(recorder *r, lane *l) {
     return 1;
 }
 
-// A calibration of WIDE keeps logits up to hundreds within what a float can say of a confidence.
+// With a temperature of WIDE, a float confidence still resolves logits of up to hundreds.
 enum { WIDE = 16 };
 static float logit_of(float c) { return (float)(WIDE * (log((double)c) - log1p(-(double)c))); }
 
@@ -112,7 +112,7 @@ static void record(dspark_model *m, const texts *set, const manner *how, int n, 
         must(dspark_step(s, n_lanes, NULL, result));
         for (int i = n_lanes - 1; i >= 0; i--) {
             must(result[i].status);
-            // a text that ends within the block says nothing of the drafts behind its end
+            // a text that ends within the block says nothing of the drafts after its end
             if (result[i].n_scheduled == out->gamma && !result[i].finish && r.wanted[lanes[i].domain] > 0)
                 keep(&r, &lanes[i], &result[i]);
             if (!result[i].finish) continue;
@@ -262,7 +262,7 @@ static void report(FILE *f, FILE *reliability, const manner *how, const cycles *
     free(weight);
 }
 
-// Means of bins in order, the second made to rise: neighbours that fall take their common mean (bins weigh the same).
+// Makes y non-decreasing: neighbours that fall take their common mean (bins weigh the same).
 static void make_rise(double *y, int n) {
     int first[DSPARK_CURVE_POINTS], blocks = 0;      // a block's first bin; it ends where the next begins
     for (int i = 0; i < n; i++) {

@@ -1,5 +1,5 @@
-// synth DIR [flash] [key=value ...]: a random checkpoint of any shape in the official format (synth.h). `synth /tmp/x flash
-// num_hidden_layers=4 n_routed_experts=16` is DeepSeek-V4-Flash with four layers and 16 experts.
+// synth DIR [flash] [key=value ...]: writes a random checkpoint of any shape in the official format (synth.h).
+// `synth /tmp/x flash num_hidden_layers=4 n_routed_experts=16`: DeepSeek-V4-Flash with four layers and 16 experts.
 #define _GNU_SOURCE     // open_memstream
 #include "synth.h"
 

@@ -1,7 +1,7 @@
-// A random checkpoint in the official format, of any shape, to time with: its weights are draws from a normal
-// distribution in the formats of a released model, scaled so that activations stay sane; its text is noise. synth_write
-// makes a directory of it; synth_map (for dspark_files) opens a model of any size without one: tensors of 64 KB or more
-// are 32 MB of their kind, mapped over and over.
+// A random checkpoint in the official format, of any shape, for timing: its weights are normally distributed, in the
+// formats of a released model, scaled so that activations stay sane; its text is noise. synth_write writes it to a
+// directory; synth_map (for dspark_files) opens a model of any size without one: tensors of 64 KB or more repeat 32 MB
+// of their kind, mapped over and over.
 #ifndef SYNTH_H
 #define SYNTH_H
 #include <math.h>
@@ -302,7 +302,7 @@ static void walk_as(int how) {
     for (int i = 0; i < n_regions; i++) regions[i].at = 0;
     walk();
 }
-// The header's text, and regions placed behind each other, on whole blocks where they are mapped; the bytes of all.
+// Makes the header's text; places the regions one after another, mapped ones at multiples of SPAN; returns their bytes.
 static uint64_t synth_header(char **json, size_t *size) {
     uint64_t total = 0;
     random_state = 1, announced = 0;        // the same each time
