@@ -557,6 +557,7 @@ typedef struct {
     int64_t scheduled;                  // verified, except drafts after the token that ended a text: not read
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     double draft_us, verify_us;
+    double step_us;                     // the waits for emitted tokens
     int64_t token_us[DSPARK_BUCKETS];   // tokens that took up to 2^(i / 2 + 1) us, their share of step_us; last: more
 } dspark_stats;
 
@@ -594,7 +595,8 @@ typedef struct {
 // T(B): linear between the points; below them proportional to B; above them with the slope of their last half, but at
 // least half of, and at most, the average time of a row.
 DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
-// Measures one, if there is none, in about half a second, as does the first step needing one; it learns.
+// Measures one, if there is none, in about half a second and with sessions of its own; it learns. So does the first
+// step needing one, unless there is a memory_limit: then, as with NULL below, it is learned from the steps.
 DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);
 // NULL: nothing is known. It is then learned from plain passes and wholly verified drafts, three of each; after that,
 // never slower.
@@ -2223,7 +2225,10 @@ static dspark_status dspark__file_open(const dspark_files *io, const char *dir, 
     memcpy(f->path + n + 1, name, m);
     f->name = dspark__path_end(f->path);
     status = io->map(io->user, f->path, &f->data, &f->size);
-    if (!status && (!f->data || f->size > SIZE_MAX / 2)) status = DSPARK_ERROR_IO;
+    if (!status && (!f->data || f->size > SIZE_MAX / 2)) {
+        if (f->data && io->unmap) io->unmap(io->user, f->data, f->size);
+        status = DSPARK_ERROR_IO;
+    }
     if (status && io->map != dspark__file_map)
         dspark__fail(status, "%s: dspark_files.map: %s", f->name, dspark_status_name(status));
     if (status) dspark__free(f->path), memset(f, 0, sizeof *f);
@@ -4339,18 +4344,16 @@ DSPARK_API void dspark_model_close(dspark_model *m) {
     dspark__free(m);
 }
 
+// A tokenizer.json that cannot be read counts as missing.
 static dspark_status dspark__model_open_tokenizer(dspark_model *m, const char *dir) {
-    char path[4096];
-    struct stat st;
-    dspark_status status;
-    if (snprintf(path, sizeof path, "%s/tokenizer.json", dir) >= (int)sizeof path)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "%.60s...: a path of more than %zu bytes", dir,
-                            sizeof path);
-    if (stat(path, &st)) return DSPARK_OK;
-    status = dspark_tokenizer_open(&m->tokenizer, path);
+    dspark__file f;
+    dspark_status status = dspark__file_open(&m->checkpoint.io, dir, "tokenizer.json", &f);
+    if (status) return status == DSPARK_ERROR_IO ? DSPARK_OK : status;
+    status = dspark__tokenizer_read(&m->tokenizer, f.path, (const char *)f.data, (size_t)f.size);
+    dspark__file_close(&m->checkpoint.io, &f);
     if (status) return status;
     if (dspark_tokenizer_size(m->tokenizer) > m->checkpoint.config.vocab_size)
-        return dspark__fail(DSPARK_ERROR_FORMAT, "%s: %d tokens, but vocab_size is %d", path,
+        return dspark__fail(DSPARK_ERROR_FORMAT, "%s/tokenizer.json: %d tokens, but vocab_size is %d", dir,
                             dspark_tokenizer_size(m->tokenizer), m->checkpoint.config.vocab_size);
     for (int i = 0; i < dspark_tokenizer_size(m->tokenizer); i++) {
         int len;
@@ -4818,6 +4821,7 @@ DSPARK_API dspark_status dspark_session_truncate(dspark_session *s, int n_tokens
 // ---- copies and files
 
 // The scalars of a session and of its desc; a session file begins with these bytes.
+static const char dspark__session_magic[8] = "dspark2";
 typedef struct {
     char magic[8];
     uint64_t fingerprint, seed, cycle;
@@ -4839,7 +4843,7 @@ static void dspark__session_take(dspark_session *s, const dspark__session_record
 
 static void dspark__session_record_of(const dspark_session *s, dspark__session_record *r) {
     memset(r, 0, sizeof *r);
-    memcpy(r->magic, "dspark1", 8);
+    memcpy(r->magic, dspark__session_magic, sizeof r->magic);
     r->seed = s->desc.seed, r->cycle = s->cycle, r->max_context = s->desc.max_context;
     r->n_tokens = s->n_tokens, r->n_run = s->n_run, r->high = s->high, r->n_injected = s->n_injected;
     r->has_logits = s->has_logits, r->top_k = s->desc.top_k, r->has_account = s->has_account;
@@ -4927,7 +4931,7 @@ static dspark_status dspark__record_check(const dspark_model *m, const char *pat
     uint64_t fingerprint;
     dspark_status status = dspark__checkpoint_fingerprint(&m->checkpoint, &fingerprint);
     if (status) return status;
-    if (memcmp(r->magic, "dspark1", 8))
+    if (memcmp(r->magic, dspark__session_magic, sizeof r->magic))
         return dspark__fail(DSPARK_ERROR_FORMAT, "%s: not a session file of this version", path);
     if (r->fingerprint != fingerprint)
         return dspark__fail(DSPARK_ERROR_FORMAT,
@@ -5022,8 +5026,12 @@ static void dspark__calibrate(const dspark_calibration *row, float *c, int n) {
         const float *x = row->said + k * DSPARK_CURVE_POINTS, *y = row->stood + k * DSPARK_CURVE_POINTS;
         double sts = dspark_sts_apply(c[k], row->sts[k]), before = a, t;
         int i = 1;
+        if (sts != sts) {           // NaN: neither this draft nor those after it are trusted
+            for (; k < n; k++) c[k] = 0;
+            return;
+        }
         product *= sts, c[k] = (float)sts;
-        if (!row->curved || !(product >= 0)) continue;
+        if (!row->curved) continue;
         while (i < DSPARK_CURVE_POINTS - 1 && product > (double)x[i]) i++;
         t = x[i] > x[i - 1] ? (product - (double)x[i - 1]) / ((double)x[i] - (double)x[i - 1]) : 1;
         a = fmin(a, (double)y[i - 1] + fmax(0, fmin(t, 1)) * ((double)y[i] - (double)y[i - 1]));
@@ -5151,7 +5159,8 @@ DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
         slope = (double)p->us[i] / p->rows[i];
         while (half >= 0 && 2 * p->rows[half] > p->rows[i]) half--;
         if (half >= 0)
-            slope = fmax(slope / 2, fmin(slope, ((double)p->us[i] - (double)p->us[half]) / (p->rows[i] - p->rows[half])));
+            slope = fmax(slope / 2, fmin(slope, ((double)p->us[i] - (double)p->us[half]) /
+                                                    (p->rows[i] - p->rows[half])));
     }
     return (double)p->us[i] + slope * (double)(rows - p->rows[i]);
 }
@@ -5959,6 +5968,7 @@ static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
     t->drafted += r->n_drafted, t->scheduled += n, t->accepted += r->n_accepted;
     t->draft_us += (double)r->draft_us, t->verify_us += (double)r->verify_us;
     if (r->n_tokens) t->token_us[dspark__bucket((double)r->step_us / r->n_tokens)] += r->n_tokens;
+    if (r->n_tokens) t->step_us += (double)r->step_us;
     for (int k = 0; k < n; k++) t->scheduled_by_position[k]++;
     for (int k = 0; k < r->n_accepted; k++) t->accepted_by_position[k]++;
 }
@@ -6139,7 +6149,8 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: session %d is of another model", i);
     if (!m->has_profile && dspark__wants_profile(sessions, n)) {
         dspark_profile p;
-        if ((status = dspark_model_profile(m, &p)) != DSPARK_OK) return status;
+        status = m->memory_limit ? dspark_model_set_profile(m, NULL) : dspark_model_profile(m, &p);
+        if (status) return status;
     }
     // as many sessions a pass as its rows allow
     for (int i = 0; i < n && !status;) {
@@ -6187,18 +6198,21 @@ static void dspark__write(dspark__writer *w, const char *format, ...) {
     w->n += dspark__max(n, 0);
 }
 
-// The lines of one metric: `value`, or, unless by_position is NULL, one for each position.
-static void dspark__write_metric(dspark__writer *w, const char *name, const char *labels, double value,
-                                 const int64_t *by_position) {
-    int n = by_position ? DSPARK_MAX_BLOCK : 1;
-    while (by_position && n && !by_position[n - 1]) n--;
+static void dspark__write_value(dspark__writer *w, const char *name, const char *labels, double value) {
+    const char *open = *labels ? "{" : "", *close = *labels ? "}" : "";
+    dspark__write(w, "dspark_%s%s%s%s %.15g\n", name, open, labels, close, value);
+}
+static void dspark__write_counter(dspark__writer *w, const char *name, const char *labels, double value) {
     dspark__write(w, "# TYPE dspark_%s counter\n", name);
-    for (int k = 0; k < n; k++) {
-        dspark__write(w, "dspark_%s", name);
-        if (*labels || by_position) dspark__write(w, "{%s", labels);
-        if (by_position) dspark__write(w, "%sposition=\"%d\"", *labels ? "," : "", k);
-        dspark__write(w, "%s %.15g\n", *labels || by_position ? "}" : "", by_position ? (double)by_position[k] : value);
-    }
+    dspark__write_value(w, name, labels, value);
+}
+static void dspark__write_by_position(dspark__writer *w, const char *name, const char *labels, const int64_t *count) {
+    int n = DSPARK_MAX_BLOCK;
+    while (n && !count[n - 1]) n--;
+    dspark__write(w, "# TYPE dspark_%s counter\n", name);
+    for (int k = 0; k < n; k++)
+        dspark__write(w, "dspark_%s{%s%sposition=\"%d\"} %.15g\n", name, labels, *labels ? "," : "", k,
+                      (double)count[k]);
 }
 
 DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels, char *text, int cap) {
@@ -6206,16 +6220,16 @@ DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels
     const char *comma = labels && *labels ? "," : "";
     double below = 0, top = 2;
     labels = labels ? labels : "";
-    dspark__write_metric(&w, "spec_decode_num_drafts_total", labels, (double)t->cycles, NULL);
-    dspark__write_metric(&w, "spec_decode_num_draft_tokens_total", labels, (double)t->scheduled, NULL);
-    dspark__write_metric(&w, "spec_decode_num_accepted_tokens_total", labels, (double)t->accepted, NULL);
-    dspark__write_metric(&w, "spec_decode_num_draft_tokens_per_pos_total", labels, 0, t->scheduled_by_position);
-    dspark__write_metric(&w, "spec_decode_num_accepted_tokens_per_pos_total", labels, 0, t->accepted_by_position);
-    dspark__write_metric(&w, "drafted_tokens_total", labels, (double)t->drafted, NULL);
-    dspark__write_metric(&w, "generation_tokens_total", labels, (double)t->emitted, NULL);
-    dspark__write_metric(&w, "steps_total", labels, (double)t->steps, NULL);
-    dspark__write_metric(&w, "draft_seconds_total", labels, 1e-6 * t->draft_us, NULL);
-    dspark__write_metric(&w, "verify_seconds_total", labels, 1e-6 * t->verify_us, NULL);
+    dspark__write_counter(&w, "spec_decode_num_drafts_total", labels, (double)t->cycles);
+    dspark__write_counter(&w, "spec_decode_num_draft_tokens_total", labels, (double)t->scheduled);
+    dspark__write_counter(&w, "spec_decode_num_accepted_tokens_total", labels, (double)t->accepted);
+    dspark__write_by_position(&w, "spec_decode_num_draft_tokens_per_pos_total", labels, t->scheduled_by_position);
+    dspark__write_by_position(&w, "spec_decode_num_accepted_tokens_per_pos_total", labels, t->accepted_by_position);
+    dspark__write_counter(&w, "drafted_tokens_total", labels, (double)t->drafted);
+    dspark__write_counter(&w, "generation_tokens_total", labels, (double)t->emitted);
+    dspark__write_counter(&w, "steps_total", labels, (double)t->steps);
+    dspark__write_counter(&w, "draft_seconds_total", labels, 1e-6 * t->draft_us);
+    dspark__write_counter(&w, "verify_seconds_total", labels, 1e-6 * t->verify_us);
     dspark__write(&w, "# TYPE dspark_time_per_output_token_seconds histogram\n");
     for (int i = 0; i < DSPARK_BUCKETS; i++, top *= 1.4142135623730951) {
         below += (double)t->token_us[i];
@@ -6224,6 +6238,8 @@ DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels
         if (i == DSPARK_BUCKETS - 1) dspark__write(&w, "+Inf\"} %.15g\n", below);
         else dspark__write(&w, "%.6g\"} %.15g\n", 1e-6 * top, below);
     }
+    dspark__write_value(&w, "time_per_output_token_seconds_sum", labels, 1e-6 * t->step_us);
+    dspark__write_value(&w, "time_per_output_token_seconds_count", labels, below);
     return w.n;
 }
 
@@ -7579,8 +7595,8 @@ static void dspark__carve_pass(dspark__cpu *d, dspark__carver *v) {
         d->freqs[set] = (double *)dspark__carve(v, (size_t)c->qk_rope_head_dim / 2, sizeof(double));
     }
     d->jobs = (dspark__job *)dspark__carve(v, (size_t)(2 * E + c->o_groups + 16), sizeof *d->jobs);
-    d->job_x = (const float **)dspark__carve(v, pointers + (size_t)(n * c->o_groups), sizeof *d->job_x);
-    d->job_y = (float **)dspark__carve(v, pointers + (size_t)(n * c->o_groups), sizeof *d->job_y);
+    d->job_x = (const float **)dspark__carve(v, pointers + (size_t)n * (size_t)c->o_groups, sizeof *d->job_x);
+    d->job_y = (float **)dspark__carve(v, pointers + (size_t)n * (size_t)c->o_groups, sizeof *d->job_y);
 }
 
 static size_t dspark__cpu_carve(dspark__cpu *d, void *memory) {

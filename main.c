@@ -642,8 +642,9 @@ static int leave(const settings *o, dspark_model *m) {
     if (status) return api_error(status);
     if (o->log_to && fclose(o->log_to)) return error(FAILED, "%s: %s", o->log, strerror(errno));
     if (!o->metrics) return 0;
+    if (n >= (int)sizeof text) return error(FAILED, "%s: expected up to %zu bytes, found %d", o->metrics, sizeof text, n);
     f = fopen(o->metrics, "w");
-    if (!f || n >= (int)sizeof text || fputs(text, f) < 0 || fclose(f))
+    if (!f || fputs(text, f) < 0 || fclose(f))
         return error(FAILED, "%s: %s", o->metrics, strerror(errno));
     return 0;
 }

@@ -106,6 +106,8 @@ static void test_memory_limit(void) {
     dspark_session_desc d = session_desc(320);
     size_t all = dspark_model_bytes(m, NULL) + 3 * dspark_session_bytes(m, &d);
     dspark_session *s[4], *fork;
+    dspark_step_result r[3];
+    int32_t ids[] = { 3, 4, 5 };
     int n = 0;
     dspark_model_close(m);
     m = open_for(golden_b, 0, 0, all);
@@ -113,6 +115,8 @@ static void test_memory_limit(void) {
     ok(n == 3 && !s[3] && strstr(dspark_last_error(), "memory_limit"),
        "memory_limit for 3 sessions: the fourth is refused");
     ok(dspark_session_fork(&fork, s[0], NULL) == DSPARK_ERROR_MEMORY && !fork, "so is a fork");
+    for (int i = 0; i < 3; i++) must(dspark_session_submit(s[i], ids, COUNT(ids)));
+    ok(!dspark_step(s, 3, NULL, r), "a step of sessions that take all of memory_limit learns what passes cost");
     dspark_session_close(s[1]);
     ok(!dspark_session_open(&s[1], m, &d), "one that is closed makes room for another");
     for (int i = 0; i < 3; i++) dspark_session_close(s[i]);
@@ -127,6 +131,32 @@ static void test_memory_limit_of_model(void) {
     ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_MEMORY && !m, "a model that needs more is refused");
     desc.memory_limit = 0, desc.max_sessions = -1;
     ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_ARGUMENT && !m, "max_sessions -1 is refused");
+}
+
+/* ---- files by the caller's means */
+
+static int n_mapped;
+static dspark_status map_elsewhere(void *user, const char *path, const void **data, uint64_t *size) {
+    char real[256];
+    dspark_status status;
+    snprintf(real, sizeof real, "%s/%s", (const char *)user, strrchr(path, '/') + 1);
+    status = dspark__file_map(NULL, real, data, size);
+    n_mapped += !status;
+    return status;
+}
+static void unmap_elsewhere(void *user, const void *data, uint64_t size) {
+    (void)user;
+    n_mapped--, dspark__file_unmap(NULL, data, size);
+}
+static void test_files(void) {
+    dspark_model *m;
+    dspark_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.files.map = map_elsewhere, desc.files.unmap = unmap_elsewhere, desc.files.user = (void *)(uintptr_t)spark_tiny;
+    must(dspark_model_open(&m, "nowhere", &desc));
+    ok(dspark_tokenizer_size(dspark_model_tokenizer(m)) > 0, "tokenizer.json comes by dspark_files, as all files do");
+    dspark_model_close(m);
+    ok(n_mapped == 0, "and all that was mapped is unmapped");
 }
 
 /* ---- calibration.json */
@@ -149,7 +179,7 @@ static void unmap_others(void *user, const void *data, uint64_t size) {
 static void test_curve(void) {
     enum { N = DSPARK_MAX_BLOCK };
     static dspark_calibration straight, curved;
-    int as_said = 1, falls = 1, early = 1, value = 1;
+    int as_said = 1, falls = 1, early = 1, value = 1, none = 0;
     for (int k = 0; k < N; k++) {
         straight.sts[k] = curved.sts[k] = 1 + (float)k / 8;
         for (int i = 0; i < DSPARK_CURVE_POINTS; i++) {
@@ -180,6 +210,12 @@ static void test_curve(void) {
     ok(as_said, "a curve that says what was said changes nothing");
     ok(value, "a_k is the curve's value at the product of the c before it");
     ok(falls && early, "and falls along the draft, from logits up to its own alone");
+    for (int i = 0; i < 2; i++) {
+        float c[4] = { 1, 2, NAN, 1 };
+        dspark__calibrate(i ? &curved : &straight, c, 4);
+        none += c[0] > 0 && c[1] > 0 && c[2] == 0 && c[3] == 0;
+    }
+    ok(none == 2, "a logit of NaN is no confidence, in its draft and in those after it");
 }
 
 /* The confidence of a session's first draft is calibrated with temperature T. */
@@ -511,6 +547,10 @@ static void test_counters(const int32_t *text) {
     ok(n == (int)strlen(metrics) && strstr(metrics, expected) &&
        strstr(metrics, "dspark_spec_decode_num_draft_tokens_per_pos_total{model=\"b\",position=\"0\"} "),
        "counters are Prometheus' text, labelled");
+    snprintf(expected, sizeof expected, "\ndspark_time_per_output_token_seconds_count{model=\"b\"} %d\n",
+             (int)sum.emitted);
+    ok(strstr(metrics, expected) && strstr(metrics, "\ndspark_time_per_output_token_seconds_sum{model=\"b\"} "),
+       "a histogram has its sum and its count");
     ok(dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", few, sizeof few) == n &&
        strlen(few) == sizeof few - 1, "of a text that does not fit the length is told");
     all = dspark_stats_summary(dspark_model_stats(m));
@@ -555,6 +595,7 @@ int main(void) {
     test_crowd(golden_a, 64, 0, 120, 40);
     test_flat_passes(text), test_full_passes(text);
     test_memory_limit(), test_memory_limit_of_model();
+    test_files();
     test_calibration(text), test_curve();
     test_one_model(text), test_learning(), test_learning_speed(), test_beyond_profile(), test_profile_file();
     test_counters(text), test_stop_within_block(text);

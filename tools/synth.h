@@ -132,10 +132,12 @@ static void bytes(const char *kind, const char *dtype, int rows, int cols, const
     va_list args;
     va_start(args, format);
     if (begin(t, kind, format, args))
-        for (int i = 0; i < rows && put_room; i++) {
-            unsigned char row[16384];
-            for (int j = 0; j < cols; j++) row[j] = choices ? choices[next_random() >> 48] : (unsigned char)(next_random() >> 56);
-            put(row, (size_t)cols);
+        for (size_t left = (size_t)rows * (size_t)cols, n; left && put_room; left -= n) {
+            unsigned char some[4096];
+            n = left < sizeof some ? left : sizeof some;
+            for (size_t i = 0; i < n; i++)
+                some[i] = choices ? choices[next_random() >> 48] : (unsigned char)(next_random() >> 56);
+            put(some, n);
         }
     va_end(args);
 }
@@ -197,8 +199,9 @@ static int announce(tensor t, const char *format, ...) {
 static void hash_table(const char *prefix) {
     tensor t = { "I64", of(VOCAB), of(TOP_K) };
     if (!announce(t, "%sffn.gate.tid2eid", prefix)) return;
+    int64_t *order = malloc((size_t)of(EXPERTS) * sizeof *order);
+    if (!order) fprintf(stderr, "synth: no memory\n"), exit(1);
     for (int v = 0; v < t.rows && put_room; v++) {
-        int64_t order[1024];
         for (int e = 0; e < of(EXPERTS); e++) order[e] = e;
         for (int k = 0; k < t.cols; k++) {
             int other = k + below(of(EXPERTS) - k);
@@ -207,6 +210,7 @@ static void hash_table(const char *prefix) {
         }
         put(order, (size_t)t.cols * 8);
     }
+    free(order);
 }
 
 static void attention(const char *prefix, int ratio) {
