@@ -3107,7 +3107,7 @@ static void dspark__bind_drafter(dspark__loader *b) {
     dspark__bind_markov(b, last);
     dspark__scope(b, "mtp.%d.", last);
     if (dspark__has(b, "confidence_head.proj", ".weight"))
-        dspark__bind_linear(b, &w->confidence_proj, 1, h + c->dspark_markov_rank, "confidence_head.proj");
+        dspark__bind_plain(b, &w->confidence_proj, 1, h + c->dspark_markov_rank, "confidence_head.proj", ".weight");
     if (w->confidence_proj.data) dspark__bind_bias(b, &bias, 1, "confidence_head.proj");
     if (bias) w->confidence_bias = *bias;
 }

@@ -4198,9 +4198,19 @@ static int good(cuda *d, cudaError_t e, const char *call) {
     return 0;
 }
 #define TRY(call) (!d->status && good(d, call, #call))
+// After a failure: half of a pass may have left scores where draws expect zeros, and a slot without its expert.
+static void clean(cuda *d) {
+    cudaStreamSynchronize(d->stream);       // nothing reads the pinned block any more
+    cudaMemsetAsync(d->best, 0, (size_t)((uint8_t *)d->tallies - (uint8_t *)d->best), d->stream);   // best .. surveyed
+    cudaMemsetAsync(d->arrived, 0, INDEX_ROWS * sizeof *d->arrived, d->stream);
+    if (d->n_slots)                         // all of carve_cache
+        cudaMemsetAsync(d->slot_of, 0, (size_t)((uint8_t *)(d->cache_state + CACHE_MOVES + 1) - (uint8_t *)d->slot_of),
+                        d->stream);
+}
 static dspark_status result(cuda *d) {
     dspark_status status = d->status;
     if (status) dspark_fail(status, d->message);
+    if (status && d->best) clean(d);
     d->status = DSPARK_OK;
     return status;
 }

@@ -215,6 +215,9 @@ static const bad cases[] = {
     { HEADER, "mtp.0.main_proj.weight", "x", "mtp.0.main_proj.weight: expected F32/BF16/F16/F8_E4M3/I8 [256, 768]",
       "no such tensor", 0 },
     { HEADER, "mtp.1.markov_head.markov_w1.weight", "x", "mtp.1.markov_head.markov_w1.weight", "no such tensor", 0 },
+    { HEADER, T("mtp.1.confidence_head.proj.weight", "BF16", "[1,320]"),
+      T("mtp.1.confidence_head.proj.weight", "F8_E4M3", "[1,640]"),
+      "mtp.1.confidence_head.proj.weight: expected F32/BF16/F16 [1, 320]", "found F8_E4M3 [1, 640]", 0 },
     { HEADER, "mtp.1.ffn.gate.bias", "x", "mtp.1.ffn.gate.bias", "no such tensor", 0 },
     /* the header as JSON */
     { MODEL, NULL, "1234567", "header: expected 8 bytes", "found 7", 0 },
