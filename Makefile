@@ -122,6 +122,7 @@ build/bench/%: bench/%.c $(HEADERS) $(wildcard bench/*.h)
 
 # CORPUS: lines of JSON as bench/README.md says. What comes out is in build/calibrate.
 calibrate: build/tools/calibrate    ## fit and judge the small model's confidences on CORPUS=corpus.jsonl.xz
+	@test -f "$(CORPUS)" || { echo "make calibrate CORPUS=corpus.jsonl.xz: expected a file, found '$(CORPUS)'" >&2; exit 2; }
 	@mkdir -p build/calibrate
 	python3 bench/heldout.py $(CORPUS) train 3000 > build/calibrate/fit.jsonl
 	python3 bench/heldout.py $(CORPUS) heldout 3000 > build/calibrate/heldout.jsonl

@@ -791,7 +791,7 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#if defined FLT_EVAL_METHOD && FLT_EVAL_METHOD != 0
+#if defined FLT_EVAL_METHOD && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16     // 16: _Float16 as itself, too
 #error "dspark.h: floats must be computed as floats (on x86: -mfpmath=sse)"
 #endif
 #ifdef _OPENMP
@@ -5458,10 +5458,11 @@ static double dspark__sample_us(const dspark_session *s) {
     return dspark__greedy(s) || dspark__drawn_there(s) ? 0 : (double)s->model->profile.sample_us;
 }
 
-// A target pass of this step with so many rows.
+// A target pass of this step with so many rows; a depth below DSPARK__DEPTH saves at most half of T(B).
 static double dspark__pass_time(const dspark_model *m, int64_t rows) {
     const dspark__costs *c = &m->batch.costs;
-    return dspark_profile_us(&m->profile, rows) + c->base_us + (double)rows * c->row_us;
+    double T = dspark_profile_us(&m->profile, rows);
+    return fmax(T + c->base_us + (double)rows * c->row_us, T / 2);
 }
 // A draft's share for each of n sessions.
 static double dspark__draft_time(const dspark_model *m, int n) {

@@ -107,7 +107,7 @@ static int api_error(dspark_status status) {
 // The index of a word in "a|b|c", or -1.
 static int choice(const char *words, const char *word) {
     size_t len = strlen(word);
-    for (int i = 0; words; i++) {
+    for (int i = 0; words && !strchr(word, '|'); i++) {
         if (!strncmp(words, word, len) && (words[len] == '|' || !words[len])) return i;
         words = strchr(words, '|');
         if (words) words++;

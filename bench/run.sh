@@ -184,6 +184,9 @@ machine="${machine:-$(uname -m)}; $(nproc) cores; $(awk '/MemTotal/ { printf "%.
 commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 flags="$($cc --version | head -1 | tr , ' '); -std=c11 ${CFLAGS:--O2}"
 echo "Machine: $machine; load $(cut -d' ' -f1-2 /proc/loadavg) at the start. Commit $commit. $flags"
+for section in "$@"; do
+    declare -F "section_$section" > /dev/null || { echo "bench/run.sh: no section $section; bench/README.md lists them" >&2; exit 2; }
+done
 shapes
 for section in ${*:-peer floor dspark drafter acceptance frontier text memory compile}; do "section_$section"; done
 mine="${machine//,/ },$commit,$flags,"

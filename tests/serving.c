@@ -485,6 +485,22 @@ static void test_each_text_tries(dspark_model *m, const int32_t *text) {
     dspark_session_close(s), *all = was;
 }
 
+static void test_steep_context(void) {
+    static const float us[] = { 1000, 1010, 1020, 1030 };
+    dspark_model *m = open_for(golden_b, 0, 0, 0);
+    dspark_session *s = open_session(m);
+    dspark_step_result r;
+    dspark_profile p;
+    int32_t ids[] = { 3, 4, 5 };
+    memset(&p, 0, sizeof p);
+    p.n = COUNT(us), memcpy(p.us, us, sizeof us), p.draft_us = 1, p.context_us = 3000;
+    for (int i = 0; i < COUNT(us); i++) p.rows[i] = i + 1;
+    must(dspark_model_set_profile(m, &p));
+    must(dspark_session_append(s, ids, COUNT(ids)));
+    ok(!dspark_step(&s, 1, NULL, &r) && !r.status && r.n_drafted,
+       "a pass at a small depth takes time, however steep its cost by depth");
+    dspark_session_close(s), dspark_model_close(m);
+}
 static void test_beyond_profile(void) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
@@ -597,7 +613,8 @@ int main(void) {
     test_memory_limit(), test_memory_limit_of_model();
     test_files();
     test_calibration(text), test_curve();
-    test_one_model(text), test_learning(), test_learning_speed(), test_beyond_profile(), test_profile_file();
+    test_one_model(text), test_learning(), test_learning_speed(), test_steep_context(), test_beyond_profile();
+    test_profile_file();
     test_counters(text), test_stop_within_block(text);
     free(text);
     return sessions_done();
