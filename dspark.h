@@ -655,7 +655,7 @@ typedef struct {
 // session, and those of the drafts worth verifying; max_sessions sessions always fit. Others follow in further passes.
 // Prompts get the rows left by decoding. A session's text does not depend on the others (but see REJECTION), so
 // sessions may join, leave and close between steps. Returns an error that concerns all (results are then undefined); a
-// session's own is in its result. A finished session emits nothing and says why.
+// session's own is in its result. A finished session emits nothing and says why. ARGUMENT: one session twice.
 DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dspark_step_desc *,
                                      dspark_step_result *results);
 
@@ -3310,7 +3310,8 @@ DSPARK_API int32_t dspark_token_id(const dspark_tokenizer *t, const char *text, 
 
 // The slot of a pair, or the empty slot for it.
 static size_t dspark__merge_slot(const dspark_tokenizer *t, uint64_t pair) {
-    size_t slot = (size_t)(pair * 0x9E3779B97F4A7C15u >> 32) & t->merges_mask;
+    uint64_t h = (pair ^ (uintptr_t)t->merges) * 0x9E3779B97F4A7C15u;       // seeded as dspark__hash is
+    size_t slot = (size_t)((h ^ h >> 32) * 0x9E3779B97F4A7C15u >> 32) & t->merges_mask;
     while (t->merges[slot].pair && t->merges[slot].pair != pair) slot = (slot + 1) & t->merges_mask;
     return slot;
 }
@@ -4344,6 +4345,7 @@ DSPARK_API void dspark_model_close(dspark_model *m) {
     dspark__free(m);
 }
 
+enum { DSPARK__LONGEST_TOKEN = 1 << 20 };
 // A tokenizer.json that cannot be read counts as missing.
 static dspark_status dspark__model_open_tokenizer(dspark_model *m, const char *dir) {
     dspark__file f;
@@ -4358,6 +4360,9 @@ static dspark_status dspark__model_open_tokenizer(dspark_model *m, const char *d
     for (int i = 0; i < dspark_tokenizer_size(m->tokenizer); i++) {
         int len;
         dspark_token_bytes(m->tokenizer, i, &len);
+        if (len > DSPARK__LONGEST_TOKEN)        // a session has room for the text of a block of them
+            return dspark__fail(DSPARK_ERROR_UNSUPPORTED, "%s/tokenizer.json: token %d: expected at most %d bytes, "
+                                "found %d", dir, i, DSPARK__LONGEST_TOKEN, len);
         m->max_token_bytes = dspark__max(m->max_token_bytes, len);
     }
     return DSPARK_OK;
@@ -4483,6 +4488,7 @@ struct dspark_session {
     dspark_session_desc desc;       // stop_strings and stop_tokens point into memory
     int32_t *tokens;                // [max_context + block + 2]: drafts follow the committed ones for a while
     int n_tokens, n_run;
+    int place;                      // among the sessions of a step
     int high;                       // end of the positions run since the last refill: the rings hold the last ones
     int n_injected;                 // taps of positions before it are in the stages' windows
     int has_logits;
@@ -6148,6 +6154,10 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     for (int i = 0; i < n; i++)
         if (sessions[i]->model != m)
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: session %d is of another model", i);
+    for (int i = 0; i < n; i++) sessions[i]->place = i;
+    for (int i = 0; i < n; i++)
+        if (sessions[i]->place != i)
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: sessions %d and %d are one", i, sessions[i]->place);
     if (!m->has_profile && dspark__wants_profile(sessions, n)) {
         dspark_profile p;
         status = m->memory_limit ? dspark_model_set_profile(m, NULL) : dspark_model_profile(m, &p);

@@ -159,6 +159,34 @@ static void test_files(void) {
     ok(n_mapped == 0, "and all that was mapped is unmapped");
 }
 
+/* The small model's files, but a tokenizer.json with a token of 2 MB, which stays in `longer`. */
+static char longer[4 << 20];
+static dspark_status map_long_token(void *user, const char *path, const void **data, uint64_t *size) {
+    dspark_status status = map_elsewhere(user, path, data, size);
+    char *at;
+    if (status || !strstr(path, "tokenizer.json")) return status;
+    memcpy(longer, *data, (size_t)*size), longer[*size] = 0;
+    dspark__file_unmap(NULL, *data, *size);
+    at = (char *)must_have(strstr(longer, "<think>\""));
+    memmove(at + (2 << 20), at + 7, strlen(at + 7) + 1), memset(at, 'a', 2 << 20);
+    *data = longer, *size = strlen(longer);
+    return DSPARK_OK;
+}
+static void unmap_long_token(void *user, const void *data, uint64_t size) {
+    if (data == longer) n_mapped--;
+    else unmap_elsewhere(user, data, size);
+}
+static void test_long_token(void) {
+    dspark_model *m;
+    dspark_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.files.map = map_long_token, desc.files.unmap = unmap_long_token;
+    desc.files.user = (void *)(uintptr_t)spark_tiny;
+    ok(dspark_model_open(&m, "nowhere", &desc) == DSPARK_ERROR_UNSUPPORTED && !m &&
+       strstr(dspark_last_error(), "found 2097152"), "a token too long for a session's text is refused (%s)",
+       dspark_last_error());
+}
+
 /* ---- calibration.json */
 
 static const char three_rows[] = "{\"format\": \"dspark-calibration-1\", \"rows\": ["
@@ -485,6 +513,17 @@ static void test_each_text_tries(dspark_model *m, const int32_t *text) {
     dspark_session_close(s), *all = was;
 }
 
+static void test_twice(void) {
+    dspark_model *m = open_for(golden_b, 0, 0, 0);
+    dspark_session *s = open_session(m), *all[] = { s, open_session(m), s };
+    dspark_step_result r[3];
+    int32_t ids[] = { 3, 4, 5 };
+    for (int i = 0; i < 2; i++) must(dspark_session_append(all[i], ids, COUNT(ids)));
+    ok(dspark_step(all, 3, NULL, r) == DSPARK_ERROR_ARGUMENT &&
+       strstr(dspark_last_error(), "sessions 0 and 2 are one") && dspark_session_length(s) == 3,
+       "a session that is twice in a step is refused, and nothing happens");
+    dspark_session_close(all[0]), dspark_session_close(all[1]), dspark_model_close(m);
+}
 static void test_steep_context(void) {
     static const float us[] = { 1000, 1010, 1020, 1030 };
     dspark_model *m = open_for(golden_b, 0, 0, 0);
@@ -611,9 +650,10 @@ int main(void) {
     test_crowd(golden_a, 64, 0, 120, 40);
     test_flat_passes(text), test_full_passes(text);
     test_memory_limit(), test_memory_limit_of_model();
-    test_files();
+    test_files(), test_long_token();
     test_calibration(text), test_curve();
-    test_one_model(text), test_learning(), test_learning_speed(), test_steep_context(), test_beyond_profile();
+    test_one_model(text), test_learning(), test_learning_speed(), test_twice(),
+    test_steep_context(), test_beyond_profile();
     test_profile_file();
     test_counters(text), test_stop_within_block(text);
     free(text);
