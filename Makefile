@@ -101,7 +101,7 @@ build/soak: tests/soak.c $(HEADERS)
 fuzz: $(FUZZERS:%=fuzz-%)       ## every target of tests/fuzz for FUZZ_SECONDS (60); needs clang
 FUZZ_SECONDS ?= 60
 
-# Seeds are in tests/fuzz/NAME/, what is found in build/fuzz/NAME/.
+# Seeds: tests/fuzz/NAME/. Found: build/fuzz/NAME/, crashes NAME-*.
 fuzz-%: build/fuzz/%.exe
 	@mkdir -p build/fuzz/$*
 	$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$*- build/fuzz/$* $(wildcard tests/fuzz/$*)

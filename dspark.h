@@ -79,7 +79,8 @@
    its loss subtracted. It drafts only if the account covers the worst outcome and a gain is expected, or, at a text's
    first step and every 64th, to probe. So any text takes at most 1.01 times plain decoding, plus three worst outcomes
    if texts of its kind (temperature 0, or a verifier and a temperature band) have earned them; all texts of a kind
-   together take 1.01 times plain decoding plus one worst outcome. (Schedules BLOCK and THRESHOLD always draft.)
+   together take 1.01 times plain decoding plus one worst outcome for each that shares a step. A fork starts with its
+   source's account. (Schedules BLOCK and THRESHOLD always draft.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
@@ -3310,8 +3311,7 @@ DSPARK_API int32_t dspark_token_id(const dspark_tokenizer *t, const char *text, 
 
 // The slot of a pair, or the empty slot for it.
 static size_t dspark__merge_slot(const dspark_tokenizer *t, uint64_t pair) {
-    uint64_t h = (pair ^ (uintptr_t)t->merges) * 0x9E3779B97F4A7C15u;       // seeded as dspark__hash is
-    size_t slot = (size_t)((h ^ h >> 32) * 0x9E3779B97F4A7C15u >> 32) & t->merges_mask;
+    size_t slot = dspark__hash((const char *)&pair, sizeof pair, (uintptr_t)t->merges) & t->merges_mask;
     while (t->merges[slot].pair && t->merges[slot].pair != pair) slot = (slot + 1) & t->merges_mask;
     return slot;
 }
@@ -4245,8 +4245,8 @@ typedef struct {
 typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dspark__experience;
 // Shared by all sessions of one kind: temperature 0, or one verifier in a temperature band. account: limit 0 if not
 // opened since the profile was set.
-enum { DSPARK__MANNERS = 7, DSPARK__PRIOR = 8 };     // PRIOR: cycles that an initial experience counts as
-typedef struct { dspark_account account; dspark__experience experience; } dspark__manner;
+enum { DSPARK__KINDS = 7, DSPARK__PRIOR = 8 };     // PRIOR: cycles that an initial experience counts as
+typedef struct { dspark_account account; dspark__experience experience; } dspark__kind;
 
 struct dspark_model {
     dspark__checkpoint checkpoint;
@@ -4256,7 +4256,7 @@ struct dspark_model {
     int max_rows, max_token_bytes, fast_prefill;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int has_profile, has_calibration;
-    dspark__manner manner[DSPARK__MANNERS];
+    dspark__kind kinds[DSPARK__KINDS];
     dspark_stats stats;         // of all its sessions
     dspark_profile profile;
     dspark_calibration calibration;        // of every session, if it was set; else of those that no row is for
@@ -4385,8 +4385,8 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     if (status) return status;
     m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
     for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration.sts[k] = 1;
-    for (int i = 0; i < DSPARK__MANNERS; i++) {
-        dspark__experience *e = &m->manner[i].experience;
+    for (int i = 0; i < DSPARK__KINDS; i++) {
+        dspark__experience *e = &m->kinds[i].experience;
         for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] = 1;
         e->hoped = e->got = 1, e->cycles = DSPARK__PRIOR;
     }
@@ -5375,7 +5375,7 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
 }
 
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
-    for (int i = 0; i < DSPARK__MANNERS; i++) m->manner[i].account.limit_us = 0;
+    for (int i = 0; i < DSPARK__KINDS; i++) m->kinds[i].account.limit_us = 0;
     if (!p) {
         memset(&m->profile, 0, sizeof m->profile);
         return m->profile.learn = m->has_profile = 1, DSPARK_OK;
@@ -5541,17 +5541,17 @@ static double dspark__gain(const dspark_model *m, const dspark__lane *a, const d
 // A text probes at its first step and every PROBE steps: texts differ, and change.
 enum { DSPARK__PROBE = 64, DSPARK__TRIALS = 3, DSPARK__TRIAL_SESSIONS = 4 };
 
-static dspark__manner *dspark__manner_of(const dspark_session *s) {
+static dspark__kind *dspark__kind_of(const dspark_session *s) {
     float t = s->desc.temperature;
     int band = (t > .5f) + (t > .85f), rejection = dspark__mode(s) == DSPARK_VERIFY_REJECTION;
-    return &s->model->manner[dspark__greedy(s) ? 0 : 1 + 3 * rejection + band];
+    return &s->model->kinds[dspark__greedy(s) ? 0 : 1 + 3 * rejection + band];
 }
 
-// A session's account starts at 0 and may borrow three worst outcomes from its manner's, which starts with one and
+// A session's account starts at 0 and may borrow three worst outcomes from its kind's, which starts with one and
 // collects all sessions' gains. So where drafts do not pay, only the first text tries at length; where they do, an
 // unlucky start stops no text from drafting.
 static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
-    dspark__manner *all = dspark__manner_of(s);
+    dspark__kind *all = dspark__kind_of(s);
     if (all->account.limit_us <= 0) dspark_account_open(&all->account, plain_us, worst_us);
     if (!s->has_account) s->account = all->account, s->account.balance_us = 0;
     s->has_account = 1;
@@ -5560,7 +5560,7 @@ static int dspark__affords(const dspark_session *s, double plain_us, double wors
     dspark_account credit = s->account;
     if (dspark_account_affords(&credit, plain_us, worst_us)) return 1;
     credit.balance_us += credit.limit_us * 3 / 16;
-    return dspark_account_affords(&dspark__manner_of(s)->account, plain_us, worst_us) &&
+    return dspark_account_affords(&dspark__kind_of(s)->account, plain_us, worst_us) &&
            dspark_account_affords(&credit, plain_us, worst_us);
 }
 
@@ -5571,7 +5571,7 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     const dspark_model *m = s->model;
     const dspark__costs *c = &m->batch.costs;
     double worst;
-    if (!s->experience.cycles) s->experience = dspark__manner_of(s)->experience, s->experience.cycles = DSPARK__PRIOR;
+    if (!s->experience.cycles) s->experience = dspark__kind_of(s)->experience, s->experience.cycles = DSPARK__PRIOR;
     if (!a->limit || dspark__is_forced(s)) return a->limit > 0;
     if (!m->profile.n) return 0;
     if (m->profile.learn && m->profile.draft_seen < DSPARK__TRIALS)
@@ -6006,7 +6006,7 @@ static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
     if (a->length)
         cycle += (dspark__pass_time(m, R + drafts) - dspark__pass_time(m, R)) * a->length / (double)drafts;
     dspark_account_settle(&a->s->account, a->plain_us, cycle, tau);
-    dspark_account_settle(&dspark__manner_of(a->s)->account, a->plain_us, cycle, tau);
+    dspark_account_settle(&dspark__kind_of(a->s)->account, a->plain_us, cycle, tau);
 }
 
 // A lane's rows of the pass, and its drafts' distributions.
@@ -6042,7 +6042,7 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
     dspark__experience_add(&s->experience, a->r, 16);
-    dspark__experience_add(&dspark__manner_of(s)->experience, a->r, 1024);
+    dspark__experience_add(&dspark__kind_of(s)->experience, a->r, 1024);
 }
 
 // ---- a step

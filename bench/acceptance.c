@@ -1,9 +1,9 @@
-// acceptance [DIR [DFLASH [TEXTS [THREADS [PROMPTS [TOKENS]]]]]]: tau, tokens a pass of the target commits, by drafter,
+// acceptance [DIR [DFLASH [TEXTS [THREADS [PROMPTS [TOKENS]]]]]]: tau, the tokens that a pass commits, by drafter,
 // verifier and domain, at temperature 1 over held-out prompts (PROMPTS a domain, 12; answers of TOKENS, 160). DFLASH: a
 // checkpoint of the same target whose drafter was trained without a Markov head; "-": none.
 //   tau V W D            drafter W = dspark, dflash, lookup, plain under verifier V; D a domain or `mean` of them all
 //   dspark over W V      ratio of those means
-//   accepted V W k       of the drafts at position k that all drafts before them were accepted, the share that was
+//   accepted V W k       of the drafts at position k whose predecessors were all accepted, the share accepted
 //   threshold T ...      coupled DSpark that verifies up to the first confidence below T: tau, drafts verified a cycle,
 //                        the share of them that was accepted, over all domains, and of chat
 //   depth N tau D        coupled DSpark with whole documents before the prompt, N tokens in all
@@ -14,8 +14,8 @@ enum { DSPARK, DFLASH, LOOKUP, PLAIN, N_DRAFTERS, RESAMPLES = 400, MANY = 64 };
 static const char *const drafters[N_DRAFTERS] = { "dspark", "dflash", "lookup", "plain" };
 static const char *const verifiers[2] = { "coupled", "rejection" };
 
-// ---- prompt lookup: what followed the last occurrence of the text's end is proposed again. A backend whose draft pass
-// runs nothing: the target's operations are the CPU's, the drafter's logits say one token, or none.
+// ---- prompt lookup proposes what followed the last occurrence of the text's end. A backend whose draft pass runs
+// nothing: the target's operations are the CPU's, the drafter's logits allow one token, or none.
 
 enum { LONGEST = 3 };       // of the ends that are looked for, tokens
 static struct {
@@ -25,7 +25,7 @@ static struct {
     int drafting, at;                   // the place in the text that was proposed last, -1: none
 } lookup;
 
-// Where the text's last n tokens occurred last before; the place after them, -1: nowhere.
+// The place after the latest earlier occurrence of the text's last n tokens; -1: none.
 static int find_end(const int32_t *ids, int length, int n) {
     for (int at = length - 1; at >= n; at--)
         if (!memcmp(ids + at - n, ids + length - n, (size_t)n * sizeof *ids)) return at;

@@ -1,13 +1,13 @@
-// cost [DIR [THREADS]]: what does a pass cost, and what does it cost to decide upon one?
-//   pass error T(B)           of random passes (sessions, rows, depths) the median of |predicted / measured - 1|,
-//                             by rows
-//   pass error +sessions      and by the sessions of the pass
-//   pass error +context       and by their depths: what the engine uses
-//   pass error +scale         the same with a factor that half of the passes teach, of the other half
-//   pass error +experts       and with a term in the distinct experts of all layers, which they teach too
-//   expert                    what that term says of one
+// cost [DIR [THREADS]]: what does a pass cost, and what does it cost to schedule one?
+//   pass error T(B)           median of |predicted / measured - 1| over random passes (sessions, rows, depths),
+//                             predicted from rows
+//   pass error +sessions      also from its sessions
+//   pass error +context       also from their depths: what the engine uses
+//   pass error +scale         the same, times a factor learned from half of the passes, on the other half
+//   pass error +experts       also with a learned term for the distinct experts of all layers
+//   expert                    that term for one expert
 //   schedule 256              microseconds to decide and schedule 256 sessions that all have drafts
-//   schedule 256 share        of the plain pass of 256 rows
+//   schedule 256 share        its share of a plain pass of 256 rows
 #include "bench.h"
 
 enum { SESSIONS = 24, PASSES = 160, BLOCK = 6, DEEPEST = 3000 };

@@ -1,9 +1,9 @@
 // drafter [DIR [TEXTS [THREADS [PROMPTS [TOKENS]]]]]: how good the drafter is, at temperature 0 with the whole block
-// verified in every cycle. After held-out prompts, and again after the same prompts with as many documents of their
-// domain before them as make 512 tokens.
+// verified in every cycle. After held-out prompts, and again after the same prompts preceded by documents of their
+// domain, 512 tokens in all.
 //   tau D            tokens a cycle, over the cycles whose block lies within the answer (as tools/spark-tiny/measure.py)
-//   tau D at 512 over tau   the same after 512 tokens, over that; with quantiles .025 and .975 over prompts drawn anew
-//   accepted D k     of the drafts at position k that all drafts before them were right, the share that was right
+//   tau D at 512 over tau   ratio of tau after 512 tokens to tau; with quantiles .025 and .975 over resampled prompts
+//   accepted D k     of the drafts at position k whose predecessors were all right, the share that was right
 #include "bench.h"
 
 enum { DEPTH = 512, SHALLOW = 0, DEEP = 1 };

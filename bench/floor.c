@@ -1,9 +1,9 @@
-// floor DIR THREADS: how near decoding and verification come to what the machine allows, measured in turn with it.
-//   decode share   the time to read, at the read bandwidth of a buffer of that size, the weights and the cache that a
-//                  token needs, over the time a token takes
-//   verify R       the time of a pass of R rows, all their logits wanted, over its floor: the weights that it touches at
-//                  the rate at which weights of their format are decoded for R rows, and attention (each key is read
-//                  twice by all heads, as so many float weights)
+// floor DIR THREADS: how close decoding and verification come to the machine's limits, measured in turn with them.
+//   decode share   the time to read a token's weights and cache, at the read bandwidth of a buffer of that size, over
+//                  the time a token takes
+//   verify R       the time of a pass of R rows, with all their logits, over its floor: the weights that it touches, at
+//                  the rate of decoding their format for R rows, and attention (all heads read each key twice, as
+//                  float weights)
 //   verify R own   the same, each expert at the rate for the rows that it has
 #include "probe.h"
 

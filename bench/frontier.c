@@ -8,11 +8,11 @@
 //   closed tT N P user           tokens a second for each of the N
 //   closed tT N P verified       drafts verified a request and step
 //   scheduler over plain tT N, scheduler over best fixed tT N, scheduler over bound tT N
-//                                in each round, over the length that was fastest in all rounds together; the bound:
-//                                the same, nothing but the passes taking time
+//                                ratios in each round; best fixed: the length fastest over all rounds together; bound:
+//                                the same, counting the passes' time only
 //   learned over measured tT N   the scheduler without a profile, after LEARNING steps, over one that has measured
-// Open loop: Poisson arrivals at a share of what plain decoding can do, prompts not counted, which are run between the
-// others' tokens; the two policies in turn.
+// Open loop: Poisson arrivals at a share S of plain decoding's capacity, not counting prompts, which run between the
+// others' tokens; plain and scheduler in turn.
 //   open tT S P first p50 ...    seconds from arrival to the first token, ms a token from there on; p50 and p95
 #include "bench.h"
 
@@ -139,7 +139,7 @@ static void house_step(house *h) {
     }
 }
 
-// Houses side by side, so that what else the machine does meets them alike: the one that has made least steps.
+// Houses side by side, so that other load hits them alike: the one with the fewest tokens takes a step.
 static void race(house *h, int n_houses, double tokens) {
     int through;
     do {

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""plot.py FIGURES OUT: pictures of what was measured, as SVG and PNG into the folder OUT (needs requirements.txt).
+"""plot.py FIGURES OUT: plots of the results, as SVG and PNG in the folder OUT (needs requirements.txt).
 
 FIGURES is build/bench/results.csv or what `frontier` prints: frontier-tT (tokens a second in all against those of a
 user) and budget-tT (drafts verified against the requests at once) for each temperature T; or
-build/calibrate/reliability.csv: reliability (a_k as said against as it happened, before and after)."""
+build/calibrate/reliability.csv: reliability (observed against predicted a_k, before and after)."""
 import collections, csv, os, re, sys
 import matplotlib
 matplotlib.use("svg")

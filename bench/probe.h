@@ -1,8 +1,7 @@
-// How fast this machine reads memory, and decodes and multiplies stored weights: what floor.c holds the engine against.
-// A probe is not a kernel: no scales on FP8, whole fours of rows, one order of lanes. Four rows of weights at a time,
-// 16 lanes, one sum for each (row of weights, row of activations), fused multiply-adds of floats; the next four rows are
-// prefetched. Products of bfloat16, where a machine has them, beat it. Without AVX-512 the header's own linear stands for
-// it.
+// How fast this machine reads memory, and decodes and multiplies stored weights: floor.c compares the engine with it.
+// A probe is not a kernel: no scales on FP8, rows in multiples of four, one order of lanes. Four rows of weights at a
+// time, 16 lanes, one sum for each (row of weights, row of activations), fused multiply-adds of floats; the next four
+// rows are prefetched. bfloat16 products, where a machine has them, beat it. Without AVX-512 it is the header's linear.
 #ifndef PROBE_H
 #define PROBE_H
 #include "bench.h"
@@ -128,7 +127,7 @@ static double read_buffer(const uint8_t *p, size_t n, int threads) {
     return seconds() - start;
 }
 
-// A random matrix of about so many bytes, PROBE_COLS wide.
+// A matrix of about `bytes` bytes, PROBE_COLS wide.
 typedef struct { dspark_matrix m; uint8_t *memory, *scale; } probe_matrix;
 static probe_matrix probe_open(int dtype, size_t bytes) {
     probe_matrix p;

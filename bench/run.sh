@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# run.sh [SECTION ...]: the table of `make bench`, whose programs it has built: markdown on standard output, and all
-# figures in build/bench/results.csv. Sections: peer floor dspark drafter acceptance frontier text memory compile;
-# default all. QUICK=1: a short frontier.
-# A part's run adds to the figures of the parts before it, where machine, commit and compiler are the same.
+# run.sh [SECTION ...]: prints the table of `make bench`, which has built the programs, as markdown; all figures go to
+# build/bench/results.csv. Sections: peer floor dspark drafter acceptance frontier text memory compile; default all.
+# QUICK=1: a short frontier.
+# A run of some sections keeps the figures of the others, if machine, commit and compiler are the same.
 # What is compared runs in turn, ROUNDS (5) times, and the ratio's median counts. llama.cpp is looked for in $PEER
 # (build/peer) and built there; PYTHON names a python3 with what peer/convert.py needs, else one is set up there.
 # DFLASH names spark-tiny with a drafter of train_drafter.py --markov-rank 0.
@@ -179,14 +179,17 @@ table() {
     echo
 }
 
+for section in "$@"; do
+    declare -F "section_$section" > /dev/null && continue
+    echo "bench/run.sh: no section $section; bench/README.md lists them" >&2
+    exit 2
+done
+
 machine=$(awk -F': ' '/model name/ { print $2; exit }' /proc/cpuinfo 2>/dev/null)
 machine="${machine:-$(uname -m)}; $(nproc) cores; $(awk '/MemTotal/ { printf "%.0f GB", $2 / 1e6 }' /proc/meminfo)"
 commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 flags="$($cc --version | head -1 | tr , ' '); -std=c11 ${CFLAGS:--O2}"
 echo "Machine: $machine; load $(cut -d' ' -f1-2 /proc/loadavg) at the start. Commit $commit. $flags"
-for section in "$@"; do
-    declare -F "section_$section" > /dev/null || { echo "bench/run.sh: no section $section; bench/README.md lists them" >&2; exit 2; }
-done
 shapes
 for section in ${*:-peer floor dspark drafter acceptance frontier text memory compile}; do "section_$section"; done
 mine="${machine//,/ },$commit,$flags,"

@@ -186,9 +186,10 @@ static void check_elementary(void) {
     }
     printf("# log %.2f ulp, exp %.2f ulp, sin and cos %.1e\n", log_error, exp_error, sin_error);
     ok(log_error < 2, "log is within 2 ulp");
-    ok(exp_error < 2, "exp is within 2 ulp, subnormals included");
+    ok(exp_error < 2, "exp is within 2 ulp from -700 to 700");
     ok(sin_error < 1e-15, "sin and cos are within 1e-15 up to a million radians");
-    ok(dspark__exp(-1e9) == 0 && dspark__exp(1e9) == HUGE_VAL && dspark__log(0) == -HUGE_VAL, "their limits are exact");
+    ok(dspark__exp(-1e9) == 0 && dspark__exp(1e9) == HUGE_VAL && dspark__log(0) == -HUGE_VAL,
+       "exp and log are exact at their limits");
 }
 
 int main(void) {

@@ -13,7 +13,7 @@ static void test_scores(void) {
     double s[N_SCORES];
     score(j, 4, NULL, s);
     ok(near(s[AUC], 3.5 / 4), "AUC: the share of pairs in order, ties half");
-    ok(near(s[BRIER], (.01 + .16 + .36 + .01) / 4), "Brier: the mean square of what was said less what happened");
+    ok(near(s[BRIER], (.01 + .16 + .36 + .01) / 4), "the Brier score is the mean square of prediction minus outcome");
     ok(near(s[ECE], (.1 + .2 + .1) / 4), "ECE: bins' differences over all");
     score(j, 4, weight, s);
     ok(near(s[AUC], 5.5 / 6) && near(s[BRIER], .55 / 5) && near(s[ECE], (.1 + .2 + .2) / 5),
@@ -38,12 +38,12 @@ static void test_curve(void) {
     int is = 1;
     make_rise(pools, 4);
     ok(near(pools[0], .7 / 3) && near(pools[1], .7 / 3) && near(pools[2], .7 / 3) && near(pools[3], .4),
-       "what falls is made to rise, by the mean of all that must share one");
+       "make_rise gives neighbours that fall their mean, so that values never decrease");
     for (int i = 0; i < N; i++) j[i].q = (i + .5) / N, j[i].label = i % EACH < stand[i / EACH], j[i].prompt = 0;
     fit_curve(j, N, said, stood);
     for (int b = 0; b < DSPARK_CURVE_POINTS; b++)
         is &= fabs((double)said[b] - (b + .5) / DSPARK_CURVE_POINTS) < 1e-6 && fabs((double)stood[b] - risen[b]) < 1e-6;
-    ok(is, "a curve: bins of as many cycles, what was said in each, and what stood, rising");
+    ok(is, "a curve has bins of equally many cycles: the mean prediction, and the share accepted, never decreasing");
 }
 
 /* The first cycle of a prompt, by hand: raw logits, and how many drafts are what plain decoding goes on with. */
@@ -94,7 +94,7 @@ static void test_record(void) {
         is &= fitted.sts[k] > 0 && fabs(said - stood) < .05;
         free(after);
     }
-    ok(is, "fitted: of the cycles that it was fitted on as many stand as it says");
+    ok(is, "a fit predicts, to .05, the share accepted at each position of the cycles it was fitted on");
     cycles_free(&c), texts_free(&all), dspark_model_close(m);
 }
 

@@ -85,9 +85,9 @@ static dspark_status open_directory(dspark__checkpoint *ck, directory *d) {
     return dspark__checkpoint_open(ck, "mem", &desc);
 }
 
-/* ---- text for text, in a file or in the header of one */
+/* ---- replacing text in a file, or in its header */
 
-/* The bytes between `before` and `after` bytes, with find replaced: once, or wherever it stands. */
+/* Replaces find in bytes [before, after) of f, once or everywhere; returns how often. */
 static int substitute(file *f, size_t before, size_t after, const char *find, const char *replace, int all) {
     size_t nf = strlen(find), nr = strlen(replace), n = 0;
     char *out = (char *)malloc(f->n + (all ? f->n / nf : 1) * nr + 1), *exact;
@@ -573,8 +573,8 @@ static void check_binding(directory *d, tensors *t) {
        !w->layers[0].gate_bias && w->layers[1].gate_bias && !w->layers[1].tid2eid && !w->layers[2].index_wq_b.data,
        "a layer has what its ratio and routing need, and nothing else");
     ok(ck.mapped == find_file(d, "model.safetensors")->n && ck.bytes > 50000 && ck.bytes < 200000,
-       "%zu bytes mapped, %zu allocated", ck.mapped, ck.bytes);
-    ok(closes(&ck, d), "closed: every map is unmapped, every block freed");
+       "all %zu bytes are mapped, and 50,000 to 200,000 (%zu) allocated", ck.mapped, ck.bytes);
+    ok(closes(&ck, d), "closing unmaps every map and frees every block");
     dspark__checkpoint_close(&ck);
     ok(1, "closing again does nothing");
 }
@@ -620,19 +620,20 @@ static void check_shards(const directory *golden, directory *out) {
     put(&d, "model.safetensors", NULL, 0);
     put_tensors(&d, shards[1], &t, 2);
     ok(open_directory(&ck, &d) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), shards[1]) &&
-       strstr(dspark_last_error(), "expected here by the index"), "a tensor in another shard than the index says is missing");
+       strstr(dspark_last_error(), "expected here by the index"),
+       "a tensor that is not in the shard that the index names is refused");
     put_tensors(&d, shards[1], &t, 1);
     put_tensors(&d, shards[2], &t, 1);
     for (int i = 0; i < t.n; i++) if (t.items[i].shard == 2) t.items[i].shard = 0;
     put_tensors(&d, shards[0], &t, 0);
     put_index(&d, &t, shards);
     find_file(&d, shards[2])->name = "";
-    ok(hash_of(&d) == whole, "two shards");
+    ok(hash_of(&d) == whole, "two shards with an index open as the single file does");
     drop_tensors(&t);
     *out = d;
 }
 
-/* In each of the three plain types: a linear, a looked-up matrix, a vector; what mtp needs apart from golden/a. */
+/* In each of the three plain types: a linear, a looked-up matrix, vectors. */
 static void check_types(const directory *golden) {
     static const char *const types[] = { "F32", "BF16", "F16" };
     for (int i = 0; i < 3; i++) {
@@ -653,7 +654,7 @@ static void check_types(const directory *golden) {
                ck.weights.embed.dtype == i, "%s: matrices stay as they are stored", types[i]);
             ok(is_pattern(l->q_norm, 128) && is_pattern(l->compressor.ape, 1024), "%s: vectors become floats", types[i]);
         }
-        ok(closes(&ck, &d), "%s: closed", types[i]);
+        ok(closes(&ck, &d), "%s: closing unmaps every map and frees every block", types[i]);
         drop(&d), drop_tensors(&t);
     }
 }
@@ -700,12 +701,13 @@ static void check_hash_ids(const directory *golden) {
     snprintf(x->type, sizeof x->type, "I32");
     put_tensors(&d, "model.safetensors", &t, 0);
     ok(opens(&ck, &d) && ck.weights.layers[0].tid2eid_bytes == 4 && !memcmp(ck.weights.layers[0].tid2eid, narrow, sizeof narrow),
-       "tid2eid in I32");
+       "tid2eid may be I32");
     dspark__checkpoint_close(&ck);
     narrow[1535] = 8;
     memcpy(x->data, narrow, x->n);
     put_tensors(&d, "model.safetensors", &t, 0);
-    ok(open_directory(&ck, &d) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "token 511"), "and checked there as well");
+    ok(open_directory(&ck, &d) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "token 511"),
+       "tid2eid in I32 is checked too");
     drop(&d), drop_tensors(&t);
 }
 
@@ -727,17 +729,19 @@ static void check_heads(const directory *golden) {
         snprintf(name, sizeof name, "%s.bias", kinds[i].proj);
         if (bias) set(&t, name, "F32", kinds[i].rows, 0), set(&t, "mtp.1.confidence_head.proj.bias", "BF16", 1, 0);
         put_tensors(&d, "model.safetensors", &t, 0);
-        if (ok(opens(&ck, &d), "%s head, bias %d", kinds[i].claim, bias)) {
+        if (ok(opens(&ck, &d), "a checkpoint opens with a %s head, bias %d", kinds[i].claim, bias)) {
             const dspark_weights *w = &ck.weights;
             const float *b = i ? w->joint_bias : w->gate_bias;
             ok(w->head_kind == kinds[i].kind && (i ? w->joint_proj.rows : w->gate_proj.rows) == kinds[i].rows &&
-               (bias ? b && is_pattern(b, kinds[i].rows) : !b) && w->confidence_bias == (bias ? -3 : 0), "and what it holds");
+               (bias ? b && is_pattern(b, kinds[i].rows) : !b) && w->confidence_bias == (bias ? -3 : 0),
+               "the head has its kind, rows and biases");
         }
         dspark__checkpoint_close(&ck);
         set(&t, kinds[!i].proj, "BF16", kinds[!i].rows, kinds[!i].cols);
         strcat(t.items[t.n - 1].name, ".weight");
         put_tensors(&d, "model.safetensors", &t, 0);
-        ok(open_directory(&ck, &d) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "found both"), "two kinds are refused");
+        ok(open_directory(&ck, &d) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "found both"),
+           "two kinds of head are refused");
         drop(&d), drop_tensors(&t);
     }
 }
@@ -774,7 +778,7 @@ static void check_variants(const directory *golden) {
         { "a calibration", { NULL, NULL }, { NULL, NULL }, NULL,
           ROWS("[" ROW("coupled", "[0.5, 1]", "[1, 2, 0.5, 1, 1e-3]") ", " ROW("greedy", "[0, 0]", "[4, 4, 4, 4, 4]") "]") },
         { "a calibration without rows", { NULL, NULL }, { NULL, NULL }, NULL, ROWS("[]") },
-        { "no drafter, a calibration that is none", { NULL, NULL }, { "\"mtp.", "\"old." }, NULL, "{" }
+        { "no drafter, a malformed calibration", { NULL, NULL }, { "\"mtp.", "\"old." }, NULL, "{" }
     };
     int n = (int)(sizeof v / sizeof *v);
     for (int i = 0; i < n; i++) {
@@ -813,8 +817,9 @@ static void check_memory(directory *d, const char *claim) {
         fail_at = 0;
         wrong += status && (status != DSPARK_ERROR_MEMORY || !strstr(dspark_last_error(), "memory") || live || d->maps != d->unmaps);
     }
-    ok(!status && !wrong && n > 50, "%s: each of %zu allocations may fail: MEMORY, nothing leaks", claim, n - 1);
-    ok(closes(&ck, d), "and the last time it opens");
+    ok(!status && !wrong && n > 50,
+       "%s: when any of %zu allocations fails, it is MEMORY and nothing leaks", claim, n - 1);
+    ok(closes(&ck, d), "what opens after all these failures closes completely");
 }
 
 typedef struct { int calls, cancel_at, falls; float last; } progress;
@@ -840,9 +845,9 @@ static void check_progress(directory *d) {
         p.calls = 0, p.cancel_at = i, p.last = 0;
         cancelled += dspark__checkpoint_open(&ck, "mem", &desc) == DSPARK_ERROR_CANCELLED && closes(&ck, d);
     }
-    ok(cancelled == n, "cancelled at any of them: nothing stays");
+    ok(cancelled == n, "an open cancelled at any progress call leaves nothing behind");
     desc.files.unmap = NULL, desc.progress = NULL;
-    ok(dspark__checkpoint_open(&ck, "mem", &desc) == DSPARK_OK, "a map that needs no unmap");
+    ok(dspark__checkpoint_open(&ck, "mem", &desc) == DSPARK_OK, "files without an unmap function open");
     dspark__checkpoint_close(&ck);
 }
 
@@ -865,7 +870,7 @@ static void check_fingerprint(const directory *golden) {
         same += other == first && *byte != was;
         *byte = was;
     }
-    ok(!same, "and another when a byte of config.json, of a tensor, or the last one changes");
+    ok(!same, "the fingerprint changes with a byte of config.json, of a tensor, or the file's last");
     drop(&d);
 }
 
@@ -878,7 +883,7 @@ static void check_disk(void) {
         if (!ok(!status && ck.config.n_stages == stages[i], "%s opens from disk", dirs[i])) printf("# %s\n", dspark_last_error());
         dspark__checkpoint_close(&ck);
     }
-    ok(!live, "and leaves nothing allocated");
+    ok(!live, "checkpoints opened from disk and closed leave nothing allocated");
     ok(dspark__checkpoint_open(&ck, "tests", NULL) == DSPARK_ERROR_IO && strstr(dspark_last_error(), "tests/config.json: No such"),
        "a directory without config.json: IO, with its path");
     ok(dspark__checkpoint_open(&ck, NULL, NULL) == DSPARK_ERROR_ARGUMENT && dspark__checkpoint_open(&ck, "", NULL) ==
@@ -904,7 +909,7 @@ static void check_missing(const directory *golden) {
     drop(&d);
 }
 
-/* Every prefix of the header, and the data cut by a byte: FORMAT. */
+/* Prefixes of the file, and all but its last byte: FORMAT. */
 static void check_cut(const directory *golden) {
     dspark__checkpoint ck;
     directory d;
@@ -952,7 +957,7 @@ static void check_many(void) {
     status = open_directory(&ck, &d);
     us = dspark__now_us() - us;
     ok(status == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "embed.weight") && us < 5e6,
-       "a header of 70,000 tensors takes well under a second (%.0f ms)", us / 1000);
+       "a header of 70,000 tensors takes less than 5 seconds (%.0f ms)", us / 1000);
     drop(&d);
 }
 

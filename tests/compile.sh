@@ -46,14 +46,16 @@ compilers() {   # a language, its standard, its compilers
     shift 2
     for cc in "$@"; do
         name="$cc -std=$standard"
-        if ! command -v $cc >/dev/null; then skip "$name: every way of including" "there is no $cc"; continue; fi
+        if ! command -v $cc >/dev/null; then skip "$name: all inclusions compile" "there is no $cc"; continue; fi
         flags="-x $language -std=$standard -O0 -I. -Wall -Wextra -Wshadow -Wconversion -Werror"
-        check "$name: declarations alone, included twice, no warning" \
+        check "$name: declarations alone, included twice, compile without a warning" \
             $cc $flags -c $dir/declarations.c -o $dir/declarations.o
-        check "$name -O2: the implementation, no warning" $cc $flags -O2 -c $dir/implementation.c -o $dir/implementation.o
-        check "$name: two objects of one program" both_objects $cc
-        check "$name: DSPARK_STATIC, no warning" $cc $flags -Dmain=other_main -c $dir/static.c -o $dir/static.o
-        check "$name: a static copy beside the public one" \
+        check "$name -O2: the implementation compiles without a warning" \
+            $cc $flags -O2 -c $dir/implementation.c -o $dir/implementation.o
+        check "$name: two objects link to one program" both_objects $cc
+        check "$name: DSPARK_STATIC compiles without a warning" \
+            $cc $flags -Dmain=other_main -c $dir/static.c -o $dir/static.o
+        check "$name: a static copy links beside the public one" \
             both_objects $cc $dir/static.o
     done
 }

@@ -1,5 +1,5 @@
-/* dspark.h held to conformance.h: every row passes, and for every row a twin of the binding, broken in the way that row
-   is about, fails. An engine to be held to it replaces `sound` by its own. */
+/* conformance.h on dspark.h: every row passes, and for every row a twin of the binding, with that row's bug, fails. To
+   test another engine, replace `sound`. */
 #include "sessions.h"
 #include "tap.h"
 #include "conformance.h"
@@ -356,7 +356,7 @@ static int step_from_one_stream(void **texts, int n, conform_cycle *c) {
 }
 static void break_seeds(conform_engine *e) { e->step = step_from_one_stream; }
 
-/* The draft is drawn with top-p, the target's row is taken whole. */
+/* Top-p is ignored. */
 static void *open_without_top_p(void *self, const conform_options *o) {
     conform_options other = *o;
     other.top_p = 0;
@@ -423,7 +423,7 @@ static void *open_clamping(void *self, const conform_options *o) {
 }
 static void break_block(conform_engine *e) { e->open = open_clamping; }
 
-/* The stated length of the header is taken modulo the file's. */
+/* A header's stated length is clamped to its real one. */
 static int load_trusting(void *self, const char *header, size_t n, uint64_t stated) {
     return load(self, header, n, stated > n ? n : stated);
 }

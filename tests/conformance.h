@@ -1,7 +1,7 @@
-/* What went wrong in public engines of speculative decoding, as a suite that any engine can be held to: bind the
-   functions below, call conform_row for each of the CONFORM_ROWS, and break the binding on purpose to see it fail
-   (conformance.c does both for dspark.h). L = llama.cpp, V = vLLM, S = SGLang, T = TensorRT-LLM, D = ds4; the number is
-   the issue or pull request.
+/* Bugs of public speculative decoding engines, as a test suite for any engine: bind the functions below, run
+   conform_row[i].holds for each of the CONFORM_ROWS, and break the binding on purpose to see it fail (conformance.c
+   does both for dspark.h). L = llama.cpp, V = vLLM, S = SGLang, T = TensorRT-LLM, D = ds4; the number is the issue or
+   pull request.
 
    A text is committed tokens. The last of them is the anchor: it has not been run yet, all before it have. A cycle
    drafts after the anchor, verifies in one pass, and commits what was accepted and one token more. */
@@ -52,7 +52,7 @@ typedef struct conform_engine {
     void (*close)(void *text);
     int (*append)(void *text, const int32_t *ids, int n);
     int (*truncate)(void *text, int n);
-    void *(*restore)(void *text);                           /* another, by way of what is saved of this one */
+    void *(*restore)(void *text);                           /* a copy, made by saving and restoring */
     int (*logits)(void *text, float *logits);               /* [vocab] after the anchor, before hook and sampler */
     uint64_t (*state)(void *text);                          /* a hash of what later tokens depend on */
     void (*count)(void *text, int64_t counters[4]);         /* drafted, scheduled, accepted, emitted so far */
@@ -133,9 +133,8 @@ CONFORM int conform_fits(const double *p, const int *count, int n, int samples) 
 
 /* ---- the rows */
 
-/* Plain decoding: its text and the state after each token; then, from every one of `positions` places, a cycle of
-   `width` drafts, the first few of which, in turn of every number, are that text's. State, text and counts are plain
-   decoding's. */
+/* Plain decoding: its text and the state after each token. Then, at each of `positions` places, a cycle of `width`
+   drafts, of which the first 0 .. width, in turn, are that text's. State, text and counts must be plain decoding's. */
 typedef struct { int32_t token[512]; uint64_t state[512]; } conform_trace;
 CONFORM int conform_plain(const conform_engine *e, conform_trace *trace, int n) {
     const conform_options plain = { .plain = 1 };
@@ -512,8 +511,8 @@ CONFORM int conform_bad_rows(const conform_engine *e) {
     return is;
 }
 
-/* Proposed, then cut back, closed or given no room: what was proposed for another text is never verified, and every
-   counter is what happened. */
+/* Proposed, then truncated or closed, and an empty cycle: no draft proposed for another text is verified, and counters
+   count what happened. */
 CONFORM int conform_counts(const conform_engine *e, void *t, int64_t emitted) {
     int64_t c[4];
     e->count(t, c);
@@ -563,8 +562,8 @@ CONFORM int conform_hooks(const conform_engine *e) {
     return 1;
 }
 
-/* Two requests of five drafts; passes cost the same up to four rows, ten times as much from the fifth. And a first
-   cycle of the engine's own schedule, which nobody gave a profile. */
+/* Two requests of five drafts; passes cost the same up to four rows, ten times as much from the fifth. And a cycle of
+   the engine's own schedule, to which no profile is given. */
 CONFORM int conform_trims(const conform_engine *e) {
     static const float confidence[10] = { .9f, .9f, .9f, .9f, .9f, .8f, .8f, .8f, .8f, .8f };
     const float stairs[12] = { 1000, 1000, 1000, 1000, 100, 100, 100, 100, 100, 100, 100, 100 };
@@ -686,18 +685,18 @@ CONFORM int conform_silent(const conform_engine *e) {
     row(row_bits, "a row's bits do not depend on chunks or company (D#658, L#25618)") \
     row(golden, "draft logits are an independent implementation's, near and far (ik_llama.cpp#2296, V#41834)") \
     row(restored, "after truncate, append and restore the drafter sees the whole text (V#47930)") \
-    row(idle, "an idle row writes nothing, and nobody writes outside (V#56734)") \
+    row(idle, "an idle text writes nothing, and nothing is written out of bounds (V#56734)") \
     row(trace_oracle, "accepted counts and next tokens have the exact law, gamma 1..7 (openvino.genai#4190, V#9730)") \
     row(stops, "a stop token at every offset of a cycle ends the text there (S#33758, S#39826, V#56101)") \
     row(limits, "a limit at every offset of a cycle is kept (ferrox#311)") \
-    row(seeds, "coupled: a seed's text is the same on, off, in any batch, under any schedule (V#6038, T#17599)") \
-    row(samplers, "rejection: three tokens' joint law under temperature and top-p (dflash#74, sparkring#161)") \
+    row(seeds, "coupled: a seed has one text, with or without drafts, in any batch and schedule (V#6038, T#17599)") \
+    row(samplers, "rejection: three tokens' joint law is exact with temperature and top-p (dflash#74, sparkring#161)") \
     row(bad_rows, "NaN, infinity or nothing at all in p or q: a refusal, never a token (V#53029, V#45060)") \
-    row(aborted, "truncated, closed, empty cycles: no stale draft, no counter below zero (V#28473, V#49620, V#31955)") \
+    row(aborted, "cut, closed, empty cycles leave no stale draft and no negative counter (V#28473, V#49620, V#31955)") \
     row(hooks, "a hook acts on drafts and target alike (V#48932, V#31955, S#31753)") \
-    row(trims, "a staircase is trimmed; without a profile one is measured (S#35413)") \
+    row(trims, "drafts stop before a step in the cost of passes; without a profile one is measured (S#35413)") \
     row(global, "where looking ahead is lossless the global maximum is taken (T#17056)") \
-    row(block, "the block is the checkpoint's, more is refused with the number (V#41834)") \
+    row(block, "the block is the checkpoint's; more is refused, and the message has its size (V#41834)") \
     row(files, "headers that lie are refused (L#27203, L#18674, L#15711, L#24759, L#26690, L#19856)") \
     row(silent, "nothing is printed and the process lives (D#217)")
 

@@ -1,5 +1,5 @@
-/* A crowd: requests that come, share steps, change their policies, are cancelled, forked from a shared prompt, and end.
-   What a request is follows from its number alone, so that each text can be held against the one it has alone. */
+/* A crowd: requests that arrive, share steps, change policy, fork from a shared prompt, are cancelled, or end. All of a
+   request follows from its number, so that each text can be compared with the one it gets alone. */
 #ifndef CROWD_H
 #define CROWD_H
 #include "sessions.h"

@@ -731,6 +731,30 @@ static void check_failures(void) {
 }
 #endif
 
+#ifdef DSPARK_CUDA_HOST
+/* A draw that fails between its two launches: the next one begins anew. */
+static void check_failed_draw(const char *dir) {
+    dspark_model *m = open_on_device(dir, 8);
+    int V = dspark_model_config(m)->vocab_size, tried = 0, anew = 0;
+    float *large = (float *)must_have(calloc((size_t)V, sizeof *large)),
+          *small = (float *)must_have(calloc((size_t)V, sizeof *small));
+    dspark_device_draw draw = draw_as(0, 0, 0, 0, 0);
+    int32_t token = 0;
+    dspark_status status;
+    large[5] = 100, small[9] = 1;
+    do {
+        cuda_host_calls = 0, cuda_host_fail_at = ++tried;
+        status = m->backend->draw(m->device, large, &draw, &token);
+        cuda_host_fail_at = 0;
+        must(m->backend->draw(m->device, small, &draw, &token));
+        anew += token == 9;
+    } while (status);
+    ok(anew == tried && tried > 2, "%s: a draw that fails at any of %d calls leaves nothing to the next", dir,
+       tried - 1);
+    dspark_model_close(m), free(large), free(small);
+}
+#endif
+
 /* Offsets of rows are 32 bits wide. */
 static void check_most_rows(const char *dir) {
     dspark_model_desc desc;
@@ -815,7 +839,7 @@ int main(void) {
     check_longer(golden_b), check_most_rows(golden_b), check_alike(golden_b);
 #ifdef DSPARK_CUDA_HOST
     check_launches(golden_a, 20), check_launches(golden_b, 120);
-    check_traffic(golden_a), check_rejection_rows(), check_rejection_exact();
+    check_traffic(golden_a), check_failed_draw(golden_a), check_rejection_rows(), check_rejection_exact();
     check_cache(golden_b);
     check_failures();
 #endif

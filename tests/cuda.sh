@@ -1,12 +1,12 @@
 #!/bin/sh
-# The CUDA backend on a device, TAP: what tests/cuda.c asks of it on the host, where there is nvcc and a device.
+# The CUDA backend on a device, TAP: cuda.c and cuda_shape.c, built for it, if there are nvcc and a device.
 cd "$(dirname "$0")/.." || exit 1
 why=
 command -v "${NVCC:-nvcc}" > /dev/null || why="there is no nvcc"
 [ -n "$why" ] || nvidia-smi -L 2> /dev/null | grep -q '^GPU' || why="there is no CUDA device"
 if [ -n "$why" ]; then
     echo "1..1"
-    echo "ok 1 - the CUDA backend on a device # SKIP $why"
+    echo "ok 1 - the CUDA backend passes its tests on a device # SKIP $why"
     exit 0
 fi
 nvidia-smi -L | sed 's/^/# /'

@@ -1,6 +1,6 @@
-/* >>engine: one decoding cycle. With coupled verification the text is plain decoding's, whatever drafts, schedules,
-   company and hooks; rejection keeps the distribution; stops and limits hold to the token; counters add up; and
-   drafting never costs more than it may. failures.md's rows about a cycle are here.
+/* >>engine: one decoding cycle. With coupled verification the text is plain decoding's, whatever the drafts, schedules,
+   batches and hooks; rejection keeps the distribution; stops and limits hold to the token; counters add up; and
+   drafting never costs more than it may. Bug numbers are as in conformance.h.
 
    prompts.jsonl: 50 prompts of the corpus' held-out split, 12 or 13 of each domain, from the sources that each line
    names (README.md, Credits); questions go in the chat form ("chat": 1), the others are beginnings of texts. */
@@ -189,7 +189,7 @@ static void test_prompts(dspark_model *m, const prompt *p) {
         n = n_same(t, expected, manners[i].how.n);
         ok(n == N_PROMPTS, "coupled, %s, temperatures 0, .7 and 1: %d prompts of 50 give the %d tokens of plain decoding",
            manners[i].claim, n, manners[i].how.n);
-        ok(all_add_up(t, dspark_model_config(m)->dspark_block_size), "and the counters of all add up");
+        ok(all_add_up(t, dspark_model_config(m)->dspark_block_size), "the counters of each of these texts add up");
     }
     free(expected), free(t);
 }
@@ -221,12 +221,12 @@ static void test_acceptance(dspark_model *m, const prompt *p) {
         n += p[i].n;
     }
     far = acceptance(m, ids, n);
-    ok(near > 1.2, "of five drafts more than 1.2 are accepted a cycle (%.2f)", near);
-    ok(far > 1.2, "and after %d tokens, far beyond the window (%.2f)", n, far);
+    ok(near > 1.2, "more than 1.2 of five drafts are accepted a cycle (%.2f)", near);
+    ok(far > 1.2, "more than 1.2 are accepted after %d tokens, far beyond the window (%.2f)", n, far);
 }
 
 /* ================================================================================================
-   Cycles that are led: golden models, whose texts mean nothing */
+   Forced texts: golden models, whose own texts mean nothing */
 
 enum { START = 10, LONGEST = 60 };
 static int32_t line_of_tokens[START + LONGEST];      /* all different: every token tells its place */
@@ -246,8 +246,8 @@ static dspark_session *led(dspark_model *m, script *lead, dspark_session_desc d)
     return s;
 }
 
-/* Steps to the end: n tokens of the line since START; a limit that ends them let no draft be verified in vain. A step
-   more gives nothing and says the same. */
+/* Steps to the end: n tokens of the line from START; if a limit ends them, no draft was verified in vain. One more step
+   gives nothing and finishes alike. */
 static int says(dspark_session *s, int n, int finish) {
     dspark_step_result r;
     do r = step(s); while (!r.finish && s->n_tokens < START + LONGEST - 8);
@@ -273,7 +273,8 @@ static void test_stop_tokens(dspark_model *m) {
         n_wrong += !is_straight(s) || step(s).n_tokens < 1;
         dspark_session_close(s);
     }
-    ok(!n_wrong, "a stop token at each of %d places, so at every offset of a cycle: the text ends with it, the state stands", offsets);
+    ok(!n_wrong,
+       "a stop token at each of %d places, all offsets of a cycle, ends the text there; the state is right", offsets);
 }
 
 static void test_eos(dspark_model *m) {
@@ -287,7 +288,7 @@ static void test_eos(dspark_model *m) {
     dspark_session_close(s);
     d.ignore_eos = 1, d.policy.quota = 9;
     s = led(m, &lead, d);
-    ok(says(s, 9, DSPARK_LENGTH), "with ignore_eos it does not");
+    ok(says(s, 9, DSPARK_LENGTH), "with ignore_eos end-of-text does not end the text");
     dspark_session_close(s);
     line_of_tokens[START + 3] = was;
 }
@@ -323,7 +324,7 @@ static void test_more_quota(dspark_model *m) {
     at_first = says(s, 5, DSPARK_LENGTH);
     p = s->desc.policy, p.quota = 12;
     must(dspark_session_set_policy(s, &p));
-    ok(at_first && says(s, 12, DSPARK_LENGTH), "a larger quota, and the text goes on where it was");
+    ok(at_first && says(s, 12, DSPARK_LENGTH), "with a larger quota the text goes on where it stopped");
     dspark_session_close(s);
 }
 
@@ -352,7 +353,7 @@ static void test_makers(dspark_model *m) {
             is &= made_by(s, &r, cap, right);
             if (s->n_tokens > START + LONGEST / 2) must(dspark_session_truncate(s, START + 1));
         }
-    ok(is, "of every cap and accepted count: the drafts' tokens, then the correction or the bonus");
+    ok(is, "at every cap and accepted count a cycle gives the accepted drafts, then the correction or the bonus");
     dspark_session_close(s);
 }
 
@@ -447,13 +448,13 @@ static void test_stop_strings(talk *t) {
     for (int n = 1; n <= 7; n += 6)
         ok(every_piece_stops(t, n, 0),
             "each piece of %d characters as a stop string ends the text before it; no part of it is given out", n);
-    ok(ends_before(t, two, 2, 1) && ends_before(t, never, 4, 1), "and in plain decoding");
+    ok(ends_before(t, two, 2, 1) && ends_before(t, never, 4, 1), "stop strings work in plain decoding too");
     ok(ends_before(t, two, 2, 0), "of two stop strings the first in the text counts");
     ok(ends_before(t, overlapping, 1, 0) && ends_before(t, never, 4, 0),
         "what begins like a stop string and is none is given out after all");
 }
 
-/* A stop string that is met after the text was copied, saved, or an append failed, halfway into it. */
+/* A stop string of which half is held back while the session is forked, saved, or an append fails. */
 static const char *const halfway[] = { "cat sat on the" };
 
 static dspark_session *halfway_talk(const talk *t, int steps) {
@@ -486,7 +487,7 @@ static void test_text_goes_along(const talk *t) {
         cancelled &= dspark_session_append(s, &wrong, 1) == DSPARK_ERROR_ARGUMENT && same_end(s, other);
         dspark_session_close(s), dspark_session_close(other);
     }
-    ok(cancelled, "an append that is refused leaves them as they are");
+    ok(cancelled, "a refused append leaves the text held back and the character begun as they are");
 }
 
 static int never_go_on(void *user, int done, int total) { (void)user, (void)done, (void)total; return 0; }
@@ -506,8 +507,8 @@ static void test_text_saved(const talk *t) {
         cancelled &= same_end(s, other);
         dspark_session_close(s), dspark_session_close(other);
     }
-    ok(saved, "so does a file, restored with the same desc");
-    ok(cancelled, "and an append that is cancelled leaves them as they are");
+    ok(saved, "a file restored with the same desc has the text held back and the character begun");
+    ok(cancelled, "a cancelled append leaves the text held back and the character begun as they are");
     remove(path);
 }
 
@@ -583,11 +584,11 @@ static void test_penalties(dspark_model *m, const prompt *p) {
     ok(hooked_is_plain(m, p->ids, p->n, penalize, &some, &t),
         "repetition, presence and frequency penalties: coupled text is plain text");
     hooked_is_plain(m, p->ids, p->n, NULL, NULL, &without);
-    ok(!same_text(&t, &without), "and another than without them");
+    ok(!same_text(&t, &without), "penalties change the text");
     ok(hooked_is_plain(m, p->ids, p->n, penalize, &never_twice, &t),
         "a presence penalty without bound: coupled text is plain text");
     for (int i = 0; i < t.n; i++) twice += count_of(t.tokens, i, t.tokens[i]) + count_of(p->ids, p->n, t.tokens[i]);
-    ok(!twice && t.n > 10, "and no token comes twice");
+    ok(!twice && t.n > 10, "a presence penalty without bound: no token comes twice");
 }
 
 static void test_biases(dspark_model *m, const prompt *p) {
@@ -598,7 +599,8 @@ static void test_biases(dspark_model *m, const prompt *p) {
     hooked_is_plain(m, p->ids, p->n, NULL, NULL, &without);
     token[0] = without.tokens[0], token[1] = without.tokens[1], token[2] = without.tokens[5];
     ok(hooked_is_plain(m, p->ids, p->n, add_biases, &b, &t) && t.n > 10, "logit bias: coupled text is plain text");
-    ok(!count_of(t.tokens, t.n, token[0]) && !count_of(t.tokens, t.n, token[2]), "and banned tokens never come");
+    ok(!count_of(t.tokens, t.n, token[0]) && !count_of(t.tokens, t.n, token[2]),
+       "logit bias: banned tokens never come");
 }
 
 static void test_grammar(dspark_model *m, const prompt *p) {
@@ -609,8 +611,9 @@ static void test_grammar(dspark_model *m, const prompt *p) {
     n_list = t.finish == DSPARK_STOP_TOKEN ? t.n - 1 : t.n;
     for (int i = 0; i < n_list; i++) state = state_after(&g, state, t.tokens[i]);
     ok(t.n > 3 && state != WRONG && (state == CLOSED) == (t.finish == DSPARK_STOP_TOKEN),
-        "and a list of numbers (%d tokens)", t.n);
-    ok(t.stats.accepted > 0, "which the drafter, masked too, hit in part (%d of %d)", (int)t.stats.accepted,
+        "a grammar as a mask: the text is a list of numbers (%d tokens)", t.n);
+    ok(t.stats.accepted > 0,
+       "a grammar as a mask: some drafts, masked too, are accepted (%d of %d)", (int)t.stats.accepted,
         (int)t.stats.drafted);
 }
 
@@ -638,8 +641,8 @@ static dspark_session *poisoned(dspark_model *m, const int32_t *ids, poison *p, 
     return s;
 }
 
-/* Two sessions in a step, the second poisoned after `at` of its tokens: it stops there, and only it; the antidote,
-   and it goes on as if nothing had been. */
+/* Two sessions in a step, the second poisoned after `at` of its tokens: only it stops, and there. Once cured, it goes
+   on as if nothing had happened. */
 static int poison_is_contained(dspark_model *m, const int32_t *ids, int kind, int at, int verify,
     const told *expected) {
     poison harmless = { 0, 0, 0 }, p = { 30 + at, kind, 1 };
@@ -679,12 +682,13 @@ static void test_poison(dspark_model *m, const int32_t *ids) {
         for (int i = 0; i < COUNT(places); i++)
             is &= poison_is_contained(m, ids, kind, places[i], DSPARK_VERIFY_COUPLED, &expected) &&
                   poison_is_contained(m, ids, kind, places[i], DSPARK_VERIFY_REJECTION, &expected);
-        ok(is, "%s from a hook: NUMERIC for that session where its row is reached, never a token; others go on, and so does it, cured",
+        ok(is,
+           "%s from a hook: NUMERIC for that session at its row, never a token; others go on, as it does once cured",
            kinds[kind]);
     }
 }
 
-/* The anchor's row is bad after a draft was asked for: a file of that moment is no contradiction. */
+/* The anchor's row is bad after a draft was asked for: a file saved then is still consistent. */
 static void test_poison_and_file(dspark_model *m, const int32_t *ids) {
     static const char path[] = "build/cycle.saved";
     poison p = { 30, ALL_NAN, 1 };
@@ -696,7 +700,7 @@ static void test_poison_and_file(dspark_model *m, const int32_t *ids) {
     ok(r.status == DSPARK_ERROR_NUMERIC && dspark_session_restore(&back, m, path, NULL) == DSPARK_OK,
        "a session whose row was bad can be saved and restored");
     if (back) run_pending(back);
-    ok(back && is_straight(back), "and is a straight run");
+    ok(back && is_straight(back), "a session restored after a bad row is a straight run");
     remove(path);
     dspark_session_close(s), dspark_session_close(back);
 }
@@ -927,7 +931,7 @@ static void test_logprobs(dspark_model *m, const int32_t *ids) {
         }
     }
     ok(n == 40 && worst < 2e-6,
-        "log-probabilities are ln softmax of plain decoding's adjusted logits, temperature 1 (off by %.1e, %d of "
+        "log-probabilities are ln softmax, at temperature 1, of plain decoding's adjusted logits (off by %.1e, %d of "
        "drafts)", worst, drafts);
     dspark_session_close(s), dspark_session_close(plain);
 }
@@ -1048,7 +1052,7 @@ static void test_no_drafter(const int32_t *ids) {
     ok(dspark_session_draft(s, 3, tokens, confidence, NULL) == DSPARK_ERROR_UNSUPPORTED &&
         strstr(dspark_last_error(), "no drafter"),
        "without a drafter a draft is refused");
-    ok(step(s).n_tokens == 2 && !s->stats.drafted, "and every step is plain");
+    ok(step(s).n_tokens == 2 && !s->stats.drafted, "without a drafter every step is plain");
     m->checkpoint.config.n_stages = 1;
     dspark_session_close(s);
     dspark_model_close(m);
@@ -1068,7 +1072,7 @@ static void test_block_size(dspark_model *m, const int32_t *ids) {
     refused = dspark_session_set_policy(s, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "draft_cap") &&
               strstr(dspark_last_error(), "block is 3");
     ok(r.n_drafted == gamma && r.n_scheduled == gamma, "the block size is the checkpoint's");
-    ok(refused, "a draft cap above it is refused, with both numbers");
+    ok(refused, "a draft cap above the block size is refused, and the message has that size");
     dspark_session_close(s);
 }
 
@@ -1111,14 +1115,14 @@ static void test_profile_refused(dspark_model *m) {
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile without entries is refused");
     p.n = 2, p.rows[0] = 1, p.rows[1] = 2, p.us[0] = 100;
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "us[1]"),
-        "one with an entry of 0, by name");
+        "a profile with a time of 0 is refused by name");
     p.us[1] = 110, p.rows[1] = 1;
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "more rows"),
-        "one that has no order");
+        "a profile whose rows do not ascend is refused");
     p.rows[1] = 2, p.draft_us = (float)NAN;
-    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "one whose draft takes NaN");
+    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile whose draft takes NaN is refused");
     p.n = DSPARK_MAX_PROFILE + 1;
-    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "one that is too long");
+    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile with too many entries is refused");
 }
 
 /* The most drafts scheduled in 40 cycles, with passes that cost so much. */
@@ -1148,12 +1152,13 @@ static void test_staircase(dspark_model *m, const int32_t *ids) {
     float *bias = &m->checkpoint.weights.confidence_bias, was = *bias;
     *bias = 1e4f;       /* sure of every draft, and so expecting as much of the next */
     ok(most_scheduled(m, ids, flat, 0) == 3, "where rows cost nothing the whole block is verified");
-    ok(most_scheduled(m, ids, stair, 0) == 2, "where the fourth row costs ten times as much, two drafts at most");
-    ok(most_scheduled(m, ids, steep, 0) == 0, "where a second row does, none");
+    ok(most_scheduled(m, ids, stair, 0) == 2,
+       "where the fourth row costs ten times as much, two drafts at most are verified");
+    ok(most_scheduled(m, ids, steep, 0) == 0, "where the second row costs ten times as much, none is verified");
     ok(most_scheduled(m, ids, cliff, 0) == 3,
-        "behind a step of the curve the global maximum is taken, where that is lossless (T#17056)");
+        "the global maximum past a step of the curve is taken where that is lossless (T#17056)");
     ok(most_scheduled(m, ids, cliff, DSPARK_VERIFY_REJECTION) == 0,
-        "where it is not, Algorithm 1 stops before the step");
+        "where that is not lossless, Algorithm 1 stops before the step");
     *bias = was;
 }
 
@@ -1241,14 +1246,14 @@ static void test_never_slower(dspark_model *m) {
         ok(prefixes && cycles,
             "a drafter that is %s: any beginning of a text costs at most 1.01 plain + one worst loss (%d cycles)",
            moods[mood], cycles);
-        ok(stretches, "and any stretch at most 1.01 plain + 16 of them");
+        ok(stretches, "any stretch of these texts costs at most 1.01 plain + 16 worst losses");
     }
     must(dspark_model_set_calibration(m, NULL));
     free(text);
 }
 
-/* In company: a session of small cap whose drafts are never right, beside sessions that always verify whole blocks
-   and so push the pass over a step of the curve. Costs are shared as scheduling.md says. */
+/* In a batch: a session of small cap whose drafts are never right, beside sessions that always verify whole blocks
+   and so push the pass over a step of the curve. Drafts share the pass's growth equally. */
 static void test_never_slower_in_company(dspark_model *m) {
     enum { R = 3, LONG = 300 };
     static const float us[] = { 100, 100, 100, 100, 100, 100, 100, 100, 1000, 1000, 1000, 1000 };
@@ -1280,7 +1285,7 @@ static void test_never_slower_in_company(dspark_model *m) {
               got[0].n_tokens, got[0].n_drafted > 0);
     }
     ok(l.worst <= loss + 1e-3 && l.cycles,
-        "in company, beside whole blocks that cross a step of the curve: the same bound (%.0f of %.0f us)",
+        "beside blocks past a step of the curve a text costs at most 1.01 plain + one worst loss (%.0f of %.0f us)",
        l.worst, loss);
     must(dspark_model_set_calibration(m, NULL));
     for (int i = 0; i < R; i++) dspark_session_close(s[i]);

@@ -63,7 +63,7 @@ else
     prompt="Once upon a time" word=the
     check "-m and -p: a text, and nothing on stderr" text -p "$prompt"
     cp $dir/text $dir/first
-    check "the same again" same -p "$prompt"
+    check "the same call gives the same text again" same -p "$prompt"
     check "--plain: the same text" same -p "$prompt" --plain
     check "one thread: the same text" same -p "$prompt" --threads 1
     check "--schedule block: the same text" same -p "$prompt" --schedule block
@@ -74,7 +74,7 @@ else
     check "--chat: another text" differs -p "$prompt" --chat
     check "--system and --think are taken" text -p "$prompt" --system "Answer briefly." --think
     word=$(tr -cs 'A-Za-z' '\n' < $dir/first | sed -n 5p)
-    check "--stop: the text ends before that word" stops -p "$prompt"
+    check "--stop: the text does not contain that word" stops -p "$prompt"
     for limit in 1 2 7 33; do check "-n $limit makes $limit tokens" makes $limit; done
     check "-n 0 goes on until the context is full" \
         eval 'json -p "$prompt" -n 0 -c 24 --stop @@@@ && [ "$(field finish)" = "\"context\"" ]'
@@ -86,24 +86,24 @@ else
         check "--json is JSON, quotes, controls and emoji in the prompt" parses "$(printf 'say "\\\\" \t\001 \360\237\230\200')"
     fi
     compare=-gt; check "--schedule block drafts" drafts --schedule block
-    compare=-eq; check "--plain does not" drafts --plain
+    compare=-eq; check "--plain does not draft" drafts --plain
     check "--compare: the texts are identical" says_grep 'texts identical' -m $model -p "$prompt" -n 60 --compare
-    check "--compare at temperature 1: identical as well" \
+    check "--compare at temperature 1: the texts are identical" \
         says_grep 'texts identical' -m $model -p "$prompt" -n 60 --compare -t 1 --seed 5
     check "--verify rejection runs" text -p "$prompt" -t 1 --verify rejection
-    check "--show colours accepted drafts and lists the cycles" \
+    check "--show lists the cycles" \
         says_grep 'of 5 verified' -m $model -p "$prompt" -n 40 --show --schedule block
     check "--stats is on stderr" eval 'run -m $model -p "$prompt" -n 40 --stats && grep -q "^tau " $dir/err'
     check "--check says whether it fits" says_grep ' in all: fits' -m $model --check
-    check "and what passes cost" says_grep '^passes .* 4: .* ms' -m $model --check
+    check "--check says what passes cost" says_grep '^passes .* 4: .* ms' -m $model --check
     for preset in code chat regulated; do
         check "--preset $preset: the same text" same -p "$prompt" --preset $preset
     done
     check "--learn: the same text" same -p "$prompt" --learn
     check "--profile writes what passes cost" eval 'text -p "$prompt" --profile $dir/profile && grep -q "\"us\"" $dir/profile'
-    check "and reads it" same -p "$prompt" --profile $dir/profile
+    check "--profile reads what it wrote: the same text" same -p "$prompt" --profile $dir/profile
     echo '{}' > $dir/broken
-    check "one that is broken: one line, exit status 1" refuses 1 -m $model -p "$prompt" --profile $dir/broken
+    check "a broken profile: one line, exit status 1" refuses 1 -m $model -p "$prompt" --profile $dir/broken
     check "--log has a line a step: the first gives two tokens" eval 'text -p "$prompt" --plain --log $dir/log && [ "$(wc -l < $dir/log)" -eq 39 ]'
     check "--metrics counts the tokens" eval 'text -p "$prompt" --metrics $dir/metrics &&
         grep -qx "dspark_generation_tokens_total 40" $dir/metrics'

@@ -1,5 +1,5 @@
-/* What the algorithm layer promises: by exact enumeration of every path where that is possible, by chi-square
-   over the real generator where it is not, and against plain twins where something is done cleverly. */
+/* The algorithm layer's promises: tested by exact enumeration of every path where possible, else by chi-square
+   over the real generator; optimized code against plain twins. */
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
 #include "tap.h"
@@ -217,7 +217,7 @@ static void check_lossless(void) {
     for (int m = 0; m < 5; m++)
         ok(worst[m] < 1e-12 && (m == 0 || drafted[m] > 1000),
            "rejection under %s gives exactly the target's joint distribution (%.0e)", names[m], worst[m]);
-    ok(worst[5] > .01 && biased > 3, "control: rejection under GLOBAL does not (by up to %.2f, in %d worlds)",
+    ok(worst[5] > .01 && biased > 3, "control: rejection under GLOBAL is not exact (off by up to %.2f, in %d worlds)",
        worst[5], biased);
     ok(hinted < 1e-12, "rejection of one-hot drafts (p_draft NULL) is exact even under GLOBAL");
 }
@@ -233,9 +233,9 @@ static void check_counterexample(void) {
     }
     w.passes[0] = 1, w.passes[1] = .5f, w.passes[2] = .45f, w.desc.draft_us = 0;
     enumerate(&w, DSPARK_SCHEDULE_PREFIX, 0);
-    ok(fabs(joint[0] - .7) < 1e-12, "the paper's counterexample: PREFIX emits A with .70 (%.2f)", joint[0]);
+    ok(fabs(joint[0] - .7) < 1e-12, "the paper's counterexample: PREFIX emits A with probability .70 (%.2f)", joint[0]);
     enumerate(&w, DSPARK_SCHEDULE_GLOBAL, 0);
-    ok(fabs(joint[0] - .85) < 1e-12, "control: without the stop (GLOBAL) it is .85 (%.2f)", joint[0]);
+    ok(fabs(joint[0] - .85) < 1e-12, "control: without the stop, GLOBAL emits A with probability .85 (%.2f)", joint[0]);
 }
 
 /* ---- dspark_verify ------------------------------------------------------------------------------ */
@@ -333,7 +333,7 @@ static void check_bad_rows(void) {
         for (int t = 0; t < 2; t++)
             missed += dspark_distribution(z, 4, (float)t, 0, 0, 0, p) != DSPARK_ERROR_NUMERIC;
     }
-    ok(!missed, "nor does such a row give dspark_draw a token, such logits dspark_distribution a row");
+    ok(!missed, "dspark_draw draws no token from such a row, dspark_distribution refuses such logits: NUMERIC");
 }
 
 /* ---- texts from the real generator -------------------------------------------------------------- */
@@ -343,8 +343,8 @@ static const float *float_row(const double *p, int n, float *out) {
     return out;
 }
 
-/* A bigram world: a row depends on the token before. Request 0 is looked at, the others are company in its
-   schedule. Mode, drafter and confidences (which here know x_k) are anything. */
+/* A bigram world: a row depends on the token before. Request 0 is checked, the others only share its schedule.
+   Mode, drafter and confidences (which here know x_k) vary. */
 static int coupled_text_is_plain(const world *w, int seed) {
     enum { LENGTH = 12, ROOM = LENGTH + MAX_GAMMA + 1 };
     const place *bigram = w->at[0] + 1;
@@ -622,7 +622,7 @@ static void check_account(void) {
     ok(!over, "never slower: after any number of cycles time <= 1.01 plain + one cycle's worst loss");
     ok(!stretch, "never slower: over any stretch of text time <= 1.01 plain + 16 worst losses");
     ok(!negative, "never slower: the balance never falls below 0");
-    ok(reckless > 60, "control: without it a hopeless drafter breaks the bound (%d of 80)", reckless);
+    ok(reckless > 60, "control: without an account a hopeless drafter breaks the bound (%d of 80)", reckless);
 }
 
 static uint64_t hashed;

@@ -14,7 +14,7 @@ static int argmax(const float *x, int n) {
 
 typedef struct { double logits, main_hidden, draft_logits, confidence; int anchors, drafts; } worst;
 
-/* What was measured at position p against row i of the case. */
+/* Adds the session's errors at position p against row i. */
 static void compare(dspark_session *s, const tensors *t, int i, int p, worst *w) {
     const dspark_config *c = dspark_model_config(s->model);
     int V = c->vocab_size, gamma = c->dspark_block_size, taps = c->n_taps * c->hidden_size;

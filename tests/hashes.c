@@ -1,6 +1,6 @@
-/* hashes kernels: one hash of all CPU kernels' outputs on fixed inputs, a line a path that this machine has; with -v a
-   line a case too. hashes model: one of a golden checkpoint's logits and texts, a line a path and number of threads.
-   All lines of each must be the same with every path, number of threads, compiler and optimization level. */
+/* hashes kernels: for each path of this machine a line with the hash of the kernels' outputs on fixed inputs; with -v
+   also a line for each case. hashes model: for each path and number of threads the hash of golden b's logits and
+   texts. Each part has one hash on all paths, numbers of threads, compilers and optimization levels. */
 #define DSPARK_STATIC
 #define DSPARK_IMPLEMENTATION
 #include "../dspark.h"

@@ -17,7 +17,7 @@ static void check_cases(const dspark__kernels *k, const kernel_case *expected, i
     ok(m == n && same == n, "%s gives the bits of plain C in all %d cases", k->name, n);
 }
 
-/* A row alone, and among 2 to 27 others; an output alone, and among others. */
+/* A row alone, and among 1 to 26 others; an output alone, and among others. */
 static void check_company(const dspark__kernels *k) {
     for (int kind = DSPARK_F32; kind <= DSPARK_FP4; kind++) {
         int differ = 0, cols = kind >= DSPARK_FP8 ? 128 : 91, n = 141;
@@ -120,7 +120,7 @@ static double worst_relative(const float *a, const float *b, int n) {
     return worst;
 }
 
-/* Beside the format's largest number, the scale is 1: every value, tie and neighbour. Larger ones cannot occur. */
+/* In a block with the format's largest number the scale is 1. Larger inputs, which cannot occur, are skipped. */
 static void check_formats(const dspark__kernels *k, const tensors *t) {
     array in = get(t, "e4m3", "input"), out = get(t, "e4m3", "output");
     int wrong = 0;
@@ -133,7 +133,7 @@ static void check_formats(const dspark__kernels *k, const tensors *t) {
         k->decode_fp8(codes, &scale, 2, 2, z);
         wrong += y[0] != out.x[i] || z[0] != out.x[i] || scale != 127;
     }
-    ok(!wrong, "%s: E4M3, every value, tie and neighbour", k->name);
+    ok(!wrong, "%s: E4M3 rounds every value, tie and neighbour exactly", k->name);
     free(in.x), free(out.x);
     in = get(t, "e2m1", "input"), out = get(t, "e2m1", "output"), wrong = 0;
     for (int i = 0; i < in.n; i++) {
@@ -144,7 +144,7 @@ static void check_formats(const dspark__kernels *k, const tensors *t) {
         k->decode_fp4(codes, &scale, 32, y);
         wrong += y[0] != out.x[i] || y[1] != 6 || scale != 127;
     }
-    ok(!wrong, "%s: E2M1, every value, tie and neighbour", k->name);
+    ok(!wrong, "%s: E2M1 rounds every value, tie and neighbour exactly", k->name);
     free(in.x), free(out.x);
 }
 
@@ -361,7 +361,7 @@ static void check_float_mode(void) {
     ok(inside > 0 && third == 1.0f / 3, "inside a pass subnormals are kept, and rounding is to nearest");
     ok(outside == 0, "the caller's mode is given back");
 #else
-    skip("x86 only", "float mode");
+    skip("x86 only", "inside a pass subnormals are kept, and the caller's floating-point mode is restored");
 #endif
 }
 
@@ -373,7 +373,9 @@ int main(void) {
     printf("# best here: %s\n", best->name);
     if (!ok(tensors_open(&t, "tests/golden/ops.safetensors"), "ops.safetensors can be read")) return tap_done();
     for (int path = DSPARK_PATH_PLAIN; path < DSPARK_PATHS; path++) {
-        static const char *const names[] = { "", "plain C", "AVX2", "AVX-512", "NEON", "AVX-512 BF16" };
+        static const char *const names[] = { "", "plain C runs", "AVX2 gives the bits of plain C",
+            "AVX-512 gives the bits of plain C", "NEON gives the bits of plain C",
+            "AVX-512 BF16 gives the bits of plain C" };
         const dspark__kernels *k = dspark__kernels_choose(path);
         if (!k) {
             skip("not on this machine", names[path]);

@@ -1,6 +1,6 @@
-/* Every CPU kernel on fixed inputs, a hash of the bits a case: odd sizes, tails, unaligned weights,
-   partial ranges, 1 to 64 rows. Two paths, compilers or optimization levels that give the same
-   hashes give the same text. Include after dspark.h with its implementation. */
+/* All CPU kernels but mix on fixed inputs, a hash of the bits a case: odd sizes, tails, unaligned
+   weights, partial ranges, 1 to 64 rows. Two paths, compilers or optimization levels that give the same
+   hashes give the same text. Include after dspark.h's implementation. */
 #ifndef KERNELS_CASES_H
 #define KERNELS_CASES_H
 #include <math.h>

@@ -1,6 +1,6 @@
-/* Memory that ends: of everything that allocates, each allocation fails in turn. The answer is DSPARK_ERROR_MEMORY
-   with its message, the object asked for is NULL, nothing leaks, and what was there before can be used as before.
-   (Loading a checkpoint's files is in checkpoint.c too, from memory.) */
+/* Out of memory: each allocation of everything that allocates fails in turn. The call returns DSPARK_ERROR_MEMORY
+   with a message, the object asked for is NULL, nothing leaks, and what existed before can be used as before.
+   (checkpoint.c does so too, with files served from memory.) */
 #include "sessions.h"
 #include "tap.h"
 
@@ -156,7 +156,7 @@ int main(void) {
     must(dspark_session_append(g.s, text, PROMPT));
     for (int i = 0; i < COUNT(acts); i++) test_act(&g, acts[i].claim, acts[i].f);
     run_pending(g.s);
-    ok(is_straight(g.s), "after all that the session is the one of a straight run");
+    ok(is_straight(g.s), "after all these failures the session is that of a straight run");
     remove(saved);
     dspark_session_close(g.s);
     dspark_tokenizer_close(g.t);

@@ -26,17 +26,18 @@ shows "half of them used, \$6,580 a month are \$28.21 a million" "cost of output
 shows "at the API's price per million, half the machine's tokens are what it costs" \
     "break-even with the API, utilization" "50.01 %"
 plan --rate '180 tokens/s'
-shows "all of them used, \$14.10 a million" "cost of output" "14.1 \$/Mtoken"
+shows "all of them used, \$6,580 a month are \$14.10 a million" "cost of output" "14.1 \$/Mtoken"
 
 # Passes take 10 ms however many rows up to 8: 4 requests of 1 + 1 rows get (1 + .5) / 10 ms = 150 tokens/s each.
 profile='{"rows": [1, 8, 9], "us": [10000, 10000, 90000]}'
 plan --profile "$profile" --accept .5 --target '150 tokens/s' --users '9 users'
 shows "a user's rate is tau over the pass that verifies" "tokens for each" "150 tokens/s"
-shows "users who always ask: as many as are served at the target" "users of a machine, p95 in the target" "4 users"
-shows "9 users of 4 a machine are 3 machines" "machines" "3"
+shows "of users who always ask a machine has as many as it serves at the target" \
+    "users of a machine, p95 in the target" "4 users"
+shows "9 users at 4 a machine need 3 machines" "machines" "3"
 # 4 at once suffice for N users at 1/10 while P(Binomial(N - 1, .1) <= 3) >= .95: N = 15 (.9559), not 16 (.9444)
 plan --profile "$profile" --accept .5 --target '150 tokens/s' --active 10%
-shows "users who ask a tenth of the time: the binomial's 95th percentile" \
+shows "of users who ask a tenth of the time a machine has as many as the binomial's 95th percentile allows" \
     "users of a machine, p95 in the target" "15 users"
 plan --profile "$profile" --accept .5 --target '151 tokens/s'
 shows "a target that no user can have serves nobody" "served at once" "0 users"
@@ -58,7 +59,7 @@ tau = {r["factor"]: r["$/Mtoken"] for r in d["sensitivity"] if r["utilization"] 
 assert d["plan"]["cost of output"]["unit"] == "$/Mtoken"
 assert abs(tau[.5] / tau[1] - 1.5 / 1.25) < 1e-9, tau
 END
-report $? "JSON: half the accepted drafts are 1.5 / 1.25 of the cost"
+report $? "JSON: with half the accepted drafts, the cost is 1.5 / 1.25 times as much"
 
 for wrong in "--rate 180" "--rate 180ms" "--rate 0tokens/s" "--api \$8/month --rate 1tokens/s" \
     "--rate 1tokens/s --utilization 2" "--profile {\"rows\":[1,2],\"us\":[1,0]}" \

@@ -14,7 +14,7 @@ same() {
     "$@" -std=c11 tests/hashes.c -o $dir/hashes -lm > $dir/log 2>&1
     compiled=$?
     for part in kernels model; do
-        n=$((n + 1)) claim="$part, $*: every path gives the one hash"
+        n=$((n + 1)) claim="$part, $*: every path gives the same hash"
         if [ $compiled -eq 0 ] && $run $dir/hashes $part > $dir/log 2>&1 && [ -s $dir/log ]; then
             [ -e $dir/$part ] || head -n 1 $dir/log | cut -d' ' -f1 > $dir/$part
             grep -qv "^$(cat $dir/$part) " $dir/log || { echo "ok $n - $claim"; continue; }
@@ -27,7 +27,8 @@ same() {
 
 echo 'int main(void) { return 0; }' > $dir/empty.c
 for cc in gcc clang; do
-    if ! command -v $cc >/dev/null; then skip "kernels and model, $cc" "there is no $cc"; continue; fi
+    if ! command -v $cc >/dev/null; then
+        skip "kernels and model, $cc: every path gives the same hash" "there is no $cc"; continue; fi
     openmp=
     $cc -fopenmp $dir/empty.c -o $dir/empty 2> $dir/log && openmp=-fopenmp
     for flags in -O0 -O2 "-O3 -march=native"; do same "" $cc $flags $openmp; done
@@ -35,8 +36,8 @@ done
 
 arm=aarch64-linux-gnu-gcc
 qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static)
-if ! command -v $arm >/dev/null; then skip "kernels and model, $arm" "there is no $arm"
-elif [ -z "$qemu" ]; then skip "kernels and model, $arm" "there is no qemu-aarch64"
+if ! command -v $arm >/dev/null; then skip "kernels and model, $arm: every path gives the same hash" "there is no $arm"
+elif [ -z "$qemu" ]; then skip "kernels and model, $arm: every path gives the same hash" "there is no qemu-aarch64"
 else same $qemu $arm -O2 -static; fi
 
 echo "1..$n"

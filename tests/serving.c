@@ -1,5 +1,5 @@
-/* >>engine with many sessions, and what it is told about costs and confidences: each of many texts is what it would
-   have been alone; schedules across requests, profiles, calibrations, policies and counters are what they say. */
+/* >>engine with many sessions, and with costs and confidences that it is given: each text is what it would have been
+   alone; schedules across requests, profiles, calibrations, policies and counters do what they say. */
 #include "crowd.h"
 #include "tap.h"
 
@@ -59,13 +59,13 @@ static void test_flat_passes(const int32_t *text) {
     ok(made == N && seen.passes[DSPARK_PASS_DRAFT] == 1 && seen.rows[DSPARK_PASS_DRAFT] == N * gamma,
        "%d sessions draft in one flat pass", N);
     ok(seen.passes[DSPARK_PASS_TARGET] == 1 && seen.prompts == 1 && seen.rows[DSPARK_PASS_TARGET] > N * (gamma + 1),
-       "and are verified in one, which runs a prompt's rows as well");
+       "all sessions' drafts are verified in one flat pass, which also runs a prompt's rows");
     for (int i = 0; i <= N; i++) dspark_session_close(s[i]);
     free(r);
     dspark_model_close(m);
 }
 
-/* Room for drafts that do not pay would cost a pass: 21 sessions that may draft, six rows each, would fill 128. */
+/* Room for drafts that do not pay would cost passes: 32 sessions that may draft, four rows each, fill 128. */
 static void test_full_passes(const int32_t *text) {
     enum { N = 100 };
     static dspark_session *s[N];
@@ -94,7 +94,7 @@ static void test_full_passes(const int32_t *text) {
     ok(passes == seen.passes[DSPARK_PASS_DRAFT] && passes > N * 5 / 128 &&
        seen.rows[DSPARK_PASS_TARGET] <= 128 * passes &&
        seen.rows[DSPARK_PASS_DRAFT] == N * dspark_model_config(m)->dspark_block_size,
-       "and where all draft, as many as have room: %d passes", passes);
+       "where all sessions draft, as many passes draft as verify, with 128 rows or fewer on average: %d", passes);
     for (int i = 0; i < N; i++) dspark_session_close(s[i]);
     dspark_model_close(m);
 }
@@ -114,11 +114,12 @@ static void test_memory_limit(void) {
     while (n < 4 && !dspark_session_open(&s[n], m, &d)) n++;
     ok(n == 3 && !s[3] && strstr(dspark_last_error(), "memory_limit"),
        "memory_limit for 3 sessions: the fourth is refused");
-    ok(dspark_session_fork(&fork, s[0], NULL) == DSPARK_ERROR_MEMORY && !fork, "so is a fork");
+    ok(dspark_session_fork(&fork, s[0], NULL) == DSPARK_ERROR_MEMORY && !fork,
+       "memory_limit for 3 sessions: a fork is refused");
     for (int i = 0; i < 3; i++) must(dspark_session_submit(s[i], ids, COUNT(ids)));
     ok(!dspark_step(s, 3, NULL, r), "a step of sessions that take all of memory_limit learns what passes cost");
     dspark_session_close(s[1]);
-    ok(!dspark_session_open(&s[1], m, &d), "one that is closed makes room for another");
+    ok(!dspark_session_open(&s[1], m, &d), "memory_limit: closing a session makes room for another");
     for (int i = 0; i < 3; i++) dspark_session_close(s[i]);
     dspark_model_close(m);
 }
@@ -128,7 +129,8 @@ static void test_memory_limit_of_model(void) {
     dspark_model_desc desc;
     memset(&desc, 0, sizeof desc);
     desc.memory_limit = 1000;
-    ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_MEMORY && !m, "a model that needs more is refused");
+    ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_MEMORY && !m,
+       "a model that needs more than memory_limit is refused");
     desc.memory_limit = 0, desc.max_sessions = -1;
     ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_ARGUMENT && !m, "max_sessions -1 is refused");
 }
@@ -156,7 +158,7 @@ static void test_files(void) {
     must(dspark_model_open(&m, "nowhere", &desc));
     ok(dspark_tokenizer_size(dspark_model_tokenizer(m)) > 0, "tokenizer.json comes by dspark_files, as all files do");
     dspark_model_close(m);
-    ok(n_mapped == 0, "and all that was mapped is unmapped");
+    ok(n_mapped == 0, "all that dspark_files mapped is unmapped");
 }
 
 /* The small model's files, but a tokenizer.json with a token of 2 MB, which stays in `longer`. */
@@ -203,7 +205,7 @@ static void unmap_others(void *user, const void *data, uint64_t size) {
     if (data != three_rows) dspark__file_unmap(user, data, size);
 }
 
-/* What a curve makes of logits: its value at the product, no more than the prefix before, nothing from later logits. */
+/* With a curve, a_k is its value at the product, at most a_{k-1}, and does not depend on later logits. */
 static void test_curve(void) {
     enum { N = DSPARK_MAX_BLOCK };
     static dspark_calibration straight, curved;
@@ -235,15 +237,15 @@ static void test_curve(void) {
             value &= fabs(a - (.2 + .05 * (DSPARK_CURVE_POINTS - 1) * product)) < 1e-5;
         }
     }
-    ok(as_said, "a curve that says what was said changes nothing");
-    ok(value, "a_k is the curve's value at the product of the c before it");
-    ok(falls && early, "and falls along the draft, from logits up to its own alone");
+    ok(as_said, "a curve that is the identity changes nothing");
+    ok(value, "a_k is the curve's value at the product of c_1 .. c_k as they are without it");
+    ok(falls && early, "with a curve c_k is above 0, at most 1, and depends only on logits up to k");
     for (int i = 0; i < 2; i++) {
         float c[4] = { 1, 2, NAN, 1 };
         dspark__calibrate(i ? &curved : &straight, c, 4);
         none += c[0] > 0 && c[1] > 0 && c[2] == 0 && c[3] == 0;
     }
-    ok(none == 2, "a logit of NaN is no confidence, in its draft and in those after it");
+    ok(none == 2, "a logit of NaN gives its draft, and those after it, confidence 0");
 }
 
 /* The confidence of a session's first draft is calibrated with temperature T. */
@@ -286,9 +288,9 @@ static void test_calibration(const int32_t *text) {
            "calibration.json: a session takes %s", sessions[i].claim);
     must(dspark_model_set_calibration(m, fours));
     ok(calibrated_with(m, text, DSPARK_VERIFY_COUPLED, .6f, 4),
-       "dspark_model_set_calibration puts another in its place");
+       "dspark_model_set_calibration replaces calibration.json");
     must(dspark_model_set_calibration(m, NULL));
-    ok(calibrated_with(m, text, DSPARK_VERIFY_COUPLED, .6f, 1), "and none");
+    ok(calibrated_with(m, text, DSPARK_VERIFY_COUPLED, .6f, 1), "dspark_model_set_calibration with NULL removes it");
     dspark_model_close(m);
 }
 
@@ -314,11 +316,11 @@ static void stand_up(table *t) {
     for (int i = 0; i < R; i++) dspark_session_close(t->s[i]);
 }
 
-/* Passes rise in stairs of four rows; a draft costs 5 us a session: all draft as long as they are believed in. */
+/* Pass times rise in steps of four rows; a draft costs 5 us a session: all draft while gains are expected. */
 static const float stairs_us[] = { 100, 100, 100, 180, 180, 180, 180, 260, 260, 260, 260, 340 };
 static void set_stairs(dspark_model *m) { set_costs(m, stairs_us, COUNT(stairs_us), 5, 0); }
 
-/* What scheduling.md says of a step whose requests drafted `now`, and two steps before `then`. */
+/* ASYNC's lengths for a step whose requests drafted `now`, and `then` two steps before. */
 static void async_lengths(int gamma, const dspark_step_result *now, const dspark_step_result *then, int *lengths) {
     float sps[COUNT(stairs_us)], c[R * DSPARK_MAX_BLOCK];
     int n[R], budget = 0, drafted = 0, any = 0;
@@ -392,11 +394,11 @@ static void test_refused_global(dspark_model *m) {
     ok(dspark_session_open(&s, m, &d) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "GLOBAL"),
        "GLOBAL is refused for a session that verifies by rejection from a sampled draft");
     d.temperature = 0, p = d.policy;
-    ok(!dspark_session_open(&s, m, &d), "but at temperature 0, where drafts are not drawn, it is not");
+    ok(!dspark_session_open(&s, m, &d), "GLOBAL is accepted at temperature 0, where drafts are not drawn");
     dspark_session_close(s);
     d.temperature = 1, d.policy.schedule = DSPARK_SCHEDULE_ASYNC, s = open_session_as(m, &d);
     ok(dspark_session_set_policy(s, &p) == DSPARK_ERROR_ARGUMENT && s->desc.policy.schedule == DSPARK_SCHEDULE_ASYNC,
-       "nor can it be put in the place of ASYNC later");
+       "GLOBAL is refused also as a later replacement for ASYNC");
     dspark_session_close(s);
 }
 
@@ -409,8 +411,8 @@ static void test_presets(dspark_model *m) {
         good &= !dspark_session_open(&s, m, &d);
         dspark_session_close(s);
     }
-    ok(good && n == 4, "%d presets, each of them a policy", n);
-    ok(!dspark_preset("reckless"), "and none by another name");
+    ok(good && n == 4, "each of %d presets is a policy that opens a session", n);
+    ok(!dspark_preset("reckless"), "there is no preset of another name");
 }
 
 /* ---- what passes cost */
@@ -446,14 +448,14 @@ static void test_learning(void) {
     }
     sort_up(learned, MANY), sort_up(followed, MANY);
     ok(learned[MANY / 2] < .12 && learned[MANY * 3 / 4] < .2 && points <= DSPARK_MAX_PROFILE,
-       "400 noisy passes teach T(B) to %.0f %%, three of four times to %.0f %%, with up to %d points",
+       "400 noisy passes teach T(B) to %.0f %% (median; upper quartile %.0f %%), with up to %d points",
        100 * learned[MANY / 2], 100 * learned[MANY * 3 / 4], points);
     ok(followed[MANY / 2] < .12 && followed[MANY * 3 / 4] < .2,
-       "and where the machine becomes another they follow (%.0f %%, %.0f %%)", 100 * followed[MANY / 2],
+       "600 more passes at twice the speed correct T(B) (%.0f %%, %.0f %%)", 100 * followed[MANY / 2],
        100 * followed[MANY * 3 / 4]);
 }
 
-/* A profile that is known, and then half the speed, seen in plain passes and their drafts alone. */
+/* A known profile, and then half the speed, seen in plain passes alone. */
 static void test_learning_speed(void) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
@@ -479,8 +481,8 @@ static void test_no_profile(dspark_model *m, const int32_t *text) {
     for (int i = 0; i < 6; i++) r[i] = step(s), as_told &= r[i].n_scheduled == (i % 2 ? 3 : 0);
     must(dspark_model_profile(m, &p));
     ok(as_told && p.n >= 2 && p.draft_us > 0,
-       "without a profile: a plain step and a block, three times, and the costs are known");
-    ok(s->experience.survival[0] > 8.f / 11, "what its blocks brought adds to what was hoped for (%.2f)",
+       "without a profile three plain steps and three blocks, in turn, teach the costs");
+    ok(s->experience.survival[0] > 8.f / 11, "accepted drafts of those three blocks count in the survival (%.2f)",
        (double)s->experience.survival[0]);
     dspark_session_close(s);
 }
@@ -491,11 +493,10 @@ static int refuses_profile(dspark_model *m, const char *path, const char *text, 
     return dspark_model_load_profile(m, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), words);
 }
 
-/* What has been seen up to 128 rows may say too little of its slope: 256 rows are not nearly as cheap as 128. */
-/* A short text would else never learn that its drafts are better than those of the text before it. */
+/* Else a short text would never learn that its drafts are better than those of the text before it. */
 static void test_each_text_tries(dspark_model *m, const int32_t *text) {
     static const float flat_us[] = { 100, 101, 102, 103, 104, 105 };
-    dspark__manner *all = &m->manner[0], was;
+    dspark__kind *all = &m->kinds[0], was;
     dspark_session_desc d = session_desc(320);
     dspark_session *s;
     int first, second, others;
@@ -513,6 +514,7 @@ static void test_each_text_tries(dspark_model *m, const int32_t *text) {
     dspark_session_close(s), *all = was;
 }
 
+/* Its rows would go to the same places of its state. */
 static void test_twice(void) {
     dspark_model *m = open_for(golden_b, 0, 0, 0);
     dspark_session *s = open_session(m), *all[] = { s, open_session(m), s };
@@ -524,6 +526,7 @@ static void test_twice(void) {
        "a session that is twice in a step is refused, and nothing happens");
     dspark_session_close(all[0]), dspark_session_close(all[1]), dspark_model_close(m);
 }
+/* A cost by depth as a busy machine may measure it: at depth 3 a row would take less than nothing. */
 static void test_steep_context(void) {
     static const float us[] = { 1000, 1010, 1020, 1030 };
     dspark_model *m = open_for(golden_b, 0, 0, 0);
@@ -540,6 +543,7 @@ static void test_steep_context(void) {
        "a pass at a small depth takes time, however steep its cost by depth");
     dspark_session_close(s), dspark_model_close(m);
 }
+/* The last half of the points may be too flat: 256 rows are not nearly as cheap as 128. */
 static void test_beyond_profile(void) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
@@ -547,7 +551,8 @@ static void test_beyond_profile(void) {
     ok(dspark_profile_us(&p, 256) >= 12800 + 128 * 50,
        "beyond the points a row takes at least half of the mean (%.0f us)", dspark_profile_us(&p, 256));
     p.us[1] = 6400;
-    ok(fabs(dspark_profile_us(&p, 256) - 25600) < 1, "else as over the last half");
+    ok(fabs(dspark_profile_us(&p, 256) - 25600) < 1,
+       "beyond the profile a row takes what it takes over the points' last half, if that is more");
 }
 
 static void test_profile_file(void) {
@@ -563,7 +568,7 @@ static void test_profile_file(void) {
     for (int i = 0; i < p.n; i++) close_enough &= p.rows[i] == q.rows[i] && fabsf(p.us[i] - q.us[i]) <= .06f;
     ok(p.n == q.n && close_enough && q.learn && fabsf(p.draft_us - q.draft_us) < .01f, "a profile is saved and loaded");
     ok(dspark_model_load_profile(other, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "2 threads"),
-       "but not for another number of threads");
+       "a profile for another number of threads is refused");
     ok(refuses_profile(m, path, "{}", "format") && refuses_profile(m, path, "[]", "object") &&
        refuses_profile(m, path, "{\"format\": \"dspark-profile-1\"}", "of: expected checkpoint"),
        "what is no profile is refused");
@@ -607,11 +612,11 @@ static void test_counters(const int32_t *text) {
     ok(strstr(metrics, expected) && strstr(metrics, "\ndspark_time_per_output_token_seconds_sum{model=\"b\"} "),
        "a histogram has its sum and its count");
     ok(dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", few, sizeof few) == n &&
-       strlen(few) == sizeof few - 1, "of a text that does not fit the length is told");
+       strlen(few) == sizeof few - 1, "a Prometheus text that does not fit is cut off, and its full length returned");
     all = dspark_stats_summary(dspark_model_stats(m));
     ok(fabs(all.tau - (double)(30 + sum.accepted) / 30) < 1e-9 && all.p50_us > 0 && all.p95_us >= all.p50_us &&
        fabs(all.rejection_rate - 1 + (double)sum.accepted / (double)sum.scheduled) < 1e-9,
-       "and a summary: tau %.2f", all.tau);
+       "the summary has tau %.2f, the share of rejected drafts, p50 and p95", all.tau);
     dspark_model_close(m);
 }
 
@@ -652,9 +657,8 @@ int main(void) {
     test_memory_limit(), test_memory_limit_of_model();
     test_files(), test_long_token();
     test_calibration(text), test_curve();
-    test_one_model(text), test_learning(), test_learning_speed(), test_twice(),
-    test_steep_context(), test_beyond_profile();
-    test_profile_file();
+    test_one_model(text), test_learning(), test_learning_speed();
+    test_steep_context(), test_beyond_profile(), test_profile_file(), test_twice();
     test_counters(text), test_stop_within_block(text);
     free(text);
     return sessions_done();

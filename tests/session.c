@@ -1,6 +1,6 @@
-/* >>session and >>state: however a text came about (chunks, verified drafts, company, threads, paths, truncation,
-   forks, files), the session is the one that a single append of its tokens leaves, bit for bit. And what is refused,
-   with which words. failures.md's rows about one session's state are here. */
+/* >>session and >>state: however a text came about (chunks, verified drafts, batches, threads, paths, truncation,
+   forks, files), the session is, bit for bit, the one that a single append of its tokens leaves. And what is refused,
+   with which message. Bug numbers are as in conformance.h. */
 #include "sessions.h"
 #include "tap.h"
 
@@ -35,7 +35,7 @@ static void test_chunks(const char *dir, const int32_t *text, int n) {
            name_of(dir), n, chunks[i]);
     for (int i = 0; i < COUNT(rows); i++)
         ok(chunks_are_whole(whole, dir, n, n, rows[i]),
-            "%s: a prompt in passes of at most %d rows leaves the same bits",
+            "%s: a prompt in passes of at most %d rows leaves the bits of one pass",
            name_of(dir), rows[i]);
     dspark_session_close(whole);
     dspark_model_close(m);
@@ -97,7 +97,7 @@ static void test_widths(const char *dir, dspark_model *m, const int32_t *text, c
         ok(!wrong[width], "%s: verifying %d rows, any number accepted, at any position leaves plain decoding's state",
            name_of(dir), width);
     if (first_wrong) printf("# first at position %d\n", first_wrong);
-    ok(is_straight(s), "%s: after all that, drafts too are those of a straight run", name_of(dir));
+    ok(is_straight(s), "%s: after all these passes drafts too are those of a straight run", name_of(dir));
     dspark_session_close(s);
 }
 
@@ -248,7 +248,7 @@ static void test_paths(const char *dir, const int32_t *text, int prompt, int ste
 
 /* ---- truncation (V#47930, V#28473) */
 
-/* Back to n tokens, then others: the session of a straight run? */
+/* Back by `back` tokens, then `more` others: a straight run? */
 static int truncated_is_straight(dspark_model *m, const int32_t *text, int n, int back, int more) {
     dspark_session *s = straight(m, text, n);
     int is;
@@ -268,9 +268,9 @@ static void test_truncate(const char *dir) {
     for (int back = 8; back < 200; back += 23) far &= truncated_is_straight(m, text, 200, back, 0) &&
         truncated_is_straight(m, text, 200, back, 30);
     for (int n = 1; n < 200; n += 40) nothing &= truncated_is_straight(m, text, n, n, 50);
-    ok(within, "%s: truncate within the rings, append: state, logits and drafts of a straight run", name_of(dir));
-    ok(far, "%s: truncate far back, append: the same", name_of(dir));
-    ok(nothing, "%s: truncate to nothing, append: the same", name_of(dir));
+    ok(within, "%s: truncate within the rings, append: state, logits, drafts are a straight run's", name_of(dir));
+    ok(far, "%s: truncate far back, append: state, logits, drafts are a straight run's", name_of(dir));
+    ok(nothing, "%s: truncate to nothing, append: state, logits, drafts are a straight run's", name_of(dir));
     free(text);
     dspark_model_close(m);
 }
@@ -310,7 +310,7 @@ static void test_truncate_twice(const int32_t *text) {
     dspark_model_close(m);
 }
 
-/* Truncated to n, the rest goes through steps; then quota stops it, and its tokens are run straight. */
+/* Truncated to n, the rest goes through steps: is it what a straight run of its tokens leaves? */
 static int truncated_steps_are_straight(dspark_model *m, const int32_t *text, int n, int more) {
     dspark_session *s = straight(m, text, 250);
     int is;
@@ -329,8 +329,8 @@ static void test_truncate_and_step(dspark_model *m, const int32_t *text) {
     int at_once = 1, submitted = 1;
     for (int n = 20; n < 245; n += 25) at_once &= truncated_steps_are_straight(m, text, n, 0);
     for (int n = 20; n < 245; n += 25) submitted &= truncated_steps_are_straight(m, text, n, 4);
-    ok(at_once, "truncate far back, then step: the state of a straight run");
-    ok(submitted, "truncate far back, submit a prompt, then step: the same");
+    ok(at_once, "truncate far back, then step: the session is a straight run's");
+    ok(submitted, "truncate far back, submit a prompt, then step: the session is a straight run's");
 }
 
 /* Turns: a prompt, an answer, a prompt, an answer; back into the first; another turn. */
@@ -344,7 +344,7 @@ static void test_truncate_turns(dspark_model *m, const int32_t *text) {
     must(dspark_session_append(s, text + 100, 40));
     for (int i = 0; i < 5; i++) step(s);
     must(dspark_session_append(s, text + 140, 9));
-    ok(is_straight(s), "truncate across turns, another turn: the state of a straight run");
+    ok(is_straight(s), "truncate across turns, then another turn: the session is a straight run's");
     dspark_session_close(s);
 }
 
@@ -390,7 +390,7 @@ static void test_no_drafts(dspark_model *m, const int32_t *text) {
     ok(r.status == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "no tokens"),
         "a step without tokens is refused");
     must(dspark_session_append(s, text, 30));
-    ok(is_straight(s), "and the session can be used again");
+    ok(is_straight(s), "after a refused step the session can be used again");
     dspark_session_close(s);
 }
 
@@ -456,13 +456,13 @@ static void test_cancel(dspark_model *m, const int32_t *text) {
     ok(dspark_session_append(s, text + 20, 260) == DSPARK_ERROR_CANCELLED && dspark_session_length(s) == 50,
        "an append cancelled in its second pass: CANCELLED, no token was added");
     ok(logits_hash(s) == logits && draft_hash(s, 5) == drafts && live_hash(s) == before && is_straight(s),
-       "and the session is as it was: state, logits, drafts");
+       "an append cancelled in its second pass leaves state, logits and drafts as they were");
     calls = 1;
     ok(dspark_session_append(s, text + 20, 100) == DSPARK_ERROR_CANCELLED && live_hash(s) == before,
-        "cancelled before its first pass");
+        "an append cancelled before its first pass leaves the state as it was");
     calls = 100;
     must(dspark_session_append(s, text + 50, 30));
-    ok(is_straight(s), "the next append goes on from there");
+    ok(is_straight(s), "after cancelled appends the next one goes on from there");
     dspark_session_close(s);
 }
 
@@ -490,7 +490,8 @@ static void test_append_refused(dspark_model *m, const int32_t *text) {
         -1) == DSPARK_ERROR_ARGUMENT &&
        s->n_tokens == 60, "truncate to more than there is, or less than nothing: ARGUMENT");
     must(dspark_session_append(s, text + 60, 4));
-    ok(is_straight(s) && step(s).finish == DSPARK_CONTEXT, "4 tokens fill the context; a step then says so");
+    ok(is_straight(s) && step(s).finish == DSPARK_CONTEXT,
+       "4 tokens fill the context; a step then finishes with CONTEXT");
     dspark_session_close(s);
 }
 
@@ -508,7 +509,7 @@ static int go_on_alike(dspark_session *a, dspark_session *b, int steps) {
     return is && !memcmp(&a->stats, &b->stats, offsetof(dspark_stats, draft_us));
 }
 
-/* After `steps` steps of a session that a prompt began: its copy, and the copy's copy, are the session. */
+/* After a prompt and `steps` steps: a fork is the session, and goes on as it does. */
 static int fork_is_source(dspark_model *m, const int32_t *text, int steps, int verify) {
     dspark_session_desc d = session_desc(320);
     dspark_session *s, *copy;
@@ -531,9 +532,10 @@ static void test_fork(dspark_model *m, const int32_t *text) {
     dspark_session *s = straight(m, text, 40), *copy;
     uint64_t before;
     ok(fork_is_source(m, text, 0, 0), "a fork at a turn's boundary is its source, and goes on as it does");
-    ok(fork_is_source(m, text, 3, 0), "a fork within an answer, a token pending: the same");
+    ok(fork_is_source(m, text, 3, 0),
+       "a fork within an answer, a token pending, is its source, and goes on as it does");
     ok(fork_is_source(m, text, 3, DSPARK_VERIFY_REJECTION),
-        "and where rejection verifies: the cycle number goes along");
+        "a fork that verifies by rejection takes the cycle number along, and goes on as its source does");
     ok(dspark_session_fork(&copy, s, &small) == DSPARK_ERROR_CONTEXT_FULL && !copy && strstr(dspark_last_error(),
         "context of 20"),
        "a fork into a context that is too small: CONTEXT_FULL");
@@ -542,7 +544,7 @@ static void test_fork(dspark_model *m, const int32_t *text) {
     before = live_hash(s);
     must(dspark_session_append(copy, text + 100, 1));
     ok(is_straight(copy) && live_hash(s) == before,
-        "a fork into a smaller context that holds it; the source is untouched");
+        "a fork into a smaller context that holds it is a straight run, and leaves its source untouched");
     dspark_session_close(s), dspark_session_close(copy);
 }
 
@@ -604,8 +606,8 @@ static void test_cut_file(dspark_model *m, const char *bytes, size_t n) {
     for (size_t cut = 1; cut < n; cut = cut * 2 + 1) refused &= restore_bytes(m, bytes, n - cut) == DSPARK_ERROR_FORMAT;
     for (size_t at = 1; at < sizeof(dspark__session_record); at += 61) refused &= restore_bytes(m, bytes,
         at) == DSPARK_ERROR_FORMAT;
-    ok(refused, "a session file cut off anywhere is refused: FORMAT");
-    ok(restore_bytes(m, bytes, 0) != DSPARK_OK, "and an empty one");
+    ok(refused, "a session file cut off at one of many places is refused: FORMAT");
+    ok(restore_bytes(m, bytes, 0) != DSPARK_OK, "an empty session file is refused");
 }
 
 /* What a flipped bit of the head may do: be refused, or give a session that can be used. */
@@ -629,10 +631,10 @@ static void test_flipped_file(dspark_model *m, char *bytes, size_t n) {
     int harmless = 1;
     for (size_t at = 0; at < sizeof(dspark__session_record); at++)
         for (int i = 0; i < COUNT(flips); i++) harmless &= flipped_is_harmless(m, bytes, n, at, flips[i]);
-    ok(harmless, "a bit flipped anywhere in a session file's head: an error, or a session that can be used");
+    ok(harmless, "bit 0 or 7 of any byte of a session file's head flipped: an error, or a session that can be used");
 }
 
-/* Fields of the head that contradict each other, each with one that must be refused. */
+/* Is a head refused if the value at `at` contradicts the rest? */
 static int changed_refused(dspark_model *m, char *bytes, size_t n, size_t at, int32_t value) {
     int32_t old;
     dspark_status status;
@@ -652,7 +654,7 @@ static void test_wrong_head(dspark_model *m, char *bytes, size_t n) {
     ok(changed_refused(m, bytes, n, sizeof(dspark__session_record), 99999), "a token outside the vocabulary: FORMAT");
 }
 
-/* Long, far back, into a small context, to a file: the file's positions are beyond its context. */
+/* Long, truncated, forked into a small context, saved: the file has positions beyond it. */
 static void test_save_small(dspark_model *m, const int32_t *text) {
     dspark_session_desc small = session_desc(41);
     dspark_session *s = straight(m, text, 300), *copy, *back;
@@ -663,13 +665,13 @@ static void test_save_small(dspark_model *m, const int32_t *text) {
         "a long session, truncated, forked into a small context, saved, "
        "can be restored");
     must(dspark_session_append(back, text + 40, 1));
-    ok(is_straight(back), "and is a straight run");
+    ok(is_straight(back), "the session restored into a small context is a straight run");
     dspark_session_close(s), dspark_session_close(copy), dspark_session_close(back);
     s = open_session(m);
     must(dspark_session_save(s, session_file));
     must(dspark_session_restore(&back, m, session_file, NULL));
     must(dspark_session_append(back, text, 20));
-    ok(is_straight(back), "so can a session without a token");
+    ok(is_straight(back), "a session without tokens can be saved, restored and used");
     dspark_session_close(s), dspark_session_close(back);
 }
 
@@ -680,7 +682,7 @@ static void test_files(dspark_model *m, const int32_t *text) {
     char *bytes;
     dspark_policy p = s->desc.policy;
     ok(restored_is_saved(m, text, 0), "save and restore at a turn's boundary: the same session, the same text goes on");
-    ok(restored_is_saved(m, text, 3), "save and restore within an answer: the same");
+    ok(restored_is_saved(m, text, 3), "save and restore within an answer: the same session, the same text goes on");
     p.quota = 1000;
     must(dspark_session_set_policy(s, &p));
     must(dspark_session_save(s, session_file));
@@ -711,7 +713,8 @@ static void test_apart(dspark_model *m, const int32_t *text) {
     ok(hash_add(0, ((dspark__state *)s[1]->state)->memory, m->backend->state_bytes(m->device, 320) / 2) == idle,
        "steps, appends and drafts of others leave an idle session's memory untouched");
     for (int i = 0; i < 3; i++) run_pending(s[i]);
-    ok(is_straight(s[0]) && is_straight(s[1]) && is_straight(s[2]), "and each of them is a straight run");
+    ok(is_straight(s[0]) && is_straight(s[1]) && is_straight(s[2]),
+       "after steps of others, each session is a straight run");
     for (int i = 0; i < 3; i++) dspark_session_close(s[i]);
 }
 
@@ -772,7 +775,7 @@ static void test_policy(dspark_model *m) {
     dspark_policy p = s->desc.policy;
     p.draft_cap = dspark_model_config(m)->dspark_block_size + 1;
     ok(dspark_session_set_policy(s, &p) == DSPARK_ERROR_ARGUMENT && !s->desc.policy.draft_cap,
-       "set_policy refuses what open refuses, and the policy stays");
+       "set_policy refuses a draft cap above the block, and the policy stays");
     dspark_session_close(s);
 }
 
@@ -806,7 +809,7 @@ static void test_bytes_of_stops(void) {
     dspark_model *m = open_model(spark_tiny);
     dspark_session_desc d = session_desc(100);
     d.stop_strings = stops, d.n_stop_strings = 2, d.stop_tokens = tokens, d.n_stop_tokens = 3;
-    ok(bytes_are_told(m, &d), "and with stop strings and stop tokens");
+    ok(bytes_are_told(m, &d), "dspark_session_bytes counts stop strings and stop tokens");
     dspark_model_close(m);
 }
 

@@ -1,6 +1,6 @@
 /* What the engine's tests share: dspark.h over counted memory, models and sessions that must open, a hash of what
-   a session still needs, and hooks that lead a text. Included first; every *_ function ends the program where the
-   ground of a test is missing. */
+   a session still needs, and hooks that force a text. Include it first. Helpers end the program if what a test
+   rests on fails. */
 #ifndef SESSIONS_H
 #define SESSIONS_H
 #include <stddef.h>
@@ -176,7 +176,7 @@ HELPER int32_t *golden_text(const char *dir) {
     return tokens;
 }
 
-/* B = 1, 2 .. rows of a pass take so many microseconds, a draft so many, and drawing a token. */
+/* Microseconds of a pass of B = 1 .. n rows, us[B - 1], of a draft, and of drawing a token. */
 HELPER void set_costs(dspark_model *m, const float *us, int n, float draft_us, float sample_us) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
@@ -343,8 +343,8 @@ HELPER void follow_script(void *user, const int32_t *prefix, int n, float *logit
     if (n < s->n) logits[s->text[n]] += 1e4f;
 }
 
-/* The same, but the drafter is right `right` times a cycle only. It tells drafts from the target by being called for
-   a place twice, so it is none of the pure hooks that the library asks for; for one session a step. */
+/* The same, but only the first `right` drafts of a cycle are right. The second call for the cycle's start tells target
+   from drafter; so it is not pure, as the library's hooks must be. For one session a step. */
 typedef struct { const int32_t *text; int n, right, start, seen; } rails;
 HELPER void follow_rails(void *user, const int32_t *prefix, int n, float *logits, int vocab) {
     rails *r = (rails *)user;

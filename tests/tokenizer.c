@@ -95,7 +95,7 @@ static void test_json_errors(void) {
     ok(parse(&j, zero, 4) == DSPARK_ERROR_FORMAT, "JSON: a zero after the text is refused");
     for (size_t n = 0; n < sizeof sample - 1; n++) cut += parse(&j, sample, n) == DSPARK_ERROR_FORMAT;
     ok(cut == (int)sizeof sample - 1, "JSON: cut off at any of %d bytes it is refused", (int)sizeof sample - 1);
-    ok(parse(&j, sample, sizeof sample - 1) == DSPARK_OK, "JSON: whole it is taken");
+    ok(parse(&j, sample, sizeof sample - 1) == DSPARK_OK, "JSON: the whole document is accepted");
     dspark__json_free(&j);
     memset(deep, '[', 100);
     memset(deep + 64, ']', 64);
@@ -103,8 +103,9 @@ static void test_json_errors(void) {
     dspark__json_free(&j);
     memset(deep, '[', 65);
     memset(deep + 65, ']', 65);
-    ok(parse(&j, deep, 130) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "byte 64: "), "JSON: 65 are refused");
-    ok(!blocks, "JSON: what is refused leaves no memory behind");
+    ok(parse(&j, deep, 130) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "byte 64: "),
+       "JSON: 65 levels are refused");
+    ok(!blocks, "JSON: refused documents leave no memory allocated");
 }
 
 static int real_is(const dspark__json *j, int node, const char *text) {
@@ -132,7 +133,7 @@ static void test_json_values(void) {
     int good = 0, a;
     for (int i = 0; i < COUNT(reals); i++, dspark__json_free(&j))
         good += parse(&j, reals[i], strlen(reals[i])) == DSPARK_OK && real_is(&j, 0, reals[i]);
-    ok(good == COUNT(reals), "JSON: %d of %d reals are those of strtod, to the last place", good, COUNT(reals));
+    ok(good == COUNT(reals), "JSON: %d of %d reals are strtod's, to one unit in the last place", good, COUNT(reals));
     ok(parse(&j, "1e309", 5) == DSPARK_OK && !dspark__json_real(&j, 0, &x), "JSON: 1e309 is no double");
     dspark__json_free(&j);
     good = 0;
@@ -141,7 +142,8 @@ static void test_json_values(void) {
                 n == strtoll(whole[i], NULL, 10);
     for (int i = 0; i < COUNT(not_whole); i++, dspark__json_free(&j))
         good += parse(&j, not_whole[i], strlen(not_whole[i])) == DSPARK_OK && !dspark__json_integer(&j, 0, &n);
-    ok(good == COUNT(whole) + COUNT(not_whole), "JSON: integers are those that are written so and fit");
+    ok(good == COUNT(whole) + COUNT(not_whole),
+       "JSON: a number is an integer if it is written as one and fits 64 bits");
     if (!ok(parse(&j, text, sizeof text - 1) == DSPARK_OK, "JSON: a document of every kind")) return;
     a = dspark__json_find(&j, 0, "a");
     ok(j.nodes[0].n == 4 && j.nodes[a].n == 4 && dspark__json_integer(&j, a + 1, &n) && n == 10 &&
@@ -440,16 +442,18 @@ static void test_tokens(const dspark_tokenizer *t, const char *name, int size, c
     ok(same, "%s: each of %d ids has its bytes, and they have that id", name, size);
     ok(!dspark_token_bytes(t, -1, &len) && !len && !dspark_token_bytes(t, size, &len) && !len &&
        dspark_token_id(t, "no such token", 13) == -1 && dspark_token_id(t, "", 0) == -1 &&
-       !dspark_token_is_special(t, size) && !dspark_token_is_special(t, -1), "%s: beyond them there is nothing", name);
+       !dspark_token_is_special(t, size) && !dspark_token_is_special(t, -1),
+       "%s: other ids have no bytes, and other text no id", name);
     ok(dspark_token_is_special(t, 0) && !dspark_token_is_special(t, think) &&
        dspark_token_is_special(t, dspark_token_id(t, noise, strlen(noise))), "%s: special is what is flagged so", name);
     ok(dspark_encode(t, "<think>", 7, 0, ids, 64) == 1 && ids[0] == think, "%s: an added token is recognized", name);
     ok(dspark_encode(t, "<think>", 7, DSPARK_PLAIN_TEXT, ids, 64) > 1 && ids[0] != think,
-       "%s: in plain text it is not", name);
+       "%s: in plain text an added token is not recognized", name);
     ids[0] = think, ids[1] = size, ids[2] = -5, ids[3] = think;
     ok(dspark_decode(t, ids, 4, text, 64) == 14 && !memcmp(text, "<think><think>", 14),
        "%s: ids outside the vocabulary are left out", name);
-    ok(dspark_encode(t, NULL, 0, 0, NULL, 0) == 0 && dspark_decode(t, NULL, 0, NULL, 0) == 0, "%s: nothing is nothing", name);
+    ok(dspark_encode(t, NULL, 0, 0, NULL, 0) == 0 && dspark_decode(t, NULL, 0, NULL, 0) == 0,
+       "%s: an empty text has no ids, and no ids decode to an empty text", name);
 }
 
 static void test_classes(const dspark_tokenizer *t) {
@@ -503,10 +507,12 @@ static void test_long_word(const dspark_tokenizer *t) {
     double shorter, longer;
     for (int i = 0; i < N; i++) state = state * 1664525 + 1013904223, text[i] = "etaoinshrdlu"[(state >> 16) % 12];
     shorter = encode_ms(t, text, N / 10), longer = encode_ms(t, text, N);
-    ok(longer < 40 * shorter, "a word ten times as long takes about ten times as long: %.1f, %.1f ms", shorter, longer);
+    ok(longer < 40 * shorter,
+       "a word ten times as long takes less than 40 times as long: %.1f, %.1f ms", shorter, longer);
     memset(text, ' ', N);
     shorter = encode_ms(t, text, N / 10), longer = encode_ms(t, text, N);
-    ok(longer < 40 * shorter, "and so do spaces: %.1f, %.1f ms", shorter, longer);
+    ok(longer < 40 * shorter,
+       "ten times as many spaces take less than 40 times as long: %.1f, %.1f ms", shorter, longer);
     free(text);
 }
 
@@ -557,8 +563,9 @@ static void test_chat(const dspark_tokenizer *t) {
         if (!same) printf("# %s: plain text\n", field(&l, "name", NULL));
     }
     ok(count == 25 && prompts == count, "chat: %d of %d prompts are the release's", prompts, count);
-    ok(all_ids == count, "chat: %d of %d have its ids", all_ids, count);
-    ok(plain == count, "chat: with plain contents %d of %d are the same but where a content names tokens", plain, count);
+    ok(all_ids == count, "chat: %d of %d prompts have the release's ids", all_ids, count);
+    ok(plain == count,
+       "chat: %d of %d have the same ids with plain contents, unless a content names tokens", plain, count);
     free(text), free(prompt), free(ids);
 }
 
@@ -578,7 +585,7 @@ static void test_chat_parts(const dspark_tokenizer *small) {
     form.continued = 1;
     k = dspark_chat_encode(small, all + 3, 1, &form, DSPARK_PLAIN_TEXT, parts + m, 256 - m);
     ok(m > 0 && k > 0 && m + k == n && !memcmp(ids, parts, (size_t)n * sizeof *ids),
-       "chat: continued turns are the rest of the whole conversation");
+       "chat: a conversation encoded in two parts has the ids of the whole");
     ids[3] = -7;
     ok(dspark_chat_encode(small, all, 4, NULL, DSPARK_PLAIN_TEXT, ids, 3) > 3 && ids[3] == -7, "chat: ids stay below cap");
     ok(dspark_chat_format(wrong, 1, NULL, NULL, 0) == -DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "found tool") &&
@@ -626,7 +633,7 @@ int main(void) {
     test_malformed();
     test_memory();
     test_tokenizer(SMALL, "small", 4096, 223, 60, "<｜noise｜>");
-    if (!have_xz) skip("xz is missing", "deepseek-v4: its tokenizer's cases and the chat form's");
+    if (!have_xz) skip("xz is missing", "deepseek-v4: the tokenizer's and the chat form's cases hold");
     else if (ok(system("mkdir -p build && xz -dc " GOLDEN "deepseek-v4/tokenizer.json.xz >" LARGE) == 0,
                 "deepseek-v4: tokenizer.json is unpacked"))
         test_tokenizer(LARGE, "deepseek-v4", 129280, 548, 60, "<｜place▁holder▁no▁799｜>");

@@ -1,5 +1,5 @@
-/* make fuzz-checkpoint: golden/a's header or config.json (the first byte says which) with some bytes replaced, each
-   time: where (2 bytes), how many (1), by what. The weights stay. The ends of what opens are read. */
+/* make fuzz-checkpoint: golden/a's header or config.json (the first byte says which) with bytes replaced; an edit is
+   where (2 bytes), how many (1), by what. The weights stay. Reads the last bytes of what opens. */
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
 
