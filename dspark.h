@@ -79,8 +79,8 @@
    its loss subtracted. It drafts only if the account covers the worst outcome and a gain is expected, or, at a text's
    first step and every 64th, to probe. So any text takes at most 1.01 times plain decoding, plus three worst outcomes
    if texts of its kind (temperature 0, or a verifier and a temperature band) have earned them; all texts of a kind
-   together take 1.01 times plain decoding plus one worst outcome for each that shares a step. A fork starts with its
-   source's account. (Schedules BLOCK and THRESHOLD always draft.)
+   together take 1.01 times plain decoding plus one worst outcome for each that shares a step. A fork and a restored
+   session open an account of their own. (Schedules BLOCK and THRESHOLD always draft.)
 
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
@@ -381,7 +381,7 @@ typedef struct {
     const dspark_backend *backend;      // NULL: the CPU
     int n_threads;                      // 0: all processors (1 without OpenMP)
     int cpu_path;                       // DSPARK_PATH_*; 0: the best this machine has. All give the same bits.
-    int max_rows;                       // rows of one pass, 0: 128. Bounds the workspace; a text does not depend on it.
+    int max_rows;                       // rows of a pass, to 2^20; 0: 128. Bounds the workspace; no text depends on it.
     int max_sessions;                   // a pass holds at least so many with whole blocks; 0: what max_rows allow
     size_t memory_limit;                // bytes that the model and its sessions may allocate; 0: no limit
     int fast_prefill;                   // 1: if an append holds all of positions [512 i, 512 (i + 1)), a device may run
@@ -555,6 +555,7 @@ typedef struct {
     int64_t steps;                      // with a pass of the target
     int64_t cycles;                     // of them with drafts
     int64_t drafted, accepted, emitted;
+    int64_t cut;                        // steps that ended a text by a draft: no token came after it
     int64_t scheduled;                  // verified, except drafts after the token that ended a text: not read
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     double draft_us, verify_us;
@@ -594,7 +595,7 @@ typedef struct {
 } dspark_profile;
 
 // T(B): linear between the points; below them proportional to B; above them with the slope of their last half, but at
-// least half of, and at most, the average time of a row.
+// least half of, and at most, the average time of a row. 0 without points.
 DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
 // Measures one, if there is none, in about half a second and with sessions of its own; it learns. So does the first
 // step needing one, unless there is a memory_limit: then, as with NULL below, it is learned from the steps.
@@ -625,7 +626,8 @@ DSPARK_API dspark_status dspark_session_append(dspark_session *, const int32_t *
 // Commits ids; the next steps run them.
 DSPARK_API dspark_status dspark_session_submit(dspark_session *, const int32_t *ids, int n);
 // Back to n_tokens <= length. Free within the rings (block size + 1 tokens); further back the last tokens are
-// run again when next needed. The state has the bits of a session that never went further.
+// run again when next needed. The state has the bits of a session that never went further. Here as after an append,
+// what comes is a new text: what was held back is dropped.
 DSPARK_API dspark_status dspark_session_truncate(dspark_session *, int n_tokens);
 // A copy at its present length under another desc (NULL: the same). The source stays.
 DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_session *,
@@ -923,6 +925,17 @@ static double dspark__now_us(void) {
     struct timespec t;
     timespec_get(&t, TIME_UTC);     // C11: needs no feature macro before the user's includes
     return 1e6 * (double)t.tv_sec + 1e-3 * (double)t.tv_nsec;
+}
+
+// x with so many digits, with a point in every locale, to text [32]: what numbers in files are.
+static const char *dspark__decimal(char *text, double x, int digits) {
+    char *to = text;
+    snprintf(text, 32, "%.*g", digits, x);
+    for (const char *from = text; *from; from++)
+        if (strchr("+-0123456789einfa", *from)) *to++ = *from;
+        else if (to[-1] != '.') *to++ = '.';
+    *to = 0;
+    return text;
 }
 
 static int dspark__min(int a, int b) { return a < b ? a : b; }
@@ -2512,6 +2525,8 @@ static void dspark__read_calibration(dspark__loader *b) {
         dspark__key_failed(&k, DSPARK_ERROR_UNSUPPORTED, "format", "dspark-calibration-1", node);
     if (dspark__json_kind(j, rows) != DSPARK__JSON_ARRAY)
         dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "rows", "an array", rows);
+    if (!b->status && j->nodes[rows].n > 256)
+        b->status = dspark__bad(b->calibration.file.name, "rows", "expected at most 256, found %d", j->nodes[rows].n);
     if (b->status) return;
     ck->calibrations = (dspark_calibration *)dspark__own(b, (size_t)j->nodes[rows].n, sizeof *ck->calibrations);
     for (node = rows + 1; node < j->nodes[rows].next && !b->status; node = dspark__json_next(j, node)) {
@@ -3163,23 +3178,6 @@ static dspark_status dspark__checkpoint_open(dspark__checkpoint *ck, const char 
     dspark__free(b.tensors);
     if (b.status) dspark__checkpoint_close(ck);
     return b.status;
-}
-
-// Equal for equal checkpoints, almost surely different for others. Covers config.json, the vectors, the headers and the
-// tensors' bytes: up to 64 MiB all of them, beyond that about 256 pages spread over them.
-static dspark_status dspark__checkpoint_fingerprint(const dspark__checkpoint *ck, uint64_t *out) {
-    const uint64_t page = 4096, pages = ck->mapped <= 64 << 20 ? 1 : (uint64_t)ck->mapped / page / 256 + 1;
-    *out = ck->hash;
-    for (int i = 0; i < ck->n_files; i++) {
-        const dspark__file *f = &ck->files[i];
-        const char *data = (const char *)f->data;
-        *out = dspark__fold(*out ^ f->size, data, (size_t)f->begin);
-        for (uint64_t at = f->begin; at < f->size; at = (at / page + pages) * page) {
-            uint64_t n = page - at % page < f->size - at ? page - at % page : f->size - at;
-            *out = dspark__fold(*out, data + at, (size_t)n);
-        }
-    }
-    return DSPARK_OK;
 }
 
 // >>tokenizer
@@ -4255,7 +4253,7 @@ struct dspark_model {
     void *device;
     int max_rows, max_token_bytes, fast_prefill;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
-    int has_profile, has_calibration;
+    int n_profiles, has_calibration;        // n_profiles: how many were set; 0: there is none
     dspark__kind kinds[DSPARK__KINDS];
     dspark_stats stats;         // of all its sessions
     dspark_profile profile;
@@ -4295,7 +4293,7 @@ DSPARK_API const char *dspark_model_placement(const dspark_model *m) {
 DSPARK_API int dspark_model_threads(const dspark_model *m) { return m->backend->threads(m->device); }
 DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
     if (mapped) *mapped = m->checkpoint.mapped;
-    return sizeof *m + m->bytes + m->checkpoint.bytes + m->backend->bytes(m->device) +
+    return sizeof *m + m->bytes + m->checkpoint.bytes + (m->device ? m->backend->bytes(m->device) : 0) +
            dspark__tokenizer_bytes(m->tokenizer);
 }
 
@@ -4377,13 +4375,16 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     m->backend = desc->backend ? desc->backend : dspark_cpu_backend();
     if (desc->max_sessions < 0 || desc->max_sessions > 1 << 16)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_sessions %d: expected 0 to %d", desc->max_sessions, 1 << 16);
-    d.max_rows = desc->max_rows > 0 ? desc->max_rows : 128;
+    if (desc->max_rows < 0 || desc->max_rows > 1 << 20)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_rows %d: expected 0 to %d", desc->max_rows, 1 << 20);
+    d.max_rows = desc->max_rows ? desc->max_rows : 128;
     d.max_rows = dspark__max(d.max_rows, desc->max_sessions * (1 + c->dspark_block_size));
     m->fast_prefill = desc->fast_prefill;
     if (m->fast_prefill) d.max_rows = dspark__max(d.max_rows, DSPARK_PROMPT_BLOCK);
+    m->memory_limit = desc->memory_limit;
     status = m->backend->open(&m->device, m, &d);
     if (status) return status;
-    m->max_rows = m->backend->max_rows(m->device), m->memory_limit = desc->memory_limit;
+    m->max_rows = m->backend->max_rows(m->device);
     for (int k = 0; k < DSPARK_MAX_BLOCK; k++) m->calibration.sts[k] = 1;
     for (int i = 0; i < DSPARK__KINDS; i++) {
         dspark__experience *e = &m->kinds[i].experience;
@@ -4494,8 +4495,8 @@ struct dspark_session {
     int has_logits;
     float *logits;                  // [vocab]
     uint64_t cycle;                 // never goes back
-    int has_account;
     dspark_account account;
+    int account_of;                 // the model's n_profiles when it was opened: another profile has other times
     dspark__experience experience;
     float past[2][DSPARK_MAX_BLOCK];        // confidences one step ago, and two steps ago
     int n_past[2];                          // their number
@@ -4587,6 +4588,9 @@ static dspark_status dspark__desc_check(const dspark_model *m, const dspark_sess
         if (!d->stop_strings[i] || !*d->stop_strings[i] || strlen(d->stop_strings[i]) > DSPARK__LONGEST_STOP)
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d: expected 1 to %d bytes", i,
                                 DSPARK__LONGEST_STOP);
+        else if ((*d->stop_strings[i] & 0xC0) == 0x80)
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "stop string %d begins within a character, byte 0x%02X", i,
+                                (unsigned)*d->stop_strings[i] & 0xFFu);
     return dspark__policy_check(m, &d->policy, d->temperature);
 }
 
@@ -4827,24 +4831,22 @@ DSPARK_API dspark_status dspark_session_truncate(dspark_session *s, int n_tokens
 // ---- copies and files
 
 // The scalars of a session and of its desc; a session file begins with these bytes.
-static const char dspark__session_magic[8] = "dspark2";
+static const char dspark__session_magic[8] = "dspark3";
 typedef struct {
     char magic[8];
     uint64_t fingerprint, seed, cycle;
-    int32_t max_context, n_tokens, n_run, high, n_injected, has_logits, top_k, has_account;
+    int32_t max_context, n_tokens, n_run, high, n_injected, has_logits, top_k;
     int32_t ignore_eos, logprobs, finish, n_text;       // n_text: bytes of text held back
     float temperature, top_p, min_p;
     dspark_utf8 utf8;
     dspark_policy policy;
-    dspark_account account;
     dspark_stats stats;
 } dspark__session_record;
 
 static void dspark__session_take(dspark_session *s, const dspark__session_record *r) {
     s->cycle = r->cycle, s->n_tokens = r->n_tokens, s->n_run = r->n_run, s->high = r->high;
     s->n_injected = r->n_injected, s->has_logits = r->has_logits;
-    s->has_account = r->has_account, s->account = r->account, s->stats = r->stats;
-    s->utf8 = r->utf8, s->text_len = r->n_text, s->text_out = 0, s->finish = r->finish;
+    s->stats = r->stats, s->utf8 = r->utf8, s->text_len = r->n_text, s->text_out = 0, s->finish = r->finish;
 }
 
 static void dspark__session_record_of(const dspark_session *s, dspark__session_record *r) {
@@ -4852,9 +4854,9 @@ static void dspark__session_record_of(const dspark_session *s, dspark__session_r
     memcpy(r->magic, dspark__session_magic, sizeof r->magic);
     r->seed = s->desc.seed, r->cycle = s->cycle, r->max_context = s->desc.max_context;
     r->n_tokens = s->n_tokens, r->n_run = s->n_run, r->high = s->high, r->n_injected = s->n_injected;
-    r->has_logits = s->has_logits, r->top_k = s->desc.top_k, r->has_account = s->has_account;
+    r->has_logits = s->has_logits, r->top_k = s->desc.top_k;
     r->temperature = s->desc.temperature, r->top_p = s->desc.top_p, r->min_p = s->desc.min_p;
-    r->policy = s->desc.policy, r->account = s->account, r->stats = s->stats;
+    r->policy = s->desc.policy, r->stats = s->stats;
     r->ignore_eos = s->desc.ignore_eos, r->logprobs = s->desc.logprobs, r->finish = s->finish;
     r->utf8 = s->utf8, r->n_text = s->text_len - s->text_out;
 }
@@ -4882,13 +4884,35 @@ DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_
 }
 
 #ifndef DSPARK_NO_STDIO
+// Equal for equal checkpoints, almost surely different for others. Covers config.json, the vectors, the headers and the
+// tensors' bytes: up to 64 MiB all of them, beyond that about 256 pages spread over them.
+static uint64_t dspark__checkpoint_fingerprint(const dspark__checkpoint *ck) {
+    const uint64_t page = 4096, pages = ck->mapped <= 64 << 20 ? 1 : (uint64_t)ck->mapped / page / 256 + 1;
+    uint64_t h = ck->hash;
+    for (int i = 0; i < ck->n_files; i++) {
+        const dspark__file *f = &ck->files[i];
+        const char *data = (const char *)f->data;
+        h = dspark__fold(h ^ f->size, data, (size_t)f->begin);
+        for (uint64_t at = f->begin; at < f->size; at = (at / page + pages) * page) {
+            uint64_t n = page - at % page < f->size - at ? page - at % page : f->size - at;
+            h = dspark__fold(h, data + at, (size_t)n);
+        }
+    }
+    return h;
+}
+
+typedef struct { FILE *f; const char *path; } dspark__stream;
 static dspark_status dspark__piece_write(void *user, void *data, size_t bytes) {
-    if (fwrite(data, 1, bytes, (FILE *)user) == bytes) return DSPARK_OK;
-    return dspark__fail(DSPARK_ERROR_IO, "a piece of %zu bytes could not be written", bytes);
+    const dspark__stream *to = (const dspark__stream *)user;
+    if (fwrite(data, 1, bytes, to->f) == bytes) return DSPARK_OK;
+    return dspark__fail(DSPARK_ERROR_IO, "%s: %zu bytes cannot be written: %s", to->path, bytes, strerror(errno));
 }
 static dspark_status dspark__piece_read(void *user, void *data, size_t bytes) {
-    if (fread(data, 1, bytes, (FILE *)user) == bytes) return DSPARK_OK;
-    return dspark__fail(DSPARK_ERROR_FORMAT, "expected %zu bytes more, found the end", bytes);
+    const dspark__stream *from = (const dspark__stream *)user;
+    if (fread(data, 1, bytes, from->f) == bytes) return DSPARK_OK;
+    if (ferror(from->f)) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", from->path, strerror(errno));
+    return dspark__fail(DSPARK_ERROR_FORMAT, "%s: expected a session's %zu bytes more, found the end", from->path,
+                        bytes);
 }
 
 // The parts of a session file after its record: tokens, logits, text held back, state.
@@ -4902,16 +4926,16 @@ static dspark_status dspark__session_parts(const dspark_session *s, int restore,
 
 DSPARK_API dspark_status dspark_session_save(const dspark_session *s, const char *path) {
     dspark__session_record r;
-    FILE *f;
+    dspark__stream to = { NULL, path };
     dspark_status status;
     dspark__session_record_of(s, &r);
-    status = dspark__checkpoint_fingerprint(&s->model->checkpoint, &r.fingerprint);
-    if (status) return status;
-    if (!(f = fopen(path, "wb"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
-    status = dspark__piece_write(f, &r, sizeof r);
-    if (!status) status = dspark__session_parts(s, 0, dspark__piece_write, f);
-    if (fclose(f) && !status) status = DSPARK_ERROR_IO;
-    return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
+    r.fingerprint = dspark__checkpoint_fingerprint(&s->model->checkpoint);
+    if (!(to.f = fopen(path, "wb"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
+    status = dspark__piece_write(&to, &r, sizeof r);
+    if (!status) status = dspark__session_parts(s, 0, dspark__piece_write, &to);
+    if (fclose(to.f) && !status)
+        status = dspark__fail(DSPARK_ERROR_IO, "%s: cannot be written: %s", path, strerror(errno));
+    return status;
 }
 
 // Could these bytes be the beginning of a character?
@@ -4934,9 +4958,7 @@ static int dspark__stats_are_counts(const dspark_stats *t) {
 static dspark_status dspark__record_check(const dspark_model *m, const char *path,
                                           const dspark__session_record *r) {
     const dspark_config *c = &m->checkpoint.config;
-    uint64_t fingerprint;
-    dspark_status status = dspark__checkpoint_fingerprint(&m->checkpoint, &fingerprint);
-    if (status) return status;
+    uint64_t fingerprint = dspark__checkpoint_fingerprint(&m->checkpoint);
     if (memcmp(r->magic, dspark__session_magic, sizeof r->magic))
         return dspark__fail(DSPARK_ERROR_FORMAT, "%s: not a session file of this version", path);
     if (r->fingerprint != fingerprint)
@@ -4957,12 +4979,13 @@ static dspark_status dspark__record_check(const dspark_model *m, const char *pat
     return DSPARK_OK;
 }
 
-static dspark_status dspark__session_read(dspark_session **out, dspark_model *m, FILE *f, const char *path,
+static dspark_status dspark__session_read(dspark_session **out, dspark_model *m, dspark__stream *from,
                                           const dspark_session_desc *desc) {
     dspark__session_record r;
     dspark_session_desc own;
-    dspark_status status = dspark__piece_read(f, &r, sizeof r);
-    if (status) return dspark__fail(status, "%s: shorter than a session file's head", path);
+    const char *path = from->path;
+    dspark_status status = dspark__piece_read(from, &r, sizeof r);
+    if (status) return status;
     if ((status = dspark__record_check(m, path, &r)) != DSPARK_OK) return status;
     memset(&own, 0, sizeof own);
     own.max_context = r.max_context, own.seed = r.seed, own.temperature = r.temperature, own.top_k = r.top_k;
@@ -4974,23 +4997,23 @@ static dspark_status dspark__session_read(dspark_session **out, dspark_model *m,
     if ((status = dspark_session_open(out, m, desc ? desc : &own)) != DSPARK_OK) return status;
     dspark__session_take(*out, &r);
     if (desc) (*out)->finish = DSPARK_RUNNING;
-    status = dspark__session_parts(*out, 1, dspark__piece_read, f);
+    status = dspark__session_parts(*out, 1, dspark__piece_read, from);
     for (int i = 0; !status && i < r.n_tokens; i++)
         if ((*out)->tokens[i] < 0 || (*out)->tokens[i] >= m->checkpoint.config.vocab_size)
             status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: token %d is %d", path, i, (int)(*out)->tokens[i]);
-    if (!status && fgetc(f) != EOF)
+    if (!status && fgetc(from->f) != EOF)
         status = dspark__fail(DSPARK_ERROR_FORMAT, "%s: longer than its session", path);
     return status;
 }
 
 DSPARK_API dspark_status dspark_session_restore(dspark_session **out, dspark_model *m, const char *path,
                                                 const dspark_session_desc *desc) {
-    FILE *f = fopen(path, "rb");
+    dspark__stream from = { fopen(path, "rb"), path };
     dspark_status status;
     *out = NULL;
-    if (!f) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
-    status = dspark__session_read(out, m, f, path, desc);
-    fclose(f);
+    if (!from.f) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
+    status = dspark__session_read(out, m, &from, desc);
+    fclose(from.f);
     if (status) dspark_session_close(*out), *out = NULL;
     return status;
 }
@@ -5154,6 +5177,7 @@ enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 4 };      /
 DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
     double slope;
     int i = 0, half = p->n - 1;
+    if (p->n < 1) return 0;
     if (rows <= p->rows[0]) return (double)p->us[0] * (double)rows / p->rows[0];
     for (int end = p->n; end - i > 1;) {
         int middle = (i + end) / 2;
@@ -5362,35 +5386,41 @@ static dspark_status dspark__measure_sessions(dspark_model *m, dspark_profile *p
 }
 
 DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *out) {
-    if (!m->has_profile) {
+    if (!m->n_profiles) {
         dspark_profile p;
         dspark_status status;
         memset(&p, 0, sizeof p);
         if ((status = dspark__measure_sessions(m, &p)) != DSPARK_OK) return status;
         p.learn = 1;
-        m->profile = p, m->has_profile = 1;
+        m->profile = p, m->n_profiles = 1;
     }
     *out = m->profile;
     return DSPARK_OK;
 }
 
+// Limits of a profile's times and rows, in memory and in files.
+static const float dspark__least_us = 1e-3f, dspark__most_us = 1e12f;
+enum { DSPARK__MOST_ROWS = 1 << 30 };
+
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
-    for (int i = 0; i < DSPARK__KINDS; i++) m->kinds[i].account.limit_us = 0;
-    if (!p) {
-        memset(&m->profile, 0, sizeof m->profile);
-        return m->profile.learn = m->has_profile = 1, DSPARK_OK;
-    }
+    dspark_profile unknown;
+    memset(&unknown, 0, sizeof unknown), unknown.learn = 1;
+    if (!p) p = &unknown;
     if (p->n < (p->learn ? 0 : 1) || p->n > DSPARK_MAX_PROFILE)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d points: expected 1 to %d", p->n, DSPARK_MAX_PROFILE);
     for (int i = 0; i < p->n; i++)
-        if (!(p->us[i] > 0 && p->us[i] <= FLT_MAX) || p->rows[i] < 1 || (i && p->rows[i] <= p->rows[i - 1]))
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: us[%d] is %g for %d rows: expected more than 0, and "
-                                "more rows than before", i, (double)p->us[i], p->rows[i]);
+        if (!(p->us[i] >= dspark__least_us && p->us[i] <= dspark__most_us) || p->rows[i] > DSPARK__MOST_ROWS ||
+            p->rows[i] <= (i ? p->rows[i - 1] : 0))
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: us[%d] is %g for %d rows: expected %g to %g, and "
+                                "more rows than before", i, (double)p->us[i], p->rows[i], (double)dspark__least_us,
+                                (double)dspark__most_us);
     for (int i = 0; i < DSPARK__PROFILE_COSTS; i++)
-        if (!(*dspark__profile_cost(p, i) >= 0 && *dspark__profile_cost(p, i) <= FLT_MAX))
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %s is %g: expected 0 or more",
-                                dspark__profile_costs[i].name, (double)*dspark__profile_cost(p, i));
-    m->profile = *p, m->has_profile = 1;
+        if (!(*dspark__profile_cost(p, i) >= 0 && *dspark__profile_cost(p, i) <= dspark__most_us))
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %s is %g: expected 0 to %g",
+                                dspark__profile_costs[i].name, (double)*dspark__profile_cost(p, i),
+                                (double)dspark__most_us);
+    for (int i = 0; i < DSPARK__KINDS; i++) m->kinds[i].account.limit_us = 0;
+    m->profile = *p, m->n_profiles++;
     return DSPARK_OK;
 }
 
@@ -5404,7 +5434,7 @@ static void dspark__profile_of(const dspark_model *m, char *text, size_t size) {
 DSPARK_API dspark_status dspark_model_save_profile(dspark_model *m, const char *path) {
     dspark_profile p;
     dspark_status status = dspark_model_profile(m, &p);
-    char of[128];
+    char of[128], number[32];
     FILE *f;
     if (status) return status;
     if (!(f = fopen(path, "w"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
@@ -5412,34 +5442,49 @@ DSPARK_API dspark_status dspark_model_save_profile(dspark_model *m, const char *
     fprintf(f, "{\"format\": \"dspark-profile-1\", \"of\": \"%s\",\n \"rows\": [", of);
     for (int i = 0; i < p.n; i++) fprintf(f, "%s%d", i ? ", " : "", p.rows[i]);
     fprintf(f, "],\n \"us\": [");
-    for (int i = 0; i < p.n; i++) fprintf(f, "%s%.1f", i ? ", " : "", (double)p.us[i]);
-    fprintf(f, "]");
+    for (int i = 0; i < p.n; i++) fprintf(f, "%s%s", i ? ", " : "", dspark__decimal(number, (double)p.us[i], 9));
+    fprintf(f, "],\n \"seen\": [");
+    for (int i = 0; i < p.n; i++) fprintf(f, "%s%d", i ? ", " : "", dspark__min(p.seen[i], 8));
+    fprintf(f, "],\n \"draft_seen\": %d", dspark__min(p.draft_seen, 8));
     for (int i = 0; i < DSPARK__PROFILE_COSTS; i++)
-        fprintf(f, ",\n \"%s\": %.3f", dspark__profile_costs[i].name, (double)*dspark__profile_cost(&p, i));
+        fprintf(f, ",\n \"%s\": %s", dspark__profile_costs[i].name,
+                dspark__decimal(number, (double)*dspark__profile_cost(&p, i), 9));
     fprintf(f, "}\n");
     if (ferror(f)) status = DSPARK_ERROR_IO;
     if (fclose(f)) status = DSPARK_ERROR_IO;
     return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
 }
 
+// Reads an array of n integers from low to high to out [n].
+static void dspark__key_ints(const dspark__keys *k, const char *key, int n, int low, int high, int *out) {
+    const dspark__json *j = &k->d->json;
+    int node = dspark__key(k, key);
+    char expected[32];
+    snprintf(expected, sizeof expected, "%d integers", n);
+    if (dspark__json_kind(j, node) != DSPARK__JSON_ARRAY || j->nodes[node].n != n)
+        dspark__key_failed(k, DSPARK_ERROR_FORMAT, key, expected, node);
+    for (int i = 0; i < n && !k->b->status; i++) out[i] = dspark__node_int(k, key, node + 1 + i, low, high);
+}
+
 static dspark_status dspark__profile_read(dspark_model *m, dspark__loader *b, dspark_profile *p) {
     const dspark__json *j = &b->config.json;
     const dspark__keys k = { b, &b->config, 0, "" };
-    float rows[DSPARK_MAX_PROFILE];
+    int seen[DSPARK_MAX_PROFILE], node = dspark__key(&k, "of");
     char of[128];
-    int node = dspark__key(&k, "of");
     dspark__profile_of(m, of, sizeof of);
     if (!dspark__json_is(j, dspark__key(&k, "format"), "dspark-profile-1"))
         dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "format", "dspark-profile-1", dspark__key(&k, "format"));
     else if (!dspark__json_is(j, node, of)) dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "of", of, node);
     node = dspark__key(&k, "rows");
     if (dspark__json_kind(j, node) == DSPARK__JSON_ARRAY) p->n = dspark__min(j->nodes[node].n, DSPARK_MAX_PROFILE);
-    dspark__key_reals(&k, "rows", p->n, 1, 1e9, rows);
-    dspark__key_reals(&k, "us", p->n, 1e-3, 1e12, p->us);
-    for (int i = 0; i < p->n && !b->status; i++) p->rows[i] = (int)rows[i], p->seen[i] = 8;
+    dspark__key_ints(&k, "rows", p->n, 1, DSPARK__MOST_ROWS, p->rows);
+    dspark__key_reals(&k, "us", p->n, (double)dspark__least_us, (double)dspark__most_us, p->us);
+    dspark__key_ints(&k, "seen", p->n, 0, 8, seen);
+    for (int i = 0; i < p->n && !b->status; i++) p->seen[i] = (unsigned char)seen[i];
     for (int i = 0; i < DSPARK__PROFILE_COSTS && !b->status; i++)
-        *dspark__profile_cost(p, i) = (float)dspark__key_real(&k, dspark__profile_costs[i].name, 0, 1e12);
-    p->learn = 1, p->draft_seen = 8;
+        *dspark__profile_cost(p, i) =
+            (float)dspark__key_real(&k, dspark__profile_costs[i].name, 0, (double)dspark__most_us);
+    p->learn = 1, p->draft_seen = (unsigned char)dspark__key_int(&k, "draft_seen", 0, 8);
     return b->status ? b->status : dspark_model_set_profile(m, p);
 }
 
@@ -5553,8 +5598,8 @@ static dspark__kind *dspark__kind_of(const dspark_session *s) {
 static void dspark__account_begin(dspark_session *s, double plain_us, double worst_us) {
     dspark__kind *all = dspark__kind_of(s);
     if (all->account.limit_us <= 0) dspark_account_open(&all->account, plain_us, worst_us);
-    if (!s->has_account) s->account = all->account, s->account.balance_us = 0;
-    s->has_account = 1;
+    if (s->account_of == s->model->n_profiles) return;
+    s->account = all->account, s->account.balance_us = 0, s->account_of = s->model->n_profiles;
 }
 static int dspark__affords(const dspark_session *s, double plain_us, double worst_us) {
     dspark_account credit = s->account;
@@ -5969,9 +6014,9 @@ static int dspark__bucket(double us) {
 }
 
 static void dspark__count(dspark_stats *t, const dspark_step_result *r) {
-    int n = r->n_scheduled;
-    if (r->finish && r->n_tokens && r->by[r->n_tokens - 1] == DSPARK_BY_DRAFT) n = r->n_accepted;
-    t->steps++, t->cycles += r->n_drafted > 0;
+    int cut = r->finish && r->n_tokens && r->by[r->n_tokens - 1] == DSPARK_BY_DRAFT;
+    int n = cut ? r->n_accepted : r->n_scheduled;
+    t->steps++, t->cut += cut, t->cycles += r->n_drafted > 0;
     t->drafted += r->n_drafted, t->scheduled += n, t->accepted += r->n_accepted;
     t->draft_us += (double)r->draft_us, t->verify_us += (double)r->verify_us;
     if (r->n_tokens) t->token_us[dspark__bucket((double)r->step_us / r->n_tokens)] += r->n_tokens;
@@ -6158,7 +6203,7 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     for (int i = 0; i < n; i++)
         if (sessions[i]->place != i)
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: sessions %d and %d are one", i, sessions[i]->place);
-    if (!m->has_profile && dspark__wants_profile(sessions, n)) {
+    if (!m->n_profiles && dspark__wants_profile(sessions, n)) {
         dspark_profile p;
         status = m->memory_limit ? dspark_model_set_profile(m, NULL) : dspark_model_profile(m, &p);
         if (status) return status;
@@ -6189,7 +6234,7 @@ static double dspark__quantile_us(const dspark_stats *t, double p) {
 
 DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *t) {
     dspark_summary s;
-    s.tau = t->steps ? (double)(t->steps + t->accepted) / (double)t->steps : 0;
+    s.tau = t->steps ? (double)(t->steps + t->accepted - t->cut) / (double)t->steps : 0;
     s.rejection_rate = t->scheduled ? 1 - (double)t->accepted / (double)t->scheduled : 0;
     s.accepted_us = t->accepted ? (t->draft_us + t->verify_us) / (double)t->accepted : 0;
     s.p50_us = dspark__quantile_us(t, .5), s.p95_us = dspark__quantile_us(t, .95);
@@ -6211,7 +6256,8 @@ static void dspark__write(dspark__writer *w, const char *format, ...) {
 
 static void dspark__write_value(dspark__writer *w, const char *name, const char *labels, double value) {
     const char *open = *labels ? "{" : "", *close = *labels ? "}" : "";
-    dspark__write(w, "dspark_%s%s%s%s %.15g\n", name, open, labels, close, value);
+    char number[32];
+    dspark__write(w, "dspark_%s%s%s%s %s\n", name, open, labels, close, dspark__decimal(number, value, 15));
 }
 static void dspark__write_counter(dspark__writer *w, const char *name, const char *labels, double value) {
     dspark__write(w, "# TYPE dspark_%s counter\n", name);
@@ -6222,14 +6268,16 @@ static void dspark__write_by_position(dspark__writer *w, const char *name, const
     while (n && !count[n - 1]) n--;
     dspark__write(w, "# TYPE dspark_%s counter\n", name);
     for (int k = 0; k < n; k++)
-        dspark__write(w, "dspark_%s{%s%sposition=\"%d\"} %.15g\n", name, labels, *labels ? "," : "", k,
-                      (double)count[k]);
+        dspark__write(w, "dspark_%s{%s%sposition=\"%d\"} %lld\n", name, labels, *labels ? "," : "", k,
+                      (long long)count[k]);
 }
 
 DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels, char *text, int cap) {
     dspark__writer w = { text, cap, 0 };
     const char *comma = labels && *labels ? "," : "";
-    double below = 0, top = 2;
+    char number[32];
+    long long below = 0;
+    double top = 2;
     labels = labels ? labels : "";
     dspark__write_counter(&w, "spec_decode_num_drafts_total", labels, (double)t->cycles);
     dspark__write_counter(&w, "spec_decode_num_draft_tokens_total", labels, (double)t->scheduled);
@@ -6243,14 +6291,14 @@ DSPARK_API int dspark_stats_prometheus(const dspark_stats *t, const char *labels
     dspark__write_counter(&w, "verify_seconds_total", labels, 1e-6 * t->verify_us);
     dspark__write(&w, "# TYPE dspark_time_per_output_token_seconds histogram\n");
     for (int i = 0; i < DSPARK_BUCKETS; i++, top *= 1.4142135623730951) {
-        below += (double)t->token_us[i];
-        if (i < DSPARK_BUCKETS - 1 && (i % 2 || below <= 0)) continue;
+        below += t->token_us[i];
+        if (i < DSPARK_BUCKETS - 1 && (i % 2 || !below)) continue;
         dspark__write(&w, "dspark_time_per_output_token_seconds_bucket{%s%sle=\"", labels, comma);
-        if (i == DSPARK_BUCKETS - 1) dspark__write(&w, "+Inf\"} %.15g\n", below);
-        else dspark__write(&w, "%.6g\"} %.15g\n", 1e-6 * top, below);
+        dspark__write(&w, "%s\"} %lld\n",
+                      i == DSPARK_BUCKETS - 1 ? "+Inf" : dspark__decimal(number, 1e-6 * top, 6), below);
     }
     dspark__write_value(&w, "time_per_output_token_seconds_sum", labels, 1e-6 * t->step_us);
-    dspark__write_value(&w, "time_per_output_token_seconds_count", labels, below);
+    dspark__write_value(&w, "time_per_output_token_seconds_count", labels, (double)below);
     return w.n;
 }
 
@@ -6261,6 +6309,7 @@ DSPARK_API const char *dspark_finish_name(int finish) {
 
 DSPARK_API int dspark_step_json(const dspark_step_result *r, int64_t id, char *text, int cap) {
     dspark__writer w = { text, cap, 0 };
+    char number[3][32];
     dspark__write(&w, "{\"session\": %lld, \"status\": \"%s\", \"finish\": \"%s\", \"tokens\": [", (long long)id,
                   dspark_status_name(r->status), dspark_finish_name(r->finish));
     for (int i = 0; i < r->n_tokens; i++) dspark__write(&w, "%s%d", i ? ", " : "", (int)r->tokens[i]);
@@ -6268,9 +6317,12 @@ DSPARK_API int dspark_step_json(const dspark_step_result *r, int64_t id, char *t
                   r->n_scheduled, r->n_accepted);
     for (int k = 0; k < r->n_drafted; k++) dspark__write(&w, "%s%d", k ? ", " : "", (int)r->draft[k]);
     dspark__write(&w, "], \"confidence\": [");
-    for (int k = 0; k < r->n_drafted; k++) dspark__write(&w, "%s%.4f", k ? ", " : "", (double)r->confidence[k]);
-    dspark__write(&w, "], \"draft_us\": %.1f, \"verify_us\": %.1f, \"step_us\": %.1f}\n", (double)r->draft_us,
-                  (double)r->verify_us, (double)r->step_us);
+    for (int k = 0; k < r->n_drafted; k++)
+        dspark__write(&w, "%s%s", k ? ", " : "", dspark__decimal(number[0], (double)r->confidence[k], 4));
+    dspark__write(&w, "], \"draft_us\": %s, \"verify_us\": %s, \"step_us\": %s}\n",
+                  dspark__decimal(number[0], (double)r->draft_us, 7),
+                  dspark__decimal(number[1], (double)r->verify_us, 7),
+                  dspark__decimal(number[2], (double)r->step_us, 7));
     return w.n;
 }
 
@@ -7666,7 +7718,7 @@ static dspark_status dspark__cpu_open(void **device, const dspark_model *m, cons
     d->max_rows = desc->max_rows > 0 ? desc->max_rows : 128;
     d->max_rows = dspark__max(d->max_rows, c->dspark_block_size + 1);
     d->bytes = dspark__cpu_carve(d, NULL);
-    d->memory = dspark__alloc(d->bytes, 1);
+    if (!dspark__memory_check(m, "workspace", d->bytes)) d->memory = dspark__alloc(d->bytes, 1);
     if (!d->memory) return dspark__cpu_close(d), DSPARK_ERROR_MEMORY;
     dspark__cpu_carve(d, d->memory);
     for (int set = 0; set < 2; set++) dspark__rope_freqs(c, set, d->freqs[set]);

@@ -127,6 +127,7 @@ typedef struct {
 
 #define U DSPARK_ERROR_UNSUPPORTED
 #define ROWS(rows) "{\"format\": \"dspark-calibration-1\", \"rows\": " rows "}"
+#define FIVES "5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,5,"
 #define ROW(verify, band, sts) "{\"verify\": \"" verify "\", \"temperature\": " band ", \"sts\": " sts "}"
 #define T(name, type, shape) "\"" name "\":{\"dtype\":\"" type "\",\"shape\":" shape
 static const bad cases[] = {
@@ -312,6 +313,7 @@ static const bad cases[] = {
     { CALIBRATION, NULL, "{", "calibration.json", "the end", 0 },
     { CALIBRATION, NULL, "{}", "calibration.json: format: expected dspark-calibration-1", "found nothing", U },
     { CALIBRATION, NULL, "{\"format\": \"dspark-calibration-1\"}", "calibration.json: rows: expected an array", "found nothing", 0 },
+    { CALIBRATION, NULL, ROWS("[" FIVES FIVES FIVES FIVES FIVES "5]"), "rows: expected at most 256", "found 321", 0 },
     { CALIBRATION, NULL, ROWS("[5]"), "rows[0].verify: expected coupled, rejection or greedy", "found nothing", 0 },
     { CALIBRATION, NULL, ROWS("[" ROW("hopeful", "[0, 1]", "[1, 1, 1, 1, 1]") "]"), "rows[0].verify", "found hopeful", 0 },
     { CALIBRATION, NULL, ROWS("[" ROW("greedy", "[0]", "[1, 1, 1, 1, 1]") "]"), "rows[0].temperature: expected 2 numbers", "found an array of 1", 0 },
@@ -575,8 +577,7 @@ static void check_binding(directory *d, tensors *t) {
     ok(ck.mapped == find_file(d, "model.safetensors")->n && ck.bytes > 50000 && ck.bytes < 200000,
        "all %zu bytes are mapped, and 50,000 to 200,000 (%zu) allocated", ck.mapped, ck.bytes);
     ok(closes(&ck, d), "closing unmaps every map and frees every block");
-    dspark__checkpoint_close(&ck);
-    ok(1, "closing again does nothing");
+    ok(closes(&ck, d), "closing again does nothing");
 }
 
 static uint64_t hash_of(directory *d) {
@@ -856,21 +857,20 @@ static void check_fingerprint(const directory *golden) {
     static const size_t at[] = { 1600, 100000, 6510069 };
     dspark__checkpoint ck;
     directory d;
-    uint64_t first = 0, again = 0, other = 0;
-    int same = 0;
+    uint64_t first = 0, again = 1;
+    int other = 0;
     copy_directory(&d, golden);
-    ok(opens(&ck, &d) && !dspark__checkpoint_fingerprint(&ck, &first) && !dspark__checkpoint_fingerprint(&ck, &again) &&
-       first == again, "a checkpoint has one fingerprint");
+    if (opens(&ck, &d)) first = dspark__checkpoint_fingerprint(&ck), again = dspark__checkpoint_fingerprint(&ck);
+    ok(first == again, "a checkpoint has one fingerprint");
     dspark__checkpoint_close(&ck);
     for (int i = 0; i < 3; i++) {
         char *byte = find_file(&d, files[i])->bytes + at[i], was = *byte;
         *byte = i ? (char)(was ^ 1) : ' ';
-        if (opens(&ck, &d)) dspark__checkpoint_fingerprint(&ck, &other);
+        other += opens(&ck, &d) && *byte != was && dspark__checkpoint_fingerprint(&ck) != first;
         dspark__checkpoint_close(&ck);
-        same += other == first && *byte != was;
         *byte = was;
     }
-    ok(!same, "the fingerprint changes with a byte of config.json, of a tensor, or the file's last");
+    ok(other == 3, "the fingerprint changes with a byte of config.json, of a tensor, or the file's last");
     drop(&d);
 }
 

@@ -162,7 +162,7 @@ static int schedule(const float *confidence, int n, int gamma, const float *sps,
                     int *lengths) {
     return schedule_as(DSPARK_SCHEDULE_GLOBAL, confidence, n, gamma, sps, n_sps, draft_us, lengths);
 }
-static int measured(void *self) { return ((subject *)self)->m->has_profile; }
+static int measured(void *self) { return ((subject *)self)->m->n_profiles; }
 
 /* model.safetensors: 8 bytes, the header's length; the header; the data */
 typedef struct { const char *header; size_t n; uint64_t stated; } forged;

@@ -1083,9 +1083,9 @@ static void test_profile(const int32_t *ids) {
     int lazy, sane = 1;
     set_plain(s, 1), step(s);
     set_schedule(s, DSPARK_SCHEDULE_BLOCK, 0), step(s);
-    lazy = !m->has_profile;
+    lazy = !m->n_profiles;
     set_schedule(s, 0, 0), step(s);
-    ok(lazy && m->has_profile, "without a profile the first step that schedules by one measures it (S#35413)");
+    ok(lazy && m->n_profiles, "without a profile the first step that schedules by one measures it (S#35413)");
     must(dspark_model_profile(m, &p));
     for (int i = 0; i < p.n; i++) sane &= p.us[i] > 0 && (!i || (p.us[i] >= p.us[i - 1] && p.rows[i] > p.rows[i - 1]));
     ok(sane && p.n >= 4 && p.rows[3] == 4 && p.draft_us > 0, "up to %d rows were timed, none faster than fewer; a draft "
@@ -1104,7 +1104,7 @@ static void test_profile_of_short_context(const int32_t *ids) {
     int made = 0;
     must(dspark_session_append(s, ids, 2));
     do r = step(s), made += r.n_tokens; while (!r.finish);
-    ok(m->has_profile && made == 4 && r.finish == DSPARK_CONTEXT, "a model of 6 positions is measured within them");
+    ok(m->n_profiles && made == 4 && r.finish == DSPARK_CONTEXT, "a model of 6 positions is measured within them");
     dspark_session_close(s);
     dspark_model_close(m);
 }
@@ -1121,6 +1121,10 @@ static void test_profile_refused(dspark_model *m) {
         "a profile whose rows do not ascend is refused");
     p.rows[1] = 2, p.draft_us = (float)NAN;
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile whose draft takes NaN is refused");
+    p.draft_us = 0, p.us[0] = 1e-4f;
+    ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile with times that no file may have is refused");
+    p.n = 0;
+    ok(dspark_profile_us(&p, 7) == 0, "a pass takes 0 by a profile without points");
     p.n = DSPARK_MAX_PROFILE + 1;
     ok(dspark_model_set_profile(m, &p) == DSPARK_ERROR_ARGUMENT, "a profile with too many entries is refused");
 }

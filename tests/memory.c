@@ -112,7 +112,7 @@ static dspark_status rejection_steps(ground *g) { return steps(g, 0, DSPARK_SCHE
 static dspark_status measuring_step(ground *g) {
     int length = g->s->n_tokens;
     dspark_status status;
-    g->m->has_profile = 0;
+    g->m->n_profiles = 0;
     status = steps(g, 0, 0, 0);
     if (status && g->s->n_tokens != length) return DSPARK_OK;
     return status;

@@ -1,6 +1,39 @@
 /* >>engine with many sessions, and with costs and confidences that it is given: each text is what it would have been
    alone; schedules across requests, profiles, calibrations, policies and counters do what they say. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+/* commas 1: numbers are printed as in a locale with a decimal comma. */
+static int commas;
+static int comma_vsnprintf(char *text, size_t cap, const char *format, va_list args) {
+    int n = vsnprintf(text, cap, format, args);
+    for (char *c = text; commas && cap && strstr(format, "%.") && *c; c++)
+        if (*c == '.') *c = ',';
+    return n;
+}
+static int comma_snprintf(char *text, size_t cap, const char *format, ...) {
+    va_list args;
+    int n;
+    va_start(args, format), n = comma_vsnprintf(text, cap, format, args), va_end(args);
+    return n;
+}
+static int comma_fprintf(FILE *f, const char *format, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, format), comma_vsnprintf(text, sizeof text, format, args), va_end(args);
+    return fputs(text, f);
+}
+#undef vsnprintf
+#undef snprintf
+#undef fprintf
+#define vsnprintf comma_vsnprintf
+#define snprintf comma_snprintf
+#define fprintf comma_fprintf
 #include "crowd.h"
+#undef vsnprintf
+#undef snprintf
+#undef fprintf
 #include "tap.h"
 
 /* ---- many sessions in a step */
@@ -131,7 +164,12 @@ static void test_memory_limit_of_model(void) {
     desc.memory_limit = 1000;
     ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_MEMORY && !m,
        "a model that needs more than memory_limit is refused");
-    desc.memory_limit = 0, desc.max_sessions = -1;
+    desc.memory_limit = 1 << 20, desc.max_rows = 1 << 14;
+    ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_MEMORY && strstr(dspark_last_error(), "workspace:"),
+       "a workspace over memory_limit is refused before it is allocated");
+    desc.max_rows = INT32_MAX;
+    ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_ARGUMENT && !m, "passes of 2^31 - 1 rows are refused");
+    desc.memory_limit = 0, desc.max_rows = 0, desc.max_sessions = -1;
     ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_ARGUMENT && !m, "max_sessions -1 is refused");
 }
 
@@ -309,7 +347,7 @@ static void sit_down(table *t, dspark_model *m, const int32_t *text, int schedul
         must(dspark_session_append(t->s[i], text + (share ? 0 : 7 * i), 20));
         for (int k = 0; k < DSPARK_MAX_BLOCK; k++) t->s[i]->experience.survival[k] = 1;
         t->s[i]->experience.hoped = t->s[i]->experience.got = 1, t->s[i]->experience.cycles = 16;
-        t->s[i]->has_account = 1, t->s[i]->account.balance_us = t->s[i]->account.limit_us = 1e9;      /* rich */
+        t->s[i]->account_of = m->n_profiles, t->s[i]->account.balance_us = t->s[i]->account.limit_us = 1e9;      /* rich */
     }
 }
 static void stand_up(table *t) {
@@ -493,6 +531,33 @@ static int refuses_profile(dspark_model *m, const char *path, const char *text, 
     return dspark_model_load_profile(m, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), words);
 }
 
+/* Accounts are in microseconds: those of other costs would keep a session from drafting, or let it draft at a loss. */
+static void test_accounts_anew(dspark_model *m, const int32_t *text) {
+    static const char path[] = "build/serving.session";
+    static const float us[] = { 100, 110, 120, 130 }, slower_us[] = { 1e5, 1.1e5, 1.2e5, 1.3e5 };
+    script lead = { text, 300 };
+    dspark_session_desc d = session_desc(320);
+    dspark_session *s, *t, *u;
+    int drafted = 0;
+    d.adjust = follow_script, d.adjust_user = &lead, d.ignore_eos = 1;
+    set_costs(m, us, COUNT(us), 5, 0);
+    s = open_session_as(m, &d);
+    must(dspark_session_append(s, text, 20));
+    for (int i = 0; i < 20; i++) step(s);
+    ok(s->stats.cycles > 10 && s->account.balance_us > 0, "a session that gains fills its account");
+    must(dspark_session_fork(&t, s, NULL));
+    must(dspark_session_save(s, path));
+    must(dspark_session_restore(&u, m, path, &d));
+    step(t), step(u);
+    ok(t->account.balance_us < s->account.balance_us / 2 && u->account.balance_us < s->account.balance_us / 2,
+       "a fork and a restored session do not spend their source's account again");
+    set_costs(m, slower_us, COUNT(us), 5000, 0);
+    for (int i = 0; i < 10; i++) drafted += step(s).n_drafted > 0;
+    ok(drafted > 5 && s->account.limit_us > 1e5, "with a profile of other costs a session's account opens anew");
+    dspark_session_close(s), dspark_session_close(t), dspark_session_close(u);
+    remove(path);
+}
+
 /* Else a short text would never learn that its drafts are better than those of the text before it. */
 static void test_each_text_tries(dspark_model *m, const int32_t *text) {
     static const float flat_us[] = { 100, 101, 102, 103, 104, 105 };
@@ -555,18 +620,29 @@ static void test_beyond_profile(void) {
        "beyond the profile a row takes what it takes over the points' last half, if that is more");
 }
 
+static int same_costs(const dspark_profile *a, const dspark_profile *b) {
+    return a->session_us == b->session_us && a->context_us == b->context_us && a->draft_us == b->draft_us &&
+           a->draft_more_us == b->draft_more_us && a->inject_us == b->inject_us && a->sample_us == b->sample_us;
+}
+
 static void test_profile_file(void) {
     static const char path[] = "build/serving.profile";
     dspark_model *m = open_model(golden_b), *other = open_model_as(golden_b, 2, 0, 0);
     dspark_profile p, q;
-    int close_enough = 1;
     must(dspark_model_profile(m, &p));
+    p.us[0] = 1.f / 300, p.seen[0] = 1, p.draft_seen = 2;
+    must(dspark_model_set_profile(m, &p));
     must(dspark_model_save_profile(m, path));
     must(dspark_model_set_profile(m, NULL));
     must(dspark_model_load_profile(m, path));
     must(dspark_model_profile(m, &q));
-    for (int i = 0; i < p.n; i++) close_enough &= p.rows[i] == q.rows[i] && fabsf(p.us[i] - q.us[i]) <= .06f;
-    ok(p.n == q.n && close_enough && q.learn && fabsf(p.draft_us - q.draft_us) < .01f, "a profile is saved and loaded");
+    ok(q.n == p.n && q.learn && !memcmp(p.rows, q.rows, sizeof p.rows) && !memcmp(p.us, q.us, sizeof p.us) &&
+       !memcmp(p.seen, q.seen, sizeof p.seen) && p.draft_seen == q.draft_seen && same_costs(&p, &q),
+       "a profile is saved and loaded, to the last bit");
+    commas = 1;
+    must(dspark_model_save_profile(m, path));
+    commas = 0;
+    ok(dspark_model_load_profile(m, path) == DSPARK_OK, "a profile is the same file in a locale with decimal commas");
     ok(dspark_model_load_profile(other, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), "2 threads"),
        "a profile for another number of threads is refused");
     ok(refuses_profile(m, path, "{}", "format") && refuses_profile(m, path, "[]", "object") &&
@@ -601,7 +677,14 @@ static void test_counters(const int32_t *text) {
     good = n == (int)strlen(line) && line[n - 1] == '\n' && strstr(line, "\"session\": 7,") &&
            strstr(line, "\"drafted\": 3,");
     ok(good, "a step is a line of JSON");
+    t.r[1].n_drafted = 1, t.r[1].confidence[0] = .5f, t.r[1].draft_us = 1.5f, commas = 1;
+    dspark_step_json(&t.r[1], 7, line, sizeof line), commas = 0;
+    ok(strstr(line, "\"confidence\": [0.5], \"draft_us\": 1.5,"), "its numbers have a point in any locale");
+    commas = 1;
     n = dspark_stats_prometheus(dspark_model_stats(m), "model=\"b\"", metrics, sizeof metrics);
+    commas = 0;
+    ok(!strstr(metrics, "0,") && strstr(metrics, "seconds_sum{model=\"b\"} 0."),
+       "counters have a point in any locale");
     snprintf(expected, sizeof expected, "\ndspark_spec_decode_num_draft_tokens_total{model=\"b\"} %d\n",
              (int)sum.scheduled);
     ok(n == (int)strlen(metrics) && strstr(metrics, expected) &&
@@ -635,6 +718,8 @@ static void test_stop_within_block(const int32_t *text) {
     r = step(s);
     ok(r.finish == DSPARK_STOP_TOKEN && r.n_scheduled == 3 && r.n_accepted == 2 && s->stats.scheduled == 2 &&
        dspark_stats_summary(&s->stats).rejection_rate == 0, "drafts behind a stop token are not counted as rejected");
+    ok(r.n_tokens == 3 && dspark_stats_summary(&s->stats).tau == 2,
+       "a text that ends with a draft has no bonus in its tau: an anchor from the prompt's pass, and 2 of the first");
     dspark_session_close(s);
     dspark_model_close(m);
 }
@@ -644,7 +729,7 @@ static void test_one_model(const int32_t *text) {
     test_async(m, text, DSPARK_VERIFY_COUPLED), test_async(m, text, DSPARK_VERIFY_REJECTION);
     test_share(m, text), test_refused_global(m), test_presets(m);
     test_no_profile(m, text);
-    test_each_text_tries(m, text);
+    test_each_text_tries(m, text), test_accounts_anew(m, text);
     dspark_model_close(m);
 }
 

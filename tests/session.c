@@ -690,6 +690,8 @@ static void test_files(dspark_model *m, const int32_t *text) {
        strstr(dspark_last_error(), "another checkpoint"), "restoring with another checkpoint: FORMAT");
     ok(dspark_session_restore(&back, m, "build/no such file", NULL) == DSPARK_ERROR_IO && !back,
         "a file that is not there: IO");
+    ok(dspark_session_restore(&back, m, "build", NULL) == DSPARK_ERROR_IO && !back &&
+       !strncmp(dspark_last_error(), "build: ", 7), "a directory: IO");
     ok(dspark_session_save(s, "build/no such directory/x") == DSPARK_ERROR_IO, "a file that cannot be written: IO");
     bytes = read_file(session_file, &n);
     test_cut_file(m, bytes, n);
@@ -758,13 +760,16 @@ static void test_desc(const dspark_model *m) {
 }
 
 static void test_stop_strings_refused(void) {
-    static const char *const empty[] = { "" }, *const none[] = { NULL }, *const good[] = { "end" };
+    static const char *const empty[] = { "" }, *const none[] = { NULL }, *const good[] = { "end" }, *const within[] = { "\xA9n" };
     dspark_model *tiny = open_model(spark_tiny), *golden = open_model(golden_b);
     dspark_session_desc d = session_desc(64);
     d.n_stop_strings = 1, d.stop_strings = empty;
     ok(refused(tiny, d, "stop string 0"), "desc: an empty stop string is refused");
     d.stop_strings = none;
     ok(refused(tiny, d, "stop string 0"), "desc: a stop string that is NULL is refused");
+    d.stop_strings = within;
+    ok(refused(tiny, d, "stop string 0 begins within a character"),
+       "desc: a stop string that would leave half a character is refused");
     d.stop_strings = good;
     ok(refused(golden, d, "tokenizer"), "desc: stop strings without a tokenizer are refused");
     dspark_model_close(tiny), dspark_model_close(golden);
