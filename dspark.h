@@ -208,7 +208,7 @@ typedef struct {
                                 //   Clamped to [0, 1]; NaN ends the request. PLAIN, BLOCK: not read
     const int *n_drafted;       // 0 .. gamma; NULL: gamma
     const int *cap;             // verify no more than this; NULL: no cap
-    const float *threshold;     // end before the first c_k below it; NULL: 0. PLAIN, BLOCK: not read
+    const float *threshold;     // end before the first c_k, as given, below it; NULL: 0. PLAIN, BLOCK: not read
     const float *weight;        // what a token is worth, >= 0; NULL: 1. PREFIX, ASYNC, GLOBAL
     int n_requests, gamma, mode;        // DSPARK_SCHEDULE_*; 0: PLAIN
     int budget;                 // drafts to admit in total: the sum of GLOBAL's lengths with the confidences of
@@ -353,7 +353,7 @@ typedef struct {
     dspark_matrix main_proj;                // [h][n_taps * h]
     const float *main_norm, *draft_norm;    // [h]
     dspark_mix draft_hc_head;
-    int head_kind;                          // DSPARK_HEAD_*: which of these the last stage has
+    int head_kind;                          // DSPARK_HEAD_*: which of these the last stage has, never quantized
     dspark_matrix markov_w1, markov_w2;     // [vocab][rank]
     dspark_matrix gate_proj, joint_proj;    // gated: [rank][h + rank]; RNN: [3 rank][2 rank + h]
     const float *gate_bias, *joint_bias;    // NULL: none
@@ -3100,9 +3100,9 @@ static void dspark__bind_markov(dspark__loader *b, int stage) {
     if (!rank) return;
     w->head_kind = gated ? DSPARK_HEAD_GATED : rnn ? DSPARK_HEAD_RNN : DSPARK_HEAD_VANILLA;
     dspark__bind_plain(b, &w->markov_w1, c->vocab_size, rank, "markov_w1", ".weight");
-    dspark__bind_linear(b, &w->markov_w2, c->vocab_size, rank, "markov_w2");
-    if (gated) dspark__bind_linear(b, &w->gate_proj, rank, h + rank, "gate_proj");
-    if (rnn) dspark__bind_linear(b, &w->joint_proj, 3 * rank, 2 * rank + h, "joint_proj");
+    dspark__bind_plain(b, &w->markov_w2, c->vocab_size, rank, "markov_w2", ".weight");
+    if (gated) dspark__bind_plain(b, &w->gate_proj, rank, h + rank, "gate_proj", ".weight");
+    if (rnn) dspark__bind_plain(b, &w->joint_proj, 3 * rank, 2 * rank + h, "joint_proj", ".weight");
     if (gated) dspark__bind_bias(b, &w->gate_bias, rank, "gate_proj");
     if (rnn) dspark__bind_bias(b, &w->joint_bias, 3 * rank, "joint_proj");
 }
@@ -6161,6 +6161,7 @@ static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) 
     if (!status && !done) status = dspark__draft(m, lanes, n, 1);   // last: the device verifies with its logits
     if (!status && !done) status = dspark__schedule(m, lanes, n);
     if (!status && !done) status = dspark__target(m, lanes, n, &out);
+    for (int i = 0; i < n && status; i++) lanes[i].s->n_injected = 0;       // what the draft pass left is unknown
     if (status) return status;
     if (m->checkpoint.config.n_stages) p_draft = m->backend->draft_logits(m->device);
     if (out.logits) dspark__draw_ahead(m, lanes, n, &out, p_draft);
@@ -6344,7 +6345,7 @@ DSPARK_API dspark_status dspark_session_draft(dspark_session *s, int32_t anchor,
     lane.s = s, lane.n_drafted = c->dspark_block_size;
     s->tokens[s->n_tokens] = anchor;
     dspark__draft_rows(m, &lane, 1, dspark__drawn_there(s), &pass);
-    if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return status;
+    if ((status = dspark__draft_backbone(m, &pass, &out)) != DSPARK_OK) return s->n_injected = 0, status;
     for (int k = 0; k < c->dspark_block_size; k++) {
         m->backend->draft_step(m->device, k, &anchor);
         tokens[k] = anchor = dspark__argmax(out.logits + (size_t)k * V, c->vocab_size);

@@ -1109,6 +1109,41 @@ static void test_profile_of_short_context(const int32_t *ids) {
     dspark_model_close(m);
 }
 
+/* A backend whose draft passes fail before they have injected anything. */
+static int drafts_fail;
+static void failing_inject(void *device) {
+    if (!drafts_fail) dspark_cpu_backend()->inject(device);
+}
+static dspark_status failing_end(void *device, dspark_pass_result *out) {
+    dspark_status status = dspark_cpu_backend()->pass_end(device, out);
+    return drafts_fail && out->confidence_logits ? dspark__fail(DSPARK_ERROR_BACKEND, "as the test wants it") : status;
+}
+static void test_failed_draft(const int32_t *ids) {
+    dspark_backend failing = *dspark_cpu_backend();
+    dspark_model *m;
+    dspark_model_desc desc;
+    dspark_session *s;
+    dspark_step_result r;
+    int32_t tokens[DSPARK_MAX_BLOCK];
+    float confidence[DSPARK_MAX_BLOCK];
+    memset(&desc, 0, sizeof desc);
+    failing.inject = failing_inject, failing.pass_end = failing_end, desc.backend = &failing, desc.n_threads = 1;
+    must(dspark_model_open(&m, golden_b, &desc));
+    s = straight(m, ids, 20);
+    set_schedule(s, DSPARK_SCHEDULE_BLOCK, 0), step(s), step(s);
+    drafts_fail = 1;
+    ok(dspark_step(&s, 1, NULL, &r) == DSPARK_ERROR_BACKEND, "a step whose draft pass fails is BACKEND");
+    drafts_fail = 0, run_pending(s);
+    ok(is_straight(s), "drafts after it are those of a session in which nothing failed");
+    step(s), set_plain(s, 1), run_pending(s);       /* taps that no draft has injected yet */
+    drafts_fail = 1;
+    ok(dspark_session_draft(s, 5, tokens, confidence, NULL) == DSPARK_ERROR_BACKEND, "so is dspark_session_draft");
+    drafts_fail = 0;
+    ok(is_straight(s), "and so are its drafts");
+    dspark_session_close(s);
+    dspark_model_close(m);
+}
+
 static void test_profile_refused(dspark_model *m) {
     dspark_profile p;
     memset(&p, 0, sizeof p);
@@ -1326,7 +1361,7 @@ static void test_led(void) {
     test_poison(b, ids), test_poison_and_file(b, ids), test_unreached_poison(b, ids), test_poisoned_drafts(b, ids);
     test_agreement(b, ids), test_joint(b, ids);
     test_logprobs(b, ids);
-    test_heads(ids), test_no_drafter(ids);
+    test_heads(ids), test_no_drafter(ids), test_failed_draft(ids);
     test_block_size(b, ids), test_profile(ids), test_profile_of_short_context(ids), test_profile_refused(b);
     test_staircase(b, ids), test_calibration(b, ids);
     test_never_slower(b), test_never_slower_in_company(b);
