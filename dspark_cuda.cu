@@ -5618,7 +5618,11 @@ static void check_shape(cuda *d) {
                    { "index_head_dim", c->index_head_dim, WARP, MAX_INDEX_DIM },
                    { "index_n_heads * index_head_dim", c->index_n_heads * c->index_head_dim, WARP, 32768 },
                    { "vocab_size", c->vocab_size, 1, 1 << 24 },
-                   { "max_rows", d->max_rows, 1, 1 << 14 } };     // offsets of rows have 32 bits
+                   { "max_rows", d->max_rows, 1, 1 << 14 },       // offsets of rows have 32 bits
+                   { "num_attention_heads * head_dim", c->num_attention_heads * c->head_dim, 8, 1 << 16 },
+                   { "(num_experts_per_tok + 1) * n_shared_experts * moe_intermediate_size",
+                     (c->num_experts_per_tok + 1) * most(1, c->n_shared_experts) * c->moe_intermediate_size, 8,
+                     1 << 17 } };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
             fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %s is %d, expected a multiple of %d up to %d", limits[i].name,
