@@ -547,7 +547,7 @@ typedef struct {
     int32_t draft[DSPARK_MAX_BLOCK];
     float confidence[DSPARK_MAX_BLOCK];             // c_k, calibrated
     float draft_us, verify_us;          // this session's share of the passes' time
-    float step_us;                      // the wait for its tokens: all of the passes' time
+    float step_us;                      // the wait for its tokens, from the step's begin
 } dspark_step_result;
 
 enum { DSPARK_BUCKETS = 48 };
@@ -6150,12 +6150,12 @@ static void dspark__share_rows(dspark__lane *lanes, int n, int left, int prompt_
     }
 }
 
-static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n) {
+// start: when the step began.
+static dspark_status dspark__cycle(dspark_model *m, dspark__lane *lanes, int n, double start) {
     dspark_pass_result out;
     dspark_status status;
     float *p_draft = NULL;
     int drafts = 0, drafted = 0, done = 0;
-    double start = dspark__now_us();
     status = dspark__cycle_there(m, lanes, n, &out, &done);
     if (!status && !done) status = dspark__draft(m, lanes, n, 0);
     if (!status && !done) status = dspark__draft(m, lanes, n, 1);   // last: the device verifies with its logits
@@ -6195,6 +6195,7 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     dspark_model *m;
     dspark_status status = DSPARK_OK;
     int prompt_rows = desc ? desc->prompt_rows : 0;
+    double start;
     if (n < 1 || !sessions || !results) return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: %d sessions", n);
     m = sessions[0]->model;
     for (int i = 0; i < n; i++)
@@ -6209,6 +6210,7 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
         status = m->memory_limit ? dspark_model_set_profile(m, NULL) : dspark_model_profile(m, &p);
         if (status) return status;
     }
+    start = dspark__now_us();
     // as many sessions a pass as its rows allow
     for (int i = 0; i < n && !status;) {
         dspark__lane *lanes = m->batch.lanes;
@@ -6217,7 +6219,7 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
         for (; open > 0 && !status; lanes += some, open -= some) {
             some = dspark__fitting(m, lanes, open, &rows);
             dspark__share_rows(lanes, some, m->max_rows - rows, prompt_rows);
-            status = dspark__cycle(m, lanes, some);
+            status = dspark__cycle(m, lanes, some, start);
         }
     }
     return status;

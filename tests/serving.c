@@ -332,6 +332,21 @@ static void test_calibration(const int32_t *text) {
     dspark_model_close(m);
 }
 
+static void test_wait(const int32_t *text) {
+    dspark_model *m = open_for(golden_b, 0, 4, 0);
+    dspark_session_desc d = session_desc(40);
+    dspark_session *s[2];
+    dspark_step_result r[2];
+    d.policy.schedule = DSPARK_SCHEDULE_BLOCK, d.ignore_eos = 1;
+    for (int i = 0; i < 2; i++) s[i] = open_session_as(m, &d), must(dspark_session_append(s[i], text, 4));
+    must(dspark_step(s, 2, NULL, r));
+    ok(r[1].step_us >= r[0].step_us + r[1].draft_us + .9f * r[1].verify_us && r[0].step_us > 0,
+       "a session of a step's second pass has waited for the first (%.0f us, then %.0f)", (double)r[0].step_us,
+       (double)r[1].step_us);
+    for (int i = 0; i < 2; i++) dspark_session_close(s[i]);
+    dspark_model_close(m);
+}
+
 /* ---- schedules across requests */
 
 enum { R = 3, STEPS = 30 };
@@ -738,7 +753,7 @@ int main(void) {
     test_crowd(golden_b, 256, 0, 300, 256);
     test_crowd(golden_b, 0, 24, 60, 30);
     test_crowd(golden_a, 64, 0, 120, 40);
-    test_flat_passes(text), test_full_passes(text);
+    test_flat_passes(text), test_full_passes(text), test_wait(text);
     test_memory_limit(), test_memory_limit_of_model();
     test_files(), test_long_token();
     test_calibration(text), test_curve();
