@@ -109,7 +109,7 @@
    dspark_model_desc.backend = dspark_cuda_backend(), with dspark_cuda.cu linked in. Bits are the device's own: a seed
    gives one text there, speculation on or off, in any batch, but not the CPU's text. Tokens are drawn on the device in
    float, except in sessions with an adjust hook or log-probabilities: asking for log-probabilities may change a text if
-   two tokens are within 1e-7. README.md says what has run on which device.
+   two tokens are within 1e-7. FP8 weights of NaN are NaN. README.md says what has run on which device.
 
    WHAT IT DOES NOT DO
    Windows and big-endian machines. Several GPUs. Tool calls in the chat form.

@@ -251,7 +251,10 @@ template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*c)
 }
 // Makes this thread's copies visible to mma_panel.
 __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#else       // reached only on an H100 by a build for sm_90, not sm_90a
+#else       // not reached: only an H100 has whole blocks
+#if __CUDA_ARCH__ == 900
+#error "build for sm_90a: sm_90 has no wgmma"
+#endif
 template <int DTYPE, int FIRST> __device__ __forceinline__ void mma_panel(float (*)[4], const uint32_t *, shared_at) {
     __trap();
 }
