@@ -6,6 +6,7 @@
    names (README.md, Credits); questions go in the chat form ("chat": 1), the others are beginnings of texts. */
 #include "sessions.h"
 #include "heads.h"
+#include "near.h"
 #include "tap.h"
 
 /* ================================================================================================
@@ -924,8 +925,7 @@ static void test_logprobs(dspark_model *m, const int32_t *ids) {
         dspark_step_result r = step(s);
         finish = r.finish;
         for (int i = 0; i < r.n_tokens; i++, n++) {
-            double e = fabs((double)r.logprob[i] - exact_logprob(plain, penalize, &some, r.tokens[i]));
-            if (!(e <= worst)) worst = e;
+            worst = worse(worst, fabs((double)r.logprob[i] - exact_logprob(plain, penalize, &some, r.tokens[i])));
             drafts += r.by[i] == DSPARK_BY_DRAFT;
             must(dspark_session_append(plain, &r.tokens[i], 1));
         }
@@ -999,10 +999,9 @@ static double head_error(const dspark_model *m, const backbone *b, int k, int32_
     worst = fabs(c - (double)confidence);
     head_step(w->head_kind, w1, x, s, e);
     for (int v = 0; v < VOCAB; v++) {
-        double u = (double)b->logits[k][v], error;
+        double u = (double)b->logits[k][v];
         for (int i = 0; i < RANK; i++) u += element(&w->markov_w2, v, i) * e[i];
-        error = fabs(u - (double)logits[v]);
-        if (!(error <= worst)) worst = error;
+        worst = worse(worst, fabs(u - (double)logits[v]));
     }
     return worst;
 }
@@ -1013,10 +1012,8 @@ static void test_head(dspark_model *m, const char *name, const int32_t *ids, con
     float confidence[GAMMA], logits[GAMMA][VOCAB];
     double state[RANK] = { 0 }, worst = 0;
     must(dspark_session_draft(s, previous, tokens, confidence, logits[0]));
-    for (int k = 0; k < GAMMA; previous = tokens[k++]) {
-        double error = head_error(m, b, k, previous, state, logits[k], confidence[k]);
-        if (!(error <= worst)) worst = error;
-    }
+    for (int k = 0; k < GAMMA; previous = tokens[k++])
+        worst = worse(worst, head_error(m, b, k, previous, state, logits[k], confidence[k]));
     ok(worst < 1e-4, "a %s head: draft logits and confidences are the formula's (off by %.1e)", name, worst);
     dspark_session_close(s);
 }
@@ -1230,9 +1227,9 @@ typedef struct { double excess, least, worst, worst_stretch; int cycles; } ledge
 static void enter(ledger *l, double plain_us, double cost_us, int tokens, int drafted) {
     l->excess += cost_us - 1.01 * plain_us * tokens;
     l->cycles += drafted;
-    if (l->excess < l->least) l->least = l->excess;
-    if (l->excess > l->worst) l->worst = l->excess;
-    if (l->excess - l->least > l->worst_stretch) l->worst_stretch = l->excess - l->least;
+    l->least = fmin(l->least, l->excess);
+    l->worst = worse(l->worst, l->excess);
+    l->worst_stretch = worse(l->worst_stretch, l->excess - l->least);
 }
 
 enum { NEVER, ALWAYS, WAVES, RANDOMLY, N_MOODS };

@@ -2,6 +2,7 @@
    over the real generator; optimized code against plain twins. */
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
+#include "near.h"
 #include "tap.h"
 #include <limits.h>
 
@@ -187,7 +188,7 @@ static double enumerate(const world *w, int schedule_mode, int deterministic_dra
                 p *= w->at[r][prefix].target[token];
                 prefix = after(w, prefix, token);
             }
-        if (!(fabs(joint[text] - p) <= worst)) worst = fabs(joint[text] - p);
+        worst = worse(worst, fabs(joint[text] - p));
     }
     return worst;
 }
@@ -206,12 +207,12 @@ static void check_lossless(void) {
             const float *threshold = w.desc.threshold;
             if (m == DSPARK_SCHEDULE_THRESHOLD) w.desc.threshold = w.threshold;
             e = enumerate(&w, m, 0);
-            if (!(e <= worst[m])) worst[m] = e;
+            worst[m] = worse(worst[m], e);
             drafted[m] += planned;
             w.desc.threshold = threshold;
         }
         biased += e > 1e-9;
-        hinted = fmax(hinted, enumerate(&w, DSPARK_SCHEDULE_GLOBAL, 1));
+        hinted = worse(hinted, enumerate(&w, DSPARK_SCHEDULE_GLOBAL, 1));
     }
     printf("# %d worlds of 1 to 3 requests, %.0f cycles\n", worlds, paths);
     for (int m = 0; m < 5; m++)
@@ -615,7 +616,7 @@ static void check_account(void) {
             low = fmin(low, excess);
             over += excess > worst - P + 1e-9 * worst * step;
             stretch += excess - low > 16 * (worst - P) + 1e-9 * worst * step;
-            negative += a.balance_us < -1e-9 * worst;
+            negative += !(a.balance_us >= -1e-9 * worst);
         }
         reckless += drafter == 0 && 2000 * (worst - 1.01 * P) > worst - P;
     }

@@ -4,6 +4,7 @@
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
 #include "kernels_cases.h"
+#include "near.h"
 #include "tap.h"
 #include "tensors.h"
 
@@ -103,20 +104,10 @@ static int count_different(const float *a, const float *b, int n) {     // as va
     for (int i = 0; i < n; i++) different += !(a[i] == b[i]);
     return different;
 }
-static double relative_l2(const float *a, const float *b, int n) {
-    double difference = 0, norm = 0;
-    for (int i = 0; i < n; i++) {
-        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
-        norm += (double)b[i] * b[i];
-    }
-    return sqrt(difference / (norm > 0 ? norm : 1));
-}
 static double worst_relative(const float *a, const float *b, int n) {
     double worst = 0;
-    for (int i = 0; i < n; i++) {
-        double e = fabs((double)a[i] - b[i]) / (b[i] != 0 ? fabs((double)b[i]) : 1);
-        if (!(e <= worst)) worst = e;
-    }
+    for (int i = 0; i < n; i++)
+        worst = worse(worst, fabs((double)a[i] - b[i]) / (b[i] != 0 ? fabs((double)b[i]) : 1));
     return worst;
 }
 
@@ -182,7 +173,7 @@ static void check_linear(const dspark__kernels *k, const tensors *t, const char 
     ok(!wrong, "%s: %s dequantized exactly", k->name, group);
     for (int r = 0; r < in.rows; r++) k->round_fp8(in.x + r * K, K, 128, rows.x_memory + r * rows.stride);
     run_linear(k, &m, &rows, 0, 0, N);
-    ok(relative_l2(rows.y_memory, out.x, out.n) < 1e-6, "%s: %s within 1e-6", k->name, group);
+    ok(relative_l2(rows.y_memory, out.x, (size_t)out.n) < 1e-6, "%s: %s within 1e-6", k->name, group);
     free(w.x), free(scale.x), free(plain.x), free(in.x), free(out.x);
     free_rows(rows);
 }
@@ -192,7 +183,7 @@ static void check_hadamard(const dspark__kernels *k, const tensors *t, const cha
     uint8_t codes[64], scales[4];
     float *y = (float *)room((size_t)in.n * 4);
     for (int r = 0; r < in.rows; r++) k->hadamard(in.x + r * in.cols, in.cols);
-    ok(relative_l2(in.x, middle.x, in.n) < 1e-6, "%s: %s within 1e-6 before rounding", k->name, group);
+    ok(relative_l2(in.x, middle.x, (size_t)in.n) < 1e-6, "%s: %s within 1e-6 before rounding", k->name, group);
     for (int r = 0; r < in.rows; r++) {
         k->encode_fp4(in.x + r * in.cols, in.cols, codes, scales);
         k->decode_fp4(codes, scales, in.cols, y + r * in.cols);
@@ -205,7 +196,7 @@ static void check_sinkhorn(const dspark__kernels *k, const tensors *t, const cha
     array in = get(t, "sinkhorn", "input"), out = get(t, "sinkhorn", field);
     double worst = 0;
     for (int i = 0; i < in.n; i += 16) k->sinkhorn(in.x + i, 4, iters, eps);
-    for (int i = 0; i < in.n; i++) if (!(fabs((double)in.x[i] - out.x[i]) <= worst)) worst = fabs((double)in.x[i] - out.x[i]);
+    for (int i = 0; i < in.n; i++) worst = worse(worst, fabs((double)in.x[i] - out.x[i]));
     ok(worst < 1e-6, "%s: Sinkhorn, %d iterations, within 1e-6", k->name, iters);
     free(in.x), free(out.x);
 }
@@ -228,8 +219,7 @@ static void check_route(const dspark__kernels *k, const tensors *t) {
         for (int i = 0; i < K; i++) {
             int at = r * K + i;
             double a = 1.5 * s[((int32_t *)(void *)chosen.x)[at]] / sum, b = 1.5 * s[((int32_t *)(void *)hash.x)[at]] / hash_sum;
-            double e = fmax(fabs(a / weight.x[at] - 1), fabs(b / hash_weight.x[at] - 1));
-            if (!(e <= worst)) worst = e;
+            worst = worse(worse(worst, fabs(a / weight.x[at] - 1)), fabs(b / hash_weight.x[at] - 1));
         }
     }
     ok(!wrong && worst < 1e-6, "%s: routing weights from sqrt(softplus) within 1e-6", k->name);
@@ -273,10 +263,7 @@ static void check_function(const dspark__kernels *k, const char *name, void (*f)
     memcpy(x + N, extremes, sizeof extremes);
     memcpy(y, x, sizeof x);
     f(y, N + E);
-    for (int i = 0; i < N; i++) {
-        double e = fabs((double)y[i] / exact(x[i]) - 1);
-        if (!(e <= worst)) worst = e;
-    }
+    for (int i = 0; i < N; i++) worst = worse(worst, fabs((double)y[i] / exact(x[i]) - 1));
     for (int i = N; i < N + E; i++) nan += y[i] != y[i];
     printf("# %s: %s within %.1e\n", k->name, name, worst);
     ok(worst < 3e-7 && !nan, "%s: %s within 3e-7, and no NaN at the extremes", k->name, name);
@@ -341,7 +328,7 @@ static void check_attend(const dspark__kernels *k) {
         for (int i = 0; i < D; i++) {
             double s = 0;
             for (int j = 0; j < N; j++) s += e[j] / all * keys[j * D + i];
-            if (!(fabs(s - o[h * D + i]) <= worst)) worst = fabs(s - o[h * D + i]);
+            worst = worse(worst, fabs(s - o[h * D + i]));
         }
     }
     ok(worst < 3e-6, "%s: attention with sinks within 3e-6 (%.1e)", k->name, worst);

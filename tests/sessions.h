@@ -319,9 +319,10 @@ HELPER int is_straight(dspark_session *s) {
 
 /* ---- numbers */
 
+/* A NaN comes last. */
 HELPER int double_up(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
+    return (x > y || x != x) - (x < y || y != y);
 }
 HELPER void sort_up(double *x, size_t n) { qsort(x, n, sizeof *x, double_up); }
 
