@@ -47,6 +47,7 @@ compilers() {   # a language, its standard, its compilers
     for cc in "$@"; do
         name="$cc -std=$standard"
         if ! command -v $cc >/dev/null; then skip "$name: all inclusions compile" "there is no $cc"; continue; fi
+        rm -f $dir/*.o $dir/both        # else the compiler before this one would stand in for it
         flags="-x $language -std=$standard -O0 -I. -Wall -Wextra -Wshadow -Wconversion -Werror"
         check "$name: declarations alone, included twice, compile without a warning" \
             $cc $flags -c $dir/declarations.c -o $dir/declarations.o
