@@ -67,6 +67,7 @@ typedef struct conform_engine {
     int (*schedule)(const float *confidence, int n, int gamma, const float *sps, int n_sps, float draft_us,
                     int *lengths);
     int (*measured)(void *self);                            /* 1: it knows what passes cost */
+    void (*forget)(void *self);                             /* what passes cost, as if no cycle had run */
     /* the checkpoint: its tensor file's header (the caller frees), and opening with another in its place */
     char *(*header)(void *self, size_t *n);
     int (*load)(void *self, const char *header, size_t n, uint64_t stated_length);
@@ -166,14 +167,12 @@ CONFORM int conform_width(const conform_engine *e, const conform_trace *plain, i
     if (t) e->close(t);
     return is;
 }
-CONFORM int conform_widths(const conform_engine *e, int positions) {
+CONFORM int conform_rings(const conform_engine *e) {
     static conform_trace plain;
-    int is = conform_plain(e, &plain, positions + e->block + 1);
-    for (int width = e->block < 8 ? e->block : 8; width; width--) is = is && conform_width(e, &plain, width, positions);
+    int is = conform_plain(e, &plain, e->period + e->block + 1);
+    for (int width = e->block < 8 ? e->block : 8; width; width--) is = is && conform_width(e, &plain, width, e->period);
     return is;
 }
-CONFORM int conform_rings(const conform_engine *e) { return conform_widths(e, e->period); }
-CONFORM int conform_every_width(const conform_engine *e) { return conform_widths(e, 24); }
 
 /* The same tokens in chunks, and in the company of other texts. */
 CONFORM int conform_chunk(const conform_engine *e, int chunk, float *logits, uint64_t *state) {
@@ -573,7 +572,8 @@ CONFORM int conform_trims(const conform_engine *e) {
     if (e->schedule(confidence, 2, 5, stairs, 12, 0, lengths) || lengths[0] + lengths[1] != 2) return 0;
     lengths[0] = lengths[1] = 0;
     if (!e->schedule(confidence, 2, 5, NULL, 0, 0, lengths) && lengths[0] + lengths[1] == 10) return 0;
-    return conform_text(e, &o, &token, 1) == 1 && e->measured(e->self);
+    e->forget(e->self);
+    return !e->measured(e->self) && conform_text(e, &o, &token, 1) == 1 && e->measured(e->self);
 }
 
 /* Staircases at random: the lengths are those that the largest tokens a second, over all counts, have. */
@@ -680,8 +680,8 @@ CONFORM int conform_silent(const conform_engine *e) {
 /* ---- the table */
 
 #define CONFORM_ROWS(row) \
-    row(rings, "every width 1..8, accepted count and start position leaves plain decoding's state (S#34189, S#33872)") \
-    row(every_width, "no single width is wrong (S#33800)") \
+    row(rings, "every width 1..8, accepted count and start position leaves plain decoding's state " \
+        "(S#34189, S#33872, S#33800)") \
     row(row_bits, "a row's bits do not depend on chunks or company (D#658, L#25618)") \
     row(golden, "draft logits are an independent implementation's, near and far (ik_llama.cpp#2296, V#41834)") \
     row(restored, "after truncate, append and restore the drafter sees the whole text (V#47930)") \
