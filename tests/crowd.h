@@ -67,6 +67,7 @@ typedef struct {
     int n_requests, most;               /* in all; at once */
     int came, done, cancelled, wrong;   /* wrong: texts that are not those of plain decoding alone */
     int64_t steps, accepted;
+    size_t allocated;                   /* allocations in steps */
 } crowd;
 
 HELPER void shuffle_policy(visitor *v, int gamma) {
@@ -115,7 +116,9 @@ HELPER void run_crowd(dspark_model *m, crowd *c) {
             admit(m, &v[n++], c->came++, roots);
         for (int i = 0; i < n; i++) if (!dice(4)) shuffle_policy(&v[i], dspark_model_config(m)->dspark_block_size);
         for (int i = 0; i < n; i++) s[i] = v[i].s;
+        c->allocated -= counted.calls;
         if (n) must(dspark_step(s, n, &some_rows, r));
+        c->allocated += counted.calls;
         for (int i = 0; i < n; i++) if (!hear(&v[i].t, &r[i])) bail(dspark_last_error(), "a step of the crowd");
         for (int i = n - 1; i >= 0; i--) if (leaves(m, &v[i], c)) v[i] = v[--n];
         c->steps += n > 0;

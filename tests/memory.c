@@ -1,7 +1,7 @@
 /* Out of memory: each allocation of everything that allocates fails in turn. The call returns DSPARK_ERROR_MEMORY
    with a message, the object asked for is NULL, nothing leaks, and what existed before can be used as before.
-   (checkpoint.c does so too, with files served from memory.) */
-#include "sessions.h"
+   (checkpoint.c does so too, with files served from memory.) And a step allocates nothing. */
+#include "crowd.h"
 #include "tap.h"
 
 enum { PROMPT = 40 };
@@ -13,7 +13,7 @@ typedef struct {
 } ground;
 
 static const char saved[] = "build/memory.saved", tokenizer_json[] = "tools/spark-tiny/model/tokenizer.json";
-static const char said[] = "\346\274\242\345\255\227, na\303\257ve <think>12345 + 678 = 13023\n\n  and so on, and so forth";
+static const char talk[] = "\346\274\242\345\255\227, na\303\257ve <think>12345 + 678 = 13023\n\n  and so on, and so forth";
 
 /* An act does its work and undoes it; where it fails, *out is checked here. */
 typedef dspark_status act(ground *);
@@ -47,12 +47,12 @@ static dspark_status open_tokenizer(ground *g) {
 
 static dspark_status encode(ground *g) {
     int32_t ids[128];
-    int n = dspark_encode(g->t, said, sizeof said - 1, 0, ids, COUNT(ids));
+    int n = dspark_encode(g->t, talk, sizeof talk - 1, 0, ids, COUNT(ids));
     return n < 0 ? (dspark_status)-n : DSPARK_OK;
 }
 
 static dspark_status chat_encode(ground *g) {
-    const dspark_message messages[] = { { "system", said, NULL, 0 }, { "user", said, NULL, 0 } };
+    const dspark_message messages[] = { { "system", talk, NULL, 0 }, { "user", talk, NULL, 0 } };
     int32_t ids[256];
     int n = dspark_chat_encode(g->t, messages, 2, NULL, DSPARK_PLAIN_TEXT, ids, COUNT(ids));
     return n < 0 ? (dspark_status)-n : DSPARK_OK;
@@ -119,7 +119,7 @@ static dspark_status measuring_step(ground *g) {
 }
 
 /* The n-th allocation of the act fails, n = 1, 2 .. until there is no n-th. */
-static void test_act(ground *g, const char *claim, act *f) {
+static void test_act(ground *g, const char *claim, act *f, int allocates) {
     int good = 1, n = 0;
     for (int failed = 1; failed && n < 100000;) {
         size_t live = counted.live;
@@ -134,17 +134,26 @@ static void test_act(ground *g, const char *claim, act *f) {
         if (status != (failed ? DSPARK_ERROR_MEMORY : DSPARK_OK))
             printf("# allocation %d: %s: %s\n", n, dspark_status_name(status), dspark_last_error());
     }
-    if (n > 1) ok(good, "%s: each of %d allocations failing is MEMORY, and leaks nothing", claim, n - 1);
-    else ok(good, "%s: no allocation at all", claim);
+    if (allocates) ok(good && n > 1, "%s: each of %d allocations failing is MEMORY, and leaks nothing", claim, n - 1);
+    else ok(good && n == 1, "%s: no allocation at all (%d)", claim, n - 1);
+}
+
+/* The profile is the model's by now: the step that measures one opens sessions. */
+static void test_steps(dspark_model *m) {
+    crowd c = { 40, 8, 0, 0, 0, 0, 0, 0, 0 };
+    run_crowd(m, &c);
+    ok(!c.allocated && c.accepted && !c.wrong,
+       "%lld steps of a crowd allocate nothing: prompts, forks, any schedule (%zu)", (long long)c.steps, c.allocated);
 }
 
 int main(void) {
-    static const struct { const char *claim; act *f; } acts[] = {
-        { "opening a model", open_golden }, { "opening a tokenizer", open_tokenizer }, { "encode", encode },
-        { "chat_encode", chat_encode }, { "opening a session", open_one }, { "fork", fork_one }, { "save", save_one },
-        { "restore", restore_one }, { "append", append_some }, { "running again after a truncate", run_again },
-        { "draft", draft_one }, { "plain steps", plain_steps }, { "coupled steps", coupled_steps },
-        { "rejection steps", rejection_steps }, { "steps that measure first", measuring_step }
+    static const struct { const char *claim; act *f; int allocates; } acts[] = {
+        { "opening a model", open_golden, 1 }, { "opening a tokenizer", open_tokenizer, 1 }, { "encode", encode, 1 },
+        { "chat_encode", chat_encode, 1 }, { "opening a session", open_one, 1 }, { "fork", fork_one, 1 },
+        { "save", save_one, 0 }, { "restore", restore_one, 1 }, { "append", append_some, 0 },
+        { "running again after a truncate", run_again, 0 }, { "draft", draft_one, 0 },
+        { "plain steps", plain_steps, 0 }, { "coupled steps", coupled_steps, 0 },
+        { "rejection steps", rejection_steps, 0 }, { "steps that measure first", measuring_step, 1 }
     };
     int32_t *text = golden_text(golden_b);
     ground g;
@@ -154,7 +163,8 @@ int main(void) {
     d.temperature = 1, d.ignore_eos = 1, d.logprobs = 1;
     g.s = open_session_as(g.m, &d);
     must(dspark_session_append(g.s, text, PROMPT));
-    for (int i = 0; i < COUNT(acts); i++) test_act(&g, acts[i].claim, acts[i].f);
+    for (int i = 0; i < COUNT(acts); i++) test_act(&g, acts[i].claim, acts[i].f, acts[i].allocates);
+    test_steps(g.m);
     run_pending(g.s);
     ok(is_straight(g.s), "after all these failures the session is that of a straight run");
     remove(saved);
