@@ -233,6 +233,39 @@ static void check_swiglu(const dspark__kernels *k, const tensors *t) {
     free(gate.x), free(up.x), free(out.x);
 }
 
+static const dspark_config rope_64 = {
+    .qk_rope_head_dim = 64, .rope_theta = 10000, .compress_rope_theta = 160000, .rope_factor = 16,
+    .rope_original_length = 65536, .rope_beta_fast = 32, .rope_beta_slow = 1
+};
+static const dspark_config rope_32 = {
+    .qk_rope_head_dim = 32, .rope_theta = 20000, .compress_rope_theta = 40000, .rope_factor = 8,
+    .rope_original_length = 64, .rope_beta_fast = 4, .rope_beta_slow = 1
+};
+
+static void check_freqs(const tensors *t, const char *field, const dspark_config *c, int compressed) {
+    array expected = get(t, "rope", field);
+    double freqs[32], worst = 0;
+    dspark__rope_freqs(c, compressed, freqs);
+    for (int i = 0; i < expected.n; i++) worst = worse(worst, fabs(freqs[i] / expected.x[i] - 1));
+    ok(expected.n == c->qk_rope_head_dim / 2 && worst < 1e-6, "rope.%s: radians a position within 1e-6", field);
+    free(expected.x);
+}
+
+/* A row's last 64 dims, up to position 70000. */
+static void check_rope(const dspark__kernels *k, const tensors *t, const char *field, float direction) {
+    array in = get(t, "rope", "input"), at = get(t, "rope", "positions"), out = get(t, "rope", field);
+    double freqs[32], worst = 0;
+    float turn[64];
+    dspark__rope_freqs(&rope_64, 1, freqs);
+    for (int r = 0; r < in.rows; r++) {
+        dspark__rope_angles(freqs, 32, ((int32_t *)(void *)at.x)[r], turn);
+        k->rope(in.x + (r + 1) * in.cols - 64, 64, turn, direction);
+    }
+    for (int i = 0; i < in.n; i++) worst = worse(worst, fabs((double)in.x[i] - out.x[i]));
+    ok(worst < 1e-5, "%s: rope.%s within 1e-5 (%.1e)", k->name, field, worst);
+    free(in.x), free(at.x), free(out.x);
+}
+
 static void check_ops(const dspark__kernels *k, const tensors *t) {
     check_formats(k, t);
     check_rounding(k, t, "fp8_round", 128);
@@ -245,6 +278,8 @@ static void check_ops(const dspark__kernels *k, const tensors *t) {
     check_sinkhorn(k, t, "output_5", 5, 1e-5f);
     check_route(k, t);
     check_swiglu(k, t);
+    check_rope(k, t, "output", 1);
+    check_rope(k, t, "inverse", -1);
 }
 
 /* ---- against libm in double, and at the extremes */
@@ -359,6 +394,8 @@ int main(void) {
     tensors t;
     printf("# best here: %s\n", best->name);
     if (!ok(tensors_open(&t, "tests/golden/ops.safetensors"), "ops.safetensors can be read")) return tap_done();
+    check_freqs(&t, "freqs", &rope_64, 0), check_freqs(&t, "freqs_yarn", &rope_64, 1);
+    check_freqs(&t, "freqs_b", &rope_32, 0), check_freqs(&t, "freqs_yarn_b", &rope_32, 1);
     for (int path = DSPARK_PATH_PLAIN; path < DSPARK_PATHS; path++) {
         static const char *const names[] = { "", "plain C runs", "AVX2 gives the bits of plain C",
             "AVX-512 gives the bits of plain C", "NEON gives the bits of plain C",
