@@ -1,4 +1,4 @@
-/* All CPU kernels but mix on fixed inputs, a hash of the bits a case: odd sizes, tails, unaligned
+/* All CPU kernels on fixed inputs, a hash of the bits a case: odd sizes, tails, unaligned
    weights, partial ranges, 1 to 64 rows. Two paths, compilers or optimization levels that give the same
    hashes give the same text. Include after dspark.h's implementation. */
 #ifndef KERNELS_CASES_H
@@ -241,6 +241,23 @@ static int vector_cases(const dspark__kernels *k, kernel_case *out) {
     return count;
 }
 
+/* Copies to one without y, and in place with it. */
+static int mix_cases(const dspark__kernels *k, kernel_case *out) {
+    static const int sizes[] = { 1, 7, 16, 33, 100 };
+    static float x[800], w[64], post[8], y[100];
+    for (int i = 0; i < 16; i++) {
+        int C = i / 2 + 1, K = i % 2 ? C : 1;
+        snprintf(out[i].name, sizeof out->name, "mix, %d copies to %d", C, K);
+        out[i].hash = HASH_START;
+        for (int j = 0; j < (int)(sizeof sizes / sizeof *sizes); j++) {
+            random_floats(x, 800, 3), random_floats(w, 64, 1), random_floats(post, 8, 1), random_floats(y, 100, 2);
+            k->mix(x, C, sizes[j], w, K, i % 2 ? y : NULL, i % 2 ? post : NULL, x);
+            out[i].hash = hash_floats(out[i].hash, x, 800);
+        }
+    }
+    return 16;
+}
+
 static int attention_cases(const dspark__kernels *k, kernel_case *out) {
     static const int shapes[][3] = { { 1, 1, 32 }, { 4, 100, 64 }, { 3, 17, 160 }, { 8, 137, 512 }, { 64, 33, 40 }, { 5, 9, 72 },
                                      { 7, 700, 96 }, { 2, 3, 7 }, { 6, 0, 16 } };
@@ -293,6 +310,7 @@ static int kernel_cases(const dspark__kernels *k, kernel_case *out) {
     n = linear_cases(k, out);
     n += rounding_cases(k, out + n);
     n += vector_cases(k, out + n);
+    n += mix_cases(k, out + n);
     return n + attention_cases(k, out + n);
 }
 #endif
