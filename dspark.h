@@ -91,7 +91,8 @@
 
    MEMORY
    Weights stay in the mapped files. dspark_model_bytes and dspark_session_bytes say what is allocated besides;
-   a step allocates nothing. Caches of V4-Flash take .7 KB for each compressed row and layer.
+   a step allocates nothing, but for one that measures a profile first. Caches of V4-Flash take .7 KB for each
+   compressed row and layer.
 
    THREADS
    A session belongs to one thread at a time; calls that run the same model must not overlap. Any number of threads may

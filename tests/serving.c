@@ -31,6 +31,7 @@ static int comma_fprintf(FILE *f, const char *format, ...) {
 #define snprintf comma_snprintf
 #define fprintf comma_fprintf
 #include "crowd.h"
+#include "near.h"
 #undef vsnprintf
 #undef snprintf
 #undef fprintf
@@ -474,9 +475,9 @@ static void test_presets(dspark_model *m) {
 static double passes_take(int B) { return (500 + 90 * B) * (1 + dice(80) / 1000.) * (dice(20) ? 1 : 4); }
 
 static double farthest(const dspark_profile *p, int rows) {
-    double worst = 0;
-    for (int B = 1; B <= rows; B++) worst = fmax(worst, fabs(dspark_profile_us(p, B) / (1.04 * (500 + 90 * B)) - 1));
-    return worst;
+    double most = 0;
+    for (int B = 1; B <= rows; B++) most = worse(most, fabs(dspark_profile_us(p, B) / (1.04 * (500 + 90 * B)) - 1));
+    return most;
 }
 
 /* Of many such histories: of one, the dice decide. */
