@@ -61,15 +61,74 @@ assert abs(tau[.5] / tau[1] - 1.5 / 1.25) < 1e-9, tau
 END
 report $? "JSON: with half the accepted drafts, the cost is 1.5 / 1.25 times as much"
 
-for wrong in "--rate 180" "--rate 180ms" "--rate 0tokens/s" "--api \$8/month --rate 1tokens/s" \
-    "--rate 1tokens/s --utilization 2" "--profile {\"rows\":[1,2],\"us\":[1,0]}" \
-    "--profile {\"rows\":[2,1],\"us\":[1,2]}" "--profile {\"rows\":[],\"us\":[]}" \
-    "--profile /nonexistent" "--rate 1tokens/s --users 5users"; do
-    plan $wrong
-    status=$?
-    [ $status -eq 2 ] && [ ! -s $dir/out ]
-    report $? "refused: $wrong"
+# refuses PATTERN ARGUMENTS: exit status 2, nothing on stdout, one line on stderr that says so
+refuses() {
+    pattern=$1
+    shift
+    plan "$@"
+    [ $? -eq 2 ] && [ ! -s $dir/out ] && [ "$(wc -l < $dir/log)" -eq 1 ] && grep -q -- "^plan: .*$pattern" $dir/log
+    report $? "refused: $*"
+}
+for rate in 180 180ms 0tokens/s 1e-320tokens/s 1e999tokens/s nantokens/s etokens/s 1..2tokens/s; do
+    refuses "--rate: '$rate'.*: expected .*as in '20 tokens/s'" --rate "$rate"
 done
+refuses "unit '' is none of" --rate 1tokens/s/
+refuses "--machine: '1e300\$/us': expected 1e-12 to 1e+12" --rate 1tokens/s --machine '1e300$/us'
+refuses "expected \$/Mtoken, found" --rate 1tokens/s --api '$8/month'
+for share in 2 0 -1 nan inf x 1e-320 50users; do
+    refuses "--utilization: '$share': expected .*as in '90%'" --rate 1tokens/s --utilization "$share"
+    refuses "--accept: '.*$share': expected .*as in '90%'" --profile "$profile" --accept ".5,$share"
+done
+refuses "--accept: '': expected" --profile "$profile" --accept .5,,.5
+for most in 0 -5 1.5 nan x 99999999; do
+    refuses "--concurrency: '$most': expected a whole number of 1 to 100,000" --profile "$profile" --concurrency "$most"
+done
+for option in '--users 5users' '--accept .5' '--target 3tokens/s'; do
+    refuses "${option%% *} needs --profile" --rate 1tokens/s $option
+done
+refuses "--users needs --target" --profile "$profile" --users 5users
+
+# profile WHAT EXPECTED, FOUND: the file $dir/profile is refused by its name, then that
+profile() { refuses "$dir/profile: $1: expected $2, found $3" --profile $dir/profile --accept .5; }
+while IFS='|' read -r object what expected found; do
+    printf '%s' "$object" > $dir/profile
+    profile "$what" "$expected" "$found"
+done <<'END'
+[1, 2]|profile|an object|\[1, 2\]
+{}|rows|a list of numbers|nothing
+{"rows": [1]}|us|a list of numbers|nothing
+{"rows": [], "us": []}|rows|a list of numbers|\[\]
+{"rows": [1], "us": "x"}|us|a list of numbers|"x"
+{"rows": [1], "us": [null]}|us\[0\]|0.001 to 1e+12|nothing
+{"rows": [1], "us": [true]}|us\[0\]|0.001 to 1e+12|true
+{"rows": [1, 2], "us": [1, 0]}|us\[1\]|0.001 to 1e+12|0
+{"rows": [1], "us": [NaN]}|us\[0\]|0.001 to 1e+12|NaN
+{"rows": [1], "us": [1e999]}|us\[0\]|0.001 to 1e+12|Infinity
+{"rows": [1.5], "us": [1]}|rows\[0\]|a whole number of 1 to 1e+09|1.5
+{"rows": [2, 1], "us": [1, 2]}|rows\[1\]|more than rows\[0\], 2|1
+{"rows": [1, 1], "us": [1, 2]}|rows\[1\]|more than rows\[0\], 1|1
+{"rows": [1, 2], "us": [1]}|us|2 numbers, as many as rows|1
+{"rows": [1], "us": [1], "draft_us": "x"}|draft_us|0 to 1e+12|"x"
+{"rows": [1], "us": [1], "session_us": NaN}|session_us|0 to 1e+12|NaN
+{"rows": [1], "us": [1], "draft_more_us": -5}|draft_more_us|0 to 1e+12|-5
+END
+printf '{"rows": [1, 8], "us": [100,' > $dir/profile
+refuses "$dir/profile: Expecting value: line 1 column 29" --profile $dir/profile
+: > $dir/profile
+refuses "$dir/profile: Expecting value" --profile $dir/profile
+printf '\377' > $dir/profile
+refuses "$dir/profile: .*utf-8" --profile $dir/profile
+python3 -c 'print("[" * 100000)' > $dir/profile
+refuses "$dir/profile: " --profile $dir/profile
+refuses "$dir: Is a directory" --profile $dir
+refuses "/nonexistent: No such file" --profile /nonexistent
+refuses ": No such file" --profile ''
+refuses "--profile: us: expected a list" --profile '{"rows": [1]}'
+if [ -e /dev/full ]; then
+    python3 tools/plan --machine '$6580/month' --rate '180 tokens/s' > /dev/full 2> $dir/log
+    [ $? -eq 1 ] && [ "$(cat $dir/log)" = "plan: standard output: No space left on device" ]
+    report $? "output that cannot be written: one line, exit status 1"
+fi
 python3 tools/plan --machine '$6580' --rate '180 tokens/s' > $dir/out 2> $dir/log
 [ $? -eq 2 ]
 report $? "refused: a price without a time"
