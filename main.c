@@ -633,6 +633,16 @@ static dspark_status prepare_profile(const settings *o, dspark_model *m) {
     return o->check ? DSPARK_OK : dspark_model_profile(m, &profile);
 }
 
+// Whether a file can be written at the end, as a run takes long; one that exists stays as it is. An exit status.
+static int may_write(const char *path) {
+    struct stat st;
+    FILE *f;
+    if (!path) return 0;
+    if (!stat(path, &st)) errno = S_ISDIR(st.st_mode) ? EISDIR : access(path, W_OK) ? errno : 0;
+    else if ((f = fopen(path, "wx"))) fclose(f), remove(path), errno = 0;
+    return errno ? error(BAD_CALL, "%s: %s", path, strerror(errno)) : 0;
+}
+
 // Writes the files that were asked for.
 static int leave(const settings *o, dspark_model *m) {
     char text[16384];
@@ -658,11 +668,12 @@ static int run(settings *o) {
     dspark_status status;
     struct stat st;
     if (stat(dir, &st) || !S_ISDIR(st.st_mode)) return error(BAD_CALL, "%s: no such directory", dir);
-    if (o->log && !(o->log_to = fopen(o->log, "w"))) return error(BAD_CALL, "%s: %s", o->log, strerror(errno));
 #ifndef DSPARK_CUDA
     if (o->backend) return error(BAD_CALL, "--backend cuda: this program was built without it; make cuda builds it");
 #endif
     if (ask && (o->json || o->compare)) return error(BAD_CALL, "--json and --compare need a prompt (-p)");
+    if ((exit_status = may_write(o->metrics)) || (exit_status = may_write(o->profile))) return exit_status;
+    if (o->log && !(o->log_to = fopen(o->log, "w"))) return error(BAD_CALL, "%s: %s", o->log, strerror(errno));
     memset(&desc, 0, sizeof desc);
     desc.n_threads = o->threads, desc.progress = loading, desc.backend = backend_of(o);
     if (o->backend) desc.max_rows = 512;        // a pass reads every expert once, however many rows of a prompt it has

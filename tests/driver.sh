@@ -27,7 +27,8 @@ says_grep() { pattern=$1; shift; run "$@" && grep -q -- "$pattern" $dir/out; }
 
 for call in "--nonsense" "word" "--backend tpu" "-n" "-n ten" "-n -1" "-n 1.5" "-n 1e99" "-t -1" "-t nan" "--top-p 2" "--seed -1" \
     "--seed 99999999999999999999" "-c 0" "--threads 0" "--stop" "--schedule fast" "--verify maybe" "--threshold 2" \
-    "--schedule threshold" "--preset reckless" "--log $dir/none/log" "--json --show" "--plain --compare" "-m /nonexistent" "-m Makefile"; do
+    "--schedule threshold" "--preset reckless" "--log $dir/none/log" "--metrics $dir/none/metrics" \
+    "--metrics $dir" "--profile $dir/none/profile" "--profile $dir" "--json --show" "--plain --compare" "-m /nonexistent" "-m Makefile"; do
     check "$call: one line on stderr, exit status 2" refuses 2 -p x $call
 done
 check "an empty --stop is refused" refuses 2 -p x --stop ''
@@ -105,6 +106,9 @@ else
     echo '{}' > $dir/broken
     check "a broken profile: one line, exit status 1" refuses 1 -m $model -p "$prompt" --profile $dir/broken
     check "--log has a line a step: the first gives two tokens" eval 'text -p "$prompt" --plain --log $dir/log && [ "$(wc -l < $dir/log)" -eq 39 ]'
+    echo kept > $dir/kept
+    check "a run that fails leaves the files as they are, and no new ones" eval 'refuses 2 -m $model -c 3 -p "one two three" \
+        --metrics $dir/kept --profile $dir/unmade && [ "$(cat $dir/kept)" = kept ] && [ ! -e $dir/unmade ]'
     check "--metrics counts the tokens" eval 'text -p "$prompt" --metrics $dir/metrics &&
         grep -qx "dspark_generation_tokens_total 40" $dir/metrics'
 fi
