@@ -355,12 +355,13 @@ static void print_json(const answer *a) {
 
 // ---- prompts and sessions --------------------------------------------------------------------
 
-// The prompt, or all of standard input, but its last newline; ends in a zero.
-static void read_prompt(const settings *o, buffer *text) {
+// The prompt, or all of standard input, but its last newline; ends in a zero. An exit status.
+static int read_prompt(const settings *o, buffer *text) {
     if (o->prompt && strcmp(o->prompt, "-")) push(text, o->prompt, strlen(o->prompt));
     else for (int c; (c = getchar()) != EOF;) *(char *)extend(text, 1) = (char)c;
     if (last_byte(text) == '\n') text->n--;
     *(char *)extend(text, 1) = 0, text->n--;
+    return ferror(stdin) ? error(FAILED, "standard input: %s", strerror(errno)) : 0;
 }
 
 static int encode_text(const dspark_model *m, const buffer *text, buffer *ids) {
@@ -469,9 +470,9 @@ static int one_prompt(const settings *o, dspark_model *m) {
     answer a;
     int status;
     memset(&a, 0, sizeof a);
-    read_prompt(o, &text);
-    if (o->chat && strlen(text.data) < text.n) status = error(BAD_CALL, "a zero byte cannot be in a chat");
-    else status = o->chat ? encode_chat(o, m, text.data, 1, &ids) : encode_text(m, &text, &ids);
+    status = read_prompt(o, &text);
+    if (!status && o->chat && strlen(text.data) < text.n) status = error(BAD_CALL, "a zero byte cannot be in a chat");
+    if (!status) status = o->chat ? encode_chat(o, m, text.data, 1, &ids) : encode_text(m, &text, &ids);
     if (!status && o->show) show_prompt(dspark_model_tokenizer(m), &ids);
     if (!status) status = o->compare ? compare(o, m, &ids) : answer_once(o, m, &ids, &a);
     if (!status && o->json) print_json(&a);

@@ -44,6 +44,10 @@ same() { text "$@" && cmp -s $dir/text $dir/first; }
 differs() { text "$@" && ! cmp -s $dir/text $dir/first; }
 piped() { printf '%s\n' "$prompt" | $dspark -m $model -n 40 "$@" > $dir/out 2> $dir/err && cmp -s $dir/out $dir/first; }
 stops() { text "$@" --stop "$word" && ! grep -q -- "$word" $dir/text && [ -s $dir/first ]; }
+unread() {
+    sh -c "$dspark -m $model $1" > $dir/out 2> $dir/err
+    [ $? -eq 1 ] && [ ! -s $dir/out ] && [ "$(wc -l < $dir/err)" -eq 1 ] && grep -q "standard input: " $dir/err
+}
 field() { sed -n 's/.*"'"$1"'": \([^,}]*\).*/\1/p' $dir/out; }
 json() { run -m $model --json "$@" && [ "$(wc -l < $dir/out)" -eq 1 ]; }
 count_tokens() { sed 's/.*"tokens": \[\([^]]*\)\].*/\1/' $dir/out | tr ',' '\n' | grep -c '[0-9]'; }
@@ -71,6 +75,8 @@ else
     check "--schedule threshold: the same text" same -p "$prompt" --schedule threshold --threshold .7
     check "-p - reads the prompt from standard input" piped -p -
     check "without -p standard input is the prompt, where it is no terminal" piped
+    check "standard input that cannot be read is no empty prompt: one line, exit status 1" unread "< $dir"
+    check "nor is one that is closed" unread '-p - <&-'
     check "temperature 1: another text" differs -p "$prompt" -t 1 --seed 3
     check "--chat: another text" differs -p "$prompt" --chat
     check "--system and --think are taken" text -p "$prompt" --system "Answer briefly." --think
