@@ -6,6 +6,7 @@
 #include "dspark.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -694,6 +695,8 @@ static int run(settings *o) {
 int main(int argc, char **argv) {
     settings o;
     int status;
+    for (int fd = 0; fd < 3; fd++)      // one that is closed fails to read or write, rather than being the next file opened
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd ? O_RDONLY : O_WRONLY);
     memset(&o, 0, sizeof o);
     o.n = 256, o.temperature = o.top_p = -1;
     status = parse(&o, argc, argv);

@@ -48,6 +48,10 @@ unread() {
     sh -c "$dspark -m $model $1" > $dir/out 2> $dir/err
     [ $? -eq 1 ] && [ ! -s $dir/out ] && [ "$(wc -l < $dir/err)" -eq 1 ] && grep -q "standard input: " $dir/err
 }
+unwritten() {
+    sh -c "$dspark -m $model -p x -n 9 --log $dir/log $1" 2> $dir/err
+    [ $? -eq 1 ] && grep -qx "dspark: standard output cannot be written" $dir/err && ! grep -qv '^{.*}$' $dir/log
+}
 field() { sed -n 's/.*"'"$1"'": \([^,}]*\).*/\1/p' $dir/out; }
 json() { run -m $model --json "$@" && [ "$(wc -l < $dir/out)" -eq 1 ]; }
 count_tokens() { sed 's/.*"tokens": \[\([^]]*\)\].*/\1/' $dir/out | tr ',' '\n' | grep -c '[0-9]'; }
@@ -77,6 +81,7 @@ else
     check "without -p standard input is the prompt, where it is no terminal" piped
     check "standard input that cannot be read is no empty prompt: one line, exit status 1" unread "< $dir"
     check "nor is one that is closed" unread '-p - <&-'
+    check "closed standard output: exit status 1, and no text in the files that are opened" unwritten '>&-'
     check "temperature 1: another text" differs -p "$prompt" -t 1 --seed 3
     check "--chat: another text" differs -p "$prompt" --chat
     check "--system and --think are taken" text -p "$prompt" --system "Answer briefly." --think
