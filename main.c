@@ -84,6 +84,7 @@ static const option options[] = {
     { "--fast-prefill", NULL, FLAG, AT(fast_prefill), 0, 0, "cuda: prompt blocks of 512 tokens in FP8; bits differ" },
     { "--threads", "N", INTEGER, AT(threads), 1, 1024, "default: all processors" },
     { "-h", NULL, FLAG, AT(help), 0, 0, "this list" },
+    { "--help", NULL, FLAG, AT(help), 0, 0, "the same" },
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
 

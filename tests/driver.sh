@@ -33,6 +33,7 @@ for call in "--nonsense" "word" "--backend tpu" "-n" "-n ten" "-n -1" "-n 1.5" "
 done
 check "an empty --stop is refused" refuses 2 -p x --stop ''
 check "-h: a list on stdout" says_grep '--compare' -h
+check "--help: the same" says_grep '--compare' --help
 mkdir $dir/empty
 check "a directory without a checkpoint: one line, exit status 1" refuses 1 -m $dir/empty -p x
 check "output that cannot be written: exit status 1" \
