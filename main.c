@@ -40,7 +40,7 @@ typedef struct {
     FILE *log_to;
 } settings;
 
-enum { FLAG, INTEGER, REAL, SEED, TEXT, STOP, CHOICE };
+enum { FLAG, INTEGER, REAL, SEED, TEXT, NAME, STOP, CHOICE };     // NAME: a text that is not empty
 
 typedef struct {
     const char *name, *value;   // value: what follows it; of a CHOICE the words, whose index is stored
@@ -52,7 +52,7 @@ typedef struct {
 
 #define AT(field) offsetof(settings, field)
 static const option options[] = {
-    { "-m", "DIR", TEXT, AT(model), 0, 0, "checkpoint directory; default tools/spark-tiny/model" },
+    { "-m", "DIR", NAME, AT(model), 0, 0, "checkpoint directory; default tools/spark-tiny/model" },
     { "-p", "PROMPT", TEXT, AT(prompt), 0, 0, "- reads standard input; no -p on a terminal: a chat" },
     { "-n", "N", INTEGER, AT(n), 0, 1e9, "at most N tokens, default 256; 0: until the context is full" },
     { "-c", "CONTEXT", INTEGER, AT(context), 1, 1e9, "tokens of prompt and answers; default 4096" },
@@ -61,12 +61,12 @@ static const option options[] = {
     { "--top-p", "P", REAL, AT(top_p), 0, 1, "draw from the likeliest tokens of total probability P; 0: all" },
     { "--min-p", "P", REAL, AT(min_p), 0, 1, "drop tokens below P times the likeliest; 0: none" },
     { "--stop", "TEXT", STOP, AT(stop), 0, 0, "end before this text; may be given 16 times" },
-    { "--seed", "SEED", SEED, AT(seed), 0, 0, "one seed, one text; default 0" },
+    { "--seed", "SEED", SEED, AT(seed), 0, 0x1p64, "one seed, one text; default 0" },
     { "--plain", NULL, FLAG, AT(plain), 0, 0, "no drafting" },
     { "--schedule", "sps|block|threshold", CHOICE, AT(schedule), 0, 0,
       "drafts to verify: fastest by the cost model (default), all, up to --threshold" },
     { "--threshold", "X", REAL, AT(threshold), 0, 1, "cut before the first confidence below X; default 0" },
-    { "--preset", "NAME", TEXT, AT(preset), 0, 0, "schedule, verifier, threshold: code, chat, creative, regulated" },
+    { "--preset", "NAME", NAME, AT(preset), 0, 0, "schedule, verifier, threshold: code, chat, creative, regulated" },
     { "--verify", "coupled|rejection", CHOICE, AT(verify), 0, 0, "coupled (default): the text of --plain" },
     { "--chat", NULL, FLAG, AT(chat), 0, 0, "put the prompt into the chat form" },
     { "--system", "TEXT", TEXT, AT(system), 0, 0, "the chat's system message (implies --chat)" },
@@ -74,9 +74,9 @@ static const option options[] = {
     { "--show", NULL, FLAG, AT(show), 0, 0, "colour each token by its origin, then list the cycles" },
     { "--stats", NULL, FLAG, AT(stats), 0, 0, "speed and acceptance, on standard error" },
     { "--json", NULL, FLAG, AT(json), 0, 0, "one JSON object in place of the text" },
-    { "--metrics", "FILE", TEXT, AT(metrics), 0, 0, "counters at the end, for Prometheus" },
-    { "--log", "FILE", TEXT, AT(log), 0, 0, "a line of JSON for every step" },
-    { "--profile", "FILE", TEXT, AT(profile), 0, 0, "pass times: read if FILE exists, written at the end" },
+    { "--metrics", "FILE", NAME, AT(metrics), 0, 0, "counters at the end, for Prometheus" },
+    { "--log", "FILE", NAME, AT(log), 0, 0, "a line of JSON for every step" },
+    { "--profile", "FILE", NAME, AT(profile), 0, 0, "pass times: read if FILE exists, written at the end" },
     { "--learn", NULL, FLAG, AT(learn), 0, 0, "do not measure pass times: learn them from the first steps" },
     { "--compare", NULL, FLAG, AT(compare), 0, 0, "plain and with DSpark: speeds; are the texts the same?" },
     { "--check", NULL, FLAG, AT(check), 0, 0, "show machine, checkpoint and pass times; does it fit in memory?" },
@@ -122,7 +122,7 @@ static int store(settings *s, const option *o, const char *text) {
     char *end;
     double x;
     switch (o->kind) {
-    case TEXT: *(const char **)field = text; return 1;
+    case TEXT: case NAME: *(const char **)field = text; return *text || o->kind == TEXT;
     case STOP: return *text && s->n_stops < MAX_STOPS && (s->stop[s->n_stops++] = text) != NULL;
     case CHOICE: return (*(int *)field = choice(o->value, text)) >= 0;
     case SEED:
@@ -148,11 +148,14 @@ static int parse(settings *s, int argc, char **argv) {
         }
         if (++i == argc) return error(BAD_CALL, "%s: %s is missing", o->name, o->value);
         if (store(s, o, argv[i])) continue;
+        if (o->kind == STOP && *argv[i]) return error(BAD_CALL, "--stop '%s': expected at most %d", argv[i], MAX_STOPS);
         if (o->high <= 0) return error(BAD_CALL, "%s '%s': expected %s", o->name, argv[i], o->value);
-        return error(BAD_CALL, "%s '%s': expected %g to %g", o->name, argv[i], o->low, o->high);
+        return error(BAD_CALL, "%s '%s': expected %s%g to %g", o->name, argv[i],
+                     o->kind == REAL ? "" : "a whole number, ", o->low, o->high);
     }
     if (s->json + s->show + s->compare > 1) return error(BAD_CALL, "--json, --show, --compare: only one of them");
-    if (s->preset && !dspark_preset(s->preset)) return error(BAD_CALL, "--preset %s: there is none", s->preset);
+    if (s->preset && !dspark_preset(s->preset))
+        return error(BAD_CALL, "--preset '%s': expected code, chat, creative or regulated", s->preset);
     if (s->plain && s->compare) return error(BAD_CALL, "--compare runs --plain itself");
     if (s->schedule == DSPARK_SCHEDULE_THRESHOLD && s->threshold <= 0)
         return error(BAD_CALL, "--schedule threshold needs a --threshold");

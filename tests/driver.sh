@@ -31,7 +31,16 @@ for call in "--nonsense" "word" "--backend tpu" "-n" "-n ten" "-n -1" "-n 1.5" "
     "--metrics $dir" "--profile $dir/none/profile" "--profile $dir" "--json --show" "--plain --compare" "-m /nonexistent" "-m Makefile"; do
     check "$call: one line on stderr, exit status 2" refuses 2 -p x $call
 done
-check "an empty --stop is refused" refuses 2 -p x --stop ''
+# exit status, a pattern of the line on stderr, arguments
+says_why() { pattern=$2; status=$1; shift 2; refuses $status "$@" && grep -q -- "^dspark: $pattern" $dir/err; }
+for name in -m --preset --profile --metrics --log --stop; do
+    check "$name '': refused as empty" says_why 2 "$name '': expected [A-Z]" -p x $name ''
+done
+check "numbers and presets are refused with what was expected" eval 'says_why 2 "-n .1.5.: expected a whole number, 0 to 1e+09" -n 1.5 &&
+    says_why 2 "--seed .1e3.: expected a whole number, 0 to 1.8" --seed 1e3 && says_why 2 "-t .x.: expected 0 to 100" -t x &&
+    says_why 2 "--preset .x.: expected code" --preset x'
+check "the 17th --stop is refused as one too many" eval \
+    'says_why 2 "--stop .x.: expected at most 16" -p x $(printf -- "--stop x %.0s" 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17)'
 check "-h: a list on stdout" says_grep '--compare' -h
 check "--help: the same" says_grep '--compare' --help
 mkdir $dir/empty
