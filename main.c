@@ -32,9 +32,10 @@ typedef struct {
     const char *model, *prompt, *system, *preset, *profile, *metrics, *log;
     const char *stop[MAX_STOPS];
     int n_stops, n, context, top_k, threads;
-    double temperature, top_p, min_p, threshold;    // negative: not given
+    double temperature, top_p, threshold;           // negative: not given
+    double min_p;
     uint64_t seed;
-    int schedule, verify;                           // in the numbers of dspark_policy
+    int schedule, verify;                           // in the numbers of dspark_policy; negative: not given
     int backend;
     int plain, chat, think, show, stats, json, compare, check, learn, fast_prefill, help;
     FILE *log_to;
@@ -402,9 +403,9 @@ static dspark_session_desc session_desc(const settings *o, const dspark_model *m
     d.stop_strings = o->stop, d.n_stop_strings = o->n_stops;
     if (o->preset) d.policy = *dspark_preset(o->preset);
     d.policy.plain = o->plain;
-    if (o->schedule) d.policy.schedule = o->schedule;
-    if (o->verify) d.policy.verify = o->verify;
-    if (o->threshold > 0) d.policy.threshold = (float)o->threshold;
+    if (o->schedule >= 0) d.policy.schedule = o->schedule;
+    if (o->verify >= 0) d.policy.verify = o->verify;
+    if (o->threshold >= 0) d.policy.threshold = (float)o->threshold;
     d.progress = reading;
     return d;
 }
@@ -467,7 +468,7 @@ static int compare(const settings *o, dspark_model *m, const buffer *ids) {
     if (!status)
         printf("ratio  %8.2f, texts %s\n", ratio(best[1], best[0]), same ? "identical" : "different");
     answer_clear(&a[0]), answer_clear(&a[1]);
-    return status ? status : same || o->verify != DSPARK_VERIFY_COUPLED ? 0 : FAILED;
+    return status ? status : same || session_desc(o, m).policy.verify != DSPARK_VERIFY_COUPLED ? 0 : FAILED;
 }
 
 static int one_prompt(const settings *o, dspark_model *m) {
@@ -702,7 +703,7 @@ int main(int argc, char **argv) {
     for (int fd = 0; fd < 3; fd++)      // one that is closed fails to read or write, rather than being the next file opened
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd ? O_RDONLY : O_WRONLY);
     memset(&o, 0, sizeof o);
-    o.n = 256, o.temperature = o.top_p = -1;
+    o.n = 256, o.temperature = o.top_p = o.threshold = -1, o.schedule = o.verify = -1;
     status = parse(&o, argc, argv);
     if (!status) status = o.help ? help() : run(&o);
     if (fflush(stdout) || ferror(stdout)) status = error(FAILED, "standard output cannot be written");

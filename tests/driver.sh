@@ -121,6 +121,11 @@ else
     for preset in code chat regulated; do
         check "--preset $preset: the same text" same -p "$prompt" --preset $preset
     done
+    check "what is given beside a preset holds: the coupled text" eval 'json -p "$prompt" -t 1 --plain && text=$(field text) &&
+        json -p "$prompt" -t 1 --preset creative --schedule block --verify coupled && [ "$(field text)" = "$text" ] &&
+        json -p "$prompt" -t 1 --preset creative --schedule block && [ "$(field text)" != "$text" ]'
+    check "--compare expects no equal texts of a preset with rejection" eval 'says_grep "texts different" \
+        -m $model -p "$prompt" -n 60 -t 1 --compare --preset creative --schedule block && [ $status -eq 0 ]'
     check "--learn: the same text" same -p "$prompt" --learn
     check "--profile writes what passes cost" eval 'text -p "$prompt" --profile $dir/profile && grep -q "\"us\"" $dir/profile'
     check "--profile reads what it wrote: the same text" same -p "$prompt" --profile $dir/profile
