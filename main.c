@@ -634,8 +634,8 @@ static const dspark_backend *backend_of(const settings *o) {
 // Reads the profile file if it exists; else has it learned, or measures it now, not in the first answer's time.
 static dspark_status prepare_profile(const settings *o, dspark_model *m) {
     dspark_profile profile;
-    if (o->plain || !dspark_model_config(m)->n_stages) return DSPARK_OK;
     if (o->profile && !access(o->profile, F_OK)) return dspark_model_load_profile(m, o->profile);
+    if (o->plain || !dspark_model_config(m)->n_stages) return DSPARK_OK;
     if (o->learn) return dspark_model_set_profile(m, NULL);
     return o->check ? DSPARK_OK : dspark_model_profile(m, &profile);
 }
