@@ -319,7 +319,7 @@ static int generate(const settings *o, dspark_session *s, const dspark_tokenizer
         else push(&a->text, r.text, (size_t)r.text_len);
         if (!o->show && !quiet) fwrite(r.text, 1, (size_t)r.text_len, stdout);
         fflush(stdout);
-    } while (!r.finish && !interrupted);
+    } while (!r.finish && !interrupted && !ferror(stdout));
     a->s = now() - start;
     a->finish = r.finish;
     if (!quiet && a->text.n && last_byte(&a->text) != '\n') printf("\n");

@@ -92,6 +92,7 @@ else
     check "standard input that cannot be read is no empty prompt: one line, exit status 1" unread "< $dir"
     check "nor is one that is closed" unread '-p - <&-'
     check "closed standard output: exit status 1, and no text in the files that are opened" unwritten '>&-'
+    check "an answer ends with the first step that cannot be written" eval 'unwritten "> /dev/full" && [ "$(wc -l < $dir/log)" -eq 1 ]'
     check "temperature 1: another text" differs -p "$prompt" -t 1 --seed 3
     check "--chat: another text" differs -p "$prompt" --chat
     check "--system and --think are taken" text -p "$prompt" --system "Answer briefly." --think
