@@ -157,6 +157,7 @@ static int parse(settings *s, int argc, char **argv) {
     if (s->json + s->show + s->compare > 1) return error(BAD_CALL, "--json, --show, --compare: only one of them");
     if (s->preset && !dspark_preset(s->preset))
         return error(BAD_CALL, "--preset '%s': expected code, chat, creative or regulated", s->preset);
+    if (s->fast_prefill && !s->backend) return error(BAD_CALL, "--fast-prefill needs --backend cuda");
     if (s->plain && s->compare) return error(BAD_CALL, "--compare runs --plain itself");
     if (s->schedule == DSPARK_SCHEDULE_THRESHOLD && s->threshold <= 0)
         return error(BAD_CALL, "--schedule threshold needs a --threshold");

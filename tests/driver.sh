@@ -28,7 +28,7 @@ says_grep() { pattern=$1; shift; run "$@" && grep -q -- "$pattern" $dir/out; }
 for call in "--nonsense" "word" "--backend tpu" "-n" "-n ten" "-n -1" "-n 1.5" "-n 1e99" "-t -1" "-t nan" "--top-p 2" "--seed -1" \
     "--seed 99999999999999999999" "-c 0" "--threads 0" "--stop" "--schedule fast" "--verify maybe" "--threshold 2" \
     "--schedule threshold" "--preset reckless" "--log $dir/none/log" "--metrics $dir/none/metrics" \
-    "--metrics $dir" "--profile $dir/none/profile" "--profile $dir" "--json --show" "--plain --compare" "-m /nonexistent" "-m Makefile"; do
+    "--metrics $dir" "--profile $dir/none/profile" "--profile $dir" "--json --show" "--plain --compare" --fast-prefill "-m /nonexistent" "-m Makefile"; do
     check "$call: one line on stderr, exit status 2" refuses 2 -p x $call
 done
 # exit status, a pattern of the line on stderr, arguments
