@@ -493,8 +493,9 @@ static int check_profile(dspark_model *m) {
     dspark_profile p;
     dspark_status status = dspark_model_profile(m, &p);
     if (status) return api_error(status);
+    if (!p.n) return puts("passes      to be learned"), 0;
     printf("passes     ");
-    for (int B = 1; B <= 64 && p.n; B *= 2)
+    for (int B = 1; B <= 64; B *= 2)
         printf(" %d: %.2f ms (%.0f/s)", B, 1e-3 * dspark_profile_us(&p, B), 1e6 * B / dspark_profile_us(&p, B));
     printf("\ndraft       %.2f ms, %.2f ms for another session; a draw %.3f ms\n", 1e-3 * (double)p.draft_us,
            1e-3 * (double)p.draft_more_us, 1e-3 * (double)p.sample_us);

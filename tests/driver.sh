@@ -119,6 +119,7 @@ else
     check "--stats is on stderr" eval 'run -m $model -p "$prompt" -n 40 --stats && grep -q "^tau " $dir/err'
     check "--check says whether it fits" says_grep ' in all: fits' -m $model --check
     check "--check says what passes cost" says_grep '^passes .* 4: .* ms' -m $model --check
+    check "--check --learn: nothing is known yet" eval 'says_grep "^passes *to be learned" -m $model --check --learn && ! grep -q "0.00 ms" $dir/out'
     for preset in code chat regulated; do
         check "--preset $preset: the same text" same -p "$prompt" --preset $preset
     done
