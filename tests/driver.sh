@@ -49,11 +49,35 @@ check "output that cannot be written: exit status 1" \
     sh -c "$dspark -h > /dev/full 2> $dir/err; [ \$? -eq 1 ]"
 
 # A text of the small model, in the ways of asking for it.
-text() { run -m $model -n 40 "$@" && [ ! -s $dir/err ] && cat $dir/out > $dir/text; }
+text() { run -m $model -n 40 "$@" && [ $status -eq 0 ] && [ ! -s $dir/err ] && cat $dir/out > $dir/text; }
 same() { text "$@" && cmp -s $dir/text $dir/first; }
 differs() { text "$@" && ! cmp -s $dir/text $dir/first; }
 piped() { printf '%s\n' "$prompt" | $dspark -m $model -n 40 "$@" > $dir/out 2> $dir/err && cmp -s $dir/out $dir/first; }
-stops() { text "$@" --stop "$word" && ! grep -q -- "$word" $dir/text && [ -s $dir/first ]; }
+# a text, arguments that stop before it
+stops() {
+    before=$1 full=$(cat $dir/first)
+    shift
+    text -p "$prompt" "$@" && [ "$(cat $dir/text)" = "$(printf %s "${full%%"$before"*}")" ] &&
+        json -p "$prompt" -n 40 "$@" && [ "$(field finish)" = '"stop_string"' ]
+}
+# --show: what it prints without its codes
+uncoloured() { sed "s/$(printf '\033')\[[0-9]*m//g" $dir/out; }
+begin='<｜begin▁of▁sentence｜>'
+shows_text() {
+    run -m $model -n 40 -p "$prompt" --show --schedule block &&
+        [ "$(uncoloured | sed '1d; / verified, /d')" = "$begin$prompt$(cat $dir/first)" ]
+}
+# Green: the name of the colour, each accepted draft in the text, and again in its cycle.
+shows_accepted() {
+    accepted=$(uncoloured | sed -n 's/.* verified, \([0-9]*\) accepted:.*/\1/p' | awk '{ n += $1 } END { print n }')
+    [ "$accepted" -gt 0 ] && [ "$(grep -o "$(printf '\033')\[32m" $dir/out | wc -l)" -eq $((1 + 2 * accepted)) ]
+}
+# the prompt up to the answer, arguments
+form() {
+    expected=$begin$1
+    shift
+    run -m $model -n 4 -p hi --show "$@" && [ "$(uncoloured | sed -n '2s/\(.*<[/]*think>\).*/\1/p')" = "$expected" ]
+}
 unread() {
     sh -c "$dspark -m $model $1" > $dir/out 2> $dir/err
     [ $? -eq 1 ] && [ ! -s $dir/out ] && [ "$(wc -l < $dir/err)" -eq 1 ] && grep -q "standard input: " $dir/err
@@ -95,9 +119,15 @@ else
     check "an answer ends with the first step that cannot be written" eval 'unwritten "> /dev/full" && [ "$(wc -l < $dir/log)" -eq 1 ]'
     check "temperature 1: another text" differs -p "$prompt" -t 1 --seed 3
     check "--chat: another text" differs -p "$prompt" --chat
-    check "--system and --think are taken" text -p "$prompt" --system "Answer briefly." --think
+    check "--chat: a question, to be answered without thinking" form '<｜User｜>hi<｜Assistant｜></think>' --chat
+    check "--think: the same, thinking" form '<｜User｜>hi<｜Assistant｜><think>' --think
+    check "--system stands before the question" form 'Be brief.<｜User｜>hi<｜Assistant｜></think>' --system "Be brief."
     word=$(tr -cs 'A-Za-z' '\n' < $dir/first | sed -n 5p)
-    check "--stop: the text does not contain that word" stops -p "$prompt"
+    span=$(sed -n "s/.*\(.. $word ..\).*/\1/p" $dir/first | head -n 1)
+    check "--stop: the text up to that word" stops "$word" --stop "$word"
+    check "the text up to a --stop of several tokens" stops "$span" --stop "$span"
+    check "of two --stop, the one that comes first in the text" stops "$span" --stop "$word ${span##* }" --stop "$span"
+    check "a --stop that does not come: the same text" same -p "$prompt" --stop "$word@@"
     for limit in 1 2 7 33; do check "-n $limit makes $limit tokens" makes $limit; done
     check "-n 0 goes on until the context is full" \
         eval 'json -p "$prompt" -n 0 -c 24 --stop @@@@ && [ "$(field finish)" = "\"context\"" ]'
@@ -114,6 +144,8 @@ else
     check "--compare at temperature 1: the texts are identical" \
         says_grep 'texts identical' -m $model -p "$prompt" -n 60 --compare -t 1 --seed 5
     check "--verify rejection runs" text -p "$prompt" -t 1 --verify rejection
+    check "--show without its colours: the prompt and the same text" shows_text
+    check "--show: the accepted drafts are green" shows_accepted
     check "--show lists the cycles" \
         says_grep 'of 5 verified' -m $model -p "$prompt" -n 40 --show --schedule block
     check "--stats is on stderr" eval 'run -m $model -p "$prompt" -n 40 --stats && grep -q "^tau " $dir/err'
