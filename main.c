@@ -605,6 +605,7 @@ static int chat(const settings *o, dspark_model *m) {
         fflush(stdout);
         ssize_t n = getline(&line, &cap, stdin);
         if (n < 0) more = interrupted, clearerr(stdin), printf("\n");
+        else if (strlen(line) < (size_t)n) error(BAD_CALL, "a zero byte cannot be in a chat");
         else line[strcspn(line, "\n")] = 0, more = chat_line(&c, line);
     }
     free(line), answer_clear(&c.last);

@@ -86,6 +86,22 @@ unwritten() {
     sh -c "$dspark -m $model -p x -n 9 --log $dir/log $1" 2> $dir/err
     [ $? -eq 1 ] && grep -qx "dspark: standard output cannot be written" $dir/err && ! grep -qv '^{.*}$' $dir/log
 }
+# arguments of a chat on a terminal, in which the lines of $typed are typed: $dir/said has a line for each answer
+chat() {
+    printf "$typed" | python3 -c 'import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)' \
+        $dspark -m $model -n 9 "$@" > $dir/out 2> $dir/err || return 1
+    tr -d '\r' < $dir/out | sed -nE '/\[K|^> /{ s/.*\[K//; s/^[> ]*//; p; }' > $dir/said
+}
+said() { sed -n "$1p" $dir/said; }
+chats() {
+    typed='hi\n/retry\n/reset\nhi\n/what\n/quit\n' && chat && [ -n "$(said 1)" ] && [ "$(said 1)" != "$(said 2)" ] &&
+        [ "$(said 2)" = "$(said 3)" ] && said 4 | grep -q '^/retry with the next seed'
+}
+takes_back() {
+    typed='hi\n/quit\n' && chat && answer=$(said 1) || return 1
+    typed="$(head -c 200 /dev/zero | tr '\0' 'x')\\nnone\\0hi\\nhi\\n/quit\\n" && chat -c 60 && [ "$(said 3)" = "$answer" ] &&
+        said 1 | grep -q 'the prompt is too long' && said 2 | grep -q 'a zero byte'
+}
 field() { sed -n 's/.*"'"$1"'": \([^,}]*\).*/\1/p' $dir/out; }
 json() { run -m $model --json "$@" && [ "$(wc -l < $dir/out)" -eq 1 ]; }
 count_tokens() { sed 's/.*"tokens": \[\([^]]*\)\].*/\1/' $dir/out | tr ',' '\n' | grep -c '[0-9]'; }
@@ -138,6 +154,10 @@ else
     if command -v python3 > /dev/null; then
         check "--json is JSON, quotes, controls and emoji in the prompt" parses "$(printf 'say "\\\\" \t\001 \360\237\230\200')"
     fi
+    if command -v python3 > /dev/null; then
+        check "a chat: an answer, another by /retry, the same after /reset; what else begins with / lists these" chats
+        check "a question that is too long, or has a zero byte, is refused and leaves the chat as it was" takes_back
+    fi
     compare=-gt; check "--schedule block drafts" drafts --schedule block
     compare=-eq; check "--plain does not draft" drafts --plain
     check "--compare: the texts are identical" says_grep 'texts identical' -m $model -p "$prompt" -n 60 --compare
@@ -155,9 +175,9 @@ else
     for preset in code chat regulated; do
         check "--preset $preset: the same text" same -p "$prompt" --preset $preset
     done
-    check "what is given beside a preset holds: the coupled text" eval 'json -p "$prompt" -t 1 --plain && text=$(field text) &&
-        json -p "$prompt" -t 1 --preset creative --schedule block --verify coupled && [ "$(field text)" = "$text" ] &&
-        json -p "$prompt" -t 1 --preset creative --schedule block && [ "$(field text)" != "$text" ]'
+    check "what is given beside a preset holds: the coupled text" eval 'json -p "$prompt" -n 40 -t 1 --plain && text=$(field text) &&
+        json -p "$prompt" -n 40 -t 1 --preset creative --schedule block --verify coupled && [ "$(field text)" = "$text" ] &&
+        json -p "$prompt" -n 40 -t 1 --preset creative --schedule block && [ "$(field text)" != "$text" ]'
     check "--compare expects no equal texts of a preset with rejection" eval 'says_grep "texts different" \
         -m $model -p "$prompt" -n 60 -t 1 --compare --preset creative --schedule block && [ $status -eq 0 ]'
     check "--learn: the same text" same -p "$prompt" --learn
