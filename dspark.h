@@ -5331,6 +5331,7 @@ static dspark_status dspark__measure_rows(dspark_session **s, int most, double s
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
         status = dspark__time_best(s, 1, B, 0, slice, &us);
         for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise
+        if (p->n) us = fmin(us, (double)p->us[p->n - 1] + dspark_profile_us(p, B - p->rows[p->n - 1]));     // two passes
         p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
     }
     return status;
@@ -5481,8 +5482,13 @@ static dspark_status dspark__profile_read(dspark_model *m, dspark__loader *b, ds
         dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "format", "dspark-profile-1", dspark__key(&k, "format"));
     else if (!dspark__json_is(j, node, of)) dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "of", of, node);
     node = dspark__key(&k, "rows");
-    if (dspark__json_kind(j, node) == DSPARK__JSON_ARRAY) p->n = dspark__min(j->nodes[node].n, DSPARK_MAX_PROFILE);
+    if (dspark__json_kind(j, node) != DSPARK__JSON_ARRAY || j->nodes[node].n > DSPARK_MAX_PROFILE)
+        dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "rows", "an array of at most 64", node);
+    else p->n = j->nodes[node].n;
     dspark__key_ints(&k, "rows", p->n, 1, DSPARK__MOST_ROWS, p->rows);
+    for (int i = 1; i < p->n && !b->status; i++)
+        if (p->rows[i] <= p->rows[i - 1])
+            dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "rows", "each more than the one before", node + 1 + i);
     dspark__key_reals(&k, "us", p->n, (double)dspark__least_us, (double)dspark__most_us, p->us);
     dspark__key_ints(&k, "seen", p->n, 0, 8, seen);
     for (int i = 0; i < p->n && !b->status; i++) p->seen[i] = (unsigned char)seen[i];

@@ -471,6 +471,27 @@ static void test_presets(dspark_model *m) {
 
 /* ---- what passes cost */
 
+/* A backend whose passes of three rows are always interrupted. */
+static dspark_status interrupted_begin(void *device, const dspark_pass *pass) {
+    double until = dspark__now_us() + 2e4;
+    while (pass->kind == DSPARK_PASS_TARGET && pass->n_rows == 3 && dspark__now_us() < until) continue;
+    return dspark_cpu_backend()->pass_begin(device, pass);
+}
+static void test_interrupted(void) {
+    dspark_backend backend = *dspark_cpu_backend();
+    dspark_model_desc desc;
+    dspark_model *m;
+    dspark_profile p;
+    memset(&desc, 0, sizeof desc);
+    backend.pass_begin = interrupted_begin, desc.backend = &backend, desc.n_threads = 1;
+    must(dspark_model_open(&m, golden_b, &desc));
+    must(dspark_model_profile(m, &p));
+    ok(p.rows[2] == 3 && p.us[2] <= 1.001f * (p.us[0] + p.us[1]),
+       "a pass is measured at no more than two passes with its rows (%.0f us of %.0f and %.0f)", (double)p.us[2],
+       (double)p.us[0], (double)p.us[1]);
+    dspark_model_close(m);
+}
+
 /* T(B) = 500 + 90 B; every pass takes up to 8 % more, one in twenty four times as much. */
 static double passes_take(int B) { return (500 + 90 * B) * (1 + dice(80) / 1000.) * (dice(20) ? 1 : 4); }
 
@@ -545,6 +566,19 @@ static int refuses_profile(dspark_model *m, const char *path, const char *text, 
     FILE *f = fopen(path, "w");
     if (!f || fputs(text, f) < 0 || fclose(f)) bail("cannot be written", path);
     return dspark_model_load_profile(m, path) == DSPARK_ERROR_FORMAT && strstr(dspark_last_error(), words);
+}
+
+/* The same of the saved profile, with one text in place of another. */
+static int edited_profile(dspark_model *m, const char *path, const char *was, const char *is, const char *words) {
+    char text[8192], edited[8192], *at;
+    size_t n;
+    FILE *f;
+    must(dspark_model_save_profile(m, path));
+    if (!(f = fopen(path, "r"))) bail("cannot be read", path);
+    n = fread(text, 1, sizeof text - 1, f), text[n] = 0, fclose(f);
+    if (!(at = strstr(text, was))) bail("has no such text", was);
+    snprintf(edited, sizeof edited, "%.*s%s%s", (int)(at - text), text, is, at + strlen(was));
+    return refuses_profile(m, path, edited, words);
 }
 
 /* Accounts are in microseconds: those of other costs would keep a session from drafting, or let it draft at a loss. */
@@ -664,6 +698,12 @@ static void test_profile_file(void) {
     ok(refuses_profile(m, path, "{}", "format") && refuses_profile(m, path, "[]", "object") &&
        refuses_profile(m, path, "{\"format\": \"dspark-profile-1\"}", "of: expected checkpoint"),
        "what is no profile is refused");
+    ok(edited_profile(m, path, "\"rows\": [1, ", "\"rows\": [2, ", "rows: expected each more than the one before, found 2") &&
+       edited_profile(m, path, "\"rows\": [1, ", "\"rows\": [1.5, ", "found 1.5") &&
+       edited_profile(m, path, "\"rows\":", "\"row\":", "rows: expected an array of at most 64, found nothing") &&
+       edited_profile(m, path, "\"seen\": [", "\"seen\": [9, ", "seen: expected") &&
+       edited_profile(m, path, "\"draft_seen\":", "\"draft\":", "draft_seen: expected an integer from 0 to 8"),
+       "what a profile lacks, or has wrong, is named");
     ok(dspark_model_load_profile(m, "build/none") == DSPARK_ERROR_IO, "a file that is not there is IO");
     remove(path);
     dspark_model_close(m), dspark_model_close(other);
@@ -759,7 +799,7 @@ int main(void) {
     test_files(), test_long_token();
     test_calibration(text), test_curve();
     test_one_model(text), test_learning(), test_learning_speed();
-    test_steep_context(), test_beyond_profile(), test_profile_file(), test_twice();
+    test_interrupted(), test_steep_context(), test_beyond_profile(), test_profile_file(), test_twice();
     test_counters(text), test_stop_within_block(text);
     free(text);
     return sessions_done();
