@@ -302,6 +302,7 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 
 static __host__ __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 static __host__ __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
+static __host__ __device__ __forceinline__ int blocks_of(int n, int each) { return (n + each - 1) / each; }
 // 2^e, -126 <= e <= 127
 static __device__ __forceinline__ float exp2i(int e) { return __uint_as_float((uint32_t)(e + 127) << 23); }
 // 2^(byte - 127), as E8M0 stores a scale
@@ -311,10 +312,6 @@ static __device__ __forceinline__ float e8m0(uint32_t byte) { return __uint_as_f
 
 static __device__ __forceinline__ float warp_sum(float x) {
     for (int i = 16; i; i /= 2) x += __shfl_xor_sync(ALL, x, i);
-    return x;
-}
-static __device__ __forceinline__ float warp_max(float x) {
-    for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, i));
     return x;
 }
 static __device__ float block_sum(float x, float *scratch /* [warps] */) {
@@ -606,11 +603,10 @@ static __device__ __forceinline__ void set_span(span &s, const matrix &w, int m0
 // or more; it is in the share where it begins.
 enum { ITEM = 16 << 10 };
 static __host__ __device__ __forceinline__ int items_of_tile(const matrix &w, int item_bytes) {
-    int n = TILE * w.pitch / item_bytes;
-    return n > 1 ? n : 1;
+    return most(1, TILE * w.pitch / item_bytes);
 }
 static __host__ __device__ __forceinline__ int items_of(const matrix &w, int item_bytes) {
-    return (w.rows + TILE - 1) / TILE * items_of_tile(w, item_bytes);
+    return blocks_of(w.rows, TILE) * items_of_tile(w, item_bytes);
 }
 // An item of a launch: its matrix w, its part, and the tile that begins there (-1: none).
 typedef struct { matrix w; int tile, part, of; } item_at;
@@ -1320,7 +1316,7 @@ static __device__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *expon
         float x = v[i] * scale, a;
         int e;
         if (!(x == x)) x = 0;
-        e = exponents[i] = fp4_exponent(warp_max(fabsf(x)));
+        e = exponents[i] = fp4_exponent(group_max(fabsf(x), WARP));
         a = nearest(x * exp2i(-e), 6, 1, 1);
         codes[i] = (a < 1 ? (uint32_t)(a * 2) : (__float_as_uint(a) >> 22) - 252) | (__float_as_uint(x) >> 28 & 8);
         v[i] = signed_as(a, x) * exp2i(e);
@@ -1651,7 +1647,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
                 p.scores[(size_t)i * p.n_scores + (size_t)(m0 + g + 8 * half)] = sum[half] * exp2i(KEY_SHIFT);
         }
     }
-    if (last_block(&p.arrived[i], least((int)gridDim.x, (n + TILE - 1) / TILE))) index_top(p, i, n);
+    if (last_block(&p.arrived[i], least((int)gridDim.x, blocks_of(n, TILE)))) index_top(p, i, n);
 }
 
 // ---- attention --------------------------------------------------------------------------------
@@ -2662,7 +2658,7 @@ static __device__ __forceinline__ void item_of(const linears_args &p, int i, ite
 static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
 static __device__ __noinline__ void run_beside(const linears_args &p, int block, char *bytes) {
     __shared__ float scratch[WARPS];
-    int n = *p.n_rows, windows = (p.rows + WARPS - 1) / WARPS, warp = (int)threadIdx.x / WARP;
+    int n = *p.n_rows, windows = blocks_of(p.rows, WARPS), warp = (int)threadIdx.x / WARP;
     grid_wait();
     if (!p.mix.out) kv_task(p.kv, block < windows ? block : (block - windows) / (p.tasks - 1),
                                  block < windows ? 0 : 1 + (block - windows) % (p.tasks - 1), n, bytes, scratch);
@@ -2822,7 +2818,6 @@ static __host__ __device__ constexpr int stage_rows(int mt) { return WARPS * mt 
 static __host__ __device__ constexpr int stage_bytes(int mt) {
     return stage_rows(mt) + MOST_COLUMNS * 2 * 4 + (mt == 1 ? 16 << 10 : 32 << 10);
 }
-static __host__ __device__ int tiles_along(int n, int each) { return (n + each - 1) / each; }
 
 // A tile: some outputs of a matrix for `live` rows of x; row i begins at at[i], its sums go to row to[i]. eights: of
 // rows that linears_wide computes, padding included.
@@ -3027,14 +3022,14 @@ template <int MT, class F> static __device__ __forceinline__ void wide(int n_til
     });
 }
 static __device__ __forceinline__ void set_tile(span &s, const matrix &w, int m0, int end, int outputs, int of) {
-    set_span(s, w, m0, tiles_along(least(end - m0, outputs), TILE), of);
+    set_span(s, w, m0, blocks_of(least(end - m0, outputs), TILE), of);
     s.rows = end;
 }
 
 // Tiles of a job; none crosses groups of outputs.
 static __host__ __device__ int job_tiles(const job &j, int rows, int outputs, int columns) {
     int group = j.group ? j.group : j.w.rows;
-    return j.w.rows / group * tiles_along(group, outputs) * tiles_along(rows, columns);
+    return j.w.rows / group * blocks_of(group, outputs) * blocks_of(rows, columns);
 }
 static __host__ __device__ __forceinline__ int wide_columns(const job &j, int mt) {
     return 8 * wide_eights(mt, j.w.dtype, j.x.planes);
@@ -3046,9 +3041,9 @@ static __device__ __forceinline__ void find_job(const linears_args &p, int n, in
     if (me >= (int)(sizeof t.at / sizeof *t.at)) return;
     while (p.jobs[k].first_item > i) k--;
     const job &j = p.jobs[k];
-    int each = columns(j), along = tiles_along(p.rows, each), group, m0, r0, r;
+    int each = columns(j), along = blocks_of(p.rows, each), group, m0, r0, r;
     i -= j.first_item, r0 = i % along * each, i /= along;
-    group = j.group ? j.group : j.w.rows, along = tiles_along(group, outputs);
+    group = j.group ? j.group : j.w.rows, along = blocks_of(group, outputs);
     m0 = i / along * group + i % along * outputs, r = most(0, least(r0 + me, n - 1));
     t.at[me] = r * j.x_stride + (j.group ? i / along * j.x_group : 0), t.to[me] = j.y_rows ? j.y_rows[r] : r;
     if (me) return;
@@ -3079,7 +3074,7 @@ static __device__ expert_part part_of(const experts_args &p, int a) {
     }
     if (!o.of) return o;
     for (int i = 0; i < p.n_which; i++) if (o.of->w[p.which + i].dtype != DSPARK_FP8) o.eights = 4;
-    o.along = tiles_along(o.of->w[p.which].rows, wide_outputs(EXPERT_TILES));
+    o.along = blocks_of(o.of->w[p.which].rows, wide_outputs(EXPERT_TILES));
     return o;
 }
 // before[i]: tiles, of(i) each, of things before i. Returned: all.
@@ -3108,7 +3103,7 @@ static __device__ void find_expert(const experts_args &p, const int *before, int
     if (me >= MOST_COLUMNS) return;
     int low = last_before(before, p.active[0], i);
     expert_part o = part_of(p, low);
-    int rows = tiles_along(o.n, 8 * o.eights), m, r0, which, at, r, slot, shared = low == p.active[0];
+    int rows = blocks_of(o.n, 8 * o.eights), m, r0, which, at, r, slot, shared = low == p.active[0];
     i -= before[low], r0 = i % rows * 8 * o.eights, i /= rows, which = i / o.along;
     m = i % o.along * wide_outputs(EXPERT_TILES), at = least(r0 + me, o.n - 1);
     if (!shared) at = p.list[o.first + at];
@@ -3130,7 +3125,7 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
     grid_wait();
     int n = tiles_before(p.active[0] + 1, before, [&](int a) {
         expert_part o = part_of(p, a);
-        return tiles_along(o.n, 8 * o.eights) * o.along * p.n_which;
+        return blocks_of(o.n, 8 * o.eights) * o.along * p.n_which;
     });
     wide<EXPERT_TILES>(n, bytes, [&](int i, wide_tile &t) { find_expert(p, before, i, t); });
 }
@@ -3366,7 +3361,7 @@ typedef struct {
 template <int PANELS, int PARTS>
 static __device__ void find_whole(const whole_args &p, const int *before, int i, panel_tile &t) {
     int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], K = p.e.c.K,
-        first = p.e.first[e], n = p.e.first[e + 1] - first, rows = tiles_along(n, PANELS * PANEL), r0, at, m0;
+        first = p.e.first[e], n = p.e.first[e + 1] - first, rows = blocks_of(n, PANELS * PANEL), r0, at, m0;
     const matrix *w = p.e.experts[e].w + p.e.which;
     if (me >= PANELS * PANEL) return;
     i -= before[a], r0 = i % rows * PANELS * PANEL, m0 = i / rows * WARPS * TILE;
@@ -3389,8 +3384,8 @@ static __device__ __forceinline__ void whole_experts(const whole_args &p, char *
     fill_table(table);
     grid_wait();
     n = tiles_before(p.e.active[0], before, [&](int i) {
-        int e = p.e.active[1 + i], rows = tiles_along(p.e.first[e + 1] - p.e.first[e], PANELS * PANEL);
-        return rows * tiles_along(p.e.experts[e].w[p.e.which].rows, WARPS * TILE);
+        int e = p.e.active[1 + i], rows = blocks_of(p.e.first[e + 1] - p.e.first[e], PANELS * PANEL);
+        return rows * blocks_of(p.e.experts[e].w[p.e.which].rows, WARPS * TILE);
     });
     panels<DSPARK_FP4, PANELS, PARTS>(n, bytes, table, [&](int i, panel_tile &t) {
         find_whole<PANELS, PARTS>(p, before, i, t);
@@ -3687,7 +3682,7 @@ static __device__ unsigned long long block_scan(unsigned long long x, unsigned l
 // Of equals at the cut only `stay` stay: the first by id.
 static __device__ void cut_equals(const draw_args &p, tally *t, const float *logits, uint32_t cut, int stay,
                                   unsigned long long *sums) {
-    int each = (p.c.V + THREADS - 1) / THREADS, from = (int)threadIdx.x * each, to = least(p.c.V, from + each);
+    int each = blocks_of(p.c.V, THREADS), from = (int)threadIdx.x * each, to = least(p.c.V, from + each);
     int equal = 0;
     for (int v = from; v < to; v++) equal += ordered(logits[v]) == cut;
     stay -= (int)block_scan((unsigned long long)equal, sums) - equal;
@@ -4260,7 +4255,6 @@ static void launch(cuda *d, const char *name, void (*kernel)(P), dim3 grid, int 
 }
 #define LAUNCH(kernel, ...) launch(d, #kernel, kernel, __VA_ARGS__)
 static dim3 grid_of(int x, int y) { return dim3((unsigned)x, (unsigned)y); }
-static int blocks_of(int n, int each) { return (n + each - 1) / each; }
 
 // Rows grids are made for: a recording serves all n up to it.
 static int bucket(int n) { return n <= 8 ? n : n <= 64 ? (n + 7) / 8 * 8 : (n + 63) / 64 * 64; }
