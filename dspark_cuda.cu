@@ -2449,9 +2449,9 @@ typedef struct {
     commit_args commit;
 } round_args;
 // Eight numbers of a row from `at` on.
-static __device__ void round_eight(const round_args &p, int r, int at, int live) {
+static __device__ void round_eight(const round_args &p, int r, int at) {
+    int live = at < p.n;
     float v[8];
-    live = live && at < p.n;
     if (live) load8_fresh(v, p.x + (size_t)r * (size_t)p.n + (size_t)at);
     put_input(p.out, r, at, v, live);
 }
@@ -2464,7 +2464,7 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     grid_wait();
     if (r >= n) return;
     if (part >= p.parts) commit(p.c, p.commit, r, part - p.parts);
-    else if (!p.norm) round_eight(p, r, (part * THREADS + (int)threadIdx.x) * 8, 1);
+    else if (!p.norm) round_eight(p, r, (part * THREADS + (int)threadIdx.x) * 8);
     else if (threadIdx.x < WARP) put_normed_row(p.out, r, p.x + (size_t)r * (size_t)p.n, p.norm, p.n, p.c.eps);
 }
 
@@ -2601,11 +2601,11 @@ static __device__ __forceinline__ float swiglu_of(float limit, float g, float u)
 }
 static __device__ __forceinline__ float swiglu_limit(const shape &c) { return c.limit > 0 ? c.limit : HUGE_VALF; }
 // Eight numbers of it from `at` on.
-static __device__ void swiglu_eight(const swiglu_args &p, int r, int slot, int at, int live) {
+static __device__ void swiglu_eight(const swiglu_args &p, int r, int slot, int at) {
     int K = p.c.K;
     size_t from = (size_t)(r * (K + 1) + slot) * (size_t)p.stride + (size_t)at;
+    int live = at < (slot < K ? p.width : p.shared_width);
     float v[8], g[8], u[8], weight, limit = swiglu_limit(p.c);
-    live = live && at < (slot < K ? p.width : p.shared_width);
     if (live) load8_fresh(g, p.gate + from), load8_fresh(u, p.up + from);
     weight = live && slot < K ? p.weight[r * K + slot] : 1;
     for (int i = 0; live && i < 8; i++) v[i] = weight * swiglu_of(limit, g[i], u[i]);
@@ -2618,7 +2618,7 @@ static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
     n = p.n->n_rows;
     grid_wait();
     for (int at = 0; r < n && at < (slot < p.c.K ? p.width : p.shared_width); at += THREADS * 8)
-        swiglu_eight(p, r, slot, at + (int)threadIdx.x * 8, 1);
+        swiglu_eight(p, r, slot, at + (int)threadIdx.x * 8);
 }
 
 // ---- products ---------------------------------------------------------------------------------
@@ -4647,18 +4647,17 @@ static void cache_run(cuda *d, int l) {
 }
 
 // Experts of whole blocks, from x to the sums of all slots. e: as for w1 and w3; a: its slot is set here.
-static void experts_of_blocks(cuda *d, const experts_args &e, const swiglu_args &a, const layer_weights *w) {
+static void experts_of_blocks(cuda *d, const experts_args &e, swiglu_args a, const layer_weights *w) {
     int K = d->s.K, width = a.stride, panels = d->n_rows * K > PANEL * d->s.E ? 2 : 1;
     codes_args c = { d->x.rounded, d->x.rounded_scale, d->x.stride, d->x.stride, d->expert_codes, NULL };
     whole_args p = { e, d->expert_codes, d->route_weight, d->act_codes, d->act.rounded_scale, width };
-    swiglu_args of_shared = a;
     linears_args shared;
     input x = d->act;
     LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
     launch(d, "experts w1 w3", panels == 1 ? experts_up_whole<1> : experts_up_whole<2>, grid_of(d->sms, 1), THREADS,
            (size_t)(panel_bytes(panels) + gate_bytes(panels)), p);
-    of_shared.slot = K;
-    LAUNCH(swiglu, grid_of(d->grid.rows, 1), THREADS, 0, of_shared);
+    a.slot = K;
+    LAUNCH(swiglu, grid_of(d->grid.rows, 1), THREADS, 0, a);
     p.codes = d->act_codes, p.e.which = 2, p.e.x_by_slot = 1, p.e.x = d->act, p.e.y[0] = d->down, p.e.y_stride = d->s.h;
     launch(d, "experts w2", panels == 1 ? experts_whole<1> : experts_whole<2>, grid_of(d->sms, 1), THREADS,
            (size_t)panel_bytes(panels), p);
