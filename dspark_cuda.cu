@@ -3623,11 +3623,6 @@ static __device__ __forceinline__ int is_weighed(const draw_row &d) {
            (d.top_k || d.top_p > 0 || d.min_p > 0 || d.purpose == DSPARK_DRAW_DRAFT || refuses(d) ||
             d.temperature < COLD);
 }
-static __device__ __forceinline__ unsigned long long shfl_xor64(unsigned long long x, int mask) {
-    uint32_t low = (uint32_t)__shfl_xor_sync(ALL, (int)(uint32_t)x, mask),
-             high = (uint32_t)__shfl_xor_sync(ALL, (int)(x >> 32), mask);
-    return (unsigned long long)high << 32 | low;
-}
 static __device__ __forceinline__ float logit_of(uint32_t key) {       // inverse of `ordered`
     return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
 }
@@ -3657,10 +3652,7 @@ static __global__ void __launch_bounds__(THREADS) survey(const draw_args p) {
         uint32_t key = logits[v] <= FLT_MAX ? ordered(logits[v]) : ALL;
         if (key > peak) peak = key;
     }
-    for (int k = 16; k; k /= 2) {
-        uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)peak, k);
-        if (other > peak) peak = other;
-    }
+    peak = __reduce_max_sync(ALL, peak);
     if (threadIdx.x % WARP == 0) atomicMax(&p.peak[i], peak);
     if (!last_block(&p.arrived[i], (int)gridDim.x) || threadIdx.x) return;
     peak = __ldcg(&p.peak[i]), p.peak[i] = 0;
@@ -3762,7 +3754,7 @@ static __global__ void __launch_bounds__(THREADS) weigh(const draw_args p) {
     if (!(t.max >= -FLT_MAX)) return;
     for (int v = from + (int)threadIdx.x; v < to; v += THREADS)
         sum += units(weight(d, t, d.min_p, p.logits[(size_t)r * (size_t)p.c.V + (size_t)v], v));
-    for (int k = 16; k; k /= 2) sum += shfl_xor64(sum, k);
+    for (int k = 16; k; k /= 2) sum += __shfl_xor_sync(ALL, sum, k);
     if (threadIdx.x % WARP == 0 && sum) atomicAdd(&p.tallies[r].sum, sum);
 }
 
@@ -3840,7 +3832,7 @@ static __global__ void __launch_bounds__(THREADS) draw(const draw_args p) {
         }
     }
     for (int k = 16; k; k /= 2) {
-        unsigned long long other = shfl_xor64(best, k);
+        unsigned long long other = __shfl_xor_sync(ALL, best, k);
         if (other > best) best = other;
     }
     if (threadIdx.x % WARP == 0) atomicMax(&p.best[r], best);

@@ -182,6 +182,11 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
 static int __shfl_xor_sync(unsigned, int x, int mask) {
     return (int)host_exchange((uint32_t)x)[(host.self % 32) ^ mask];
 }
+static unsigned long long __shfl_xor_sync(unsigned all, unsigned long long x, int mask) {
+    uint32_t low = (uint32_t)__shfl_xor_sync(all, (int)x, mask);
+    uint32_t high = (uint32_t)__shfl_xor_sync(all, (int)(x >> 32), mask);
+    return (unsigned long long)high << 32 | low;
+}
 static int __shfl_up_sync(unsigned, int x, int by) {
     int lane = (int)(host.self % 32);
     return (int)host_exchange((uint32_t)x)[lane < by ? lane : lane - by];
