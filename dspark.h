@@ -736,7 +736,7 @@ typedef dspark_status (*dspark_piece)(void *user, void *data, size_t bytes);
 enum { DSPARK_SUB_ATTN, DSPARK_SUB_FFN };
 struct dspark_backend {
     const char *name;
-    dspark_status (*open)(void **device, const dspark_model *, const dspark_model_desc *);
+    dspark_status (*open)(void **device, const dspark_model *, const dspark_model_desc *);      // max_rows > 0
     void (*close)(void *device);
     size_t (*bytes)(const void *device);                            // allocated so far, states left out
     const char *(*path_name)(const void *device);
@@ -7688,7 +7688,6 @@ static size_t dspark__cpu_carve(dspark__cpu *d, void *memory) {
 
 static void dspark__cpu_close(void *device) {
     dspark__cpu *d = (dspark__cpu *)device;
-    if (!d) return;
     dspark__free(d->memory);
     dspark__free(d->attend_scratch);
     dspark__free(d->attend_rows);
@@ -7729,8 +7728,7 @@ static dspark_status dspark__cpu_open(void **device, const dspark_model *m, cons
 #else
     d->n_threads = threads > 0;
 #endif
-    d->max_rows = desc->max_rows > 0 ? desc->max_rows : 128;
-    d->max_rows = dspark__max(d->max_rows, c->dspark_block_size + 1);
+    d->max_rows = dspark__max(desc->max_rows, c->dspark_block_size + 1);
     d->bytes = dspark__cpu_carve(d, NULL);
     if (!dspark__memory_check(m, "workspace", d->bytes)) d->memory = dspark__alloc(d->bytes, 1);
     if (!d->memory) return dspark__cpu_close(d), DSPARK_ERROR_MEMORY;
@@ -7781,7 +7779,6 @@ static size_t dspark__cpu_state_bytes(const void *device, int max_context) {
 
 static void dspark__cpu_state_close(void *state) {
     dspark__state *s = (dspark__state *)state;
-    if (!s) return;
     dspark__free(s->memory);
     dspark__free(s->arrays);
     dspark__free(s->layers);

@@ -4359,8 +4359,7 @@ static void lt_product_run(cuda *d, const lt_product *p, const matrix &w, const 
 // The cuBLASLt product for a job, the same each time; NULL: none.
 static const lt_product *lt_product_of(cuda *d, const job *j) {
     lt_product *p = d->products;
-    if (!j->w.block_scale || j->x.planes > 1 || j->group || j->add || j->y_rows) return NULL;
-    if (j->w.cols % 16 || j->w.rows % 16) return NULL;
+    if (!j->w.block_scale || j->x.planes > 1 || j->w.cols % 16 || j->w.rows % 16) return NULL;
     for (; p < d->products + d->n_products; p++)
         if (p->rows == j->w.rows && p->cols == j->w.cols && p->y_stride == j->y_stride) return p->possible ? p : NULL;
     if (d->n_products == MAX_PRODUCTS) return NULL;
@@ -4415,7 +4414,7 @@ static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype
     some.n_jobs = 0;
     for (int i = 0; i < p->n_jobs; i++) {
         const job *j = &p->jobs[i];
-        if (j->w.dtype == dtype && j->x.planes > 1 && !j->add) some.jobs[some.n_jobs++] = *j;
+        if (j->w.dtype == dtype && j->x.planes > 1) some.jobs[some.n_jobs++] = *j;
         else p->jobs[left++] = *j;
     }
     if (!some.n_jobs) return;
@@ -4786,11 +4785,11 @@ static void draft_step(cuda *d, int k, int drawn_here) {
     LAUNCH(markov_begin, grid_of(n, 1), THREADS, (size_t)(d->s.h + 2 * rank) * sizeof(float), m);
     if (kind == DSPARK_HEAD_NONE) return;
     if (kind != DSPARK_HEAD_VANILLA) {
-        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank, 1);
+        job_add(&p, d->joint, d->markov_in, d->z, 3 * rank);
         jobs_run(d, "linears markov joint", &p, n, &d->dev.n->n_segments);
         LAUNCH(markov_gate, grid_of(n, 1), THREADS, (size_t)rank * sizeof(float), m);
     }
-    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V, 1);
+    job_add(&p, d->w2, d->markov_out, d->draft_logits + (size_t)k * (size_t)d->s.V, d->s.V);
     p.jobs[0].add = 1, p.jobs[0].y_rows = d->dev.segment_row;
     jobs_run(d, "linears markov_w2", &p, n, &d->dev.n->n_segments);
 }
@@ -5400,7 +5399,7 @@ static void up_drafter(uploader *u) {
     d->w1 = up_matrix(u, &w->markov_w1), d->w2 = up_matrix(u, &w->markov_w2);
     d->joint = up_matrix(u, w->head_kind == DSPARK_HEAD_RNN ? &w->joint_proj : &w->gate_proj);
     d->joint_bias = up_floats(u, bias, (size_t)(w->head_kind == DSPARK_HEAD_RNN ? 3 : 1) * (size_t)rank);
-    d->confidence_w = w->confidence_proj.data ? up_as_floats(u, &w->confidence_proj) : NULL;
+    d->confidence_w = up_as_floats(u, &w->confidence_proj);
     for (int i = 0; i < stages; i++) norms[i] = d->layer[d->c->num_hidden_layers + i].kv_norm;
     d->stage_norms = (const float *const *)up_array(u, norms, (size_t)stages, sizeof *norms);
 }
@@ -5430,8 +5429,7 @@ static void up_run(cuda *d, const dspark_model_desc *desc) {
     }
     if (!d->status) up_all(&u);
     if (!d->status) up_flush(&u);
-    TRY(cudaStreamSynchronize(d->stream));
-    if (d->stream && d->status) cudaStreamSynchronize(d->stream);      // before the buffers go
+    good(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize");      // also after a failure: the buffers go
     for (int i = 0; i < 2; i++) {
         cudaFreeHost(u.stage[i]);
         if (u.event[i]) cudaEventDestroy(u.event[i]);
@@ -5533,8 +5531,8 @@ static void carve_drafter(cuda *d, carver *v, int n) {
     d->draft_logits = carve_rows(v, n, d->s.V), d->candidates = carve_ints(v, n, 1);
     d->value = (double *)carve(v, (size_t)n * DSPARK_MAX_BLOCK, sizeof *d->value);
     d->e = carve_rows(v, n, rank), d->rnn = carve_rows(v, n, rank), d->z = carve_rows(v, n, 3 * rank);
-    d->markov_in = carve_input(v, n, 2 * rank + h, form_of(&w->gate_proj, HALVES) | form_of(&w->joint_proj, HALVES));
-    d->markov_out = carve_input(v, n, rank, form_of(&w->markov_w2, HALVES));
+    d->markov_in = carve_input(v, n, 2 * rank + h, w->head_kind > DSPARK_HEAD_VANILLA ? PLAIN : 0);
+    d->markov_out = carve_input(v, n, rank, PLAIN);
 }
 // Rows padded to 64: products read so many; the extra sums are unused.
 static size_t carve_all(cuda *d, uint8_t *base) {
@@ -5578,7 +5576,6 @@ static void forget_recordings(cuda *d) {
 
 static void cuda_close(void *device) {
     cuda *d = (cuda *)device;
-    if (!d) return;
     if (d->stream) cudaStreamSynchronize(d->stream);
     forget_recordings(d), lt_close(d);
     cudaFree(d->slab), cudaFree(d->work), cudaFree(d->scores_memory), cudaFree(d->cache);
@@ -5777,7 +5774,7 @@ static dspark_status cuda_open(void **device, const dspark_model *m, const dspar
     *device = NULL;
     if (!d) return dspark_fail(DSPARK_ERROR_MEMORY, "cuda: no memory");
     d->c = dspark_model_config(m), d->w = dspark_model_weights(m);
-    d->max_rows = most(desc->max_rows > 0 ? desc->max_rows : 128, d->c->dspark_block_size + 1);
+    d->max_rows = most(desc->max_rows, d->c->dspark_block_size + 1);
     set_shape(d), check_shape(d), check_experts(d);
     d->layer = (layer_weights *)calloc((size_t)d->layers, sizeof *d->layer);
     d->ops = (operation *)calloc((size_t)d->max_ops, sizeof *d->ops);
