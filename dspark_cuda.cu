@@ -79,7 +79,7 @@ enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1
 
 // ---- instructions, and their twins on the host ------------------------------------------------
 
-#ifdef DSPARK_CUDA_HOST
+#ifdef DSPARK_CUDA_HOST     // tests/cuda_host.h has the others
 #define UNROLL
 #define UNROLL_BY(n)
 #define SHARED_BYTES(name) char *name = host.shared
@@ -92,10 +92,8 @@ template <int AT, int ONCE = 0> static inline void copy16(shared_at to, const vo
     host_ask(to + AT, from, 16);
 }
 template <int AT> static inline void copy4(shared_at to, const void *from) { host_ask(to + AT, from, 4); }
-static inline void copies_close(void) { host_close(); }
 static inline void keep(int) {}
 static inline void prefetch_line(const void *) {}
-static inline void prefetch_bulk(const void *p, uint32_t n) { host_prefetch(p, n); }
 template <int PENDING> static inline void copies_wait(void) { host_land(PENDING); }
 static inline void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
@@ -106,7 +104,6 @@ static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t 
     if (first) c[0] = c[1] = c[2] = c[3] = 0;
     host_mma(c, all, b, 1);
 }
-static inline void load_transposed(uint32_t *r, const uint16_t *row) { host_load_transposed(r, row); }
 template <int DTYPE, int FIRST> static inline void mma_panel(float (*c)[4], const uint32_t *a, shared_at b) {
     host_mma_panel(c[0], a, b, DTYPE == DSPARK_FP4 ? HOST_E4M3 : DTYPE == DSPARK_FP8 ? HOST_F16 : HOST_BF16, FIRST);
 }
@@ -116,11 +113,6 @@ template <int PENDING> static inline void mma_panel_wait(float (*)[4]) {}
 static inline void copies_seen(void) {}
 template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
-static inline uint2 f16_of_e4m3(uint32_t codes) { return host_f16_of_e4m3(codes); }
-static inline uint32_t f16x2(float low, float high) { return host_f16x2(low, high); }
-static inline float f16_value(uint32_t u) { return host_f16_value(u); }
-static inline uint32_t bf16x2(float low, float high) { return host_bf16x2(low, high); }
-static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return host_mul_bf16x2(a, b); }
 #else
 #define UNROLL _Pragma("unroll")
 #define TEXT_OF(x) #x
@@ -4460,18 +4452,14 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
 // ---- the operations of a pass -----------------------------------------------------------------
 
 // The deferred updates, and with them the sums for a mix.
-static stream_args stream_of(const cuda *d, const float *fn, int n_out) {
+static void run_stream(cuda *d, const float *fn, int n_out) {
     stream_args p;
+    int rows = d->grid.rows, many = rows >= MANY_ROWS;
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.from = d->from, p.embed = d->embed, p.y = d->from_y,
     p.slots = d->slots;
     p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
-    return p;
-}
-static void run_stream(cuda *d, const float *fn, int n_out) {
-    stream_args p = stream_of(d, fn, n_out);
-    int rows = d->grid.rows, many = rows >= MANY_ROWS;
     launch(d, "stream", many ? stream<2> : stream<1>,
            grid_of(d->s.h / SLICE, blocks_of(rows, (many ? 8 : 2) * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
@@ -4513,14 +4501,16 @@ static void op_tap(cuda *d, int index) {
     d->tap = index;
 }
 
-static index_args index_of(const cuda *d, int l, int row0) {
+static void attention_index(cuda *d, int l, int row0, int rows) {
     index_args p;
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.row0 = row0, p.layer = l, p.turns = d->turns;
     p.index_q = d->index_q, p.index_w = d->index_w, p.q = d->query, p.w = d->query_w;
     p.scores = d->scores, p.n_scores = d->scores_bytes / sizeof(float) / INDEX_ROWS, p.chosen = d->chosen,
     p.arrived = d->arrived;
-    return p;
+    LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads, WARPS), rows), THREADS, 0, p);
+    LAUNCH(index_scores, grid_of(most(1, 2 * d->sms / rows), rows), THREADS,
+           query_bytes(d->s.index_heads, d->s.I), p);
 }
 static void attention_project(cuda *d, const layer_weights *w, int l) {
     linears_args p;
@@ -4558,13 +4548,6 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
     p.ahead = w->of_wo_a;
     jobs_run(d, "linears wq_b", &p, d->grid.rows, &d->dev.n->n_rows);
-}
-
-static void attention_index(cuda *d, int l, int row0, int rows) {
-    index_args p = index_of(d, l, row0);
-    LAUNCH(index_query, grid_of(blocks_of(d->s.index_heads, WARPS), rows), THREADS, 0, p);
-    LAUNCH(index_scores, grid_of(most(1, 2 * d->sms / rows), rows), THREADS,
-           query_bytes(d->s.index_heads, d->s.I), p);
 }
 
 // What of this pass goes into the rings.
@@ -4980,18 +4963,12 @@ static dspark_status cuda_pass_begin(void *device, const dspark_pass *pass) {
 
 // Each in an NVTX range of its name.
 static void run_ops(cuda *d) {
-#ifndef DSPARK_CUDA_HOST
     static const char *const names[] = { "pass", "mix_in", "attention",  "moe",         "mix_out", "tap",
                                          "head", "inject", "draft_head", "draft_steps", "choose",  "draw" };
-#endif
     for (int i = 0; i < d->n_ops && !d->status; i++) {
-#ifndef DSPARK_CUDA_HOST
         nvtxRangePushA(names[d->ops[i].op]);
-#endif
         run_op(d, &d->ops[i]);
-#ifndef DSPARK_CUDA_HOST
         nvtxRangePop();
-#endif
     }
     if (TRACED) run_turns(d), trace_between();      // its turn ends the last kernel's time
 }

@@ -213,7 +213,7 @@ static uint32_t __reduce_min_sync(unsigned, uint32_t x) {
     return x;
 }
 
-static __forceinline__ float host_f16_value(uint32_t u) {
+static __forceinline__ float f16_value(uint32_t u) {
     uint32_t a = (u & 0x7fffu) << 13;
     float x = (u & 0x7c00u) == 0x7c00u ? host_as_float(a | 0x7f800000u) : host_as_float(a) * host_as_float(239u << 23);
     return host_as_float(host_as_bits(x) | (u << 16 & 0x80000000u));
@@ -234,8 +234,8 @@ static void host_mma_all(host_warp *w) {
         float x[64];     // of each of the eight g, eight consecutive numbers
         for (int lane = 0; lane < 32; lane++) {
             uint32_t u = words[i][lane];
-            x[2 * lane] = w->kind == HOST_F16 ? host_f16_value(u & 0xffffu) : host_as_float(u << 16);
-            x[2 * lane + 1] = w->kind == HOST_F16 ? host_f16_value(u >> 16) : host_as_float(u & 0xffff0000u);
+            x[2 * lane] = w->kind == HOST_F16 ? f16_value(u & 0xffffu) : host_as_float(u << 16);
+            x[2 * lane + 1] = w->kind == HOST_F16 ? f16_value(u >> 16) : host_as_float(u & 0xffff0000u);
         }
         double *to = i < 4 ? &A[8 * (i & 1)][8 * (i >> 1)] : B[8 * (i - 4)];
         int row = i < 4 ? 16 : 1, column = i < 4 ? 1 : 8;
@@ -275,7 +275,7 @@ static float host_number(const void *at, int kind) {
     for (uint32_t i = 256; !value[1] && i--;) value[i] = host_e4m3(i);
     if (kind == HOST_E4M3) return value[*(const uint8_t *)at];
     memcpy(&u, at, sizeof u);
-    return kind == HOST_F16 ? host_f16_value(u) : host_as_float((uint32_t)u << 16);
+    return kind == HOST_F16 ? f16_value(u) : host_as_float((uint32_t)u << 16);
 }
 static void host_mma_panel(float *c, const uint32_t *a, const char *b, int kind, int first) {
     host_warp *w = &host.warp[host.self / 32];
@@ -311,7 +311,7 @@ static inline void host_ask(char *to, const void *from, size_t n) {
     if (host.backwards) host_asked[host.self].copies.push_back({ to, (const char *)from, n });
     else memcpy(to, from, n);
 }
-static inline void host_close(void) {
+static inline void copies_close(void) {
     if (host.backwards) host_asked[host.self].closed.push_back(host_asked[host.self].copies.size());
 }
 static void host_land(size_t pending) {
@@ -330,14 +330,14 @@ static inline const void *host_aligned(const void *row) {
 }
 
 // cp.async.bulk.prefetch: no effect, but its bytes must exist.
-static inline void host_prefetch(const void *p, size_t n) {
+static inline void prefetch_bulk(const void *p, size_t n) {
     if (((uintptr_t)p | n) % 16 || !n) host_stop("a prefetch that is not a multiple of 16 bytes");
     (void)*(const volatile char *)p, (void)((const volatile char *)p)[n - 1];
 }
 
 // ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane
 // / 4.
-static void host_load_transposed(uint32_t *r, const uint16_t *row) {
+static void load_transposed(uint32_t *r, const uint16_t *row) {
     host_warp *w = &host.warp[host.self / 32];
     w->from[host.self % 32] = (const uint16_t *)host_aligned(row), w->to[host.self % 32] = r;
     host_together([](host_warp *all) {
@@ -389,10 +389,10 @@ static inline uint32_t host_bf16(float x) {
     uint32_t u = host_as_bits(x);
     return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
 }
-static inline uint32_t host_bf16x2(float low, float high) { return host_bf16(low) | host_bf16(high) << 16; }
-static inline uint32_t host_mul_bf16x2(uint32_t a, uint32_t b) {
-    return host_bf16x2(host_as_float(a << 16) * host_as_float(b << 16),
-                       host_as_float(a & 0xffff0000u) * host_as_float(b & 0xffff0000u));
+static inline uint32_t bf16x2(float low, float high) { return host_bf16(low) | host_bf16(high) << 16; }
+static inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    return bf16x2(host_as_float(a << 16) * host_as_float(b << 16),
+                  host_as_float(a & 0xffff0000u) * host_as_float(b & 0xffff0000u));
 }
 // To the nearest f16, ties to even.
 static inline uint32_t host_f16(float x) {
@@ -403,8 +403,8 @@ static inline uint32_t host_f16(float x) {
     else r = ((a + 0xfffu + (a >> 13 & 1)) >> 13) - (112u << 10);
     return r | (u >> 16 & 0x8000u);
 }
-static inline uint32_t host_f16x2(float low, float high) { return host_f16(low) | host_f16(high) << 16; }
-static inline uint2 host_f16_of_e4m3(uint32_t codes) {
+static inline uint32_t f16x2(float low, float high) { return host_f16(low) | host_f16(high) << 16; }
+static inline uint2 f16_of_e4m3(uint32_t codes) {
     uint32_t r[4];
     for (int i = 0; i < 4; i++, codes >>= 8)
         r[i] = (codes & 0x80) << 8 | ((codes & 0x7f) == 0x7f ? 0x7fffu
@@ -448,6 +448,8 @@ static inline const char *cudaGetErrorString(cudaError_t e) {
     return e == cudaErrorMemoryAllocation ? "out of memory" : e ? "unspecified failure" : "no error";
 }
 static inline cudaError_t cudaGetLastError(void) { return cudaSuccess; }
+static inline void nvtxRangePushA(const char *) {}
+static inline void nvtxRangePop(void) {}
 static inline cudaError_t cudaSetDevice(int) { HOST_CALL(); return cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
     HOST_CALL();
