@@ -849,6 +849,13 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #define DSPARK__SOON_CLANG
 #define DSPARK__SOON_CLANG_END
 #endif
+#ifdef __GNUC__
+#define DSPARK__INLINE static inline __attribute__((always_inline))
+#define DSPARK__CALLED static __attribute__((noinline, unused))
+#else
+#define DSPARK__INLINE static inline
+#define DSPARK__CALLED static inline
+#endif
 
 // >>base
 // Failures, memory, sizes, files, time. A failure is a status and its thread's message; memory comes only from
@@ -1225,14 +1232,14 @@ static int dspark__weights_tile(const dspark__softmax *s, int i, const float z[D
     return 1;
 }
 
-// A logit to an integer of the same order (-0 and 0 are equal), and back
-static inline uint32_t dspark__logit_key(float z) {
+// A float's bits as an integer of the same order (-0 and 0 are equal), and back
+DSPARK__INLINE uint32_t dspark__ordered(float z) {
     uint32_t bits;
     z += 0.0f;
     memcpy(&bits, &z, sizeof bits);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-static float dspark__logit_of_key(uint32_t key) {
+static float dspark__ordered_float(uint32_t key) {
     float z;
     key = key & 0x80000000u ? key ^ 0x80000000u : ~key;
     memcpy(&z, &key, sizeof z);
@@ -1248,7 +1255,7 @@ static void dspark__histogram(const dspark__softmax *s, int count, uint32_t pref
     memset(mass, 0, sizeof *mass << bits);
     for (int i = 0; i < s->vocab; i += DSPARK__TILE) {
         dspark__row_tile(s->logits + i, s->vocab - i, -HUGE_VALF, z);
-        for (int j = 0; j < DSPARK__TILE; j++) key[j] = dspark__logit_key(z[j]) >> shift;
+        for (int j = 0; j < DSPARK__TILE; j++) key[j] = dspark__ordered(z[j]) >> shift;
         same = 0;
         for (int j = 0; j < DSPARK__TILE; j++) same |= (uint32_t)(key[j] >> bits == prefix);
         if (!same || (!count && !dspark__weights_tile(s, i, z, e))) continue;
@@ -1281,7 +1288,7 @@ static void dspark__softmax_cut(dspark__softmax *s, int top_k, double top_p) {
         }
         prefix = prefix << width[level] | (uint32_t)pick;
     }
-    cut = dspark__logit_of_key(prefix);
+    cut = dspark__ordered_float(prefix);
     for (b = 0; b < s->vocab && before < limit; b++) {
         if (s->logits[b] != cut || (cut == s->cut && b > s->cut_id)) continue;
         last = b;
@@ -1777,6 +1784,12 @@ static uint32_t dspark__hash(const char *s, size_t n, uint64_t seed) {
     h *= 0xD6E8FEB86659FD93u;
     return (uint32_t)(h >> 32);
 }
+// The mask of a table that n entries fill at most half.
+static size_t dspark__table_mask(size_t n) {
+    size_t size = 16;
+    while (size < 2 * n) size *= 2;
+    return size - 1;
+}
 
 // ---- reading a parsed document: a node of another kind, or -1, gives the empty answer
 
@@ -2056,7 +2069,7 @@ static int dspark__json_equal(const dspark__json *j, int a, int b) {
 // Rejects repeated keys: compares all pairs if keys are few, else uses a hash table of nodes (0 is never a key).
 static dspark_status dspark__json_unique(const dspark__json_reader *r, int object) {
     const dspark__json *j = r->j;
-    size_t size = 16;
+    size_t mask = dspark__table_mask((size_t)j->nodes[object].n);
     int end = j->nodes[object].next, again = 0, *table;
     if (j->nodes[object].n <= 8) {
         for (int a = object + 1; a < end; a = j->nodes[a + 1].next)
@@ -2064,12 +2077,11 @@ static dspark_status dspark__json_unique(const dspark__json_reader *r, int objec
                 if (dspark__json_equal(j, a, b)) return dspark__json_repeated(r, a);
         return DSPARK_OK;
     }
-    while (size < 2 * (size_t)j->nodes[object].n) size *= 2;
-    table = (int *)dspark__alloc(size, sizeof *table);
+    table = (int *)dspark__alloc(mask + 1, sizeof *table);
     if (!table) return DSPARK_ERROR_MEMORY;
     for (int a = object + 1; a < end && !again; a = j->nodes[a + 1].next) {
-        size_t slot = dspark__hash(j->strings + j->nodes[a].at, (size_t)j->nodes[a].n, (uintptr_t)table) & (size - 1);
-        while (table[slot] && !dspark__json_equal(j, a, table[slot])) slot = (slot + 1) & (size - 1);
+        size_t slot = dspark__hash(j->strings + j->nodes[a].at, (size_t)j->nodes[a].n, (uintptr_t)table) & mask;
+        while (table[slot] && !dspark__json_equal(j, a, table[slot])) slot = (slot + 1) & mask;
         if (table[slot]) again = a;
         table[slot] = a;
     }
@@ -2590,10 +2602,8 @@ static void dspark__read_drafter(dspark__loader *b) {
 // ---- the shards' headers
 
 static dspark_status dspark__names_open(dspark__names *names, int n) {
-    size_t size = 16;
-    while (size < 2 * (size_t)n) size *= 2;
-    names->slots = (dspark__name *)dspark__alloc(size, sizeof *names->slots);
-    names->mask = size - 1;
+    names->mask = dspark__table_mask((size_t)n);
+    names->slots = (dspark__name *)dspark__alloc(names->mask + 1, sizeof *names->slots);
     return names->slots ? DSPARK_OK : DSPARK_ERROR_MEMORY;
 }
 
@@ -3803,11 +3813,9 @@ static dspark_status dspark__tokenizer_added(dspark__token_file *r, int list) {
     return DSPARK_OK;
 }
 
-// The mask of a table that n entries fill at most half.
-static size_t dspark__table_mask(size_t n) {
-    size_t size = 16;
-    while (size < 2 * n) size *= 2;
-    return size - 1;
+static int32_t dspark__vocabulary_id(const dspark_tokenizer *t, const char *bytes, int len) {
+    int32_t id = dspark_token_id(t, bytes, (size_t)len);
+    return id >= 0 && (t->tokens[id].kind & DSPARK__TOKEN_VOCABULARY) ? id : -1;
 }
 
 // Checks that ids 0 .. n - 1 all have bytes, no two the same, and that each byte has an id.
@@ -3834,8 +3842,7 @@ static dspark_status dspark__tokenizer_index(dspark__token_file *r) {
     }
     for (int b = 0; b < 256; b++) {
         char byte = (char)b;
-        t->byte_id[b] = dspark_token_id(t, &byte, 1);
-        if (t->byte_id[b] < 0 || !(t->tokens[t->byte_id[b]].kind & DSPARK__TOKEN_VOCABULARY))
+        if ((t->byte_id[b] = dspark__vocabulary_id(t, &byte, 1)) < 0)
             return dspark__fail(DSPARK_ERROR_FORMAT, "%s: model.vocab: expected a token for every byte, "
                                 "found none for 0x%02X", r->path, (unsigned)b);
     }
@@ -3856,11 +3863,6 @@ static int dspark__merge_parts(const dspark__token_file *r, int node, char **at,
     *left = dspark__byte_level(r, first, n_first, *at);
     *right = *left < 0 ? -1 : dspark__byte_level(r, second, n_second, *at + *left);
     return *right >= 0;
-}
-
-static int32_t dspark__vocabulary_id(const dspark_tokenizer *t, const char *bytes, int len) {
-    int32_t id = dspark_token_id(t, bytes, (size_t)len);
-    return id >= 0 && (t->tokens[id].kind & DSPARK__TOKEN_VOCABULARY) ? id : -1;
 }
 
 // model.merges: pairs in rank order; both parts and the whole must be tokens of the vocabulary
@@ -5960,11 +5962,12 @@ static dspark_status dspark__verify_there(const dspark__lane *a, int i, int32_t 
     return dspark__fail(DSPARK_ERROR_NUMERIC, "row %d of a session: its logits are no distribution", i);
 }
 
-static dspark_verify_desc dspark__verify_of(const dspark__lane *a, const float *p_target, const float *p_draft) {
-    const dspark_session *s = a->s;
+// n: drafts.
+static dspark_verify_desc dspark__verify_of(const dspark_session *s, int n, const float *p_target,
+                                            const float *p_draft) {
     dspark_verify_desc v;
     memset(&v, 0, sizeof v);
-    v.p_target = p_target, v.p_draft = p_draft, v.draft = s->tokens + s->n_tokens, v.n = a->length,
+    v.p_target = p_target, v.p_draft = p_draft, v.draft = s->tokens + s->n_tokens, v.n = n,
     v.vocab = dspark__config(s)->vocab_size, v.position = s->n_tokens;
     v.mode = dspark__mode(s), v.seed = s->desc.seed, v.cycle = s->cycle;
     return v;
@@ -5977,7 +5980,7 @@ static void dspark__float_mode_restore(uint64_t old);
 // and is reported in turn.
 static void dspark__verify_ahead(dspark__lane *a, float *p_target, const float *p_draft) {
     const dspark_session *s = a->s;
-    dspark_verify_desc v = dspark__verify_of(a, p_target, p_draft);
+    dspark_verify_desc v = dspark__verify_of(s, a->length, p_target, p_draft);
     if (a->n_prompt || s->desc.adjust || s->desc.logprobs || dspark__drawn_there(s)) return;
     for (int i = 0, accepted = 1; i <= a->length && accepted; i++) {
         int32_t token = 0;
@@ -5992,7 +5995,7 @@ static void dspark__verify_ahead(dspark__lane *a, float *p_target, const float *
 static dspark_status dspark__verify_lane(dspark__lane *a, float *p_target, const float *p_draft, const int32_t *drawn) {
     dspark_session *s = a->s;
     dspark_step_result *r = a->r;
-    dspark_verify_desc v = dspark__verify_of(a, p_target, p_draft);
+    dspark_verify_desc v = dspark__verify_of(s, a->length, p_target, p_draft);
     int first = s->n_tokens, finished = 0;
     for (int i = 0, accepted = 1; i <= a->length && accepted && !finished; i++) {
         float *row = p_target + (size_t)i * (size_t)v.vocab;
@@ -6105,16 +6108,13 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
 
 // Draws the anchor from an append's logits; returns 0 if this step has nothing more to run.
 static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
-    int V = dspark__config(s)->vocab_size, accepted, finished;
+    int accepted, finished;
     double log_sum = 0;
-    dspark_device_draw draw = dspark__draw_there(s, 0);         // before the next lines change s->cycle
-    dspark_verify_desc v;
-    int32_t token;
     float *p = s->logits;
-    memset(&v, 0, sizeof v);
-    v.p_target = p, v.vocab = V, v.position = s->n_tokens, v.mode = dspark__mode(s), v.seed = s->desc.seed,
-    v.cycle = s->cycle++;
-    s->has_logits = 0;
+    dspark_device_draw draw = dspark__draw_there(s, 0);         // before the next lines change s->cycle
+    dspark_verify_desc v = dspark__verify_of(s, 0, p, NULL);
+    int32_t token;
+    s->cycle++, s->has_logits = 0;
     if (dspark__drawn_there(s)) {
         r->status = s->model->backend->draw(s->model->device, p, &draw, &token);
         if (!r->status && token < 0) r->status = dspark__fail(DSPARK_ERROR_NUMERIC, "the logits are no distribution");
@@ -6523,13 +6523,6 @@ static void dspark__float_mode_restore(uint64_t old) {
 #endif
 }
 
-#ifdef __GNUC__
-#define DSPARK__INLINE static inline __attribute__((always_inline))
-#define DSPARK__CALLED static __attribute__((noinline, unused))
-#else
-#define DSPARK__INLINE static inline
-#define DSPARK__CALLED static inline
-#endif
 #define DSPARK__PASTE_(a, b) a##_##b
 #define DSPARK__PASTE(a, b) DSPARK__PASTE_(a, b)
 #define DSPARK__AT(name) DSPARK__PASTE(dspark__##name, DSPARK__PATH)
@@ -6771,28 +6764,11 @@ static const float *dspark__input(const dspark_matrix *w, const float *plain, co
 
 static float *dspark__row(float *base, int row, int n) { return base + (size_t)row * (size_t)dspark__pad(n); }
 
-static float dspark__half(uint32_t u) {
-    int e = (int)(u >> 10 & 31);
-    float m = (float)(u & 1023), x = e == 31 ? ((u & 1023) ? NAN : HUGE_VALF)
-                                     : e     ? ldexpf(m + 1024, e - 25)
-                                             : ldexpf(m, -24);
-    return u >> 15 & 1 ? -x : x;
-}
-static float dspark__plain_number(const uint8_t *p, int dtype) {
-    uint32_t u = p[0] | (uint32_t)p[1] << 8;
-    float x;
-    if (dtype == DSPARK_F32) u |= (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
-    if (dtype == DSPARK_BF16) u <<= 16;
-    if (dtype == DSPARK_F16) return dspark__half(u);
-    memcpy(&x, &u, 4);
-    return x;
-}
-
 // A row of a plain matrix as floats: an embedding.
 static void dspark__lookup(const dspark_matrix *w, int32_t row, float *out) {
-    size_t each = w->dtype == DSPARK_F32 ? 4 : 2;
-    const uint8_t *p = (const uint8_t *)w->data + (size_t)row * (size_t)w->cols * each;
-    for (int i = 0; i < w->cols; i++) out[i] = dspark__plain_number(p + (size_t)i * each, w->dtype);
+    size_t first = (size_t)row * (size_t)w->cols;
+    for (int i = 0; i < w->cols; i++)
+        out[i] = dspark__stored_float((const uint8_t *)w->data, first + (size_t)i, w->dtype);
 }
 
 // ---- rotary embedding -------------------------------------------------------------------------
@@ -7068,12 +7044,6 @@ static void dspark__index_query(dspark__cpu *d, int r, const float *turn, float 
         d->k->decode_fp4(codes, scales, I, q + h * I);
         w[h] *= scale;
     }
-}
-
-// A float's bits as an integer of the same order.
-static uint32_t dspark__ordered(float x) {
-    uint32_t u = dspark__bits_of(x + 0.0f);     // -0 becomes 0
-    return u ^ ((0u - (u >> 31)) | 0x80000000u);
 }
 
 // The k largest of scores [n], ascending by index; among equals the lower index wins.
