@@ -6406,14 +6406,12 @@ typedef struct {
     void (*axpy)(float *y, float a, const float *x, int n);         // y += a x
     // out_k = post_k y + sum_j w_jk x_j for k < K <= 8: w [C][K], x [C][n], out [K][n], which may be x; y NULL: 0
     void (*mix)(const float *x, int C, int n, const float *w, int K, const float *y, const float *post, float *out);
-    float (*sum_squares)(const float *x, int n);
     void (*rms_norm)(const float *x, const float *w, int n, float eps, float *y);       // w NULL: ones
     // weight silu(min(gate, limit)) clamp(up, -limit, limit); limit 0: none; y may be gate or up
     void (*swiglu)(const float *gate, const float *up, int n, float limit, float weight, float *y);
     void (*sigmoid)(float *x, int n);
     void (*tanh)(float *x, int n);
     void (*sqrt_softplus)(float *x, int n);
-    float (*log_sum_exp)(const float *x, int n);
     // o[h] = sum_j e^(s_hj) row_j / (e^sink_h + sum_j e^(s_hj)), s_hj = scale q_h . row_j; q and o [H][d];
     // scratch [H * n + n]
     void (*attend)(const float *q, int H, int d, const float *const *rows, int n, float scale,
@@ -6603,7 +6601,6 @@ DSPARK__SOON
 enum { DSPARK__INDEX_KEYS = 16 };       // decoded at a time
 
 typedef struct {
-    const dspark_model *model;
     const dspark_config *c;
     const dspark_weights *w;
     const dspark__kernels *k;
@@ -6837,8 +6834,8 @@ static dspark_status dspark__cpu_pass_begin(void *device, const dspark_pass *pas
 static void dspark__mix_scale(dspark__cpu *d, int r, float *m, int n) {
     const dspark_config *c = d->c;
     int width = c->hc_mult * c->hidden_size;
-    float square = d->k->sum_squares(dspark__row(d->stream, r, width), width);
-    float scale = 1 / sqrtf(square / (float)width + c->rms_norm_eps);
+    const float *z = dspark__row(d->stream, r, width);
+    float scale = 1 / sqrtf(d->k->dot(z, z, width) / (float)width + c->rms_norm_eps);
     for (int i = 0; i < n; i++) m[i] *= scale;
 }
 
@@ -7692,7 +7689,7 @@ static dspark_status dspark__cpu_open(void **device, const dspark_model *m, cons
                             c->qk_rope_head_dim);
     d = (dspark__cpu *)dspark__alloc(1, sizeof *d);
     if (!d) return DSPARK_ERROR_MEMORY;
-    d->model = m, d->c = c, d->w = dspark_model_weights(m), d->k = k;
+    d->c = c, d->w = dspark_model_weights(m), d->k = k;
 #ifdef _OPENMP
     d->n_threads = threads;
 #else
@@ -9237,10 +9234,8 @@ static void DSPARK__AT(mix)(const float *x, int C, int n, const float *w, int K,
 }
 #endif
 
-static float DSPARK__AT(sum_squares)(const float *x, int n) { return DSPARK__AT(dot)(x, x, n); }
-
 static void DSPARK__AT(rms_norm)(const float *x, const float *w, int n, float eps, float *y) {
-    dspark__v r = dspark__v_set(1.0f / sqrtf(DSPARK__AT(sum_squares)(x, n) / (float)n + eps));
+    dspark__v r = dspark__v_set(1.0f / sqrtf(DSPARK__AT(dot)(x, x, n) / (float)n + eps));
     for (int i = 0; i < n; i += 16) {
         dspark__v v = dspark__v_mul(dspark__v_load_n(x + i, n - i, 0), r);
         if (w) v = dspark__v_mul(v, dspark__v_load_n(w + i, n - i, 0));
@@ -9353,20 +9348,6 @@ static float dspark__v_maximum(const float *x, int n, float at_least) {     // N
     return dspark__v_largest(m);
 }
 
-static float DSPARK__AT(log_sum_exp)(const float *x, int n) {
-    float m = dspark__v_maximum(x, n, -DSPARK__INFINITY);
-    dspark__v s = dspark__v_zero();
-    if (m == -DSPARK__INFINITY) m = 0;      // all are, or NaN
-    if (m == DSPARK__INFINITY) return m;
-    for (int i = 0; i < n; i += 16) {
-        dspark__v v = dspark__v_load_n(x + i, n - i, -DSPARK__INFINITY);
-        s = dspark__v_add(s, dspark__v_exp(dspark__v_sub(v, dspark__v_set(m))));
-    }
-    s = dspark__v_set(dspark__v_sum(s));
-    if (!(dspark__v_first(s) > 0)) return dspark__v_first(s) == 0 ? -DSPARK__INFINITY : dspark__v_first(s);
-    return m + dspark__v_first(dspark__v_log(s));
-}
-
 DSPARK__SOON_CLANG_END
 // ---- Attention
 
@@ -9383,16 +9364,15 @@ DSPARK__SOON_CLANG_END
 #define dspark__weigh DSPARK__AT(weigh)
 DSPARK__INLINE void dspark__weigh(const float *const *rows, int n_rows, int at, int n, const float *const *p,
                                   float *const *o, const float *factor, const int R, const int W) {
-    dspark__v acc[6][4];
-    for (int r = 0; r < 6; r++) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = dspark__v_zero();
+    dspark__v acc[4][4];
+    for (int r = 0; r < 4; r++) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = dspark__v_zero();
     for (int j = 0; j < n_rows; j++) {
         const float *row = rows[j] + at;
         dspark__v v0 = W == 1 ? dspark__v_load_n(row, n, 0) : dspark__v_load(row), v1 = v0, v2 = v0, v3 = v0;
         if (W > 1) v1 = dspark__v_load(row + 16);
         if (W > 2) v2 = dspark__v_load(row + 32);
         if (W > 3) v3 = dspark__v_load(row + 48);
-        DSPARK__WEIGH_ROW(0) DSPARK__WEIGH_ROW(1) DSPARK__WEIGH_ROW(2)
-        DSPARK__WEIGH_ROW(3) DSPARK__WEIGH_ROW(4) DSPARK__WEIGH_ROW(5)
+        DSPARK__WEIGH_ROW(0) DSPARK__WEIGH_ROW(1) DSPARK__WEIGH_ROW(2) DSPARK__WEIGH_ROW(3)
     }
 #define DSPARK__WEIGH_OUT(r) \
     if (R > r) { \
@@ -9403,8 +9383,7 @@ DSPARK__INLINE void dspark__weigh(const float *const *rows, int n_rows, int at, 
         if (W > 2) dspark__v_store(to + 32, dspark__v_mul(acc[r][2], f)); \
         if (W > 3) dspark__v_store(to + 48, dspark__v_mul(acc[r][3], f)); \
     }
-    DSPARK__WEIGH_OUT(0) DSPARK__WEIGH_OUT(1) DSPARK__WEIGH_OUT(2)
-    DSPARK__WEIGH_OUT(3) DSPARK__WEIGH_OUT(4) DSPARK__WEIGH_OUT(5)
+    DSPARK__WEIGH_OUT(0) DSPARK__WEIGH_OUT(1) DSPARK__WEIGH_OUT(2) DSPARK__WEIGH_OUT(3)
 }
 
 // s[h][j] = scale q_h . rows[j], by up to 128 rows, equally far apart, and all heads
@@ -9570,9 +9549,9 @@ DSPARK__SOON_CLANG_END
 #define DSPARK__KERNELS(name, linear) { \
         name, linear, DSPARK__AT(round_fp8), DSPARK__AT(encode_fp8), DSPARK__AT(decode_fp8), DSPARK__AT(encode_fp4), \
         DSPARK__AT(decode_fp4), DSPARK__AT(rope), DSPARK__AT(hadamard), DSPARK__AT(dot), DSPARK__AT(axpy), \
-        DSPARK__AT(mix), DSPARK__AT(sum_squares), DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), \
-        DSPARK__AT(tanh), DSPARK__AT(sqrt_softplus), DSPARK__AT(log_sum_exp), DSPARK__AT(attend), \
-        DSPARK__AT(index_scores), DSPARK__AT(pool), DSPARK__AT(sinkhorn) \
+        DSPARK__AT(mix), DSPARK__AT(rms_norm), DSPARK__AT(swiglu), DSPARK__AT(sigmoid), DSPARK__AT(tanh), \
+        DSPARK__AT(sqrt_softplus), DSPARK__AT(attend), DSPARK__AT(index_scores), DSPARK__AT(pool), \
+        DSPARK__AT(sinkhorn) \
     }
 static const dspark__kernels DSPARK__AT(kernels) =
 #if DSPARK__PATH == 1

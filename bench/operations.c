@@ -37,7 +37,7 @@ static void k_round(const float *x, int n, int b, float *y) { TIMED(ROUND, kerne
 static void k_mix(const float *x, int C, int n, const float *w, int K, const float *y, const float *post, float *out) {
     TIMED(MIX, kernels->mix(x, C, n, w, K, y, post, out));
 }
-static float k_squares(const float *x, int n) { TIMED_VALUE(NORM, kernels->sum_squares(x, n)); }
+static float k_dot(const float *a, const float *b, int n) { TIMED_VALUE(NORM, kernels->dot(a, b, n)); }
 static void k_norm(const float *x, const float *w, int n, float e, float *y) { TIMED(NORM, kernels->rms_norm(x, w, n, e, y)); }
 static void k_swiglu(const float *g, const float *u, int n, float l, float w, float *y) {
     TIMED(OTHER, kernels->swiglu(g, u, n, l, w, y));
@@ -59,7 +59,7 @@ static dspark_status open_timed(void **device, const dspark_model *m, const dspa
     if (status) return status;
     kernels = d->k, timed = *kernels, d->k = &timed;
     timed.linear = k_linear, timed.round_fp8 = k_round, timed.mix = k_mix;
-    timed.sum_squares = k_squares, timed.rms_norm = k_norm, timed.swiglu = k_swiglu, timed.sigmoid = k_sigmoid;
+    timed.dot = k_dot, timed.rms_norm = k_norm, timed.swiglu = k_swiglu, timed.sigmoid = k_sigmoid;
     timed.sqrt_softplus = k_softplus, timed.attend = k_attend, timed.pool = k_pool;
     timed.sinkhorn = k_sinkhorn;
     return DSPARK_OK;
