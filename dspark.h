@@ -5260,7 +5260,7 @@ static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
 // A draft of n sessions took `us`, not counting their extra_us.
 static void dspark__learn_draft(dspark_profile *p, int n, double us) {
     double expected = (double)p->draft_us + (n - 1) * (double)p->draft_more_us;
-    float scale = 1;
+    float scale;
     if (expected <= 0) p->draft_us = p->draft_more_us = (float)(us / n), expected = us;
     scale = dspark__learned(1, us / expected, &p->draft_seen);
     p->draft_us *= scale;
@@ -5381,7 +5381,7 @@ static dspark_status dspark__measure_sessions(dspark_model *m, dspark_profile *p
     most = dspark__min(most, all - depth);
     if (depth + deeper + most > all) deeper = 0;
     memset(&desc, 0, sizeof desc);
-    for (; n < dspark__min(DSPARK__COMPANY, m->max_rows) && !status; n += !status) {
+    for (; n < dspark__min(DSPARK__COMPANY, m->max_rows); n++) {
         desc.max_context = depth + (n ? dspark__min(most, c->dspark_block_size + 1) : most + deeper);
         status = dspark_session_open(&s[n], m, &desc);
         if (status) break;
@@ -5900,7 +5900,7 @@ static dspark_status dspark__target(dspark_model *m, dspark__lane *lanes, int n,
 static dspark_status dspark__cycle_there(dspark_model *m, dspark__lane *lanes, int n, dspark_pass_result *out,
                                          int *done) {
     dspark__batch *b = &m->batch;
-    int gamma = m->checkpoint.config.dspark_block_size, most = 0, logits = 0;
+    int gamma = m->checkpoint.config.dspark_block_size, most, logits = 0;
     double start = dspark__now_us();
     dspark_schedule_desc d;
     dspark_sps sps;
@@ -5912,7 +5912,7 @@ static dspark_status dspark__cycle_there(dspark_model *m, dspark__lane *lanes, i
             (lanes[i].limit && dspark__mode_of(&lanes[i]) != DSPARK_SCHEDULE_ASYNC))
             return DSPARK_OK;
     most = dspark__schedule_open(m, lanes, n, DSPARK_SCHEDULE_ASYNC, n, &d, &sps);
-    if (!most || (status = dspark__async_budget(b, lanes, &d)) != DSPARK_OK) return most ? status : DSPARK_OK;
+    if (!most || (status = dspark__async_budget(b, lanes, &d)) != DSPARK_OK) return status;
     if (d.mode != DSPARK_SCHEDULE_ASYNC) return DSPARK_OK;
     dspark__draft_rows(m, lanes, n, 1, &pass);
     pass.draws = b->draws, *done = 1;
@@ -6106,9 +6106,9 @@ static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const
 
 // ---- a step
 
-// Draws the anchor from an append's logits; returns 0 if this step has nothing more to run.
-static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
-    int accepted, finished;
+// Draws the anchor from an append's logits.
+static void dspark__first_token(dspark_session *s, dspark_step_result *r) {
+    int accepted;
     double log_sum = 0;
     float *p = s->logits;
     dspark_device_draw draw = dspark__draw_there(s, 0);         // before the next lines change s->cycle
@@ -6122,10 +6122,8 @@ static int dspark__first_token(dspark_session *s, dspark_step_result *r) {
         r->status = dspark__to_p(s, p, s->n_tokens, s->desc.logprobs ? &log_sum : NULL);
         if (!r->status) r->status = dspark__verify_row(&v, 0, &accepted, &token);
     }
-    if (r->status) return s->n_run = s->n_tokens - 1, s->n_injected = dspark__min(s->n_injected, s->n_run), 0;
-    finished = dspark__emit(s, r, token, DSPARK_BY_PLAIN,
-                            s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
-    return !finished;
+    if (r->status) s->n_run = s->n_tokens - 1, s->n_injected = dspark__min(s->n_injected, s->n_run);
+    else dspark__emit(s, r, token, DSPARK_BY_PLAIN, s->desc.logprobs ? (double)s->model->row[token] - log_sum : 0);
 }
 
 // Enters a session into the step. 0: it needs no rows, its result is complete.
@@ -6144,7 +6142,8 @@ static int dspark__lane_open(dspark__lane *a, dspark_session *s, dspark_step_res
         return r->status ? 0 : (a->n_prompt = 1);
     }
     r->finish = s->finish ? s->finish : dspark__exhausted(s);
-    if (!r->finish && s->has_logits && !dspark__first_token(s, r) && r->status) return 0;
+    if (!r->finish && s->has_logits) dspark__first_token(s, r);
+    if (r->status) return 0;
     if (r->finish) return dspark__text_end(s, r), 0;
     r->status = dspark__refill(s);
     return !r->status;
@@ -6421,7 +6420,7 @@ typedef struct {
     // out_i = sum_j softmax_j(gate_ji + ape_ji) kv_ji, i < d, over n > 0 rows
     void (*pool)(const float *const *kv, const float *const *gate, const float *const *ape, int n, int d,
                  float *out);
-    // comb [C][C]: rows softmaxed, + eps; columns divided by (sum + eps); then iters - 1 times rows, columns
+    // comb [C][C], C <= 8: rows softmaxed, + eps; columns divided by (sum + eps); then iters - 1 times rows, columns
     void (*sinkhorn)(float *comb, int C, int iters, float eps);
 } dspark__kernels;
 
@@ -9525,9 +9524,7 @@ static void DSPARK__AT(sinkhorn)(float *comb, int C, int iters, float eps) {
 #else
     for (int j = 0; j < C; j++) {
         dspark__v m = dspark__v_set(dspark__v_maximum(comb + j * C, C, -DSPARK__INFINITY));
-        for (int k = 0; k < C; k += 16)
-            dspark__v_store_n(comb + j * C + k, C - k,
-                              dspark__v_exp(dspark__v_sub(dspark__v_load_n(comb + j * C + k, C - k, 0), m)));
+        dspark__v_store_n(comb + j * C, C, dspark__v_exp(dspark__v_sub(dspark__v_load_n(comb + j * C, C, 0), m)));
     }
     for (int i = 0; i < iters; i++) {
         for (int j = 0; j < C; j++) {
