@@ -4267,7 +4267,8 @@ struct dspark_model {
     dspark_calibration calibration;        // of every session, if it was set; else of those that no row is for
     dspark__batch batch;
     float *row;                 // [vocab]: adjusted logits, for log-probabilities; measuring: p
-    size_t bytes;               // of batch and row
+    char *memory;               // of batch and row
+    size_t bytes;               // its
 };
 
 // MEMORY if `more` bytes would exceed memory_limit.
@@ -4304,48 +4305,37 @@ DSPARK_API size_t dspark_model_bytes(const dspark_model *m, size_t *mapped) {
            dspark__tokenizer_bytes(m->tokenizer);
 }
 
-static void dspark__batch_close(dspark__batch *b) {
-    dspark__free(b->ids), dspark__free(b->previous), dspark__free(b->segments), dspark__free(b->lanes);
-    dspark__free(b->drawn), dspark__free(b->draws);
-    dspark__free(b->confidence), dspark__free(b->threshold), dspark__free(b->limit), dspark__free(b->lengths);
-    dspark__free(b->lane_of), dspark__free(b->scratch), dspark__free(b->sps);
-    dspark__free(b->weight), dspark__free(b->n_past), dspark__free((void *)b->calibrations);
-}
-
-static dspark_status dspark__batch_open(dspark__batch *b, int max_rows, int gamma, size_t *bytes) {
-    size_t n = (size_t)max_rows, scratch = dspark_schedule_scratch_bytes(max_rows, dspark__max(gamma, 1));
-    b->ids = (int32_t *)dspark__alloc(n, sizeof *b->ids);
-    b->previous = (int32_t *)dspark__alloc(n, sizeof *b->previous);
-    b->drawn = (int32_t *)dspark__alloc(n, sizeof *b->drawn);
-    b->draws = (dspark_device_draw *)dspark__alloc(n, sizeof *b->draws);
-    b->segments = (dspark_segment *)dspark__alloc(n, sizeof *b->segments);
-    b->lanes = (dspark__lane *)dspark__alloc(n, sizeof *b->lanes);
-    b->confidence = (float *)dspark__alloc(n * (size_t)dspark__max(gamma, 1), sizeof *b->confidence);
-    b->threshold = (float *)dspark__alloc(n, sizeof *b->threshold);
-    b->sps = (float *)dspark__alloc(n, sizeof *b->sps);
-    b->weight = (float *)dspark__alloc(n, sizeof *b->weight);
-    b->n_past = (int *)dspark__alloc(n, sizeof *b->n_past);
-    b->calibrations = (const dspark_calibration **)dspark__alloc(n, sizeof *b->calibrations);
-    b->limit = (int *)dspark__alloc(n, sizeof *b->limit);
-    b->lengths = (int *)dspark__alloc(n, sizeof *b->lengths);
-    b->lane_of = (int *)dspark__alloc(n, sizeof *b->lane_of);
-    b->scratch = dspark__alloc(scratch, 1);
-    *bytes += scratch + n * (4 * sizeof(int) + 3 * sizeof(int32_t) + sizeof *b->segments + sizeof *b->lanes +
-                             sizeof *b->draws + sizeof *b->calibrations +
-                             (size_t)(dspark__max(gamma, 1) + 3) * sizeof(float));
-    return b->ids && b->previous && b->drawn && b->draws && b->segments && b->lanes && b->confidence && b->threshold &&
-                   b->calibrations && b->sps && b->weight && b->n_past && b->limit && b->lengths && b->lane_of &&
-                   b->scratch
-               ? DSPARK_OK
-               : DSPARK_ERROR_MEMORY;
+// The arrays of batch, and row. Counted first, then placed.
+static size_t dspark__model_carve(dspark_model *m, char *memory) {
+    dspark__carver v = { memory, 0 };
+    dspark__batch *b = &m->batch;
+    int gamma = dspark__max(m->checkpoint.config.dspark_block_size, 1);
+    size_t n = (size_t)m->max_rows;
+    b->ids = (int32_t *)dspark__carve(&v, n, sizeof *b->ids);
+    b->previous = (int32_t *)dspark__carve(&v, n, sizeof *b->previous);
+    b->drawn = (int32_t *)dspark__carve(&v, n, sizeof *b->drawn);
+    b->draws = (dspark_device_draw *)dspark__carve(&v, n, sizeof *b->draws);
+    b->segments = (dspark_segment *)dspark__carve(&v, n, sizeof *b->segments);
+    b->lanes = (dspark__lane *)dspark__carve(&v, n, sizeof *b->lanes);
+    b->confidence = (float *)dspark__carve(&v, n * (size_t)gamma, sizeof *b->confidence);
+    b->threshold = (float *)dspark__carve(&v, n, sizeof *b->threshold);
+    b->sps = (float *)dspark__carve(&v, n, sizeof *b->sps);
+    b->weight = (float *)dspark__carve(&v, n, sizeof *b->weight);
+    b->n_past = (int *)dspark__carve(&v, n, sizeof *b->n_past);
+    b->calibrations = (const dspark_calibration **)dspark__carve(&v, n, sizeof *b->calibrations);
+    b->limit = (int *)dspark__carve(&v, n, sizeof *b->limit);
+    b->lengths = (int *)dspark__carve(&v, n, sizeof *b->lengths);
+    b->lane_of = (int *)dspark__carve(&v, n, sizeof *b->lane_of);
+    b->scratch = dspark__carve(&v, dspark_schedule_scratch_bytes(m->max_rows, gamma), 1);
+    m->row = (float *)dspark__carve(&v, (size_t)m->checkpoint.config.vocab_size, sizeof *m->row);
+    return v.n;
 }
 
 DSPARK_API void dspark_model_close(dspark_model *m) {
     if (!m) return;
     if (m->device) m->backend->close(m->device);
     dspark_tokenizer_close(m->tokenizer);
-    dspark__batch_close(&m->batch);
-    dspark__free(m->row);
+    dspark__free(m->memory);
     dspark__checkpoint_close(&m->checkpoint);
     dspark__free(m);
 }
@@ -4398,11 +4388,10 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
         for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] = 1;
         e->hoped = e->got = 1, e->cycles = DSPARK__PRIOR;
     }
-    m->row = (float *)dspark__alloc((size_t)c->vocab_size, sizeof *m->row);
-    m->bytes += (size_t)c->vocab_size * sizeof *m->row;
-    if (!m->row) return DSPARK_ERROR_MEMORY;
-    status = dspark__batch_open(&m->batch, m->max_rows, c->dspark_block_size, &m->bytes);
-    return status ? status : dspark__memory_check(m, "model", 0);
+    m->bytes = dspark__model_carve(m, NULL), m->memory = (char *)dspark__alloc(m->bytes, 1);
+    if (!m->memory) return DSPARK_ERROR_MEMORY;
+    dspark__model_carve(m, m->memory);
+    return dspark__memory_check(m, "model", 0);
 }
 
 DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
