@@ -3018,11 +3018,6 @@ static __device__ __forceinline__ void set_tile(span &s, const matrix &w, int m0
     s.rows = end;
 }
 
-// Tiles of a job; none crosses groups of outputs.
-static __host__ __device__ int job_tiles(const job &j, int rows, int outputs, int columns) {
-    int group = j.group ? j.group : j.w.rows;
-    return j.w.rows / group * blocks_of(group, outputs) * blocks_of(rows, columns);
-}
 static __host__ __device__ __forceinline__ int wide_columns(const job &j, int mt) {
     return 8 * wide_eights(mt, j.w.dtype, j.x.planes);
 }
@@ -4259,18 +4254,13 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
 
 #ifdef DSPARK_CUDA_HOST
 extern "C" { long cuda_host_products; }
-static float e4m3_value(uint32_t code) {
-    float a = __uint_as_float((code & 0x7f) << 20) * exp2i(120);
-    if ((code & 0x7f) == 0x7f) a = __uint_as_float(0x7fc00000u);
-    return __uint_as_float(__float_as_uint(a) | (code << 24 & 0x80000000u));
-}
 static void lt_product_open(cuda *, lt_product *p, const matrix &) { p->possible = 1; }
 // y [512][y_stride] = codes [512][cols] times w, each 128 summed alone.
 static void lt_product_run(cuda *, const lt_product *p, const matrix &w, const uint8_t *codes, const float *scales,
                         float *y) {
     int blocks = blocks_of(p->cols, 128), stride = blocks_of(blocks, 4) * 4;
     float value[256];
-    for (int i = 0; i < 256; i++) value[i] = e4m3_value((uint32_t)i);
+    for (int i = 0; i < 256; i++) value[i] = host_e4m3((uint32_t)i);
     cuda_host_products++;
     for (int r = 0; r < DSPARK_PROMPT_BLOCK; r++)
         for (int o = 0; o < p->rows; o++) {
@@ -4383,12 +4373,15 @@ static void jobs_by_lt(cuda *d, linears_args *p) {
     p->n_jobs = left;
 }
 
-// Numbers the jobs' tiles, of `outputs` x columns(job) rows each; returns how many there are.
+// Numbers the jobs' tiles, of `outputs` x columns(job) rows each; none crosses groups of outputs. Returns how many
+// there are.
 template <class C> static int count_tiles(linears_args *p, int outputs, const C &columns) {
     p->n_items = 0;
     for (int i = 0; i < p->n_jobs; i++) {
         job *j = &p->jobs[i];
-        j->first_item = p->n_items, p->n_items += job_tiles(*j, p->rows, outputs, columns(*j));
+        int group = j->group ? j->group : j->w.rows;
+        j->first_item = p->n_items;
+        p->n_items += j->w.rows / group * blocks_of(group, outputs) * blocks_of(p->rows, columns(*j));
     }
     return p->n_items;
 }
