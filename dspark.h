@@ -6632,11 +6632,8 @@ typedef struct {
 
 // A row's stride: rows a multiple of 4 KiB apart would map to the same lines of the L1 cache.
 static int dspark__pad(int n) { return (n + 15) / 16 * 16 + (n % 1024 ? 0 : 16); }
-static int dspark__shared_width(const dspark_config *c) {
-    return c->n_shared_experts * c->moe_intermediate_size;
-}
 static int dspark__expert_width(const dspark_config *c) {
-    return dspark__pad(dspark__max(dspark__shared_width(c), c->moe_intermediate_size));
+    return dspark__pad(c->n_shared_experts * c->moe_intermediate_size);
 }
 
 // ---- work -------------------------------------------------------------------------------------

@@ -4727,7 +4727,7 @@ static void op_inject(cuda *d) {
 static void run_draw(cuda *d, const float *logits, tally *tallies, int n, const int *n_rows, const int *rows, int k) {
     draw_args p;
     int weighs = d->grid.weighs;
-    int blocks = most(1, least(blocks_of(d->s.V, 4 * THREADS), blocks_of(4 * d->sms, n)));
+    int blocks = least(blocks_of(d->s.V, 4 * THREADS), blocks_of(4 * d->sms, n));
     dim3 tiles = grid_of(blocks_of(d->s.V, SIFTED), n);
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = n_rows, p.logits = logits, p.rows = rows, p.k = k, p.draws = d->dev.draws, p.best = d->best;
@@ -5465,7 +5465,7 @@ static void carve_attention(cuda *d, carver *v, int n) {
     d->part = carve_rows(v, ATTEND_ROWS * SPLITS, c->H * (c->D + 4));
 }
 static void carve_experts(cuda *d, carver *v, int n) {
-    int K = d->s.K, width = most(1, d->c->n_shared_experts) * d->c->moe_intermediate_size, forms = 0;
+    int K = d->s.K, width = d->c->n_shared_experts * d->c->moe_intermediate_size, forms = 0;
     for (int l = 0; l < d->layers; l++) {
         forms |= form_of(&d->w->layers[l].shared.w2, ROUNDED);
         for (int e = 0; e < d->s.E; e++) forms |= form_of(&d->w->layers[l].experts[e].w2, ROUNDED);
@@ -5576,21 +5576,16 @@ static void check_shape(cuda *d) {
                    { "max_rows", d->max_rows, 1, 1 << 14 },       // offsets of rows have 32 bits
                    { "num_attention_heads * head_dim", c->num_attention_heads * c->head_dim, 8, 1 << 16 },
                    { "(num_experts_per_tok + 1) * n_shared_experts * moe_intermediate_size",
-                     (c->num_experts_per_tok + 1) * most(1, c->n_shared_experts) * c->moe_intermediate_size, 8,
-                     1 << 17 } };
+                     (c->num_experts_per_tok + 1) * c->n_shared_experts * c->moe_intermediate_size, 8, 1 << 17 } };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
             fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %s is %d, expected a multiple of %d up to %d", limits[i].name,
                  limits[i].value, limits[i].multiple, limits[i].most);
-    if (c->head_dim - c->qk_rope_head_dim < 8 || (c->index_head_dim && c->index_head_dim < c->qk_rope_head_dim))
-        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d rotary dims of a head of %d and an index head of %d",
-             c->qk_rope_head_dim, c->head_dim, c->index_head_dim);
+    if (c->head_dim == c->qk_rope_head_dim)
+        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: all %d dims of a head are rotary", c->head_dim);
     if (c->num_attention_heads > TILE && c->num_attention_heads * c->head_dim / c->o_groups % 128)
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole 128, or no more "
              "than %d heads", c->num_attention_heads, c->head_dim, c->o_groups, TILE);
-    if (c->num_attention_heads * c->head_dim / c->o_groups % 8)
-        fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %d heads of %d in %d groups: expected groups of whole eights",
-             c->num_attention_heads, c->head_dim, c->o_groups);
 }
 // All w1 and w3 of a layer have one dtype; so have all w2.
 static void check_experts(cuda *d) {
