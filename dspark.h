@@ -1850,34 +1850,24 @@ static int dspark__json_integer(const dspark__json *j, int node, int64_t *value)
 // word, times a power of two; each of at most 400 steps loses less than 2^-123 of the value.
 static double dspark__json_scale(uint64_t digits, int exponent) {
     uint32_t m[4] = { (uint32_t)(digits >> 32), (uint32_t)digits, 0, 0 };
-    uint64_t carry, top;
+    uint64_t top;
     int binary = 0;
     if (!digits) return 0;
-    while (exponent) {
-        if (exponent > 0) {
-            while (m[0] >> 28) {        // room for times ten
-                for (int i = 3; i >= 0; i--) m[i] = m[i] >> 1 | (i ? m[i - 1] << 31 : 0);
-                binary++;
-            }
-            carry = 0;
-            for (int i = 3; i >= 0; i--) carry += (uint64_t)m[i] * 10, m[i] = (uint32_t)carry, carry >>= 32;
-            exponent--;
-        } else {
-            while (!(m[0] >> 31)) {
-                for (int i = 0; i < 4; i++) m[i] = m[i] << 1 | (i < 3 ? m[i + 1] >> 31 : 0);
-                binary--;
-            }
-            carry = 0;
-            for (int i = 0; i < 4; i++) {
-                carry = carry << 32 | m[i];
-                m[i] = (uint32_t)(carry / 10), carry %= 10;
-            }
-            exponent++;
+    for (;; exponent += exponent > 0 ? -1 : 1) {
+        uint64_t carry = 0;
+        while (!(m[0] >> 31)) {
+            for (int i = 0; i < 4; i++) m[i] = m[i] << 1 | (i < 3 ? m[i + 1] >> 31 : 0);
+            binary--;
         }
-    }
-    while (!(m[0] >> 31)) {
-        for (int i = 0; i < 4; i++) m[i] = m[i] << 1 | (i < 3 ? m[i + 1] >> 31 : 0);
-        binary--;
+        if (!exponent) break;
+        if (exponent > 0) {
+            for (int i = 3; i >= 0; i--) m[i] = m[i] >> 4 | (i ? m[i - 1] << 28 : 0);   // room for times ten
+            for (int i = 3; i >= 0; i--) carry += (uint64_t)m[i] * 10, m[i] = (uint32_t)carry, carry >>= 32;
+            binary += 4;
+        } else for (int i = 0; i < 4; i++) {
+            carry = carry << 32 | m[i];
+            m[i] = (uint32_t)(carry / 10), carry %= 10;
+        }
     }
     top = (uint64_t)m[0] << 32 | m[1] | (m[2] || m[3]);     // what is below decides ties
     return ldexp((double)top, binary);
@@ -8265,8 +8255,7 @@ DSPARK__INLINE dspark__p dspark__p_input(const float *x, size_t k) { return _mm5
 DSPARK__INLINE dspark__p dspark__p_fma(dspark__p x, dspark__p y, dspark__p z) {
     return _mm512_fmadd_ps(x, y, z);
 }
-// A code in the upper byte of 16 bits, shifted right by one with its sign, is 2^-8 of its value in half precision,
-// once the copied sign and the other code are masked out.
+// As in AVX2.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
     if (part >= 16) h = _mm256_slli_epi16(h, 8);
@@ -8480,8 +8469,7 @@ DSPARK__INLINE dspark__p DSPARK__AT(p_half)(uint16x8_t x) {         // of half p
     float16x8_t a = vreinterpretq_f16_u16(x);
     return DSPARK__AT(p_of)(vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)));
 }
-// A code in the upper byte of 16 bits, shifted right by one with its sign, is 2^-8 of its value in half precision,
-// once the copied sign and the other code are masked out.
+// As in AVX2.
 DSPARK__INLINE dspark__p dspark__p_fp8(const uint8_t *p, int part) {
     int16x8_t h = vreinterpretq_s16_u8(vld1q_u8(p + 2 * (part & 8)));
     if (part >= 16) h = vshlq_n_s16(h, 8);
