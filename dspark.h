@@ -5311,8 +5311,9 @@ static dspark_status dspark__measure_rows(dspark_session **s, int most, double s
     for (int B = 1; B <= most && !status; B = B < dspark__max(8, gamma + 1) ? B + 1 : (B + B / 2) & ~1) {
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
         status = dspark__time_best(s, 1, B, 0, slice, &us);
-        for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise
-        if (p->n) us = fmin(us, (double)p->us[p->n - 1] + dspark_profile_us(p, B - p->rows[p->n - 1]));     // two passes
+        for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise,
+        if (p->n)                                                               // also what costs more than two passes
+            us = fmin(us, (double)p->us[p->n - 1] + dspark_profile_us(p, B - p->rows[p->n - 1]));
         p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
     }
     return status;
