@@ -5576,7 +5576,8 @@ static void check_shape(cuda *d) {
                    { "max_rows", d->max_rows, 1, 1 << 14 } };
     const int act = blocks_of(c->n_shared_experts * c->moe_intermediate_size, 256) * 256;
     const int64_t rows = blocks_of(d->max_rows, 64) * 64;
-    const int64_t planes[] = { (int64_t)3 * c->num_attention_heads * c->head_dim, (int64_t)3 * c->n_taps * c->hidden_size,
+    const int64_t planes[] = { (int64_t)3 * c->num_attention_heads * c->head_dim,
+                               (int64_t)3 * c->n_taps * c->hidden_size,
                                (int64_t)3 * (c->num_experts_per_tok + 1) * act, (int64_t)2 * c->vocab_size };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
@@ -5584,8 +5585,8 @@ static void check_shape(cuda *d) {
                  limits[i].value, limits[i].multiple, limits[i].most);
     for (size_t i = 0; i < sizeof planes / sizeof *planes; i++)     // offsets have 32 bits, a logit's a sign, too
         if (rows * planes[i] > UINT32_MAX)
-            fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: max_rows is %d with %lld numbers a row, expected less than 2^32 in "
-                 "all", d->max_rows, (long long)planes[i]);
+            fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: max_rows is %d with %lld numbers a row, expected up to 2^32 in all",
+                 d->max_rows, (long long)planes[i]);
     if (c->head_dim == c->qk_rope_head_dim)
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: all %d dims of a head are rotary", c->head_dim);
     if (c->num_attention_heads > TILE && c->num_attention_heads * c->head_dim / c->o_groups % 128)
