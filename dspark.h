@@ -4414,7 +4414,7 @@ DSPARK__SOON_END
 
 // >>forward
 // The target, an operation a line; the arithmetic stands in >>cpu under the same names. n rows, h hidden, C
-// copies of the hidden state in the residual stream. (deepseek-v4.md's sections in brackets.)
+// copies of the hidden state in the residual stream. In brackets: the part of the model.
 
 static dspark_status dspark__forward(dspark_model *m, const dspark_pass *pass, dspark_pass_result *result) {
     const dspark_config *c = &m->checkpoint.config;
@@ -6730,7 +6730,7 @@ static void dspark__linear(dspark__cpu *d, const dspark_matrix *w, const float *
         dspark__job_row(d, job, r, x + (size_t)r * (size_t)x_stride, y + (size_t)r * (size_t)y_stride);
 }
 
-// Quantized matrices take their input rounded (deepseek-v4.md, Storage).
+// Quantized matrices take their input rounded (dspark_matrix).
 static const float *dspark__input(const dspark_matrix *w, const float *plain, const float *rounded) {
     return w->dtype >= DSPARK_FP8 ? rounded : plain;
 }
@@ -7448,7 +7448,7 @@ static void dspark__cpu_draft_head(void *device) {
     memset(d->rnn, 0, (size_t)(d->n_rows * dspark__pad(d->c->dspark_markov_rank)) * sizeof *d->rnn);
 }
 
-// The sequential heads (dspark.md): the logits of row r get W2 times e, left in d->markov.
+// The sequential heads (DSpark's report): the logits of row r get W2 times e, left in d->markov.
 //   vanilla: e = W1[previous];  gated: e = sigmoid(G [x ; W1[previous]] + b) * W1[previous]
 //   RNN: (g, c, o) = J [s ; W1[previous] ; x] + b, s = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), e = tanh(o)
 // A draft's confidence is computed from [x ; W1[previous]], before the draft is drawn.

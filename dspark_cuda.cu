@@ -331,7 +331,7 @@ static __device__ int last_block(int *arrived, int n) {
     return last;
 }
 
-// ---- rounding (deepseek-v4.md, Storage) -------------------------------------------------------
+// ---- rounding ---------------------------------------------------------------------------------
 
 // e of the smallest 2^e with amax / 2^e within the format, from the bits: 448 = 1.75 * 2^8, 6 = 1.5 * 2^2.
 static __device__ __forceinline__ int fp8_exponent(float amax) {
@@ -3970,7 +3970,7 @@ static __global__ void __launch_bounds__(THREADS) inject_rows(const inject_args 
     for (int i = (int)threadIdx.x; i < D; i += THREADS) to[i] = x[i];
 }
 
-// The sequential heads, step k (dspark.md):
+// The sequential heads, step k:
 //   vanilla: e = W1[previous];  gated: e = sigmoid(G [x ; W1[previous]] + b) * W1[previous]
 //   RNN: (g, c, o) = J [s ; W1[previous] ; x] + b, s = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), e = tanh(o)
 // and the confidence of [x ; W1[previous]]. A block a segment.
@@ -5346,7 +5346,7 @@ static void up_layer(uploader *u, int number) {
     free(all);
 }
 
-// Radians a position for each pair of the rotary dims; compressed: YaRN's (deepseek-v4.md, Attention).
+// Radians a position for each pair of the rotary dims; compressed: YaRN's.
 static void rope_freqs(const dspark_config *c, int compressed, double *freqs) {
     int n = c->qk_rope_head_dim;
     double log_base = log(compressed ? c->compress_rope_theta : c->rope_theta), L = c->rope_original_length;
@@ -5585,7 +5585,7 @@ static void check_shape(cuda *d) {
                  limits[i].value, limits[i].multiple, limits[i].most);
     for (size_t i = 0; i < sizeof planes / sizeof *planes; i++)     // offsets have 32 bits, a logit's a sign, too
         if (rows * planes[i] > UINT32_MAX)
-            fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: max_rows is %d with %lld numbers a row, expected up to 2^32 in all",
+            fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: max_rows is %d with %lld numbers a row, more than 2^32 in all",
                  d->max_rows, (long long)planes[i]);
     if (c->head_dim == c->qk_rope_head_dim)
         fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: all %d dims of a head are rotary", c->head_dim);

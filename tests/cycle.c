@@ -969,7 +969,7 @@ static double dot_row(int i, int width, int first, const double *x, int n) {
     return sum;
 }
 
-/* e of draft k, as dspark.md writes it; s is the RNN's state. */
+/* e of draft k, by the equations above dspark__markov_input; s is the RNN's state. */
 static void head_step(int kind, const double *w1, const double *x, double *s, double *e) {
     int width = kind == DSPARK_HEAD_RNN ? 2 * RANK + H : RANK + H;
     double z[3 * RANK];

@@ -125,10 +125,10 @@ static void test_full_passes(const int32_t *text) {
     memset(&seen, 0, sizeof seen);
     must(dspark_step(s, N, NULL, r));
     passes = seen.passes[DSPARK_PASS_TARGET];
-    ok(passes == seen.passes[DSPARK_PASS_DRAFT] && passes > N * 5 / 128 &&
+    ok(passes == seen.passes[DSPARK_PASS_DRAFT] && passes == (4 * N + 127) / 128 &&
        seen.rows[DSPARK_PASS_TARGET] <= 128 * passes &&
        seen.rows[DSPARK_PASS_DRAFT] == N * dspark_model_config(m)->dspark_block_size,
-       "where all sessions draft, as many passes draft as verify, with 128 rows or fewer on average: %d", passes);
+       "where all sessions draft, as many passes draft as verify, each with as many sessions as 128 rows hold: %d", passes);
     for (int i = 0; i < N; i++) dspark_session_close(s[i]);
     dspark_model_close(m);
 }
