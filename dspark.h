@@ -100,7 +100,8 @@
 
    ERRORS
    Functions return a dspark_status and set the thread's dspark_last_error(): what, where, expected, found. Nothing is
-   printed, nothing exits, nothing leaks. Checkpoint, tokenizer and session files are untrusted.
+   printed, nothing exits, nothing leaks. Checkpoint, tokenizer, session and profile files are
+   untrusted.
 
    THE ORDER OF ARITHMETIC is part of the definition (>>kernels): the same text on every path, with any number of
    threads, at any optimization level, in any batch. Two FP8 codes that released weights do not use, 127 and 255
@@ -521,7 +522,8 @@ typedef struct {
     dspark_policy policy;
     dspark_adjust adjust;   // NULL: none
     void *adjust_user;
-    const char *const *stop_strings;    // the text ends before the first of them; copied
+    const char *const *stop_strings;    // the text ends before the first of them; each 1 to 4096 bytes from a
+                                        // character's first byte on; copied
     int n_stop_strings;
     const int32_t *stop_tokens;         // besides the checkpoint's eos_token_id; copied
     int n_stop_tokens;
@@ -602,9 +604,10 @@ DSPARK_API double dspark_profile_us(const dspark_profile *, int64_t rows);
 // step needing one, unless there is a memory_limit: then, as with NULL below, it is learned from the steps.
 DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *out);
 // NULL: nothing is known. It is then learned from plain passes and wholly verified drafts, three of each; after that,
-// never slower.
+// never slower. Every session's account opens anew. ARGUMENT: rows not ascending, or over 10^8; us outside of 1e-3 to
+// 1e12; a cost outside of 0 to 1e12.
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_profile *);
-// To a file and back, as {"format": "dspark-profile-1", ...}. One of another checkpoint, path or number of threads is
+// To a file and back, as {"format": "dspark-profile-2", ...}. One of another checkpoint, path or number of threads is
 // refused (FORMAT), as its times differ.
 DSPARK_API dspark_status dspark_model_save_profile(dspark_model *, const char *path);
 DSPARK_API dspark_status dspark_model_load_profile(dspark_model *, const char *path);
@@ -5173,7 +5176,7 @@ DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
     if (i + 1 < p->n) slope = ((double)p->us[i + 1] - (double)p->us[i]) / (p->rows[i + 1] - p->rows[i]);
     else {
         slope = (double)p->us[i] / p->rows[i];
-        while (half >= 0 && 2 * p->rows[half] > p->rows[i]) half--;
+        while (half >= 0 && p->rows[half] > p->rows[i] / 2) half--;
         if (half >= 0)
             slope = fmax(slope / 2, fmin(slope, ((double)p->us[i] - (double)p->us[half]) /
                                                     (p->rows[i] - p->rows[half])));
@@ -5387,26 +5390,26 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *m, dspark_profile *o
 }
 
 // Limits of a profile's times and rows, in memory and in files.
-static const float dspark__least_us = 1e-3f, dspark__most_us = 1e12f;
-enum { DSPARK__MOST_ROWS = 1 << 30 };
+static const double dspark__least_us = 1e-3, dspark__most_us = 1e12;
+enum { DSPARK__MOST_ROWS = 100000000 };
 
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_profile *p) {
     dspark_profile unknown;
     memset(&unknown, 0, sizeof unknown), unknown.learn = 1;
     if (!p) p = &unknown;
-    if (p->n < (p->learn ? 0 : 1) || p->n > DSPARK_MAX_PROFILE)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d points: expected 1 to %d", p->n, DSPARK_MAX_PROFILE);
+    if (p->n < !p->learn || p->n > DSPARK_MAX_PROFILE)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %d points: expected %d to %d", p->n, !p->learn,
+                            DSPARK_MAX_PROFILE);
     for (int i = 0; i < p->n; i++)
-        if (!(p->us[i] >= dspark__least_us && p->us[i] <= dspark__most_us) || p->rows[i] > DSPARK__MOST_ROWS ||
-            p->rows[i] <= (i ? p->rows[i - 1] : 0))
+        if (!((double)p->us[i] >= dspark__least_us && (double)p->us[i] <= dspark__most_us) ||
+            p->rows[i] > DSPARK__MOST_ROWS || p->rows[i] <= (i ? p->rows[i - 1] : 0))
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: us[%d] is %g for %d rows: expected %g to %g, and "
-                                "more rows than before", i, (double)p->us[i], p->rows[i], (double)dspark__least_us,
-                                (double)dspark__most_us);
+                                "more rows than before, up to %d", i, (double)p->us[i], p->rows[i], dspark__least_us,
+                                dspark__most_us, DSPARK__MOST_ROWS);
     for (int i = 0; i < DSPARK__PROFILE_COSTS; i++)
-        if (!(*dspark__profile_cost(p, i) >= 0 && *dspark__profile_cost(p, i) <= dspark__most_us))
+        if (!(*dspark__profile_cost(p, i) >= 0 && (double)*dspark__profile_cost(p, i) <= dspark__most_us))
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %s is %g: expected 0 to %g",
-                                dspark__profile_costs[i].name, (double)*dspark__profile_cost(p, i),
-                                (double)dspark__most_us);
+                                dspark__profile_costs[i].name, (double)*dspark__profile_cost(p, i), dspark__most_us);
     for (int i = 0; i < DSPARK__KINDS; i++) m->kinds[i].account.limit_us = 0;
     m->profile = *p, m->n_profiles++;
     return DSPARK_OK;
@@ -5423,11 +5426,12 @@ DSPARK_API dspark_status dspark_model_save_profile(dspark_model *m, const char *
     dspark_profile p;
     dspark_status status = dspark_model_profile(m, &p);
     char of[128], number[32];
+    int failed;
     FILE *f;
     if (status) return status;
     if (!(f = fopen(path, "w"))) return dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(errno));
     dspark__profile_of(m, of, sizeof of);
-    fprintf(f, "{\"format\": \"dspark-profile-1\", \"of\": \"%s\",\n \"rows\": [", of);
+    fprintf(f, "{\"format\": \"dspark-profile-2\", \"of\": \"%s\",\n \"rows\": [", of);
     for (int i = 0; i < p.n; i++) fprintf(f, "%s%d", i ? ", " : "", p.rows[i]);
     fprintf(f, "],\n \"us\": [");
     for (int i = 0; i < p.n; i++) fprintf(f, "%s%s", i ? ", " : "", dspark__decimal(number, (double)p.us[i], 9));
@@ -5438,9 +5442,9 @@ DSPARK_API dspark_status dspark_model_save_profile(dspark_model *m, const char *
         fprintf(f, ",\n \"%s\": %s", dspark__profile_costs[i].name,
                 dspark__decimal(number, (double)*dspark__profile_cost(&p, i), 9));
     fprintf(f, "}\n");
-    if (ferror(f)) status = DSPARK_ERROR_IO;
-    if (fclose(f)) status = DSPARK_ERROR_IO;
-    return status ? dspark__fail(status, "%s: cannot be written: %s", path, strerror(errno)) : DSPARK_OK;
+    failed = ferror(f) ? errno : 0;
+    if (fclose(f)) failed = errno;
+    return failed ? dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(failed)) : DSPARK_OK;
 }
 
 // Reads an array of n integers from low to high to out [n].
@@ -5460,8 +5464,8 @@ static dspark_status dspark__profile_read(dspark_model *m, dspark__loader *b, ds
     int seen[DSPARK_MAX_PROFILE], node = dspark__key(&k, "of");
     char of[128];
     dspark__profile_of(m, of, sizeof of);
-    if (!dspark__json_is(j, dspark__key(&k, "format"), "dspark-profile-1"))
-        dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "format", "dspark-profile-1", dspark__key(&k, "format"));
+    if (!dspark__json_is(j, dspark__key(&k, "format"), "dspark-profile-2"))
+        dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "format", "dspark-profile-2", dspark__key(&k, "format"));
     else if (!dspark__json_is(j, node, of)) dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "of", of, node);
     node = dspark__key(&k, "rows");
     if (dspark__json_kind(j, node) != DSPARK__JSON_ARRAY || j->nodes[node].n > DSPARK_MAX_PROFILE)
@@ -5471,12 +5475,11 @@ static dspark_status dspark__profile_read(dspark_model *m, dspark__loader *b, ds
     for (int i = 1; i < p->n && !b->status; i++)
         if (p->rows[i] <= p->rows[i - 1])
             dspark__key_failed(&k, DSPARK_ERROR_FORMAT, "rows", "each more than the one before", node + 1 + i);
-    dspark__key_reals(&k, "us", p->n, (double)dspark__least_us, (double)dspark__most_us, p->us);
+    dspark__key_reals(&k, "us", p->n, dspark__least_us, dspark__most_us, p->us);
     dspark__key_ints(&k, "seen", p->n, 0, 8, seen);
     for (int i = 0; i < p->n && !b->status; i++) p->seen[i] = (unsigned char)seen[i];
     for (int i = 0; i < DSPARK__PROFILE_COSTS && !b->status; i++)
-        *dspark__profile_cost(p, i) =
-            (float)dspark__key_real(&k, dspark__profile_costs[i].name, 0, (double)dspark__most_us);
+        *dspark__profile_cost(p, i) = (float)dspark__key_real(&k, dspark__profile_costs[i].name, 0, dspark__most_us);
     p->learn = 1, p->draft_seen = (unsigned char)dspark__key_int(&k, "draft_seen", 0, 8);
     return b->status ? b->status : dspark_model_set_profile(m, p);
 }
@@ -7445,7 +7448,7 @@ static void dspark__cpu_inject(void *device) {
 static void dspark__cpu_draft_head(void *device) {
     dspark__cpu *d = (dspark__cpu *)device;
     dspark__project_logits(d, &d->w->draft_hc_head, d->w->draft_norm, d->draft_logits);
-    memset(d->rnn, 0, (size_t)(d->n_rows * dspark__pad(d->c->dspark_markov_rank)) * sizeof *d->rnn);
+    memset(d->rnn, 0, (size_t)d->n_rows * (size_t)dspark__pad(d->c->dspark_markov_rank) * sizeof *d->rnn);
 }
 
 // The sequential heads (DSpark's report): the logits of row r get W2 times e, left in d->markov.

@@ -5575,8 +5575,9 @@ static void check_shape(cuda *d) {
                    { "vocab_size", c->vocab_size, 1, 1 << 24 },
                    { "max_rows", d->max_rows, 1, 1 << 14 } };
     const int act = blocks_of(c->n_shared_experts * c->moe_intermediate_size, 256) * 256;
+    const int group = blocks_of(c->num_attention_heads * c->head_dim / c->o_groups, 256) * 256;
     const int64_t rows = blocks_of(d->max_rows, 64) * 64;
-    const int64_t planes[] = { (int64_t)3 * c->num_attention_heads * c->head_dim,
+    const int64_t planes[] = { (int64_t)3 * c->o_groups * group,
                                (int64_t)3 * c->n_taps * c->hidden_size,
                                (int64_t)3 * (c->num_experts_per_tok + 1) * act, (int64_t)2 * c->vocab_size };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)

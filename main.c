@@ -650,6 +650,7 @@ static int may_write(const char *path) {
     if (!path) return 0;
     if (!stat(path, &st)) errno = S_ISDIR(st.st_mode) ? EISDIR : access(path, W_OK) ? errno : 0;
     else if ((f = fopen(path, "wx"))) fclose(f), remove(path), errno = 0;
+    else if (errno == EEXIST) errno = 0;        // a link to what is not there yet
     return errno ? error(BAD_CALL, "%s: %s", path, strerror(errno)) : 0;
 }
 
@@ -703,7 +704,7 @@ static int run(settings *o) {
 int main(int argc, char **argv) {
     settings o;
     int status;
-    for (int fd = 0; fd < 3; fd++)      // one that is closed fails to read or write, rather than being the next file opened
+    for (int fd = 0; fd < 3; fd++)      // a closed one fails, rather than being the next file that is opened
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd ? O_RDONLY : O_WRONLY);
     memset(&o, 0, sizeof o);
     o.n = 256, o.temperature = o.top_p = o.threshold = -1, o.schedule = o.verify = -1;

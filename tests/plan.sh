@@ -104,7 +104,7 @@ done <<'END'
 {"rows": [1, 2], "us": [1, 0]}|us\[1\]|0.001 to 1e+12|0
 {"rows": [1], "us": [NaN]}|us\[0\]|0.001 to 1e+12|NaN
 {"rows": [1], "us": [1e999]}|us\[0\]|0.001 to 1e+12|Infinity
-{"rows": [1.5], "us": [1]}|rows\[0\]|a whole number of 1 to 1e+09|1.5
+{"rows": [1.5], "us": [1]}|rows\[0\]|a whole number of 1 to 1e+08|1.5
 {"rows": [2, 1], "us": [1, 2]}|rows\[1\]|more than rows\[0\], 2|1
 {"rows": [1, 1], "us": [1, 2]}|rows\[1\]|more than rows\[0\], 1|1
 {"rows": [1, 2], "us": [1]}|us|2 numbers, as many as rows|1

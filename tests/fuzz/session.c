@@ -1,5 +1,5 @@
-/* make fuzz-session: a session's file, of which only the record and tokens, or a profile (the first byte says which) with
-   bytes replaced; an edit is where (2 bytes), how many (1), by what. What is restored takes three steps, is saved and
+/* make fuzz-session: a session's file, of which only the record and tokens, or a profile (the first byte says which),
+   with bytes replaced; an edit is where (2 bytes), how many (1), by what. What is restored takes three steps, is saved and
    restored once more; steps follow what is loaded, too. */
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
@@ -19,6 +19,8 @@ static void put(int i, const uint8_t *bytes) {
     must(f && fwrite(bytes, 1, size[i], f) == size[i] && !fclose(f));
 }
 
+static void sweep(void) { remove(path[SESSION]), remove(path[PROFILE]); }
+
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     static const int32_t ids[20] = { 0, 5, 9, 40, 41, 42, 5, 9, 40, 41, 42, 5, 9, 40, 41, 42, 5, 9, 40, 41 };
     dspark_model_desc desc;
@@ -30,6 +32,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     must(!dspark_model_open(&model, "tests/golden/b", &desc) && !dspark_session_open(&session, model, &d));
     must(!dspark_session_append(session, ids, 20) && !dspark_step(&session, 1, NULL, &r));
     for (int i = 0; i < 2; i++) snprintf(path[i], sizeof path[i], "build/fuzz/session.%d.%d", (int)getpid(), i);
+    atexit(sweep);
     must(!dspark_session_save(session, path[SESSION]) && !dspark_model_save_profile(model, path[PROFILE]));
     for (int i = 0; i < 2; i++) {
         FILE *f = fopen(path[i], "rb");
