@@ -1,6 +1,7 @@
 /* dspark.h - DSpark speculative decoding for DeepSeek-V4 in one C header. MIT license, at the end of the manual.
 
-   The text with speculation is the text without it, bit for bit, and decoding is never slower than plain. Do this:
+   The text with speculation is the text without it, bit for bit, and drafts are made only where measured times say that
+   they pay. Do this:
 
        #define DSPARK_IMPLEMENTATION       // in one file of the program; the others include the header as it is
        #include "dspark.h"
@@ -8,18 +9,20 @@
        int main(void) {
            dspark_model *model;
            dspark_session *session;
+           dspark_session_desc desc = { 0 };
            dspark_step_result r;
            int32_t ids[64] = { 0 };        // begin of sentence, then the prompt
+           desc.policy.quota = 200;        // tokens; a step gives one to six
            if (dspark_model_open(&model, "tools/spark-tiny/model", NULL)) return puts(dspark_last_error()), 1;
-           int n = 1 + dspark_encode(dspark_model_tokenizer(model), "Once upon a time", 16, 0, ids + 1, 63);
-           if (dspark_session_open(&session, model, NULL)) return puts(dspark_last_error()), 1;
-           dspark_session_append(session, ids, n);
+           int n = dspark_encode(dspark_model_tokenizer(model), "Once upon a time", 16, 0, ids + 1, 63);
+           if (n < 0 || dspark_session_open(&session, model, &desc)) return puts(dspark_last_error()), 1;
+           dspark_session_append(session, ids, 1 + n);
            do dspark_step(&session, 1, NULL, &r), fwrite(r.text, 1, (size_t)r.text_len, stdout);
-           while (!r.status && !r.finish && dspark_session_length(session) < 200);
+           while (!r.status && !r.finish);
            dspark_session_close(session), dspark_model_close(model);
        }
 
-   cc -O2 -fopenmp program.c -lm       (without -fopenmp: one thread, the same text)
+   cc -O2 -fopenmp program.c -lm       (in the repository; without -fopenmp: one thread, the same text)
 
    CONTENTS (search for a name with its two angle brackets; declarations first)
        >>api-algorithm     layer 1 declared: schedules, verifiers, random numbers, calibration, on your arrays
@@ -100,8 +103,8 @@
 
    ERRORS
    Functions return a dspark_status and set the thread's dspark_last_error(): what, where, expected, found. Nothing is
-   printed, nothing exits, nothing leaks. Checkpoint, tokenizer, session and profile files are
-   untrusted.
+   printed, nothing exits, nothing leaks. A pointer may be NULL where its comment says so. Checkpoint, tokenizer, session
+   and profile files are untrusted.
 
    THE ORDER OF ARITHMETIC is part of the definition (>>kernels): the same text on every path, with any number of
    threads, at any optimization level, in any batch. Two FP8 codes that released weights do not use, 127 and 255
@@ -209,12 +212,12 @@ typedef struct {
     const float *confidence;    // [n_requests][gamma] c_k, calibrated: P(x_k stands) if those before it do.
                                 //   Clamped to [0, 1]; NaN ends the request. PLAIN, BLOCK: not read
     const int *n_drafted;       // 0 .. gamma; NULL: gamma
-    const int *cap;             // verify no more than this; NULL: no cap
-    const float *threshold;     // end before the first c_k, as given, below it; NULL: 0. PLAIN, BLOCK: not read
+    const int *cap;             // verify no more than this, below 0 none; NULL: no cap
+    const float *threshold;     // end before the first c_k, as given, not >= it; NULL: 0. PLAIN, BLOCK: not read
     const float *weight;        // what a token is worth, >= 0; NULL: 1. PREFIX, ASYNC, GLOBAL
     int n_requests, gamma, mode;        // DSPARK_SCHEDULE_*; 0: PLAIN
     int budget;                 // drafts to admit in total: the sum of GLOBAL's lengths with the confidences of
-                                //   two steps ago. ASYNC
+                                //   two steps ago; below 0: none. ASYNC
     int other_rows;             // rows of the pass for no request (prefill)
     const dspark_sps *sps;      // PREFIX, GLOBAL
     float draft_us;             // what drafting costs this step, however little is admitted. PREFIX, GLOBAL
@@ -381,7 +384,7 @@ enum {
 
 typedef struct {
     const dspark_backend *backend;      // NULL: the CPU
-    int n_threads;                      // 0: all processors (1 without OpenMP)
+    int n_threads;                      // to 1024; 0: all processors, not OMP_NUM_THREADS (1 without OpenMP)
     int cpu_path;                       // DSPARK_PATH_*; 0: the best this machine has. All give the same bits.
     int max_rows;                       // rows of a pass, to 2^20; 0: 128. Bounds the workspace; no text depends on it.
     int max_sessions;                   // a pass holds at least so many with whole blocks; 0: what max_rows allow
@@ -428,13 +431,13 @@ enum { DSPARK_PLAIN_TEXT = 1 };
 // Writes the ids of len bytes of text to ids[cap]; returns their number, at most len. Adds no begin-of-sentence.
 // flags 0: added tokens ("<think>") in the text become tokens. DSPARK_PLAIN_TEXT: they stay text, as untrusted content
 // should. The text may contain zeros; invalid UTF-8 keeps its bytes. Time is O(len log len). Fails with
-// -DSPARK_ERROR_MEMORY, -DSPARK_ERROR_ARGUMENT (len over 2^31 - 1).
+// -DSPARK_ERROR_MEMORY, -DSPARK_ERROR_ARGUMENT (len over 2^31 - 1; t NULL, as of a model without tokenizer.json).
 DSPARK_API int dspark_encode(const dspark_tokenizer *t, const char *text, size_t len, int flags, int32_t *ids,
                             int cap);
 
 // Writes the bytes of ids[n] to text[cap], special tokens by name, no zero at the end; returns their number. They need
 // not be UTF-8 (dspark_utf8_push). An id outside the vocabulary gives none. Fails with -DSPARK_ERROR_ARGUMENT over
-// 2^31 - 1 bytes.
+// 2^31 - 1 bytes, or if t is NULL.
 DSPARK_API int dspark_decode(const dspark_tokenizer *t, const int32_t *ids, int n, char *text, int cap);
 
 DSPARK_API int dspark_tokenizer_size(const dspark_tokenizer *t);    // ids are 0 .. size - 1, without a gap
@@ -504,7 +507,8 @@ typedef struct {
                             // DSPARK_VERIFY_GREEDY: the argmax, as both are at temperature 0
     float threshold;        // of confidence, 0: none. Cuts in every schedule but BLOCK.
     int draft_cap;          // drafts verified a cycle at most; 0: the block
-    int quota;              // tokens emitted in all (dspark_stats.emitted) before the session finishes; 0: no limit
+    int quota;              // tokens emitted in all before the session finishes, as dspark_stats.emitted counts them:
+                            // also those of a fork's source, of earlier answers, and truncated ones; 0: no limit
     float share;            // of the verification budget: weight of its tokens among all sessions; 0: 1
 } dspark_policy;
 
@@ -538,14 +542,16 @@ DSPARK_API const char *dspark_finish_name(int finish);         // "running", "st
 enum { DSPARK_BY_PLAIN, DSPARK_BY_DRAFT, DSPARK_BY_CORRECTION, DSPARK_BY_BONUS };   // who produced a token
 
 typedef struct {
-    dspark_status status;               // of this session; NUMERIC leaves the tokens before the bad row committed
+    dspark_status status;               // of this session. NUMERIC: the tokens before the bad row are committed; each
+                                        // further step fails, too, until the text changes
     int finish;                         // DSPARK_RUNNING, or why it ended with this step's last token
     int n_tokens;                       // 0 while a submitted prompt is still running
     int32_t tokens[DSPARK_MAX_BLOCK + 2];
     unsigned char by[DSPARK_MAX_BLOCK + 2];         // DSPARK_BY_*
     float logprob[DSPARK_MAX_BLOCK + 2];            // ln p of softmax(adjusted logits), temperature 1; if asked for
-    const char *text;                   // whole UTF-8 characters; the session's, until its next call. Special
-    int text_len;                       // tokens give none; what may become a stop string is held back.
+    const char *text;                   // whole UTF-8 characters; the session's, until its next call. Tokens that are
+    int text_len;                       // special (dspark_token_is_special) give none; what may become a stop string
+                                        // is held back.
     int n_drafted, n_scheduled, n_accepted;         // of this cycle; 0 if it was plain
     int32_t draft[DSPARK_MAX_BLOCK];
     float confidence[DSPARK_MAX_BLOCK];             // c_k, calibrated
@@ -607,10 +613,12 @@ DSPARK_API dspark_status dspark_model_profile(dspark_model *, dspark_profile *ou
 // never slower. Every session's account opens anew. ARGUMENT: rows not ascending, or over 10^8; us outside of 1e-3 to
 // 1e12; a cost outside of 0 to 1e12.
 DSPARK_API dspark_status dspark_model_set_profile(dspark_model *, const dspark_profile *);
-// To a file and back, as {"format": "dspark-profile-2", ...}. One of another checkpoint, path or number of threads is
-// refused (FORMAT), as its times differ.
+#ifndef DSPARK_NO_STDIO
+// To a file (measured first, if there is none) and back, as {"format": "dspark-profile-2", ...}. One of another
+// checkpoint, path or number of threads is refused (FORMAT), as its times differ.
 DSPARK_API dspark_status dspark_model_save_profile(dspark_model *, const char *path);
 DSPARK_API dspark_status dspark_model_load_profile(dspark_model *, const char *path);
+#endif
 // A calibration for every session: c_k = sigmoid(logit_k / temperature[k]), [gamma]; NULL: all 1. Without this call a
 // session uses the row of the checkpoint's calibration.json with its verifier (greedy at temperature 0) and the nearest
 // temperature band, ties to the first; all 1 if there is none. A row may also have a curve for each k from the product
@@ -633,20 +641,23 @@ DSPARK_API dspark_status dspark_session_submit(dspark_session *, const int32_t *
 // run again when next needed. The state has the bits of a session that never went further. Here as after an append,
 // what comes is a new text: what was held back is dropped.
 DSPARK_API dspark_status dspark_session_truncate(dspark_session *, int n_tokens);
-// A copy at its present length under another desc (NULL: the same). The source stays.
+// A copy at its present length under another desc (NULL: the same), statistics included. The source stays.
 DSPARK_API dspark_status dspark_session_fork(dspark_session **out, const dspark_session *,
                                              const dspark_session_desc *);
 DSPARK_API dspark_status dspark_session_set_policy(dspark_session *, const dspark_policy *);    // between any two steps
+#ifndef DSPARK_NO_STDIO
 // To a file and back. Refused (FORMAT) when the checkpoint differs; desc as for open, NULL: what the file
 // says.
 DSPARK_API dspark_status dspark_session_save(const dspark_session *, const char *path);
 DSPARK_API dspark_status dspark_session_restore(dspark_session **out, dspark_model *, const char *path,
                                                 const dspark_session_desc *);
+#endif
 
 DSPARK_API int dspark_session_length(const dspark_session *);                   // committed tokens
 DSPARK_API const int32_t *dspark_session_tokens(const dspark_session *);        // [length]
 DSPARK_API const float *dspark_session_logits(const dspark_session *);          // [vocab] for the next token; NULL
-                                                                                // while a token is pending
+                                                                                // while a token is pending, as after
+                                                                                // a step or a truncation
 DSPARK_API const dspark_stats *dspark_session_stats(const dspark_session *);
 DSPARK_API const dspark_stats *dspark_model_stats(const dspark_model *);        // of all its sessions, closed ones too
 // What the drafter would propose after `anchor`: gamma tokens (argmax), gamma confidence logits and, unless NULL,
@@ -811,6 +822,10 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #include <arm_neon.h>
 #endif
 
+#if defined DSPARK_MALLOC + defined DSPARK_REALLOC + defined DSPARK_FREE == 1 || \
+    defined DSPARK_MALLOC + defined DSPARK_REALLOC + defined DSPARK_FREE == 2
+#error "dspark.h: define all of DSPARK_MALLOC, DSPARK_REALLOC, DSPARK_FREE, or none"
+#endif
 #ifndef DSPARK_MALLOC
 #define DSPARK_MALLOC(bytes) malloc(bytes)
 #define DSPARK_REALLOC(p, bytes) realloc(p, bytes)
@@ -1516,6 +1531,7 @@ DSPARK_API dspark_status dspark_schedule(const dspark_schedule_desc *d, int *len
     dspark_status status;
     int64_t n;
     int r;
+    if (!d) return dspark__fail(DSPARK_ERROR_ARGUMENT, "schedule: desc is NULL");
     if (d->n_requests < 0 || d->gamma < 0 || d->other_rows < 0 || d->mode < DSPARK_SCHEDULE_PLAIN ||
         d->mode > DSPARK_SCHEDULE_GLOBAL || (d->n_requests && !lengths))
         return dspark__fail(DSPARK_ERROR_ARGUMENT,
@@ -1595,6 +1611,7 @@ DSPARK_API dspark_status dspark_verify(const dspark_verify_desc *d, int *n_accep
     dspark_status status;
     int32_t token = -1;
     int accepted = 0, i;
+    if (!d) return dspark__fail(DSPARK_ERROR_ARGUMENT, "verify: desc is NULL");
     if (d->mode < DSPARK_VERIFY_COUPLED || d->mode > DSPARK_VERIFY_GREEDY || d->n < 0 || d->n > 65535 ||
         d->vocab < 1 || (d->mode == DSPARK_VERIFY_COUPLED && d->position < 0) || !d->p_target ||
         (d->n && !d->draft) || !n_accepted || !next)
@@ -1671,12 +1688,14 @@ static float dspark__sts_temperature(const dspark_sts_desc *d, int g) {
 
 DSPARK_API dspark_status dspark_sts_fit(const dspark_sts_desc *d, float *temperature, double *ece_before,
                                         double *ece_after) {
-    int n = d->n_cycles, n_bins = d->n_bins ? d->n_bins : 20, n_grid = d->grid ? d->n_grid : 65;
-    double *raw = d->scratch, *prefix;      // [n] products so far at T = 1, and at the T fitted
-    dspark_status status = dspark__sts_check(d);
-    if (status) return status;
+    int n, n_bins, n_grid;
+    double *raw, *prefix;       // [n] products so far at T = 1, and at the T fitted
+    dspark_status status;
+    if (!d) return dspark__fail(DSPARK_ERROR_ARGUMENT, "sts: desc is NULL");
+    if ((status = dspark__sts_check(d)) != DSPARK_OK) return status;
     if (d->gamma && !temperature) return dspark__fail(DSPARK_ERROR_ARGUMENT, "sts: temperature is NULL");
-    prefix = raw + n;
+    n = d->n_cycles, n_bins = d->n_bins ? d->n_bins : 20, n_grid = d->grid ? d->n_grid : 65;
+    raw = d->scratch, prefix = raw + n;
     for (int i = 0; i < n; i++) raw[i] = prefix[i] = 1;
     for (int k = 0; k < d->gamma; k++) {
         double before = dspark__sts_ece(d, k, raw, 1.0, n_bins, raw), least = HUGE_VAL;
@@ -2327,7 +2346,7 @@ static void dspark__key_failed(const dspark__keys *k, dspark_status status, cons
     char n[24] = "";
     if (k->b->status) return;
     if (dspark__json_kind(j, node) == DSPARK__JSON_ARRAY) snprintf(n, sizeof n, " of %d", j->nodes[node].n);
-    k->b->status = dspark__fail(status, "%s: %s%s: expected %s, found %.40s%s", k->d->file.name, k->prefix,
+    k->b->status = dspark__fail(status, "%s: %s%s: expected %s, found %.100s%s", k->d->file.name, k->prefix,
                                 key, expected, dspark__json_show(j, node), n);
 }
 
@@ -3552,6 +3571,7 @@ DSPARK_API int dspark_encode(const dspark_tokenizer *t, const char *text, size_t
     dspark_status status;
     memset(&e, 0, sizeof e);
     e.t = t, e.text = text, e.ids = ids, e.cap = cap;
+    if (!t) return -(int)dspark__fail(DSPARK_ERROR_ARGUMENT, "encode: no tokenizer");
     if (len > INT32_MAX)
         return -(int)dspark__fail(DSPARK_ERROR_ARGUMENT, "encode: expected at most 2^31 - 1 bytes, found %zu",
                                   len);
@@ -3566,6 +3586,7 @@ DSPARK_API int dspark_encode(const dspark_tokenizer *t, const char *text, size_t
 
 DSPARK_API int dspark_decode(const dspark_tokenizer *t, const int32_t *ids, int n, char *text, int cap) {
     int64_t total = 0;
+    if (!t) return -(int)dspark__fail(DSPARK_ERROR_ARGUMENT, "decode: no tokenizer");
     for (int i = 0; i < n; i++) {
         int len;
         const char *bytes = dspark_token_bytes(t, ids[i], &len);
@@ -4113,6 +4134,7 @@ DSPARK_API int dspark_chat_encode(const dspark_tokenizer *t, const dspark_messag
                                   const dspark_chat_desc *form, int flags, int32_t *ids, int cap) {
     dspark__chat c;
     dspark_status status;
+    if (!t) return -(int)dspark__fail(DSPARK_ERROR_ARGUMENT, "chat: no tokenizer");
     memset(&c, 0, sizeof c);
     c.t = t, c.flags = flags, c.ids = ids, c.ids_cap = cap;
     status = dspark__chat_all(&c, messages, n, form);
@@ -4365,6 +4387,8 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
     m->backend = desc->backend ? desc->backend : dspark_cpu_backend();
     if (desc->max_sessions < 0 || desc->max_sessions > 1 << 16)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_sessions %d: expected 0 to %d", desc->max_sessions, 1 << 16);
+    if (desc->n_threads < 0 || desc->n_threads > 1024)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "n_threads %d: expected 0 to 1024", desc->n_threads);
     if (desc->max_rows < 0 || desc->max_rows > 1 << 20)
         return dspark__fail(DSPARK_ERROR_ARGUMENT, "max_rows %d: expected 0 to %d", desc->max_rows, 1 << 20);
     d.max_rows = desc->max_rows ? desc->max_rows : 128;
@@ -4663,8 +4687,9 @@ DSPARK_API dspark_status dspark_session_open(dspark_session **out, dspark_model 
 }
 
 DSPARK_API dspark_status dspark_session_set_policy(dspark_session *s, const dspark_policy *p) {
-    dspark_status status = dspark__policy_check(s->model, p, s->desc.temperature);
-    if (!status) s->desc.policy = *p;
+    dspark_status status;
+    if (!p) return dspark__fail(DSPARK_ERROR_ARGUMENT, "policy: NULL, expected one");
+    if ((status = dspark__policy_check(s->model, p, s->desc.temperature)) == DSPARK_OK) s->desc.policy = *p;
     return status;
 }
 
@@ -4773,13 +4798,15 @@ static void dspark__text_reset(dspark_session *s) {
 
 static dspark_status dspark__add_tokens(dspark_session *s, const int32_t *ids, int n) {
     int V = dspark__config(s)->vocab_size;
-    if (n < 0 || (n && !ids)) return dspark__fail(DSPARK_ERROR_ARGUMENT, "append: %d tokens", n);
+    if (n < 0 || (n && !ids))
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "%d tokens, ids %s: expected 0 or more, not NULL", n,
+                            ids ? "given" : "NULL");
     if (n > s->desc.max_context - s->n_tokens)
         return dspark__fail(DSPARK_ERROR_CONTEXT_FULL, "%d tokens and %d more: the context holds %d",
                             s->n_tokens, n, s->desc.max_context);
     for (int i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= V)
-            return dspark__fail(DSPARK_ERROR_ARGUMENT, "append: token %d is %d: expected 0 to %d", i,
+            return dspark__fail(DSPARK_ERROR_ARGUMENT, "token %d is %d: expected 0 to %d", i,
                                 (int)ids[i], V - 1);
     if (!n) return DSPARK_OK;
     memcpy(s->tokens + s->n_tokens, ids, (size_t)n * sizeof *ids);
@@ -6189,10 +6216,12 @@ DSPARK_API dspark_status dspark_step(dspark_session **sessions, int n, const dsp
     dspark_status status = DSPARK_OK;
     int prompt_rows = desc ? desc->prompt_rows : 0;
     double start;
-    if (n < 1 || !sessions || !results) return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: %d sessions", n);
-    m = sessions[0]->model;
+    if (n < 1 || !sessions || !results)
+        return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: %d sessions, expected 1 or more, and two arrays", n);
+    m = sessions[0] ? sessions[0]->model : NULL;
     for (int i = 0; i < n; i++)
-        if (sessions[i]->model != m)
+        if (!sessions[i]) return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: session %d is NULL", i);
+        else if (sessions[i]->model != m)
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "step: session %d is of another model", i);
     for (int i = 0; i < n; i++) sessions[i]->place = i;
     for (int i = 0; i < n; i++)
@@ -7652,7 +7681,7 @@ static int dspark__all_threads(void) {
 static dspark_status dspark__cpu_open(void **device, const dspark_model *m, const dspark_model_desc *desc) {
     const dspark_config *c = dspark_model_config(m);
     const dspark__kernels *k = dspark__kernels_choose(desc->cpu_path);
-    int threads = desc->n_threads > 0 ? desc->n_threads : dspark__all_threads();
+    int threads = desc->n_threads ? desc->n_threads : dspark__all_threads();
     dspark__cpu *d;
     *device = NULL;
     if (!k)

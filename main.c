@@ -519,7 +519,7 @@ static int check(const settings *o, dspark_model *m) {
            c->n_routed_experts, c->n_shared_experts, c->moe_intermediate_size);
     printf("ratios     ");
     for (int l = 0; l < c->num_hidden_layers; l++) printf(" %d", c->compress_ratios[l]);
-    printf("\ndrafter     %d stages", c->n_stages);
+    printf("\ndrafter     %d stage%s", c->n_stages, c->n_stages > 1 ? "s" : "");
     if (c->n_stages) printf(", block %d, Markov rank %d, taps", c->dspark_block_size, c->dspark_markov_rank);
     for (int i = 0; i < c->n_taps && c->n_stages; i++) printf(" %d", c->dspark_target_layer_ids[i]);
     printf("\ntokenizer   %d tokens\n", t ? dspark_tokenizer_size(t) : 0);

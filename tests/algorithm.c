@@ -170,6 +170,14 @@ static void check_file(const char *name, int (*check)(const golden_case *)) {
     ok(n > 0 && !bad, "%s: all %d golden cases hold", name, n);
 }
 
+static void check_no_desc(void) {
+    int n;
+    int32_t next;
+    float t;
+    ok(dspark_schedule(NULL, &n) == DSPARK_ERROR_ARGUMENT && dspark_verify(NULL, &n, &next) == DSPARK_ERROR_ARGUMENT &&
+       dspark_sts_fit(NULL, &t, NULL, NULL) == DSPARK_ERROR_ARGUMENT, "a desc that is NULL is refused");
+}
+
 /* Errors in units of the last place against libm's long double. */
 static void check_elementary(void) {
     double log_error = 0, exp_error = 0, sin_error = 0;
@@ -232,6 +240,7 @@ int main(void) {
     check_file("account", check_account);
     check_elementary();
     check_subnormals();
+    check_no_desc();
     check_limits();
     return tap_done();
 }

@@ -54,7 +54,7 @@ compilers() {   # a language, its standard, its compilers
         check "$name -O2: the implementation compiles without a warning" \
             $cc $flags -O2 -c $dir/implementation.c -o $dir/implementation.o
         check "$name: DSPARK_NO_STDIO compiles without a warning" \
-            $cc $flags -DDSPARK_NO_STDIO -fsyntax-only $dir/implementation.c
+            $cc $flags -DDSPARK_NO_STDIO -fsyntax-only $dir/implementation.c $dir/static.c
         check "$name: two objects link to one program" both_objects $cc
         check "$name: DSPARK_STATIC compiles without a warning" \
             $cc $flags -Dmain=other_main -c $dir/static.c -o $dir/static.o

@@ -1341,6 +1341,9 @@ static void test_step_refused(dspark_model *m, const int32_t *ids) {
        "sessions of two models in one step are refused");
     ok(dspark_session_draft(s[0], -1, r[0].draft, r[0].confidence, NULL) == DSPARK_ERROR_ARGUMENT,
         "a draft after a token that is none is refused");
+    dspark_session_close(s[1]), s[1] = NULL;
+    ok(dspark_step(s, 2, NULL, r) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "session 1 is NULL"),
+       "a session that is NULL is refused");
     must(dspark_session_submit(s[0], ids, 2));
     ok(dspark_session_draft(s[0], 4, r[0].draft, r[0].confidence, NULL) == DSPARK_ERROR_ARGUMENT &&
         !dspark_session_logits(s[0]),

@@ -170,7 +170,10 @@ static void test_memory_limit_of_model(void) {
        "a workspace over memory_limit is refused before it is allocated");
     desc.max_rows = INT32_MAX;
     ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_ARGUMENT && !m, "passes of 2^31 - 1 rows are refused");
-    desc.memory_limit = 0, desc.max_rows = 0, desc.max_sessions = -1;
+    desc.n_threads = 100000;
+    ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_ARGUMENT && strstr(dspark_last_error(), "n_threads"),
+       "100,000 threads are refused by name");
+    desc.n_threads = 0, desc.memory_limit = 0, desc.max_rows = 0, desc.max_sessions = -1;
     ok(dspark_model_open(&m, golden_b, &desc) == DSPARK_ERROR_ARGUMENT && !m, "max_sessions -1 is refused");
 }
 

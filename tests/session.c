@@ -786,6 +786,7 @@ static void test_policy(dspark_model *m) {
     p.draft_cap = dspark_model_config(m)->dspark_block_size + 1;
     ok(dspark_session_set_policy(s, &p) == DSPARK_ERROR_ARGUMENT && !s->desc.policy.draft_cap,
        "set_policy refuses a draft cap above the block, and the policy stays");
+    ok(dspark_session_set_policy(s, NULL) == DSPARK_ERROR_ARGUMENT, "set_policy refuses NULL");
     dspark_session_close(s);
 }
 

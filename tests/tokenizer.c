@@ -625,10 +625,21 @@ static void test_tokenizer(const char *path, const char *name, int size, int n_e
     dspark_tokenizer_close(t);
 }
 
+static void test_no_tokenizer(void) {
+    static const dspark_message hello = { "user", "hello", NULL, 0 };
+    int32_t ids[8] = { 0 };
+    char text[8];
+    ok(dspark_encode(NULL, "hello", 5, 0, ids, 8) == -DSPARK_ERROR_ARGUMENT &&
+       dspark_decode(NULL, ids, 1, text, 8) == -DSPARK_ERROR_ARGUMENT &&
+       dspark_chat_encode(NULL, &hello, 1, NULL, 0, ids, 8) == -DSPARK_ERROR_ARGUMENT,
+       "a model's tokenizer that is NULL is refused");
+}
+
 int main(void) {
     int have_xz = system("xz --version >/dev/null 2>&1") == 0;
     test_json_errors();
     test_json_values();
+    test_no_tokenizer();
     test_utf8();
     test_malformed();
     test_memory();
