@@ -142,7 +142,9 @@ static int parse(settings *s, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const option *o = options;
         while (o < options + N_OPTIONS && strcmp(o->name, argv[i])) o++;
-        if (o == options + N_OPTIONS) return error(BAD_CALL, "unknown option %s; dspark -h lists all", argv[i]);
+        if (o == options + N_OPTIONS)
+            return error(BAD_CALL, *argv[i] == '-' ? "unknown option %s; dspark -h lists all"
+                                                   : "'%s': expected an option; a prompt follows -p", argv[i]);
         if (o->kind == FLAG) {
             *(int *)(void *)((char *)s + o->at) = 1;
             continue;
@@ -663,7 +665,8 @@ static int leave(const settings *o, dspark_model *m) {
     if (status) return api_error(status);
     if (o->log_to && fclose(o->log_to)) return error(FAILED, "%s: %s", o->log, strerror(errno));
     if (!o->metrics) return 0;
-    if (n >= (int)sizeof text) return error(FAILED, "%s: expected up to %zu bytes, found %d", o->metrics, sizeof text, n);
+    if (n >= (int)sizeof text)
+        return error(FAILED, "%s: expected up to %zu bytes, found %d", o->metrics, sizeof text, n);
     f = fopen(o->metrics, "w");
     if (!f || fputs(text, f) < 0 || fclose(f))
         return error(FAILED, "%s: %s", o->metrics, strerror(errno));
@@ -678,7 +681,8 @@ static int run(settings *o) {
     dspark_model *m;
     dspark_status status;
     struct stat st;
-    if (stat(dir, &st) || !S_ISDIR(st.st_mode)) return error(BAD_CALL, "%s: no such directory", dir);
+    errno = 0;
+    if (stat(dir, &st) || !S_ISDIR(st.st_mode)) return error(BAD_CALL, "%s: %s", dir, strerror(errno ? errno : ENOTDIR));
 #ifndef DSPARK_CUDA
     if (o->backend) return error(BAD_CALL, "--backend cuda: this program was built without it; make cuda builds it");
 #endif
