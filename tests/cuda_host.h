@@ -435,11 +435,13 @@ extern "C" {
 extern size_t cuda_host_memory;
 extern long cuda_host_calls, cuda_host_fail_at, cuda_host_launches, cuda_host_waits;
 extern size_t cuda_host_used;
+extern int cuda_host_sms;
 void cuda_host_backwards(int on);
 }
 #ifdef CUDA_HOST_IMPLEMENTATION
 size_t cuda_host_memory = (size_t)1 << 31, cuda_host_used, cuda_host_back;
 long cuda_host_calls, cuda_host_fail_at, cuda_host_launches, cuda_host_waits;
+int cuda_host_sms = 3;
 void cuda_host_backwards(int on) { host.backwards = on; }
 #endif
 
@@ -453,7 +455,7 @@ static inline void nvtxRangePop(void) {}
 static inline cudaError_t cudaSetDevice(int) { HOST_CALL(); return cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
     HOST_CALL();
-    *value = which == cudaDevAttrMultiProcessorCount      ? 3
+    *value = which == cudaDevAttrMultiProcessorCount      ? cuda_host_sms
              : which == cudaDevAttrComputeCapabilityMajor ? 9
                                                           : HOST_SHARED - 1024;
     return cudaSuccess;

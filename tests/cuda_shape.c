@@ -12,6 +12,7 @@ const dspark_backend *dspark_cuda_backend(void);
 #ifdef DSPARK_CUDA_HOST
 enum { TEXTS = 3 };         /* compared with the CPU's */
 extern long cuda_host_products;
+extern int cuda_host_sms;
 #else
 enum { TEXTS = 12 };        /* a device rounds differently more often: it sums in other orders */
 #endif
@@ -96,7 +97,7 @@ static dspark_session *open_after(dspark_model *m, const int32_t *ids, int left)
    is two steps of keys. */
 static void check_block(const dspark_backend *backend, dspark_model *cpu) {
     static int32_t ids[BLOCK_ROWS];
-    static float usual[BLOCK_ROWS * VOCABULARY], by_library[COUNT(window)], by_kernels[COUNT(window)];
+    static float usual[BLOCK_ROWS * VOCABULARY], logits[BLOCK_ROWS * VOCABULARY], by_library[COUNT(window)], by_kernels[COUNT(window)];
     static double error[BLOCK_ROWS];
     dspark_model_desc desc;
     dspark_model *m;
@@ -117,6 +118,7 @@ static void check_block(const dspark_backend *backend, dspark_model *cpu) {
     ok(cuda_host_products == 20, "a block of 512 runs its FP8 matrices by the library (%ld products)",
        cuda_host_products);
 #endif
+    memcpy(logits, out.logits, sizeof logits);
     for (size_t i = 0; i < BLOCK_ROWS; i++)
         error[i] = relative_l2(out.logits + i * VOCABULARY, usual + i * VOCABULARY, VOCABULARY);
     sort_up(error, BLOCK_ROWS);
@@ -128,6 +130,14 @@ static void check_block(const dspark_backend *backend, dspark_model *cpu) {
     of_window = relative_l2(by_library, by_kernels, COUNT(window));
     ok(of_window < LIBRARY_ERROR, "and the rows of the first window those of the usual kernels (%.1e)", of_window);
     dspark_session_close(s), dspark_session_close(last), dspark_model_close(m);
+#ifdef DSPARK_CUDA_HOST
+    cuda_host_sms = 132;        /* as an H100's: more tiles, of 64 rows, not 128 */
+    must(dspark_model_open(&m, ".", &desc));
+    s = open_after(m, ids, 0);
+    must(dspark__run_alone(s, ids, BLOCK_ROWS, 0, 0, 0, &out));
+    ok(!memcmp(logits, out.logits, sizeof logits), "with 132 SMs, not 3, its logits have the same bits");
+    dspark_session_close(s), dspark_model_close(m);
+#endif
 }
 
 int main(void) {
