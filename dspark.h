@@ -5469,7 +5469,7 @@ DSPARK_API dspark_status dspark_model_save_profile(dspark_model *m, const char *
         fprintf(f, ",\n \"%s\": %s", dspark__profile_costs[i].name,
                 dspark__decimal(number, (double)*dspark__profile_cost(&p, i), 9));
     fprintf(f, "}\n");
-    failed = ferror(f) ? errno : 0;
+    failed = ferror(f) ? EIO : 0;
     if (fclose(f)) failed = errno;
     return failed ? dspark__fail(DSPARK_ERROR_IO, "%s: %s", path, strerror(failed)) : DSPARK_OK;
 }
