@@ -579,7 +579,7 @@ static void turn(conversation *c, const char *question) {
 // Obeys a line; 0 ends the chat.
 static int chat_line(conversation *c, const char *line) {
     if (!strcmp(line, "/quit")) return 0;
-    if (!strcmp(line, "/reset")) dspark_session_truncate(c->session, c->asked = 0);
+    if (!strcmp(line, "/reset")) dspark_session_truncate(c->session, c->asked = 0), answer_clear(&c->last);
     else if (!strcmp(line, "/stats")) print_stats(&c->last);
     else if (!strcmp(line, "/retry") && c->asked) turn(c, NULL);
     else if (*line == '/') puts("/retry with the next seed, /reset, /stats, /quit; Ctrl-C stops an answer");
