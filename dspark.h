@@ -1,7 +1,7 @@
 /* dspark.h - DSpark speculative decoding for DeepSeek-V4 in one C header. MIT license, at the end of the manual.
 
-   The text with speculation is the text without it, bit for bit, and drafts are made only where measured times say that
-   they pay. Do this:
+   The text with speculation is the text without it, bit for bit. By default drafts are made only where measured times
+   say that they pay. Do this:
 
        #define DSPARK_IMPLEMENTATION       // in one file of the program; the others include the header as it is
        #include "dspark.h"
@@ -103,8 +103,8 @@
 
    ERRORS
    Functions return a dspark_status and set the thread's dspark_last_error(): what, where, expected, found. Nothing is
-   printed, nothing exits, nothing leaks. A pointer may be NULL where its comment says so. Checkpoint, tokenizer, session
-   and profile files are untrusted.
+   printed, nothing exits, nothing leaks. A pointer may be NULL where its comment says so. Checkpoint, tokenizer,
+   session and profile files are untrusted.
 
    THE ORDER OF ARITHMETIC is part of the definition (>>kernels): the same text on every path, with any number of
    threads, at any optimization level, in any batch. Two FP8 codes that released weights do not use, 127 and 255
@@ -564,7 +564,7 @@ typedef struct {
     int64_t steps;                      // with a pass of the target
     int64_t cycles;                     // of them with drafts
     int64_t drafted, accepted, emitted;
-    int64_t cut;                        // steps that ended a text by a draft: no token came after it
+    int64_t cut;                        // steps whose last token, a draft, ended the text: no bonus
     int64_t scheduled;                  // verified, except drafts after the token that ended a text: not read
     int64_t scheduled_by_position[DSPARK_MAX_BLOCK], accepted_by_position[DSPARK_MAX_BLOCK];
     double draft_us, verify_us;
@@ -957,7 +957,7 @@ static double dspark__now_us(void) {
     return 1e6 * (double)t.tv_sec + 1e-3 * (double)t.tv_nsec;
 }
 
-// x with so many digits, with a point in every locale, to text [32]: what numbers in files are.
+// Writes x with so many digits to text [32]. Files have a decimal point in every locale.
 static const char *dspark__decimal(char *text, double x, int digits) {
     char *to = text;
     snprintf(text, 32, "%.*g", digits, x);
@@ -4283,7 +4283,7 @@ struct dspark_model {
     dspark__batch batch;
     float *row;                 // [vocab]: adjusted logits, for log-probabilities; measuring: p
     char *memory;               // of batch and row
-    size_t bytes;               // its
+    size_t bytes;               // of memory
 };
 
 // MEMORY if `more` bytes would exceed memory_limit.
@@ -4405,10 +4405,11 @@ static dspark_status dspark__model_fill(dspark_model *m, const char *dir, const 
         for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] = 1;
         e->hoped = e->got = 1, e->cycles = DSPARK__PRIOR;
     }
-    m->bytes = dspark__model_carve(m, NULL), m->memory = (char *)dspark__alloc(m->bytes, 1);
+    m->bytes = dspark__model_carve(m, NULL);
+    if (!dspark__memory_check(m, "model", 0)) m->memory = (char *)dspark__alloc(m->bytes, 1);
     if (!m->memory) return DSPARK_ERROR_MEMORY;
     dspark__model_carve(m, m->memory);
-    return dspark__memory_check(m, "model", 0);
+    return DSPARK_OK;
 }
 
 DSPARK_API dspark_status dspark_model_open(dspark_model **out, const char *dir,
@@ -5341,8 +5342,8 @@ static dspark_status dspark__measure_rows(dspark_session **s, int most, double s
     for (int B = 1; B <= most && !status; B = B < dspark__max(8, gamma + 1) ? B + 1 : (B + B / 2) & ~1) {
         if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
         status = dspark__time_best(s, 1, B, 0, slice, &us);
-        for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise,
-        if (p->n)                                                               // also what costs more than two passes
+        for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise
+        if (p->n)       // two passes could have run the rows: what took longer was interrupted
             us = fmin(us, (double)p->us[p->n - 1] + dspark_profile_us(p, B - p->rows[p->n - 1]));
         p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
     }
@@ -7480,7 +7481,7 @@ static void dspark__cpu_draft_head(void *device) {
     memset(d->rnn, 0, (size_t)d->n_rows * (size_t)dspark__pad(d->c->dspark_markov_rank) * sizeof *d->rnn);
 }
 
-// The sequential heads (DSpark's report): the logits of row r get W2 times e, left in d->markov.
+// The sequential heads (DSpark's paper): the logits of row r get W2 times e, left in d->markov.
 //   vanilla: e = W1[previous];  gated: e = sigmoid(G [x ; W1[previous]] + b) * W1[previous]
 //   RNN: (g, c, o) = J [s ; W1[previous] ; x] + b, s = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), e = tanh(o)
 // A draft's confidence is computed from [x ; W1[previous]], before the draft is drawn.

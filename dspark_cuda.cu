@@ -5584,7 +5584,7 @@ static void check_shape(cuda *d) {
         if (limits[i].value % limits[i].multiple || limits[i].value > limits[i].most)
             fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: %s is %d, expected a multiple of %d up to %d", limits[i].name,
                  limits[i].value, limits[i].multiple, limits[i].most);
-    for (size_t i = 0; i < sizeof planes / sizeof *planes; i++)     // offsets have 32 bits, a logit's a sign, too
+    for (size_t i = 0; i < sizeof planes / sizeof *planes; i++)     // offsets have 32 bits, those of logits 31
         if (rows * planes[i] > UINT32_MAX)
             fail(d, DSPARK_ERROR_UNSUPPORTED, "cuda: max_rows is %d with %lld numbers a row, more than 2^32 in all",
                  d->max_rows, (long long)planes[i]);

@@ -682,7 +682,8 @@ static int run(settings *o) {
     dspark_status status;
     struct stat st;
     errno = 0;
-    if (stat(dir, &st) || !S_ISDIR(st.st_mode)) return error(BAD_CALL, "%s: %s", dir, strerror(errno ? errno : ENOTDIR));
+    if (stat(dir, &st) || !S_ISDIR(st.st_mode))
+        return error(BAD_CALL, "%s: %s", dir, strerror(errno ? errno : ENOTDIR));
 #ifndef DSPARK_CUDA
     if (o->backend) return error(BAD_CALL, "--backend cuda: this program was built without it; make cuda builds it");
 #endif

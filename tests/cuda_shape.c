@@ -122,8 +122,9 @@ static void check_block(const dspark_backend *backend, dspark_model *cpu) {
     for (size_t i = 0; i < BLOCK_ROWS; i++)
         error[i] = relative_l2(out.logits + i * VOCABULARY, usual + i * VOCABULARY, VOCABULARY);
     sort_up(error, BLOCK_ROWS);
-    ok(error[BLOCK_ROWS / 2] < .12 && error[BLOCK_ROWS - 1] < 2, "its logits are the CPU's but for what bf16 leaves of queries and weights: median "
-       "%.1e, least %.1e, most %.1e", error[BLOCK_ROWS / 2], error[0], error[BLOCK_ROWS - 1]);
+    ok(error[BLOCK_ROWS / 2] < .12 && error[BLOCK_ROWS - 1] < 2,
+       "its logits are the CPU's but for what bf16 leaves of queries and weights: median %.1e, least %.1e, most %.1e",
+       error[BLOCK_ROWS / 2], error[0], error[BLOCK_ROWS - 1]);
     must(dspark_session_append(last, ids + BLOCK_ROWS - LAST, LAST));
     window_of(s, by_library), window_of(last, by_kernels);
     for (int i = 0; i < COUNT(window); i++) if (by_kernels[i] == 0) by_library[i] = 0;    /* rows of other positions */
