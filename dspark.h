@@ -5189,7 +5189,7 @@ static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
 // ---- the cost of passes
 
 enum { DSPARK__FRESH_TAPS = 2 };        // taps that a draft usually injects: draft_us includes them
-enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 4 };      // measured: depth, more depth, sessions
+enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 8 };      // measured: depth, more depth, sessions
 
 DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
     double slope;
@@ -5305,79 +5305,92 @@ static dspark_status dspark__time_pass(dspark_session **s, int n, int B, double 
     return status;
 }
 
-// The least of a few times, the first left out: it may wait for the disk. A draft injects the last `taps` positions.
-static dspark_status dspark__time_best(dspark_session **s, int n, int B, int taps, double slice_us, double *best) {
-    dspark_status status = DSPARK_OK;
-    double until = dspark__now_us() + slice_us;
-    *best = HUGE_VAL;
-    for (int i = 0; i < 12 && !status && (i < 3 || dspark__now_us() < until); i++) {
-        double us;
-        for (int j = 0; j < n; j++) s[j]->n_injected = dspark__max(0, s[j]->n_run - taps);
-        status = dspark__time_pass(s, n, B, &us);
-        if (i && us > 0 && us < *best) *best = us;
-    }
+// What is timed: a pass with `rows` rows of each of n sessions, the first one `deeper` positions further on; or (rows
+// 0) their draft, which injects the last `taps`. n 0: nothing. us: the least so far.
+typedef struct { int n, rows, taps, deeper; double us; } dspark__trial;
+
+static void dspark__trial_open(dspark__trial *t, int n, int rows, int taps, int deeper) {
+    t->n = n, t->rows = rows, t->taps = taps, t->deeper = deeper, t->us = HUGE_VAL;
+}
+static dspark_status dspark__try(dspark_session **s, dspark__trial *t) {
+    double us = 0;
+    dspark_status status;
+    s[0]->n_run += t->deeper;
+    for (int i = 0; i < t->n; i++) s[i]->n_injected = dspark__max(0, s[i]->n_run - t->taps);
+    status = t->n ? dspark__time_pass(s, t->n, t->rows, &us) : DSPARK_OK;
+    s[0]->n_run -= t->deeper;
+    if (us > 0) t->us = fmin(t->us, us);
+    return status;
+}
+// Tries *n things in turn, at least three times: the machine's speed changes, and each should meet its best. The first
+// round gives up those after `needed` that take too long.
+static dspark_status dspark__try_all(dspark_session **s, dspark__trial *t, int needed, int *n) {
+    dspark_status status = dspark__try(s, &t[needed - 1]);      // may wait for the disk: not counted
+    double start = dspark__now_us();
+    t[needed - 1].us = HUGE_VAL;
+    for (int round = 0; !status && (round < 3 || dspark__now_us() - start < 4.5e5); round++)
+        for (int i = 0; i < *n && !status; i++) {
+            double began = dspark__now_us();
+            if (!round && i >= needed && began - start > 1.2e5) *n = i;
+            for (int k = 0; i < *n && !status && (!k || (k < 4 && dspark__now_us() - began < 5e3)); k++)
+                status = dspark__try(s, &t[i]);
+        }
     return status;
 }
 
-// A draw at temperature 1 from the logits of the last pass.
-static dspark_status dspark__time_sample(dspark_session *s, const float *logits, double *best) {
+// A draw at temperature 1 from the logits of the last pass. NaN among them: 0, and a step reports it.
+static double dspark__time_sample(dspark_session *s, const float *logits) {
     int V = dspark__config(s)->vocab_size;
     int32_t token;
-    dspark_status status = DSPARK_OK;
-    *best = HUGE_VAL;
-    for (int i = 0; i < 5 && !status; i++) {
+    double best = HUGE_VAL;
+    for (int i = 0; i < 5; i++) {
         double start = dspark__now_us();
-        status = dspark_distribution(logits, V, 1, 0, 0, 0, s->model->row);
-        if (!status) status = dspark_draw(s->model->row, V, 1, DSPARK_DRAW_PLAIN, (uint64_t)i, 0, &token);
-        *best = fmin(*best, dspark__now_us() - start);
+        if (dspark_distribution(logits, V, 1, 0, 0, 0, s->model->row) ||
+            dspark_draw(s->model->row, V, 1, DSPARK_DRAW_PLAIN, (uint64_t)i, 0, &token)) return 0;
+        best = fmin(best, dspark__now_us() - start);
     }
-    return status;
+    return best;
 }
 
-// T(B) of one session, from one row to as many as .3 s allow, and at least a block and one.
-static dspark_status dspark__measure_rows(dspark_session **s, int most, double slice, dspark_profile *p) {
-    int gamma = dspark__config(s[0])->dspark_block_size;
-    double start = dspark__now_us(), us;
-    dspark_status status = DSPARK_OK;
-    for (int B = 1; B <= most && !status; B = B < dspark__max(8, gamma + 1) ? B + 1 : (B + B / 2) & ~1) {
-        if (B > gamma + 1 && dspark__now_us() - start > 3e5) break;
-        status = dspark__time_best(s, 1, B, 0, slice, &us);
-        for (int i = 0; i < p->n; i++) p->us[i] = fminf(p->us[i], (float)us);   // what cost more was noise
-        if (p->n)       // two passes could have run the rows: what took longer was interrupted
-            us = fmin(us, (double)p->us[p->n - 1] + dspark_profile_us(p, B - p->rows[p->n - 1]));
-        p->rows[p->n] = B, p->us[p->n] = (float)us, p->seen[p->n++] = 8;
+// T(B) from n trials of one session. What cost more than a pass with more rows was interrupted, as was what took longer
+// than two passes that could have run its rows.
+static void dspark__profile_rows(const dspark__trial *t, int n, dspark_profile *p) {
+    for (int i = 0; i < n; i++) {
+        double us = t[i].us;
+        for (int j = 0; j < i; j++) p->us[j] = fminf(p->us[j], (float)us);
+        if (i) us = fmin(us, (double)p->us[i - 1] + dspark_profile_us(p, t[i].rows - t[i - 1].rows));
+        p->rows[i] = t[i].rows, p->us[i] = (float)us, p->seen[i] = 8, p->n = i + 1;
     }
-    return status;
 }
 
 // s [n]: sessions. The first has room for `most` rows, and `deeper` further on; the others for a block each.
 static dspark_status dspark__measure(dspark_session **s, int n, int most, int deeper, dspark_profile *p) {
-    int gamma = dspark__config(s[0])->dspark_block_size, rows = dspark__min(most, 8),
-        company = dspark__min(n, gamma ? s[0]->model->max_rows / gamma : n);
-    double slice = 1.2e4, draft_us = 0, inject_us = 0, more_us = 0, sample_us = 0, us, alone = 0;
+    enum { TOGETHER, DEEP, DRAFT, INJECT, DRAFTS, ROWS };
+    dspark__trial t[ROWS + DSPARK_MAX_PROFILE];
+    int gamma = dspark__config(s[0])->dspark_block_size, few = dspark__max(DSPARK__COMPANY, gamma + 1), n_trials = ROWS,
+        rows = dspark__min(most, DSPARK__COMPANY), company = gamma ? dspark__min(n, s[0]->model->max_rows / gamma) : 0;
     dspark_pass_result result;
-    dspark_status status = dspark__measure_rows(s, most, slice, p);
-    // n rows of one session, then of n, back to back: the machine's speed changes, and errors count up to 255 times
-    if (!status && n > 1) alone = dspark_profile_us(p, n);
-    if (!status && n > 1 && n <= most) status = dspark__time_best(s, 1, n, 0, slice, &alone);
-    if (!status && n > 1) {
-        status = dspark__time_best(s, n, 1, 0, slice, &us);
-        p->session_us = (float)fmin(fmax(us - alone, 0) / (n - 1), (double)p->us[0] / 16);
+    dspark_status status;
+    dspark__trial_open(&t[TOGETHER], n, 1, 0, 0);
+    dspark__trial_open(&t[DEEP], deeper > 0, rows, 0, deeper);
+    dspark__trial_open(&t[DRAFT], gamma > 0, 0, DSPARK__FRESH_TAPS, 0);
+    dspark__trial_open(&t[INJECT], gamma > 0, 0, DSPARK__FRESH_TAPS + 64, 0);
+    dspark__trial_open(&t[DRAFTS], company, 0, DSPARK__FRESH_TAPS, 0);
+    for (int B = 1; B <= most; B = B < few ? B + 1 : (B + B / 2) & ~1) dspark__trial_open(&t[n_trials++], 1, B, 0, 0);
+    status = dspark__try_all(s, t, ROWS + dspark__min(few, most), &n_trials);
+    if (status) return status;
+    dspark__profile_rows(t + ROWS, n_trials - ROWS, p);
+    // bounded, as an error of it counts up to 255 times
+    if (n > 1) p->session_us = (float)fmin(fmax(t[TOGETHER].us - dspark_profile_us(p, n), 0) / (n - 1),
+                                           (double)p->us[0] / 8);
+    if (deeper) p->context_us = (float)(fmax(t[DEEP].us - dspark_profile_us(p, rows), 0) / rows * 1024 / deeper);
+    if (gamma) {
+        p->draft_us = p->draft_more_us = (float)t[DRAFT].us, p->draft_seen = 8;
+        p->inject_us = (float)(fmax(t[INJECT].us - t[DRAFT].us, 0) / 64);
+        if (company > 1) p->draft_more_us = (float)(fmax(t[DRAFTS].us - t[DRAFT].us, 0) / (company - 1));
     }
-    if (!status && gamma) status = dspark__time_best(s, 1, 0, DSPARK__FRESH_TAPS, 2 * slice, &draft_us);
-    if (!status && gamma) status = dspark__time_best(s, 1, 0, DSPARK__FRESH_TAPS + 64, slice, &inject_us);
-    if (!status && gamma && company > 1)
-        status = dspark__time_best(s, company, 0, DSPARK__FRESH_TAPS, slice, &more_us);
-    if (company < 2) more_us = draft_us, company = 2;
-    p->draft_us = (float)draft_us, p->inject_us = (float)(fmax(inject_us - draft_us, 0) / 64);
-    p->draft_more_us = (float)(fmax(more_us - draft_us, 0) / (company - 1)), p->draft_seen = 8;
-    if (!status) status = dspark__run_alone(s[0], s[0]->tokens, 1, s[0]->n_run, 0, 0, &result);
-    if (!status && dspark__time_sample(s[0], result.logits, &sample_us)) sample_us = 0;     // NaN: a step reports it
-    p->sample_us = (float)sample_us;
-    if (!status && deeper) status = dspark__time_best(s, 1, rows, 0, slice, &alone);
-    s[0]->n_run += deeper;
-    if (!status && deeper) status = dspark__time_best(s, 1, rows, 0, slice, &us);
-    if (deeper) p->context_us = (float)(fmax(us - alone, 0) / rows * 1024 / deeper);
+    status = dspark__run_alone(s[0], s[0]->tokens, 1, s[0]->n_run, 0, 0, &result);
+    if (!status) p->sample_us = (float)dspark__time_sample(s[0], result.logits);
     return status;
 }
 
@@ -5395,11 +5408,11 @@ static dspark_status dspark__measure_sessions(dspark_model *m, dspark_profile *p
     for (; n < dspark__min(DSPARK__COMPANY, m->max_rows); n++) {
         desc.max_context = depth + (n ? dspark__min(most, c->dspark_block_size + 1) : most + deeper);
         status = dspark_session_open(&s[n], m, &desc);
-        if (status) break;
+        if (status) break;      // fewer will do
         s[n]->n_run = depth;
         for (int i = 0; i < desc.max_context; i++) s[n]->tokens[i] = (int32_t)((int64_t)(i + n) * 7919 % c->vocab_size);
     }
-    if (!status) status = dspark__measure(s, n, most, deeper, p);
+    if (n) status = dspark__measure(s, n, most, deeper, p);
     while (n) dspark_session_close(s[--n]);
     return status;
 }

@@ -495,6 +495,37 @@ static void test_interrupted(void) {
     dspark_model_close(m);
 }
 
+/* A machine that at times, for 60 ms of 150, has a third of its speed. */
+static int has_slow_moments;
+static double slow_from;
+static dspark_status at_times_slow_begin(void *device, const dspark_pass *pass) {
+    double start = dspark__now_us(), us = 500 + 50 * pass->n_rows + 50 * pass->n_segments;
+    if (has_slow_moments && fmod(start - slow_from, 1.5e5) < 6e4) us *= 3;
+    while (dspark__now_us() < start + us) continue;
+    return dspark_cpu_backend()->pass_begin(device, pass);
+}
+static dspark_profile profile_at_times_slow(int slow) {
+    dspark_backend backend = *dspark_cpu_backend();
+    dspark_model_desc desc;
+    dspark_model *m;
+    dspark_profile p;
+    memset(&desc, 0, sizeof desc);
+    backend.pass_begin = at_times_slow_begin, desc.backend = &backend, desc.n_threads = 1;
+    must(dspark_model_open(&m, golden_b, &desc));
+    has_slow_moments = slow, slow_from = dspark__now_us();
+    must(dspark_model_profile(m, &p));
+    dspark_model_close(m);
+    return p;
+}
+static void test_slow_moments(void) {
+    dspark_profile p = profile_at_times_slow(0), q = profile_at_times_slow(1);
+    double worst = fabs((double)q.draft_us / (double)p.draft_us - 1);
+    for (int B = 1; B <= 8; B++) worst = worse(worst, fabs(dspark_profile_us(&q, B) / dspark_profile_us(&p, B) - 1));
+    ok(worst < .2, "a machine that is slow for moments has the costs of one that is not, to %.0f %%", 100 * worst);
+    ok(q.session_us > 30 && q.session_us < 80, "so has a session beside its rows: 50 us and its own (%.0f; %.0f)",
+       (double)q.session_us, (double)p.session_us);
+}
+
 /* T(B) = 500 + 90 B; every pass takes up to 8 % more, one in twenty four times as much. */
 static double passes_take(int B) { return (500 + 90 * B) * (1 + dice(80) / 1000.) * (dice(20) ? 1 : 4); }
 
@@ -806,7 +837,8 @@ int main(void) {
     test_files(), test_long_token();
     test_calibration(text), test_curve();
     test_one_model(text), test_learning(), test_learning_speed();
-    test_interrupted(), test_steep_context(), test_beyond_profile(), test_profile_file(), test_twice();
+    test_interrupted(), test_slow_moments(), test_steep_context(), test_beyond_profile();
+    test_profile_file(), test_twice();
     test_counters(text), test_stop_within_block(text);
     free(text);
     return sessions_done();
