@@ -292,6 +292,14 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 }
 #endif
 
+// To 2 ulp, without the branch of an exact quotient or root: eight at once run side by side, not one after the other.
+static __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+static __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+// 1 / RMS of n numbers, from the sum of their squares.
+static __device__ __forceinline__ float inverse_rms(float squares, int n, float eps) {
+    return inverse_root(quotient(squares, (float)n) + eps);
+}
+
 static __host__ __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 static __host__ __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
 static __host__ __device__ __forceinline__ int blocks_of(int n, int each) { return (n + each - 1) / each; }
@@ -317,6 +325,24 @@ static __device__ float block_sum(float x, float *scratch /* [warps] */) {
     return sum;
 }
 
+// Exclusive prefix sum of x over a block; *all: its total.
+static __device__ int block_before(int x, int *all) {
+    __shared__ int warps[WARP];
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, sum = x, before = 0;
+    for (int i = 1; i < WARP; i *= 2) {
+        int other = __shfl_up_sync(ALL, sum, i);
+        if (lane >= i) sum += other;
+    }
+    __syncthreads();
+    if (lane == WARP - 1) warps[warp] = sum;
+    __syncthreads();
+    *all = 0;
+    for (int w = 0; w < (int)blockDim.x / WARP; w++) {
+        if (w < warp) before += warps[w];
+        *all += warps[w];
+    }
+    return before + sum - x;
+}
 // Is this the last of n blocks to arrive? Then what the others wrote is visible to loads that bypass L1.
 static __device__ int last_block(int *arrived, int n) {
     __shared__ int last;
@@ -474,39 +500,32 @@ static __device__ void put_input_row(const input &x, int row, const float *value
         put_input(x, row, mine, v, live);
     }
 }
-// x / rms * w of a row of n values, by a warp. All loads of the first 1,024 are under way at once.
-static __device__ void put_normed_row(const input &x, int row, const float *values, const float *w, int n, float eps) {
-    enum { EACH = 4, STEP = WARP * 8 };
-    int first = (int)threadIdx.x % WARP * 8;
-    float sum = 0, scale, v[EACH][8], by[EACH][8];
-    UNROLL
-    for (int i = 0; i < EACH; i++) {
-        for (int k = 0; k < 8; k++) v[i][k] = by[i][k] = 0;
-        if (first + i * STEP < n) load8_fresh(v[i], values + first + i * STEP), load8(by[i], w + first + i * STEP);
+// x / rms * w of a row of n values, by a block; the first 2,048 are read once.
+static __device__ void put_normed_row(const input &x, int row, const float *values, const float *w, int n, float eps,
+                                      float *scratch) {
+    enum { STEP = THREADS * 8 };
+    int first = (int)threadIdx.x * 8;
+    float sum = 0, scale, v[8], by[8];
+    zero<8>(v), zero<8>(by);
+    if (first < n) load8_fresh(v, values + first), load8(by, w + first);
+    for (int at = first; at < n; at += STEP) {
+        if (at != first) load8_fresh(v, values + at);
+        for (int k = 0; k < 8; k++) sum = fmaf(v[k], v[k], sum);
     }
-    for (int at0 = 0; at0 < n; at0 += EACH * STEP)
-        UNROLL
-        for (int i = 0; i < EACH; i++) {
-            int at = at0 + first + i * STEP;
-            if (at0 && at < n) load8_fresh(v[i], values + at);
-            for (int k = 0; at < n && k < 8; k++) sum = fmaf(v[i][k], v[i][k], sum);
-        }
-    scale = 1 / sqrtf(warp_sum(sum) / (float)n + eps);
-    for (int at0 = 0; at0 < n; at0 += EACH * STEP)
-        UNROLL
-        for (int i = 0; i < EACH; i++) {
-            int at = at0 + first + i * STEP, live = at < n;
-            float y[8];
-            if (n > EACH * STEP && live) load8_fresh(v[i], values + at), load8(by[i], w + at);
-            for (int k = 0; k < 8; k++) y[k] = live ? v[i][k] * scale * by[i][k] : 0;
-            if (at0 + i * STEP < n) put_input(x, row, at, y, live);
-        }
+    scale = inverse_rms(block_sum(sum, scratch), n, eps);
+    for (int at0 = 0; at0 < n; at0 += STEP) {
+        int at = at0 + first, live = at < n;
+        float y[8];
+        if (n > STEP && live) load8_fresh(v, values + at), load8(by, w + at);
+        for (int k = 0; k < 8; k++) y[k] = v[k] * scale * by[k];
+        put_input(x, row, at, y, live);
+    }
 }
 // x = x / rms * w in shared memory
 static __device__ void norm_row(float *x, const float *w, int n, float eps, float *scratch) {
     float sum = 0, scale;
     for (int i = (int)threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
-    scale = 1 / sqrtf(block_sum(sum, scratch) / (float)n + eps);
+    scale = inverse_rms(block_sum(sum, scratch), n, eps);
     for (int i = (int)threadIdx.x; i < n; i += THREADS) x[i] = x[i] * scale * w[i];
     __syncthreads();
 }
@@ -1042,7 +1061,7 @@ static __device__ __forceinline__ void tile_sums_of(const span &s, const operand
     }
 }
 
-static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+static __device__ float sigmoid(float x) { return quotient(1, 1 + expf(-x)); }
 
 // ---- the residual stream: mHC -----------------------------------------------------------------
 // A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies them by its part
@@ -1050,6 +1069,7 @@ static __device__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 // row's copies, .13 MB twice: .6 us for one row, .8 for six; so latency.
 
 enum { STREAM_AS_IS, STREAM_EMBED, STREAM_ADD };
+enum { STREAM_FEW = 8 };            // rows, each with blocks of its own
 typedef struct {
     shape c;
     const counts *n;
@@ -1095,8 +1115,14 @@ static __device__ void stream_tap(const stream_args &p, const row &s, int d, con
 
 // copy_k = post_k y + sum_j comb_jk copy_j
 static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) {
-    const float *post = p.post_comb + (size_t)r * (COPIES + COPIES * COPIES), *comb = post + COPIES;
-    float y = 0, old[COPIES];
+    enum { N = COPIES + COPIES * COPIES };
+    const float4 *from_mix = (const float4 *)(const void *)(p.post_comb + (size_t)r * N);
+    float y = 0, old[COPIES], by[N];        // post, comb
+    UNROLL
+    for (int i = 0; i < N / 4; i++) {
+        float4 four = from_mix[i];
+        by[4 * i] = four.x, by[4 * i + 1] = four.y, by[4 * i + 2] = four.z, by[4 * i + 3] = four.w;
+    }
     for (int base = 0; base < p.slots; base += 8) {
         const float *from = p.y + ((size_t)r * (size_t)p.slots + (size_t)base) * (size_t)p.c.h + (size_t)d;
         float some[8];
@@ -1107,8 +1133,8 @@ static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) 
     }
     for (int k = 0; k < COPIES; k++) old[k] = z[k];
     for (int k = 0; k < COPIES; k++) {
-        z[k] = post[k] * y;
-        for (int j = 0; j < COPIES; j++) z[k] = fmaf(comb[j * COPIES + k], old[j], z[k]);
+        z[k] = by[k] * y;
+        for (int j = 0; j < COPIES; j++) z[k] = fmaf(by[COPIES + j * COPIES + k], old[j], z[k]);
     }
 }
 
@@ -1119,15 +1145,26 @@ static __device__ void load_fn(const stream_args &p, int slice, stream_fn fn) {
         fn[i / SLICE / COPIES][i / SLICE % COPIES][i % SLICE] =
             p.fn[(size_t)(i / SLICE) * (size_t)p.c.h + (size_t)(slice * SLICE + i % SLICE)];
 }
-// Updates dim d of row r's copies; z: the new ones.
-static __device__ __forceinline__ void stream_row(const stream_args &p, int r, int d, float *z) {
-    float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
-    const row &s = p.rows[r];
-    for (int j = 0; j < COPIES; j++)
-        z[j] = p.from == STREAM_EMBED ? plain_number(p.embed, s.id, d) : copies[(size_t)j * (size_t)p.c.h];
+// Dim d of row r's copies, updated: z.
+static __device__ __forceinline__ void stream_update(const stream_args &p, int r, int d, float *z) {
+    const float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
+    float embedded = p.from == STREAM_EMBED ? plain_number(p.embed, p.rows[r].id, d) : 0;
+    UNROLL
+    for (int j = 0; j < COPIES; j++) z[j] = p.from == STREAM_EMBED ? embedded : copies[(size_t)j * (size_t)p.c.h];
     if (p.from == STREAM_ADD) stream_mix(p, r, d, z);
+}
+static __device__ __forceinline__ void stream_keep(const stream_args &p, int r, int d, const float *z) {
+    float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
     for (int j = 0; p.from && j < COPIES; j++) copies[(size_t)j * (size_t)p.c.h] = z[j];
-    if (p.tap >= 0) stream_tap(p, s, d, z);
+    if (p.tap >= 0) stream_tap(p, p.rows[r], d, z);
+}
+// A lane's part of output o of a mix; the last is the sum of squares.
+static __device__ __forceinline__ float stream_output(const stream_args &p, const stream_fn fn, int o, const float *z) {
+    float v = 0;
+    int lane = (int)threadIdx.x % WARP;
+    for (int j = 0; o < p.n_out && j < COPIES; j++) v = fmaf(fn[o][j][lane], z[j], v);
+    for (int j = 0; o == WARP - 1 && j < COPIES; j++) v = fmaf(z[j], z[j], v);
+    return v;
 }
 // ROWS of n rows, from r on; reads fn once.
 template <int ROWS>
@@ -1137,7 +1174,9 @@ static __device__ __forceinline__ void stream_rows(const stream_args &p, int sli
     UNROLL
     for (int i = 0; i < ROWS; i++) {
         zero<COPIES>(z[i]);
-        if (r + i < n) stream_row(p, r + i, slice * SLICE + lane, z[i]);
+        if (r + i >= n) continue;
+        stream_update(p, r + i, slice * SLICE + lane, z[i]);
+        stream_keep(p, r + i, slice * SLICE + lane, z[i]);
     }
     if (!p.fn) return;
     UNROLL
@@ -1167,6 +1206,30 @@ template <int ROWS> static __global__ void __launch_bounds__(THREADS) stream(con
     __syncthreads();
     for (int r = (int)(blockIdx.y * WARPS + threadIdx.x / WARP) * ROWS; r < n; r += (int)gridDim.y * WARPS * ROWS)
         stream_rows<ROWS>(p, slice, r, n, fn);
+}
+
+// For few rows: a block has one row of a slice, each warp four of its outputs, in the same order of sums.
+static __global__ void __launch_bounds__(THREADS) stream_few(const stream_args p) {
+    __shared__ stream_fn fn;
+    enum { EACH = WARP / WARPS };
+    int slice = (int)blockIdx.x, r = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, n;
+    float z[COPIES], v[EACH];
+    grid_go();
+    load_fn(p, slice, fn);
+    n = p.n->n_rows;
+    grid_wait();
+    __syncthreads();
+    if (r >= n) return;
+    stream_update(p, r, slice * SLICE + lane, z);
+    __syncthreads();        // all have read the old copies
+    if (warp == 0) stream_keep(p, r, slice * SLICE + lane, z);
+    if (!p.fn) return;
+    UNROLL
+    for (int k = 0; k < EACH; k++) v[k] = warp_sum(stream_output(p, fn, warp * EACH + k, z));
+    UNROLL
+    for (int k = 0; k < EACH; k++)
+        if (lane == k)
+            p.partial[((size_t)r * (size_t)(p.c.h / SLICE) + (size_t)slice) * WARP + (size_t)(warp * EACH + k)] = v[k];
 }
 
 // Adds up a mix's sums, then x = sum_j pre_j copy_j, normed, in both forms. A block a row; post_comb does post and
@@ -1212,7 +1275,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
         UNROLL_BY(8)
         for (int w = 0; w < (int)(blockDim.x / WARP); w++) total += part[w][lane];
         square = __shfl_sync(ALL, total, WARP - 1);
-        total *= 1 / sqrtf(square / (float)(COPIES * h) + p.c.eps);
+        total *= inverse_rms(square, COPIES * h, p.c.eps);
         m[lane] = lane < COPIES ? sigmoid(total * pre_scale + pre_base) + p.c.hc_eps : 0;
         if (p.mixes && lane < MIX) p.mixes[(size_t)r * MIX + (size_t)lane] = total;
     }
@@ -1226,7 +1289,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
         if (live && p.hidden) p.hidden[(size_t)i * (size_t)h + (size_t)(at + k)] = x[k];
         squares = fmaf(x[k], x[k], squares);
     }
-    scale = 1 / sqrtf(block_sum(squares, scratch) / (float)h + p.c.eps);
+    scale = inverse_rms(block_sum(squares, scratch), h, p.c.eps);
     for (int k = 0; k < 8; k++) x[k] = x[k] * scale * by[k];
     put_input(p.x, i, at, x, live);
 }
@@ -1251,10 +1314,10 @@ static __device__ void post_comb(const post_comb_args &p, int r) {
     for (int i = 0; i < p.iters; i++) {
         s = a + __shfl_xor_sync(ALL, a, 1);         // over k
         s += __shfl_xor_sync(ALL, s, 2);
-        a = i ? a / (s + p.eps) : a / s + p.eps;
+        a = i ? quotient(a, s + p.eps) : quotient(a, s) + p.eps;
         s = a + __shfl_xor_sync(ALL, a, 4);         // over j
         s += __shfl_xor_sync(ALL, s, 8);
-        a /= s + p.eps;
+        a = quotient(a, s + p.eps);
     }
     if (lane < COPIES * COPIES) out[COPIES + lane] = a;
 }
@@ -1289,22 +1352,33 @@ static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scale
     __syncthreads();
 }
 // Hadamard over I dims (a lane has dims lane, lane + 32, ..), then E2M1 in blocks of 32: values, 4-bit codes,
-// exponents.
-static __device__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *exponents) {
+// exponents. Indices are constants, so that they stay in registers.
+enum { LANE_DIMS = MAX_INDEX_DIM / WARP };
+static __device__ __forceinline__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *exponents) {
     int lane = (int)threadIdx.x % WARP, n = I / WARP;
-    float scale = 1 / sqrtf((float)I);
-    for (int half = 1; half < WARP; half *= 2)
-        for (int i = 0; i < n; i++) {
+    float scale = 1 / sqrtf((float)I);      // as the CPU has it: FP4 rounds what it scales
+    UNROLL
+    for (int i = 0; i < LANE_DIMS; i++) {
+        if (i >= n) break;
+        UNROLL
+        for (int half = 1; half < WARP; half *= 2) {
             float other = __shfl_xor_sync(ALL, v[i], half);
             v[i] = lane & half ? other - v[i] : v[i] + other;
         }
-    for (int half = 1; half < n; half *= 2)
-        for (int i = 0; i < n; i++)
-            if (!(i & half)) {
+    }
+    UNROLL
+    for (int half = 1; half < LANE_DIMS; half *= 2) {
+        if (half >= n) break;
+        UNROLL
+        for (int i = 0; i < LANE_DIMS; i++)
+            if (!(i & half) && i < n) {
                 float a = v[i], b = v[i + half];
                 v[i] = a + b, v[i + half] = a - b;
             }
-    for (int i = 0; i < n; i++) {
+    }
+    UNROLL
+    for (int i = 0; i < LANE_DIMS; i++) {
+        if (i >= n) break;
         float x = v[i] * scale, a;
         int e;
         if (!(x == x)) x = 0;
@@ -1363,7 +1437,7 @@ static __device__ void pool_row(const kv_args &p, const pooling &o, const row &s
                 sum += e, out = fmaf(e, v[k], out);
             }
         }
-        x[d] = out / sum;
+        x[d] = quotient(out, sum);
     }
     __syncthreads();
     norm_row(x, o.norm, o.d, p.c.eps, scratch);
@@ -1382,12 +1456,15 @@ static __device__ void compress(const kv_args &p, const row &s, int which, float
         for (int k = (int)threadIdx.x; k < R; k += THREADS)
             ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
     } else if (threadIdx.x < WARP) {
-        float v[MAX_INDEX_DIM / WARP];
-        uint32_t codes[MAX_INDEX_DIM / WARP];
-        int e[MAX_INDEX_DIM / WARP];
-        for (int k = 0; k < I / WARP; k++) v[k] = x[k * WARP + (int)threadIdx.x];
+        float v[LANE_DIMS];
+        uint32_t codes[LANE_DIMS];
+        int e[LANE_DIMS];
+        UNROLL
+        for (int k = 0; k < LANE_DIMS; k++) v[k] = k < I / WARP ? x[k * WARP + (int)threadIdx.x] : 0;
         hadamard_fp4(v, I, codes, e);
-        for (int k = 0; k < I / WARP; k++) {
+        UNROLL
+        for (int k = 0; k < LANE_DIMS; k++) {
+            if (k >= I / WARP) break;
             uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)codes[k], 1);
             if (threadIdx.x % 2 == 0)
                 state[KEY_CODES][i * (size_t)(I / 2) + (size_t)(k * WARP / 2) + threadIdx.x / 2] =
@@ -1410,7 +1487,7 @@ static __device__ void window_row(const kv_args &p, int r) {
         if (at < D) load8_fresh(v[i], kv + at);
         for (int k = 0; k < 8; k++) sum = fmaf(v[i][k], v[i][k], sum);
     }
-    scale = 1 / sqrtf(warp_sum(sum) / (float)D + p.c.eps);
+    scale = inverse_rms(warp_sum(sum), D, p.c.eps);
     UNROLL
     for (int i = 0; i < EACH; i++) {
         int at = first + i * WARP * 8, plain = at < D - R, live = at < D, e;
@@ -1455,7 +1532,7 @@ typedef struct {
     int layer;
     const float2 *turns;
     const float *index_q, *index_w; // [rows][index_heads * I], [rows][index_heads]
-    uint16_t *q;                    // [INDEX_ROWS][heads, padded to 8][I]: bf16, eights as 0 4 1 5 ..
+    uint16_t *q;                    // [INDEX_ROWS][heads / 8][I / 32][lane][8]: bf16, as index_scores takes them
     float *w;                       // [INDEX_ROWS][heads to whole eights]
     float *scores;                  // [INDEX_ROWS][n_scores]
     size_t n_scores;
@@ -1466,16 +1543,25 @@ typedef struct {
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
 static __host__ __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
+// Where dim d of head h is in a row's queries: lane 4 (h % 8) + t has the t-th quarter of the dims, of eight in order 0
+// 4 1 5 ..
+static __device__ __forceinline__ int query_at(int h, int d, int I) {
+    int each = I / 32, t = d / 8 / each, e = d / 8 % each;
+    return ((h / 8 * each + e) * WARP + h % 8 * 4 + t) * 8 + ((d & 3) << 1 | (d >> 2 & 1));
+}
 // RoPE, Hadamard, FP4 of row row0 + i, head h, by a warp. Heads that pad the matrix to eights stay zeros.
 static __device__ void query_head(const index_args &p, int i, int h) {
     int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP, r = p.row0 + i;
-    float v[MAX_INDEX_DIM / WARP];
-    uint32_t codes[MAX_INDEX_DIM / WARP];
-    int e[MAX_INDEX_DIM / WARP];
+    float v[LANE_DIMS];
+    uint32_t codes[LANE_DIMS];
+    int e[LANE_DIMS];
     if (keys_of(p.rows[r]) <= p.c.index_topk) return;
-    for (int k = 0; k < I / WARP; k++)
-        v[k] = p.index_q[((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)(k * WARP + lane)];
-    for (int k = 0; k < I / WARP; k++) {
+    const float *q = p.index_q + ((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)lane;
+    UNROLL
+    for (int k = 0; k < LANE_DIMS; k++) v[k] = k < I / WARP ? q[k * WARP] : 0;
+    UNROLL
+    for (int k = 0; k < LANE_DIMS; k++) {
+        if (k >= I / WARP) break;
         int at = k * WARP + lane - (I - p.c.R);
         float other = __shfl_xor_sync(ALL, v[k], 1);
         if (at >= 0) {
@@ -1484,13 +1570,14 @@ static __device__ void query_head(const index_args &p, int i, int h) {
         }
     }
     hadamard_fp4(v, I, codes, e);
-    for (int k = 0; k < I / WARP; k++) {
-        int at = k * WARP + lane, place = (at & ~7) | (at & 3) << 1 | (at >> 2 & 1);
-        p.q[((size_t)i * (size_t)eights(H) + (size_t)h) * (size_t)I + (size_t)place] = (uint16_t)bf16x2(v[k], 0);
+    UNROLL
+    for (int k = 0; k < LANE_DIMS; k++) {
+        if (k >= I / WARP) break;
+        p.q[(size_t)i * (size_t)(eights(H) * I) + (size_t)query_at(h, k * WARP + lane, I)] = (uint16_t)bf16x2(v[k], 0);
     }
     if (lane == 0)
         p.w[(size_t)i * (size_t)eights(H) + (size_t)h] =
-            p.index_w[(size_t)r * (size_t)H + (size_t)h] * (1 / sqrtf((float)I) * (1 / sqrtf((float)H)));
+            p.index_w[(size_t)r * (size_t)H + (size_t)h] * (inverse_root((float)I) * inverse_root((float)H));
 }
 // Bound: latency, 32 KB a row.
 static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
@@ -1510,9 +1597,9 @@ static __device__ __forceinline__ uint32_t ordered(float x) {
 // The k largest of a row's scores, ascending by index; of equals the lower index. Finds the k-th byte by byte, by
 // counting, then writes in order those above it and the first of those equal to it.
 static __device__ void index_top(const index_args &p, int i, int n) {
-    enum { NEAR = 4096 };
+    enum { NEAR = 4096, EACH = 4 };
     __shared__ uint32_t cached[NEAR];
-    __shared__ int histogram[256], of_warp[2][WARPS], digit, left;
+    __shared__ int histogram[256], digit, left;
     int k = p.c.index_topk, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     int missing = k, n_above = 0, n_equal = 0;      // missing: of the k, those with the digits of kth so far
     uint32_t kth = 0;
@@ -1528,8 +1615,9 @@ static __device__ void index_top(const index_args &p, int i, int n) {
         }
         __syncthreads();
         if (warp == 0) {        // lane has digits 255 - 8 lane and down
-            int mine = 0, above;
-            for (int j = 0; j < 8; j++) mine += histogram[255 - 8 * lane - j];
+            int mine = 0, above, count[8];
+            UNROLL
+            for (int j = 0; j < 8; j++) mine += count[j] = histogram[255 - 8 * lane - j];
             above = mine;
             for (int j = 1; j < WARP; j *= 2) {
                 int other = __shfl_up_sync(ALL, above, j);
@@ -1537,28 +1625,36 @@ static __device__ void index_top(const index_args &p, int i, int n) {
             }
             above -= mine;
             if (above < missing && above + mine >= missing) {
-                int at = 255 - 8 * lane, more = missing - above;
-                while (histogram[at] < more) more -= histogram[at--];
+                int at = 255 - 8 * lane, more = missing - above, found = 0;
+                UNROLL
+                for (int j = 0; j < 8; j++) {
+                    found |= count[j] >= more;
+                    if (!found) more -= count[j], at--;
+                }
                 digit = at, left = more;
             }
         }
         __syncthreads();
         kth |= (uint32_t)digit << shift, missing = left;
     }
-    for (int j0 = 0; j0 < n; j0 += THREADS) {
-        int j = j0 + (int)threadIdx.x, above, same, a, b;
-        uint32_t u = j >= n ? 0 : j < NEAR ? cached[j] : ordered(__ldcg(scores + j));
-        above = j < n && u > kth, same = j < n && u == kth;
-        unsigned aboves = __ballot_sync(ALL, above), sames = __ballot_sync(ALL, same), lower = (1u << lane) - 1;
-        __syncthreads();
-        if (lane == 0) of_warp[0][warp] = __popc(aboves), of_warp[1][warp] = __popc(sames);
-        __syncthreads();
-        a = n_above + __popc(aboves & lower), b = n_equal + __popc(sames & lower);
-        for (int w = 0; w < WARPS; w++) {
-            if (w < warp) a += of_warp[0][w], b += of_warp[1][w];
-            n_above += of_warp[0][w], n_equal += of_warp[1][w];
+    for (int j0 = 0; j0 < n; j0 += THREADS * EACH) {
+        int first = j0 + (int)threadIdx.x * EACH, mine = 0, before, all, a, b;      // two counts a number: above, equal
+        uint32_t u[EACH];
+        UNROLL
+        for (int e = 0; e < EACH; e++) {
+            int j = first + e;
+            u[e] = j >= n ? 0 : j < NEAR ? cached[j] : ordered(__ldcg(scores + j));
+            mine += j >= n ? 0 : (u[e] > kth) << 16 | (u[e] == kth);
         }
-        if (above || (same && b < missing)) p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, missing))] = j;
+        before = block_before(mine, &all), a = n_above + (before >> 16), b = n_equal + (before & 0xffff);
+        UNROLL
+        for (int e = 0; e < EACH; e++) {
+            int above = first + e < n && u[e] > kth, same = first + e < n && u[e] == kth;
+            if (above || (same && b < missing))
+                p.chosen[(size_t)i * (size_t)k + (size_t)(a + least(b, missing))] = first + e;
+            a += above, b += same;
+        }
+        n_above += all >> 16, n_equal += all & 0xffff;
     }
 }
 
@@ -1573,19 +1669,35 @@ static __device__ __forceinline__ void decode_key_codes(uint32_t codes, uint32_t
     }
 }
 
-// A row's queries as the lanes of a warp take them: [heads / 8][I / 32][lane]; then the heads' weights.
+// A row's queries, as they are stored; then the heads' weights.
 static __host__ __device__ size_t query_bytes(int heads, int I) {
     return (size_t)eights(heads) * ((size_t)I * sizeof(uint16_t) + sizeof(float));
 }
 static __device__ void load_query(const index_args &p, int i, uint4 *query, float *weights) {
-    int each = p.c.I / 32, H = eights(p.c.index_heads);
-    for (int h = (int)threadIdx.x; h < H; h += THREADS) weights[h] = p.w[(size_t)i * (size_t)H + (size_t)h];
-    for (int k = (int)threadIdx.x; k < H * each * 4; k += THREADS) {
-        int lane = k % WARP, e = k / WARP % each, h = k / WARP / each * 8 + lane / 4;
-        const uint16_t *q = p.q + ((size_t)i * (size_t)H + (size_t)h) * (size_t)p.c.I;
-        query[k] = *(const uint4 *)(const void *)(q + (lane % 4 * each + e) * 8);
-    }
+    int H = eights(p.c.index_heads), n = H * p.c.I / 8;
+    const uint4 *from = (const uint4 *)(const void *)p.q + (size_t)i * (size_t)n;
+    if ((int)threadIdx.x < H) weights[threadIdx.x] = p.w[(size_t)i * (size_t)H + threadIdx.x];
+    for (int h = (int)threadIdx.x + THREADS; h < H; h += THREADS) weights[h] = p.w[(size_t)i * (size_t)H + (size_t)h];
+    UNROLL_BY(4)
+    for (int k = (int)threadIdx.x; k < n; k += THREADS) query[k] = from[k];
     __syncthreads();
+}
+// A lane's part of keys m0 + g and m0 + g + 8, the last of n in place of those missing: all are loaded before any is
+// decoded.
+typedef struct { uint32_t codes[2][MAX_INDEX_DIM / 32]; uint8_t scales[2][MAX_INDEX_DIM / 128]; } index_keys;
+static __device__ __forceinline__ void ask_index_keys(const uint8_t *codes, const uint8_t *scales, int I, int m0, int n,
+                                                      index_keys &a) {
+    int g = (int)threadIdx.x % WARP / 4, t = (int)threadIdx.x % 4, each = I / 32;
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        size_t key = (size_t)least(m0 + g + 8 * half, n - 1);
+        const uint32_t *from = (const uint32_t *)(const void *)(codes + key * (size_t)(I / 2)) + t * each;
+        UNROLL
+        for (int e = 0; e < MAX_INDEX_DIM / 32; e++) a.codes[half][e] = e < each ? from[e] : 0;
+        UNROLL
+        for (int e = 0; e < MAX_INDEX_DIM / 128; e++)
+            a.scales[half][e] = 4 * e < each ? scales[key * (size_t)each + (size_t)((t * each + 4 * e) / 4)] : 0;
+    }
 }
 
 // sum_h relu(q_h . key) w_h: a warp takes 16 keys as the M side, heads by eights; the last block of a row chooses.
@@ -1603,21 +1715,22 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
     n = r < p.n->n_rows ? keys_of(s) : 0;
     if (n <= p.c.index_topk || first >= n) return grid_wait();
     const uint8_t *codes = s.state[p.layer * N_ARRAYS + KEY_CODES], *scales = s.state[p.layer * N_ARRAYS + KEY_SCALES];
+    int m0 = (int)(threadIdx.x / WARP * gridDim.x) * TILE + first, next = (int)gridDim.x * WARPS * TILE;
+    index_keys keys;
+    IN_GLOBAL(codes);
+    IN_GLOBAL(scales);
     grid_wait();
+    ask_index_keys(codes, scales, I, m0, n, keys);
     load_query(p, i, query, weights);
-    for (int m0 = (int)(threadIdx.x / WARP * gridDim.x) * TILE + first; m0 < n;
-         m0 += (int)gridDim.x * WARPS * TILE) {
+    for (; m0 < n; m0 += next) {
         uint32_t a[2][MAX_INDEX_DIM / 32][4];
         float sum[2] = { 0, 0 };
         UNROLL
-        for (int half = 0; half < 2; half++) {
-            size_t key = (size_t)least(m0 + g + 8 * half, n - 1);
-            const uint32_t *from = (const uint32_t *)(const void *)(codes + key * (size_t)(I / 2)) + t * each;
+        for (int half = 0; half < 2; half++)
             UNROLL
             for (int e = 0; e < MAX_INDEX_DIM / 32; e++)
-                if (e < each)
-                    decode_key_codes(from[e], scales[key * (size_t)each + (size_t)((t * each + e) / 4)], a[half][e]);
-        }
+                if (e < each) decode_key_codes(keys.codes[half][e], keys.scales[half][e / 4], a[half][e]);
+        if (m0 + next < n) ask_index_keys(codes, scales, I, m0 + next, n, keys);
         for (int h = 0; h < H; h += 8) {
             float acc[4] = { 0, 0, 0, 0 };
             const float *w = weights + h + 2 * t;
@@ -1673,13 +1786,14 @@ typedef struct {
     int o_group, o_pitch, panels;   // panels: as put_panel writes it
 } attend_args;
 
-// What a row sees, oldest first: n_window rows from position first on, then n_compressed rows, all or those chosen.
-typedef struct { int first, n_window, n_compressed, selected, length, splits; } view;
+// What a row sees, oldest first: n_window rows from position first on, which is ring_at in the ring, then n_compressed
+// rows, all or those chosen.
+typedef struct { int first, ring_at, n_window, n_compressed, selected, length, splits; } view;
 static __device__ view view_of(const attend_args &p, const row &s, int drafts) {
     view v;
     int last = drafts ? s.first_position + s.n - 1 : s.position;
     v.first = most(0, (drafts ? s.first_position : last + 1) - p.c.window);
-    v.n_window = last - v.first + 1;
+    v.ring_at = v.first % p.c.ring, v.n_window = last - v.first + 1;
     v.n_compressed = p.ratio ? (s.position + 1) / p.ratio : 0;
     v.selected = p.ratio == 4 && v.n_compressed > p.c.index_topk;
     if (v.selected) v.n_compressed = p.c.index_topk;
@@ -1717,21 +1831,29 @@ static __device__ __forceinline__ key_at keys_in(const attend_args &p, const row
                    state[SCALES] };
     return all;
 }
-static __device__ __forceinline__ key_at find_key(const attend_args &p, const row &s, const key_at &all, int i,
-                                                  const view &v, int j) {
-    int D = p.c.D, R = p.c.R;
-    key_at k = { NULL, NULL, NULL, NULL };
-    if (j < v.n_window) {
-        int position = v.first + j;
-        k.floats = position < s.first_position
-                       ? all.floats + (size_t)(position % p.c.ring) * (size_t)D
-                       : p.kv + (size_t)(s.first + position - s.first_position) * (size_t)D;
-        return k;
+// Which array has key j of a view, and at which row.
+enum { IN_RING, IN_PASS, COMPRESSED, PLACE_BITS = 30 };
+static __device__ __forceinline__ uint32_t place_of_key(const attend_args &p, const row &s, int i, const view &v,
+                                                        int j) {
+    int position = v.first + j, at = v.ring_at + j;
+    uint32_t place;
+    if (j >= v.n_window) {
+        place = (uint32_t)(j - v.n_window);
+        if (v.selected) place = (uint32_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + place];
+        return (uint32_t)COMPRESSED << PLACE_BITS | place;
     }
-    size_t at = (size_t)(j - v.n_window);
-    if (v.selected) at = (size_t)p.chosen[(size_t)i * (size_t)p.c.index_topk + at];
-    k.codes = all.codes + at * (size_t)(D - R), k.scales = all.scales + at * (size_t)((D - R + 63) / 64);
-    k.rope = all.rope + at * (size_t)R;
+    place = position < s.first_position ? (uint32_t)(at < p.c.ring ? at : at - p.c.ring)
+                                        : (uint32_t)(s.first + position - s.first_position);
+    return (uint32_t)(position < s.first_position ? IN_RING : IN_PASS) << PLACE_BITS | place;
+}
+static __device__ __forceinline__ key_at key_of(const attend_args &p, const key_at &all, uint32_t place) {
+    int D = p.c.D, R = p.c.R, array = (int)(place >> PLACE_BITS);
+    size_t at = place & ((1u << PLACE_BITS) - 1);
+    key_at k = { NULL, NULL, NULL, NULL };
+    if (array != COMPRESSED) k.floats = (array == IN_RING ? all.floats : p.kv) + at * (size_t)D;
+    else
+        k.codes = all.codes + at * (size_t)(D - R), k.scales = all.scales + at * (size_t)((D - R + 63) / 64),
+        k.rope = all.rope + at * (size_t)R;
     return k;
 }
 // Dims [d, d + 16) of a key, none rotary, as stored: floats, or 16 codes and their scale.
@@ -1756,20 +1878,23 @@ static __device__ __forceinline__ void put_key(const key_dims &x, int live, uint
     const uint32_t codes[4] = { __float_as_uint(x.v[0].x), __float_as_uint(x.v[0].y), __float_as_uint(x.v[0].z),
                                 __float_as_uint(x.v[0].w) };
     float scale = e8m0(x.scale & 255);
+    uint2 w[4];
+    if (x.scale)
+        UNROLL
+        for (int i = 0; i < 4; i++) w[i] = bf16_of_codes(codes[i], scale);
+    else
+        UNROLL
+        for (int i = 0; i < 4; i++) w[i] = { bf16x2(x.v[i].x, x.v[i].y), bf16x2(x.v[i].z, x.v[i].w) };
     UNROLL
     for (int i = 0; i < 4; i++) {
-        uint2 w = { bf16x2(x.v[i].x, x.v[i].y), bf16x2(x.v[i].z, x.v[i].w) };
-        if (x.scale) w = bf16_of_codes(codes[i], scale);
-        if (!live) w.x = w.y = 0;
-        *(uint2 *)(void *)(to + 4 * i) = w;
+        if (!live) w[i].x = w[i].y = 0;
+        *(uint2 *)(void *)(to + 4 * i) = w[i];
     }
 }
-// Rotary dims [d, d + 8) of key j in three planes.
-static __device__ __forceinline__ void put_rope(const attend_args &p, const attend_room &room, int j, int d,
-                                                  const float *values, int live) {
-    float v[8];
+// Rotary dims [d, d + 8) of key j in three planes; zeros where no key is.
+static __device__ __forceinline__ void put_rope(const attend_args &p, const attend_room &room, int j, int d, float *v,
+                                                int live) {
     uint16_t *to = room.keys + j * (p.c.D + PAD) + p.c.D - p.c.R + d;
-    load8(v, values);
     UNROLL
     for (int plane = 0; plane < 3; plane++) {
         uint32_t w[4];
@@ -1782,32 +1907,57 @@ static __device__ __forceinline__ void put_rope(const attend_args &p, const atte
         to = room.rope + (plane * KEYS + j) * (p.c.R + PAD) + d;
     }
 }
-// Loads n keys from j0 on, zeros after them. A warp takes every eighth key, AT_ONCE at a time; eight threads take a
-// key's rotary dims.
-template <int AT_ONCE> static __device__ __forceinline__ void load_keys(const attend_args &p, const row &s,
-                                                                        const key_at &all, int i, const view &v,
-                                                                        int j0, int n, const attend_room &room) {
-    enum { EACH = KEYS / WARPS };
-    int warp = (int)threadIdx.x / WARP, plain = p.c.D - p.c.R, mine = (int)threadIdx.x / 8;
-    for (int k = 0; k < EACH; k += AT_ONCE) {
-        key_at at[AT_ONCE];
+
+// What a thread loads of a step's keys. A warp has every eighth key, AT_ONCE of them at a time, a lane 16 dims; eight
+// threads have the rotary dims of a key, the first 64 at once if all keys are. A lane knows one key's place.
+enum { WARP_KEYS = KEYS / WARPS };
+template <int AT_ONCE> struct key_step {
+    uint32_t places;
+    key_dims x[AT_ONCE];
+    float rope[8];
+};
+template <int AT_ONCE>
+static __device__ __forceinline__ void ask_keys(const attend_args &p, const key_at &all, int k, key_step<AT_ONCE> &a) {
+    int warp = (int)threadIdx.x / WARP, d = 16 * ((int)threadIdx.x % WARP);
+    UNROLL
+    for (int m = 0; m < AT_ONCE; m++) {
+        const key_at at = key_of(p, all, (uint32_t)__shfl_sync(ALL, (int)a.places, (k + m) * WARPS + warp));
+        if (d < p.c.D - p.c.R) ask_key(at, d, a.x[m]);
+    }
+}
+static __device__ __forceinline__ const float *rope_of(const attend_args &p, const key_at &all, uint32_t places) {
+    const key_at k = key_of(p, all, (uint32_t)__shfl_sync(ALL, (int)places, (int)threadIdx.x / 8));
+    return k.floats ? k.floats + p.c.D - p.c.R : k.rope;
+}
+// The step of keys from j0 on, at most to `end`: the last stands in for those missing.
+template <int AT_ONCE>
+static __device__ __forceinline__ void ask_step(const attend_args &p, const row &s, const key_at &all, int i,
+                                                const view &v, int j0, int end, key_step<AT_ONCE> &a) {
+    int d = (int)threadIdx.x % 8 * 8;
+    a.places = place_of_key(p, s, i, v, least(j0 + (int)threadIdx.x % WARP, end - 1));
+    ask_keys<AT_ONCE>(p, all, 0, a);
+    if (AT_ONCE < WARP_KEYS) return;
+    const float *rope = rope_of(p, all, a.places);
+    if (d < p.c.R) load8(a.rope, rope + d);
+}
+template <int AT_ONCE>
+static __device__ __forceinline__ void put_step(const attend_args &p, const key_at &all, int n, const attend_room &room,
+                                                key_step<AT_ONCE> &a) {
+    int warp = (int)threadIdx.x / WARP, d = 16 * ((int)threadIdx.x % WARP), mine = (int)threadIdx.x / 8;
+    UNROLL_BY(1)
+    for (int k = 0; k < WARP_KEYS; k += AT_ONCE) {
+        if (k) ask_keys<AT_ONCE>(p, all, k, a);
         UNROLL
-        for (int m = 0; m < AT_ONCE; m++)
-            at[m] = find_key(p, s, all, i, v, j0 + least((k + m) * WARPS + warp, n - 1));
-        for (int d = 16 * ((int)threadIdx.x % WARP); d < plain; d += 16 * WARP) {
-            key_dims x[AT_ONCE];
-            UNROLL
-            for (int m = 0; m < AT_ONCE; m++) ask_key(at[m], d, x[m]);
-            UNROLL
-            for (int m = 0; m < AT_ONCE; m++) {
-                int slot = (k + m) * WARPS + warp;
-                put_key(x[m], slot < n, room.keys + slot * (p.c.D + PAD) + d);
-            }
+        for (int m = 0; m < AT_ONCE; m++) {
+            int slot = (k + m) * WARPS + warp;
+            if (d < p.c.D - p.c.R) put_key(a.x[m], slot < n, room.keys + slot * (p.c.D + PAD) + d);
         }
     }
-    const key_at k = find_key(p, s, all, i, v, j0 + least(mine, n - 1));
-    const float *rope = k.floats ? k.floats + plain : k.rope;
-    for (int d = (int)threadIdx.x % 8 * 8; d < p.c.R; d += 64) put_rope(p, room, mine, d, rope + d, mine < n);
+    const float *rope = rope_of(p, all, a.places);
+    for (d = (int)threadIdx.x % 8 * 8; d < p.c.R; d += 64) {
+        if (AT_ONCE < WARP_KEYS || d >= 64) load8(a.rope, rope + d);
+        put_rope(p, room, mine, d, a.rope, mine < n);
+    }
 }
 
 // A warp's part of the queries of 16 heads, every eighth 16 dims, as mma takes them: not normed (the scores take their
@@ -1865,14 +2015,14 @@ static __device__ __forceinline__ void score(const attend_args &p, const queries
             const uint16_t *keys = b ? room.rope + ((b - 1) * KEYS + g) * (R + PAD) + k - (D - R) + 4 * t
                                      : room.keys + g * (D + PAD) + k + 4 * t;
             int eight = 8 * ((b ? R : D) + PAD);
+            uint2 w[KEYS / 8];
             UNROLL
-            for (int nt = 0; nt < KEYS / 8; nt++) {
-                const uint2 w = *(const uint2 *)(const void *)(keys + nt * eight);
+            for (int nt = 0; nt < KEYS / 8; nt++) w[nt] = *(const uint2 *)(const void *)(keys + nt * eight);
+            UNROLL
+            for (int plane = 0; plane + b < 3; plane++) {
+                const uint32_t *a = q.a[i][plane];
                 UNROLL
-                for (int plane = 0; plane + b < 3; plane++) {
-                    const uint32_t *a = q.a[i][plane];
-                    mma(acc[nt], a[0], a[1], a[2], a[3], w.x, w.y);
-                }
+                for (int nt = 0; nt < KEYS / 8; nt++) mma(acc[nt], a[0], a[1], a[2], a[3], w[nt].x, w[nt].y);
             }
         }
     }
@@ -1896,7 +2046,7 @@ static __device__ void query_scales(const attend_args &p, float *squares, float 
     if (threadIdx.x < TILE) {
         float sum = 0;
         for (int w = 0; w < WARPS; w++) sum += part[w * TILE + (int)threadIdx.x];
-        scale[threadIdx.x] = 1 / sqrtf(sum / (float)p.c.D + p.c.eps) * (1 / sqrtf((float)p.c.D));
+        scale[threadIdx.x] = inverse_rms(sum, p.c.D, p.c.eps) * inverse_root((float)p.c.D);
     }
 }
 
@@ -1924,11 +2074,30 @@ static __device__ void softmax_step(const attend_room &room, int n, const float 
         }
 }
 
+// o += weights times plane b of the keys' dims [d, d + 8) of `tiles` n-tiles, every eighth: their sums side by side.
+typedef uint32_t weight_planes[3][KEYS / 16][4];
+template <int TILES>
+static __device__ __forceinline__ void add_plane(const attend_args &p, const attend_room &room, const weight_planes a,
+                                                 int b, int d, float (*o)[4]) {
+    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP;
+    const uint16_t *keys = b ? room.rope + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
+                             : room.keys + lane * (D + PAD) + d;
+    uint32_t w[TILES][4];
+    UNROLL
+    for (int i = 0; i < TILES; i++) load_transposed(w[i], keys + i * WARPS * 8);
+    UNROLL
+    for (int k = 0; k < KEYS / 16; k++)
+        UNROLL
+        for (int plane = 0; plane + b < 3; plane++)
+            UNROLL
+            for (int i = 0; i < TILES; i++)
+                mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[i][2 * k], w[i][2 * k + 1]);
+}
 // o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...
 static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, float (*o)[4]) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         warp = (int)threadIdx.x / WARP;
-    uint32_t a[3][KEYS / 16][4];
+    weight_planes a;
     for (int plane = 0; plane < 3; plane++)
         for (int k = 0; k < KEYS / 16; k++)
             for (int i = 0; i < 4; i++)
@@ -1936,21 +2105,19 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
                     *(const uint32_t *)(const void *)(room.weights + (plane * TILE + g + 8 * (i & 1)) * WEIGHT_STRIDE +
                                                       k * 16 + 2 * t + 8 * (i >> 1));
     UNROLL
-    for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i++) {
-        int d = (i * WARPS + warp) * 8;
+    for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i += 2) {
+        int d = (i * WARPS + warp) * 8, next = d + WARPS * 8;
         if (d >= D) break;
-        for (int k = 0; k < 4; k++) o[i][k] *= room.factor[g + 8 * (k >> 1)];
         UNROLL
-        for (int b = 0; b < 3; b++) {
-            uint32_t w[4];
-            if (b && d < D - R) break;
-            load_transposed(w, b ? room.rope + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
-                                 : room.keys + lane * (D + PAD) + d);
-            UNROLL
-            for (int k = 0; k < KEYS / 16; k++)
-                UNROLL
-                for (int plane = 0; plane + b < 3; plane++)
-                    mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[2 * k], w[2 * k + 1]);
+        for (int m = 0; m < 2; m++)
+            for (int k = 0; k < 4; k++) o[i + m][k] *= room.factor[g + 8 * (k >> 1)];
+        if (next < D) add_plane<2>(p, room, a, 0, d, o + i);
+        else add_plane<1>(p, room, a, 0, d, o + i);
+        UNROLL
+        for (int m = 0; m < 2; m++) {
+            int at = m ? next : d;
+            if (at < D - R || at >= D) continue;
+            add_plane<1>(p, room, a, 1, at, o + i + m), add_plane<1>(p, room, a, 2, at, o + i + m);
         }
     }
 }
@@ -1962,19 +2129,26 @@ typedef struct { float scale[TILE], part[WARPS * TILE]; } attend_scratch;
 static __device__ __forceinline__ int dim_of(int k, int m) {
     return (k * WARPS + (int)threadIdx.x / WARP) * 8 + (int)threadIdx.x % 4 * 2 + (m & 1);
 }
-// A split of a row's keys for 16 heads, 32 keys at a time.
-template <int AT_ONCE>
+// A split of a row's keys for 16 heads, 32 keys at a time. AHEAD: the caller has asked for the first step,
+// and each step asks for the next.
+static __device__ __forceinline__ int end_of(const view &v, int split) {
+    return least(v.n_window + v.n_compressed, (split + 1) * v.length);
+}
+template <int AT_ONCE, int AHEAD>
 static __device__ __forceinline__ void attend_split(const attend_args &p, const row &s, const key_at &all,
                                                     const view &v, int i, int split, const queries &q,
-                                                    const attend_room &room, const float *scale, part_sums &a) {
-    int end = least(v.n_window + v.n_compressed, (split + 1) * v.length);
+                                                    const attend_room &room, const float *scale,
+                                                    key_step<AT_ONCE> &step, part_sums &a) {
+    int end = end_of(v, split);
     zero<MAX_HEAD_DIM / 8 / WARPS * 4>(&a.o[0][0]);
     a.largest = -HUGE_VALF, a.sum = 0;
     for (int j0 = split * v.length; j0 < end; j0 += KEYS) {
         int n = least(KEYS, end - j0);
+        if (!AHEAD) ask_step<AT_ONCE>(p, s, all, i, v, j0, end, step);
         __syncthreads();
-        load_keys<AT_ONCE>(p, s, all, i, v, j0, n, room);
+        put_step<AT_ONCE>(p, all, n, room, step);
         __syncthreads();
+        if (AHEAD && j0 + KEYS < end) ask_step<AT_ONCE>(p, s, all, i, v, j0 + KEYS, end, step);
         score(p, q, room);
         __syncthreads();
         softmax_step(room, n, scale, &a.largest, &a.sum);
@@ -1994,6 +2168,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     float squares[2];
     queries q;
     attend_room room;
+    key_step<BLOCKS == 1 ? WARP_KEYS : 2> step;
     part_sums a;
     grid_go();
     const row s = p.rows[r];
@@ -2002,9 +2177,10 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     const key_at all = keys_in(p, s);
     grid_wait();
     attend_shared(&p.c, bytes, &room);
+    if (BLOCKS == 1) ask_step(p, s, all, i, v, split * v.length, end_of(v, split), step);
     load_queries(p, r, h0, q, squares);
     query_scales(p, squares, scratch.part, scratch.scale);
-    attend_split<BLOCKS == 1 ? 4 : 2>(p, s, all, v, i, split, q, room, scratch.scale, a);
+    attend_split<BLOCKS == 1 ? WARP_KEYS : 2, BLOCKS == 1>(p, s, all, v, i, split, q, room, scratch.scale, step, a);
     float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
@@ -2024,10 +2200,16 @@ static __device__ __forceinline__ merged merge_begin(const attend_args &p, int h
     merged a = { h < p.c.H ? p.sink[h] : 0, 1 };
     return a;
 }
+static __device__ __forceinline__ float2 merge_weights(float &largest, float of_split) {
+    float m = fmaxf(largest, of_split);
+    float2 by = make_float2(expf(largest - m), expf(of_split - m));
+    largest = m;
+    return by;
+}
 static __device__ __forceinline__ float2 merge_split(merged &a, float largest, float sum) {
-    float m = fmaxf(a.largest, largest), before = expf(a.largest - m), more = expf(largest - m);
-    a.sum = fmaf(more, sum, a.sum * before), a.largest = m;
-    return make_float2(before, more);
+    float2 by = merge_weights(a.largest, largest);
+    a.sum = fmaf(by.y, sum, a.sum * by.x);
+    return by;
 }
 // The dim, over all heads, at a place of o; -1: none.
 static __device__ __forceinline__ int dim_at(const attend_args &p, int place) {
@@ -2039,7 +2221,7 @@ template <int WHOLE>
 static __device__ __forceinline__ void put_values(const attend_args &p, int r, int place, int dim, float *o,
                                                   float sum) {
     int at = dim % p.c.D - (p.c.D - p.c.R);
-    for (int d = 0; d < 8; d++) o[d] /= sum;
+    for (int d = 0; d < 8; d++) o[d] = quotient(o[d], sum);
     for (int d = 0; d < 8; d += 2)
         if (dim >= 0 && at + d >= 0) {
             float2 turn = turn_of(p.turns, p.c.R / 2, r, p.set, (at + d) / 2);
@@ -2049,17 +2231,18 @@ static __device__ __forceinline__ void put_values(const attend_args &p, int r, i
     else put_input(p.o, r, place, o, dim >= 0);
 }
 
-// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: all loads are issued at once, and
-// the quarters merged in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows 5). It would be slower in
-// the last split's block: the four blocks of a row would read 650 KB each.
+// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: all loads are issued at once, all
+// weights computed side by side, and the quarters added in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
+// six rows 5). It would be slower in the last split's block: the four blocks of a row would read 650 KB each.
 enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
-static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r) {
-    __shared__ float so_far[10][MERGED];
-    int D = p.c.D, me = (int)threadIdx.x % MERGED, quarter = (int)threadIdx.x / MERGED,
-        place = ((int)blockIdx.y * MERGED + me) * 8, dim = dim_at(p, place), h = most(0, dim) / D;
+static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r, int place, int dim) {
+    __shared__ float so_far[9][MERGED];
+    int D = p.c.D, me = (int)threadIdx.x % MERGED, quarter = (int)threadIdx.x / MERGED, h = most(0, dim) / D;
     size_t next = (size_t)p.c.H * (size_t)(D + 4);
-    const float *part = p.part + ((size_t)(i * SPLITS + quarter * QUARTER)) * next + (size_t)h * (size_t)(D + 4);
-    float largest[QUARTER], sum[QUARTER], x[QUARTER][8], o[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    const float *head = p.part + (size_t)(i * SPLITS) * next + (size_t)h * (size_t)(D + 4);
+    const float *part = head + (size_t)(quarter * QUARTER) * next;
+    float before[SPLITS - QUARTER], largest[QUARTER], sum[QUARTER], x[QUARTER][8], o[8];
+    float2 by[QUARTER];
     merged a = merge_begin(p, h);
     UNROLL
     for (int k = 0; k < QUARTER; k++) {
@@ -2068,30 +2251,40 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
         largest[k] = from[D], sum[k] = from[D + 1];
         load8(x[k], from + most(0, dim) % D);
     }
+    UNROLL
+    for (int k = 0; k < SPLITS - QUARTER; k++)
+        before[k] = k < least(quarter * QUARTER, v.splits) ? head[(size_t)k * next + (size_t)D] : -HUGE_VALF;
+    UNROLL
+    for (int k = 0; k < SPLITS - QUARTER; k++) a.largest = fmaxf(a.largest, before[k]);
+    UNROLL
+    for (int k = 0; k < QUARTER; k++)
+        if (quarter * QUARTER + k < v.splits) by[k] = merge_weights(a.largest, largest[k]);
+    zero<8>(o);
     for (int turn = 0; turn < 4; turn++) {
         if (turn == quarter) {
             for (int d = 0; turn && d < 8; d++) o[d] = so_far[d][me];
-            if (turn) a.largest = so_far[8][me], a.sum = so_far[9][me];
+            if (turn) a.sum = so_far[8][me];
             UNROLL
             for (int k = 0; k < QUARTER; k++) {
                 if (quarter * QUARTER + k >= v.splits) continue;
-                const float2 by = merge_split(a, largest[k], sum[k]);
-                for (int d = 0; d < 8; d++) o[d] = fmaf(by.y, x[k][d], o[d] * by.x);
+                a.sum = fmaf(by[k].y, sum[k], a.sum * by[k].x);
+                for (int d = 0; d < 8; d++) o[d] = fmaf(by[k].y, x[k][d], o[d] * by[k].x);
             }
             for (int d = 0; d < 8; d++) so_far[d][me] = o[d];
-            so_far[8][me] = a.largest, so_far[9][me] = a.sum;
+            so_far[8][me] = a.sum;
         }
         __syncthreads();
     }
     if (quarter == 3) put_values<0>(p, r, place, dim, o, a.sum);
 }
 static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
-    int i = (int)blockIdx.x, r = p.row0 + i;
+    int i = (int)blockIdx.x, r = p.row0 + i, place = ((int)blockIdx.y * MERGED + (int)threadIdx.x % MERGED) * 8, dim, n;
     grid_go();
     view v = view_of(p, p.rows[r], p.n->drafts);
-    int n = p.n->n_rows;
+    dim = dim_at(p, place), n = p.n->n_rows;
+    keep(dim);
     grid_wait();
-    if (r < n) merge_heads(p, v, i, r);
+    if (r < n) merge_heads(p, v, i, r, place, dim);
 }
 
 // For many rows: a block computes all splits of a row for 16 heads and merges them itself, so that sums never leave the
@@ -2136,6 +2329,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     queries q;
     float *total = (float *)(void *)(bytes + attend_shared(&p.c, NULL, NULL));
     attend_room room;
+    key_step<2> step;
     part_sums a;
     grid_go();
     const row s = p.rows[r];
@@ -2149,7 +2343,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     query_scales(p, squares, scratch.part, scratch.scale);
     for (int k = (int)threadIdx.x; k < TILE * (D + 8); k += THREADS) total[k] = 0;
     for (int split = 0; split < v.splits; split++) {
-        attend_split<2>(p, s, all, v, i, split, q, room, scratch.scale, a);
+        attend_split<2, 0>(p, s, all, v, i, split, q, room, scratch.scale, step, a);
         add_split(p, a, of_split, heads, total);
     }
     __syncthreads();        // all have read the last split's
@@ -2204,7 +2398,7 @@ static __device__ void whole_queries(const attend_args &p, int r, int h0, uint16
             if (d < D && h0 + h < p.c.H) x[i] = *(const float4 *)(const void *)(from + d);
             squares = fmaf(x[i].x, x[i].x, fmaf(x[i].y, x[i].y, fmaf(x[i].z, x[i].z, fmaf(x[i].w, x[i].w, squares))));
         }
-        scale = 1 / sqrtf(warp_sum(squares) / (float)D + p.c.eps);
+        scale = inverse_rms(warp_sum(squares), D, p.c.eps);
         UNROLL
         for (int i = 0; i < EACH; i++) {
             int d = (i * WARP + lane) * 4, at = d - (D - p.c.R);
@@ -2255,7 +2449,7 @@ static __device__ void whole_keys(const attend_args &p, const row &s, const key_
         int j = j0 + slot;
         uint16_t *to = room.keys + slot * (D + WHOLE_PAD);
         if (j < v.n_window || j >= v.n_window + v.n_compressed) {
-            const float *from = j < v.n_window ? find_key(p, s, all, 0, v, j).floats : NULL;
+            const float *from = j < v.n_window ? key_of(p, all, place_of_key(p, s, 0, v, j)).floats : NULL;
             UNROLL
             for (int i = 0; i < MAX_HEAD_DIM / 4 / WARP; i++) {
                 int d = (i * WARP + lane) * 4;
@@ -2305,7 +2499,7 @@ static __device__ __forceinline__ void whole_softmax_step(const attend_args &p, 
                                                    int n, whole_scratch &scratch, merged *heads) {
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4, half = warp / 4,
         h0 = warp % 4 * 16;
-    float largest[2] = { -HUGE_VALF, -HUGE_VALF }, by = 1 / sqrtf((float)p.c.D);
+    float largest[2] = { -HUGE_VALF, -HUGE_VALF }, by = inverse_root((float)p.c.D);
     UNROLL
     for (int i = 0; i < 16; i++) {
         int key = half * 32 + i / 4 * 8 + 2 * t + i % 2;
@@ -2448,6 +2642,7 @@ static __device__ void round_eight(const round_args &p, int r, int at) {
     put_input(p.out, r, at, v, live);
 }
 static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p) {
+    __shared__ float scratch[WARPS];
     int r = (int)blockIdx.x, part = (int)blockIdx.y, n, any = 0;
     grid_go();
     for (int i = (int)threadIdx.x * 32; p.norm && i < p.n; i += THREADS * 32) any |= (int)__float_as_uint(p.norm[i]);
@@ -2457,7 +2652,7 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     if (r >= n) return;
     if (part >= p.parts) commit(p.c, p.commit, r, part - p.parts);
     else if (!p.norm) round_eight(p, r, (part * THREADS + (int)threadIdx.x) * 8);
-    else if (threadIdx.x < WARP) put_normed_row(p.out, r, p.x + (size_t)r * (size_t)p.n, p.norm, p.n, p.c.eps);
+    else put_normed_row(p.out, r, p.x + (size_t)r * (size_t)p.n, p.norm, p.n, p.c.eps, scratch);
 }
 
 // ---- routing and SwiGLU -----------------------------------------------------------------------
@@ -2497,15 +2692,17 @@ static __device__ void route_row(const route_args &p, int r, scored_expert *scor
     int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, mine = -1, place = 0;
     float sum = 0, weight = 0;
     if (p.tid2eid && lane < K) mine = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)lane];
+    uint32_t score = 0;         // of the lane's best
     for (int k = 0, changed = 1, best = 0; !p.tid2eid && k < K; k++) {
-        uint32_t best_score, score;
         if (changed) {
-            best = lane < E ? lane : 0;
+            score = 0;
             UNROLL_BY(8)
-            for (int e = lane; e < E; e += WARP) if (scores[e].order > scores[best].order) best = e;
+            for (int e = lane; e < E; e += WARP) {
+                uint32_t other = scores[e].order;
+                if (other > score) score = other, best = e;
+            }
         }
-        score = scores[best].order;
-        best_score = __reduce_max_sync(ALL, score);
+        uint32_t best_score = __reduce_max_sync(ALL, score);
         int chosen = (int)__reduce_min_sync(ALL, score == best_score ? (uint32_t)best : (uint32_t)E);
         changed = chosen == best;
         if (k == lane) mine = chosen;
@@ -2518,27 +2715,9 @@ static __device__ void route_row(const route_args &p, int r, scored_expert *scor
         int other = __shfl_sync(ALL, mine, k);
         sum += __shfl_sync(ALL, weight, k), place += other < mine || (other == mine && k < lane);
     }
-    if (lane < K) p.route[r * K + place] = mine, p.weight[r * K + place] = weight / sum * p.c.routed_scale;
+    if (lane < K) p.route[r * K + place] = mine, p.weight[r * K + place] = quotient(weight, sum) * p.c.routed_scale;
 }
 
-// Exclusive prefix sum of x over a block; *all: its total.
-static __device__ int block_before(int x, int *all) {
-    __shared__ int warps[WARP];
-    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, sum = x, before = 0;
-    for (int i = 1; i < WARP; i *= 2) {
-        int other = __shfl_up_sync(ALL, sum, i);
-        if (lane >= i) sum += other;
-    }
-    __syncthreads();
-    if (lane == WARP - 1) warps[warp] = sum;
-    __syncthreads();
-    *all = 0;
-    for (int w = 0; w < (int)blockDim.x / WARP; w++) {
-        if (w < warp) before += warps[w];
-        *all += warps[w];
-    }
-    return before + sum - x;
-}
 // Counts each expert's rows, in one block; at [E]: where its rows begin in the list.
 static __device__ void count_experts(const route_args &p, int n, int *at) {
     int E = p.c.E, rows = 0, active = 0, some, more;
@@ -2589,7 +2768,7 @@ typedef struct {
 static __device__ __forceinline__ float swiglu_of(float limit, float g, float u) {
     g = limit < g ? limit : g, g = g < -200 ? -200 : g;         // -inf / inf would be NaN
     u = limit < u ? limit : u, u = u < -limit ? -limit : u;
-    return g / (1 + expf(-g)) * u;
+    return quotient(g, 1 + expf(-g)) * u;
 }
 static __device__ __forceinline__ float swiglu_limit(const shape &c) { return c.limit > 0 ? c.limit : HUGE_VALF; }
 // Eight numbers of it from `at` on.
@@ -4447,14 +4626,15 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
 // The deferred updates, and with them the sums for a mix.
 static void run_stream(cuda *d, const float *fn, int n_out) {
     stream_args p;
-    int rows = d->grid.rows, many = rows >= MANY_ROWS;
+    int rows = d->grid.rows, slices = d->s.h / SLICE;
     memset(&p, 0, sizeof p);
     p.c = d->s, p.n = d->dev.n, p.rows = d->dev.rows, p.from = d->from, p.embed = d->embed, p.y = d->from_y,
     p.slots = d->slots;
     p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
-    launch(d, "stream", many ? stream<2> : stream<1>,
-           grid_of(d->s.h / SLICE, blocks_of(rows, (many ? 8 : 2) * WARPS)), THREADS, 0, p);
+    if (rows <= STREAM_FEW) launch(d, "stream", stream_few, grid_of(slices, rows), THREADS, 0, p);
+    else if (rows < MANY_ROWS) launch(d, "stream", stream<1>, grid_of(slices, blocks_of(rows, 2 * WARPS)), THREADS, 0, p);
+    else launch(d, "stream", stream<2>, grid_of(slices, blocks_of(rows, 8 * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
 }
 static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
@@ -5667,7 +5847,7 @@ static void allow_shared(cuda *d) {
     allow(d, attend_rows, (int)rows_bytes, 100), allow(d, route, 72 << 10);
     allow(d, kv_rows, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
-    allow(d, turns, 0), allow(d, stream<1>, 0), allow(d, stream<2>, 0), allow(d, mix, 0);
+    allow(d, turns, 0), allow(d, stream_few, 0), allow(d, stream<1>, 0), allow(d, stream<2>, 0), allow(d, mix, 0);
     allow(d, round_rows, 0), allow(d, codes, 0);
     allow(d, index_query, 0), allow(d, index_scores, (int)query_bytes(c->index_heads, c->I)), allow(d, attend_merge, 0);
     allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);

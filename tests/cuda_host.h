@@ -363,6 +363,8 @@ static uint4 host_load_rows(const char *row) {
 
 static inline float __uint_as_float(unsigned u) { return host_as_float(u); }
 static inline unsigned __float_as_uint(float x) { return host_as_bits(x); }
+static inline float __fdividef(float a, float b) { return a / b; }
+static inline float rsqrtf(float x) { return 1 / __builtin_sqrtf(x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline unsigned __brev(unsigned x) {
