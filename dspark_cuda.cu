@@ -619,8 +619,9 @@ static __host__ __device__ __forceinline__ int items_of_tile(const matrix &w, in
 static __host__ __device__ __forceinline__ int items_of(const matrix &w, int item_bytes) {
     return blocks_of(w.rows, TILE) * items_of_tile(w, item_bytes);
 }
-// An item of a launch: its matrix w, its part, and the tile that begins there (-1: none).
-typedef struct { matrix w; int tile, part, of; } item_at;
+// An item of a launch: its matrix w, the n rows of a list that take it (experts), its part, and the tile that begins
+// there (-1: none).
+typedef struct { matrix w; const int *list; int n, tile, part, of; } item_at;
 
 // Finds the spans that begin in items [first, first + 32), up to `end`: runs of up to `most_tiles` tiles of one part.
 // The first warp writes them; every thread gets the count.
@@ -642,9 +643,11 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
         unsigned span_starts = __ballot_sync(ALL, it.tile >= 0 && in_part % most_tiles == 0);
         unsigned later = span_starts & ~upto;
         unsigned mine = tile_lanes & ~lower & (later ? (1u << (__ffs((int)later) - 1)) - 1 : ALL);
-        if (span_starts >> lane & 1)
-            set_span(spans[__popc(span_starts & lower)], it.w, it.tile * TILE, __popc(mine), it.of),
-                span_rows(p, it.part, spans[__popc(span_starts & lower)]);
+        if (span_starts >> lane & 1) {
+            span &s = spans[__popc(span_starts & lower)];
+            set_span(s, it.w, it.tile * TILE, __popc(mine), it.of);
+            s.list = it.list, s.n = it.n;
+        }
         if (lane == 0) n = __popc(span_starts);
     }
     __syncthreads();
@@ -938,7 +941,7 @@ static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt)
 
 // Where the share of a block begins.
 static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
-    return (int)((long long)n * block / blocks);
+    return (int)((uint32_t)n * (uint32_t)block / (uint32_t)blocks);     // 2^32 / 264 items are 260 GB
 }
 
 // To the next span that has units for the warp.
@@ -1351,34 +1354,28 @@ static __device__ void round_row(float *x, int n, uint8_t *codes, uint8_t *scale
     }
     __syncthreads();
 }
-// Hadamard over I dims (a lane has dims lane, lane + 32, ..), then E2M1 in blocks of 32: values, 4-bit codes,
-// exponents. Indices are constants, so that they stay in registers.
-enum { LANE_DIMS = MAX_INDEX_DIM / WARP };
-static __device__ __forceinline__ void hadamard_fp4(float *v, int I, uint32_t *codes, int *exponents) {
-    int lane = (int)threadIdx.x % WARP, n = I / WARP;
-    float scale = 1 / sqrtf((float)I);      // as the CPU has it: FP4 rounds what it scales
+// Hadamard over 32 N dims (a lane has dims lane, lane + 32, ..), then E2M1 in blocks of 32: values, 4-bit codes,
+// exponents.
+template <int N> static __device__ __forceinline__ void hadamard_fp4(float *v, uint32_t *codes, int *exponents) {
+    int lane = (int)threadIdx.x % WARP;
+    float scale = 1 / sqrtf((float)(N * WARP));
     UNROLL
-    for (int i = 0; i < LANE_DIMS; i++) {
-        if (i >= n) break;
+    for (int half = 1; half < WARP; half *= 2)
         UNROLL
-        for (int half = 1; half < WARP; half *= 2) {
+        for (int i = 0; i < N; i++) {
             float other = __shfl_xor_sync(ALL, v[i], half);
             v[i] = lane & half ? other - v[i] : v[i] + other;
         }
-    }
     UNROLL
-    for (int half = 1; half < LANE_DIMS; half *= 2) {
-        if (half >= n) break;
+    for (int half = 1; half < N; half *= 2)
         UNROLL
-        for (int i = 0; i < LANE_DIMS; i++)
-            if (!(i & half) && i < n) {
+        for (int i = 0; i < N; i++)
+            if (!(i & half)) {
                 float a = v[i], b = v[i + half];
                 v[i] = a + b, v[i + half] = a - b;
             }
-    }
     UNROLL
-    for (int i = 0; i < LANE_DIMS; i++) {
-        if (i >= n) break;
+    for (int i = 0; i < N; i++) {
         float x = v[i] * scale, a;
         int e;
         if (!(x == x)) x = 0;
@@ -1388,6 +1385,14 @@ static __device__ __forceinline__ void hadamard_fp4(float *v, int I, uint32_t *c
         v[i] = signed_as(a, x) * exp2i(e);
     }
 }
+// f<N>, for the N of an index of 32 N dims.
+#define FOR_INDEX_DIM(I, f, ...) \
+    switch ((I) / WARP) { \
+    case 1: f<1>(__VA_ARGS__); break; \
+    case 2: f<2>(__VA_ARGS__); break; \
+    case 4: f<4>(__VA_ARGS__); break; \
+    default: f<MAX_INDEX_DIM / WARP>(__VA_ARGS__); \
+    }
 
 typedef struct {
     const float *ape, *norm;        // [ratio][w], [d]
@@ -1443,11 +1448,27 @@ static __device__ void pool_row(const kv_args &p, const pooling &o, const row &s
     norm_row(x, o.norm, o.d, p.c.eps, scratch);
     rope_row(x, o.d, p.c.R, p.freqs_compressed, i * r);
 }
+// Index key i from x, by a warp.
+template <int N>
+static __device__ __forceinline__ void put_index_key(const float *x, size_t i, uint8_t *to, uint8_t *scales) {
+    int lane = (int)threadIdx.x % WARP, e[N];
+    float v[N];
+    uint32_t codes[N];
+    UNROLL
+    for (int k = 0; k < N; k++) v[k] = x[k * WARP + lane];
+    hadamard_fp4<N>(v, codes, e);
+    UNROLL
+    for (int k = 0; k < N; k++) {
+        uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)codes[k], 1);
+        if (lane % 2 == 0) to[(i * N + (size_t)k) * (WARP / 2) + (size_t)(lane / 2)] = (uint8_t)(codes[k] | other << 4);
+        if (lane == 0) scales[i * N + (size_t)k] = (uint8_t)(e[k] + 127);
+    }
+}
 // If row s completes a group: its compressed row (which 0), or its index key (1).
 static __device__ void compress(const kv_args &p, const row &s, int which, float *x, float *scratch) {
     const pooling &o = p.pool[which];
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
-    int D = p.c.D, R = p.c.R, I = p.c.I;
+    int D = p.c.D, R = p.c.R;
     size_t i = (size_t)(s.position / p.ratio);
     if ((s.position + 1) % p.ratio || s.keep_rows) return;
     pool_row(p, o, s, (int)i, x, scratch);
@@ -1455,23 +1476,7 @@ static __device__ void compress(const kv_args &p, const row &s, int which, float
         round_row(x, D - R, state[CODES] + i * (size_t)(D - R), state[SCALES] + i * (size_t)((D - R + 63) / 64));
         for (int k = (int)threadIdx.x; k < R; k += THREADS)
             ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
-    } else if (threadIdx.x < WARP) {
-        float v[LANE_DIMS];
-        uint32_t codes[LANE_DIMS];
-        int e[LANE_DIMS];
-        UNROLL
-        for (int k = 0; k < LANE_DIMS; k++) v[k] = k < I / WARP ? x[k * WARP + (int)threadIdx.x] : 0;
-        hadamard_fp4(v, I, codes, e);
-        UNROLL
-        for (int k = 0; k < LANE_DIMS; k++) {
-            if (k >= I / WARP) break;
-            uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)codes[k], 1);
-            if (threadIdx.x % 2 == 0)
-                state[KEY_CODES][i * (size_t)(I / 2) + (size_t)(k * WARP / 2) + threadIdx.x / 2] =
-                    (uint8_t)(codes[k] | other << 4);
-            if (threadIdx.x == 0) state[KEY_SCALES][i * (size_t)(I / WARP) + (size_t)k] = (uint8_t)(e[k] + 127);
-        }
-    }
+    } else if (threadIdx.x < WARP) FOR_INDEX_DIM(p.c.I, put_index_key, x, i, state[KEY_CODES], state[KEY_SCALES])
 }
 
 // The window's row, in place: normed, rotated, rounded. A warp a row; a lane has eight dims of every 256.
@@ -1543,49 +1548,44 @@ typedef struct {
 static __device__ __forceinline__ int keys_of(const row &s) { return (s.position + 1) / 4; }
 static __host__ __device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
 
-// Where dim d of head h is in a row's queries: lane 4 (h % 8) + t has the t-th quarter of the dims, of eight in order 0
-// 4 1 5 ..
-static __device__ __forceinline__ int query_at(int h, int d, int I) {
-    int each = I / 32, t = d / 8 / each, e = d / 8 % each;
-    return ((h / 8 * each + e) * WARP + h % 8 * 4 + t) * 8 + ((d & 3) << 1 | (d >> 2 & 1));
-}
-// RoPE, Hadamard, FP4 of row row0 + i, head h, by a warp. Heads that pad the matrix to eights stay zeros.
-static __device__ void query_head(const index_args &p, int i, int h) {
-    int I = p.c.I, H = p.c.index_heads, lane = (int)threadIdx.x % WARP, r = p.row0 + i;
-    float v[LANE_DIMS];
-    uint32_t codes[LANE_DIMS];
-    int e[LANE_DIMS];
-    if (keys_of(p.rows[r]) <= p.c.index_topk) return;
-    const float *q = p.index_q + ((size_t)r * (size_t)H + (size_t)h) * (size_t)I + (size_t)lane;
+// RoPE, Hadamard, FP4 of row row0 + i, head h, by a warp, for index_scores: there lane 4 (h % 8) + t takes the t-th
+// quarter of the dims, of eight in order 0 4 1 5 .. Heads that pad the matrix to eights stay zeros.
+template <int N> static __device__ __forceinline__ void query_head(const index_args &p, int i, int h) {
+    int H = p.c.index_heads, lane = (int)threadIdx.x % WARP, r = p.row0 + i, e[N];
+    float v[N];
+    float2 turn[N];
+    uint32_t codes[N];
+    const float *q = p.index_q + ((size_t)r * (size_t)H + (size_t)h) * (size_t)(N * WARP) + (size_t)lane;
+    uint16_t *to = p.q + (size_t)i * (size_t)(eights(H) * N * WARP);
     UNROLL
-    for (int k = 0; k < LANE_DIMS; k++) v[k] = k < I / WARP ? q[k * WARP] : 0;
-    UNROLL
-    for (int k = 0; k < LANE_DIMS; k++) {
-        if (k >= I / WARP) break;
-        int at = k * WARP + lane - (I - p.c.R);
-        float other = __shfl_xor_sync(ALL, v[k], 1);
-        if (at >= 0) {
-            float2 turn = turn_of(p.turns, p.c.R / 2, r, TURNS_COMPRESSED, at / 2);
-            v[k] = at % 2 ? other * turn.y + v[k] * turn.x : v[k] * turn.x - other * turn.y;
-        }
+    for (int k = 0; k < N; k++) {
+        int at = k * WARP + lane - (N * WARP - p.c.R);
+        v[k] = q[k * WARP];
+        turn[k] = at >= 0 ? turn_of(p.turns, p.c.R / 2, r, TURNS_COMPRESSED, at / 2) : make_float2(1, 0);
     }
-    hadamard_fp4(v, I, codes, e);
     UNROLL
-    for (int k = 0; k < LANE_DIMS; k++) {
-        if (k >= I / WARP) break;
-        p.q[(size_t)i * (size_t)(eights(H) * I) + (size_t)query_at(h, k * WARP + lane, I)] = (uint16_t)bf16x2(v[k], 0);
+    for (int k = 0; k < N; k++) {
+        int at = k * WARP + lane - (N * WARP - p.c.R);
+        float other = __shfl_xor_sync(ALL, v[k], 1);
+        if (at >= 0) v[k] = at % 2 ? other * turn[k].y + v[k] * turn[k].x : v[k] * turn[k].x - other * turn[k].y;
+    }
+    hadamard_fp4<N>(v, codes, e);
+    UNROLL
+    for (int k = 0; k < N; k++) {
+        int d = k * WARP + lane, place = ((h / 8 * N + d / 8 % N) * WARP + h % 8 * 4 + d / 8 / N) * 8;
+        to[place + ((d & 3) << 1 | (d >> 2 & 1))] = (uint16_t)bf16x2(v[k], 0);
     }
     if (lane == 0)
         p.w[(size_t)i * (size_t)eights(H) + (size_t)h] =
-            p.index_w[(size_t)r * (size_t)H + (size_t)h] * (inverse_root((float)I) * inverse_root((float)H));
+            p.index_w[(size_t)r * (size_t)H + (size_t)h] * (inverse_root((float)(N * WARP)) * inverse_root((float)H));
 }
 // Bound: latency, 32 KB a row.
 static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
     int h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP), i = (int)blockIdx.y, n;
     grid_go();
-    n = p.n->n_rows;
+    n = keys_of(p.rows[p.row0 + i]) > p.c.index_topk ? p.n->n_rows : 0;     // else no row is left out
     grid_wait();
-    if (p.row0 + i < n && h < p.c.index_heads) query_head(p, i, h);
+    if (p.row0 + i < n && h < p.c.index_heads) FOR_INDEX_DIM(p.c.I, query_head, p, i, h)
 }
 
 // A float's bits as an integer of the same order.
@@ -2826,7 +2826,6 @@ static __device__ __forceinline__ void item_of(const linears_args &p, int i, ite
     it.w = j.w, it.of = k, it.tile = i % each ? -1 : tile;
     it.part = k + (j.group ? tile * TILE / j.group * MAX_JOBS : 0);
 }
-static __device__ __forceinline__ void span_rows(const linears_args &, int, span &) {}
 static __device__ __noinline__ void run_beside(const linears_args &p, int block, char *bytes) {
     __shared__ float scratch[WARPS];
     int n = *p.n_rows, windows = blocks_of(p.rows, WARPS), warp = (int)threadIdx.x / WARP;
@@ -2903,16 +2902,14 @@ typedef struct {
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
     int n = __ldcg(p.active), a = i / (p.each * p.n_which), e = __ldcg(p.active + 1 + least(a, p.c.E - 1)),
         each = p.each, of_tile = p.each_tile;
+    e = least(most(0, e), p.c.E - 1);       // past the active ones anything may be there
     const expert *of = p.experts + e;
-    if (a >= n) a = n, of = p.shared, each = p.shared_each, of_tile = p.shared_tile;
+    int first = __ldcg(p.first + e), end = __ldcg(p.first + e + 1);
+    it.list = p.list + first, it.n = end - first;
+    if (a >= n)
+        a = n, of = p.shared, each = p.shared_each, of_tile = p.shared_tile, it.list = NULL, it.n = p.n->n_rows;
     i -= a * p.each * p.n_which, it.of = i / each, i -= it.of * each;
     it.w = of->w[p.which + it.of], it.tile = i % of_tile ? -1 : i / of_tile, it.part = a * p.n_which + it.of;
-}
-static __device__ __forceinline__ void span_rows(const experts_args &p, int part, span &s) {
-    int a = part / p.n_which, e = a < __ldcg(p.active) ? __ldcg(p.active + 1 + a) : -1;
-    int first = e >= 0 ? __ldcg(p.first + e) : 0;
-    if (e >= 0) s.list = p.list + first;
-    s.n = e >= 0 ? __ldcg(p.first + e + 1) - first : p.n->n_rows;
 }
 // Rows from i0 on of the expert's.
 template <int NT> static __device__ __forceinline__ void expert_rows(const experts_args &p, const span &s, int i0,
