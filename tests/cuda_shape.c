@@ -141,6 +141,53 @@ static void check_block(const dspark_backend *backend, dspark_model *cpu) {
 #endif
 }
 
+/* Numbers that FP8 keeps in a window's ring; any codes in compressed rows and index keys, none of them NaN, with scales
+   of 8: these count most; all else of a state zeros. */
+typedef struct { size_t ring, codes[2], scales[2]; } pieces;
+static dspark_status some_state(void *user, void *to, size_t n) {
+    const pieces *of = (const pieces *)user;
+    uint32_t dice = 1;
+    memset(to, n == of->scales[0] || n == of->scales[1] ? 130 : 0, n);
+    for (size_t i = 0; n == of->ring && i < n / sizeof(float); i++)
+        dice = dice * 1664525 + 1013904223, ((float *)to)[i] = (float)(dice >> 28) / 8 - 1;
+    for (size_t i = 0; (n == of->codes[0] || n == of->codes[1]) && i < n; i++)
+        dice = dice * 1664525 + 1013904223, ((uint8_t *)to)[i] = (uint8_t)(dice >> 24 & 0xbf);
+    return DSPARK_OK;
+}
+/* 900 keys are more than 24 splits of a row take in one step each; the ring has wrapped; an index chooses among more
+   keys than it keeps in shared memory. */
+static void check_depth(const int32_t *ids) {
+    enum { BEFORE = 20000, AFTER = 34, FIRST = 32 };     /* more than 32 rows have a block each */
+    dspark_model *m[2];
+    uint64_t hash[2];
+    double worst = 0;
+    if (!synth_set("sliding_window=900") || !synth_set("num_hidden_layers=3")) return;
+    m[0] = open_on(NULL), m[1] = open_on(dspark_cuda_backend());
+    for (int whole = 0; whole < 2; whole++) {
+        dspark_session *s[2];
+        for (int k = 0; k < 2; k++) {
+            const dspark_config *c = dspark_model_config(m[k]);
+            size_t ring = (size_t)(c->sliding_window + c->dspark_block_size + 1), D = (size_t)c->head_dim,
+                   plain = D - (size_t)c->qk_rope_head_dim, I = (size_t)c->index_head_dim, groups = BEFORE / 4;
+            pieces of = { ring * D * sizeof(float), { groups * plain, groups * I / 2 },
+                          { groups * ((plain + 63) / 64), groups * I / 32 } };
+            dspark_session_desc d = session_desc(BEFORE + AFTER);
+            s[k] = open_session_as(m[k], &d), set_plain(s[k], 1);
+            for (int i = 0; i < BEFORE; i++) s[k]->tokens[i] = ids[i % N];
+            s[k]->n_tokens = s[k]->n_run = BEFORE;
+            must(m[k]->backend->state_pieces(s[k]->state, BEFORE, 1, some_state, &of));
+            for (int at = 0, n; at < AFTER; at += n)
+                n = whole ? AFTER : at ? 1 : FIRST, must(dspark_session_append(s[k], ids + at, n));
+        }
+        hash[whole] = logits_hash(s[1]);
+        worst = worse(worst, relative_l2(dspark_session_logits(s[1]), dspark_session_logits(s[0]), VOCABULARY));
+        dspark_session_close(s[0]), dspark_session_close(s[1]);
+    }
+    ok(hash[0] == hash[1] && worst < .1, "at depth 20,000 rows alone have the bits of all together, and the CPU's "
+       "logits (%.1e)", worst);
+    dspark_model_close(m[0]), dspark_model_close(m[1]);
+}
+
 int main(void) {
     const char *const shape[] = { "num_hidden_layers=4", "num_attention_heads=72", "o_groups=3", "o_lora_rank=96",
                                   "hidden_size=288", "vocab_size=300", "index_n_heads=12", "head_dim=96",
@@ -159,5 +206,6 @@ int main(void) {
     dspark_model_close(m);
     check_block(dspark_cuda_backend(), cpu);
     dspark_model_close(cpu);
+    check_depth(ids);
     return sessions_done();
 }
