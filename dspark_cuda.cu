@@ -1935,8 +1935,8 @@ static __device__ __forceinline__ void ask_step(const attend_args &p, const row 
                                                 const view &v, int j0, int end, key_step<AT_ONCE> &a) {
     int d = (int)threadIdx.x % 8 * 8;
     a.places = place_of_key(p, s, i, v, least(j0 + (int)threadIdx.x % WARP, end - 1));
+    if (AT_ONCE < WARP_KEYS) return;        // put_step asks
     ask_keys<AT_ONCE>(p, all, 0, a);
-    if (AT_ONCE < WARP_KEYS) return;
     const float *rope = rope_of(p, all, a.places);
     if (d < p.c.R) load8(a.rope, rope + d);
 }
@@ -1946,7 +1946,7 @@ static __device__ __forceinline__ void put_step(const attend_args &p, const key_
     int warp = (int)threadIdx.x / WARP, d = 16 * ((int)threadIdx.x % WARP), mine = (int)threadIdx.x / 8;
     UNROLL_BY(1)
     for (int k = 0; k < WARP_KEYS; k += AT_ONCE) {
-        if (k) ask_keys<AT_ONCE>(p, all, k, a);
+        if (AT_ONCE < WARP_KEYS) ask_keys<AT_ONCE>(p, all, k, a);
         UNROLL
         for (int m = 0; m < AT_ONCE; m++) {
             int slot = (k + m) * WARPS + warp;
@@ -1999,7 +1999,8 @@ static __device__ __forceinline__ void load_queries(const attend_args &p, int r,
         }
     }
 }
-// Their scores with the block's keys.
+// Their scores with the block's keys, SIDE eights of keys side by side.
+template <int SIDE>
 static __device__ __forceinline__ void score(const attend_args &p, const queries &q, const attend_room &room) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         warp = (int)threadIdx.x / WARP;
@@ -2015,14 +2016,17 @@ static __device__ __forceinline__ void score(const attend_args &p, const queries
             const uint16_t *keys = b ? room.rope + ((b - 1) * KEYS + g) * (R + PAD) + k - (D - R) + 4 * t
                                      : room.keys + g * (D + PAD) + k + 4 * t;
             int eight = 8 * ((b ? R : D) + PAD);
-            uint2 w[KEYS / 8];
             UNROLL
-            for (int nt = 0; nt < KEYS / 8; nt++) w[nt] = *(const uint2 *)(const void *)(keys + nt * eight);
-            UNROLL
-            for (int plane = 0; plane + b < 3; plane++) {
-                const uint32_t *a = q.a[i][plane];
+            for (int nt = 0; nt < KEYS / 8; nt += SIDE) {
+                uint2 w[SIDE];
                 UNROLL
-                for (int nt = 0; nt < KEYS / 8; nt++) mma(acc[nt], a[0], a[1], a[2], a[3], w[nt].x, w[nt].y);
+                for (int m = 0; m < SIDE; m++) w[m] = *(const uint2 *)(const void *)(keys + (nt + m) * eight);
+                UNROLL
+                for (int plane = 0; plane + b < 3; plane++) {
+                    const uint32_t *a = q.a[i][plane];
+                    UNROLL
+                    for (int m = 0; m < SIDE; m++) mma(acc[nt + m], a[0], a[1], a[2], a[3], w[m].x, w[m].y);
+                }
             }
         }
     }
@@ -2074,26 +2078,27 @@ static __device__ void softmax_step(const attend_room &room, int n, const float 
         }
 }
 
-// o += weights times plane b of the keys' dims [d, d + 8) of `tiles` n-tiles, every eighth: their sums side by side.
+// o += weights times plane b of the keys, dims [d, d + 8) and those of every eighth n-tile after it, side by side.
 typedef uint32_t weight_planes[3][KEYS / 16][4];
-template <int TILES>
+template <int SIDE>
 static __device__ __forceinline__ void add_plane(const attend_args &p, const attend_room &room, const weight_planes a,
                                                  int b, int d, float (*o)[4]) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP;
     const uint16_t *keys = b ? room.rope + ((b - 1) * KEYS + lane) * (R + PAD) + d - (D - R)
                              : room.keys + lane * (D + PAD) + d;
-    uint32_t w[TILES][4];
+    uint32_t w[SIDE][4];
     UNROLL
-    for (int i = 0; i < TILES; i++) load_transposed(w[i], keys + i * WARPS * 8);
+    for (int i = 0; i < SIDE; i++) load_transposed(w[i], keys + i * WARPS * 8);
     UNROLL
     for (int k = 0; k < KEYS / 16; k++)
         UNROLL
         for (int plane = 0; plane + b < 3; plane++)
             UNROLL
-            for (int i = 0; i < TILES; i++)
+            for (int i = 0; i < SIDE; i++)
                 mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[i][2 * k], w[i][2 * k + 1]);
 }
-// o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...
+// o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...; two side by side, or one.
+template <int SIDE>
 static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, float (*o)[4]) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
         warp = (int)threadIdx.x / WARP;
@@ -2105,20 +2110,21 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
                     *(const uint32_t *)(const void *)(room.weights + (plane * TILE + g + 8 * (i & 1)) * WEIGHT_STRIDE +
                                                       k * 16 + 2 * t + 8 * (i >> 1));
     UNROLL
-    for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i += 2) {
-        int d = (i * WARPS + warp) * 8, next = d + WARPS * 8;
+    for (int i = 0; i < MAX_HEAD_DIM / 8 / WARPS; i += SIDE) {
+        int d = (i * WARPS + warp) * 8, next = d + (SIDE - 1) * WARPS * 8;
         if (d >= D) break;
         UNROLL
-        for (int m = 0; m < 2; m++)
+        for (int m = 0; m < SIDE; m++)
             for (int k = 0; k < 4; k++) o[i + m][k] *= room.factor[g + 8 * (k >> 1)];
-        if (next < D) add_plane<2>(p, room, a, 0, d, o + i);
+        if (SIDE > 1 && next < D) add_plane<SIDE>(p, room, a, 0, d, o + i);
         else add_plane<1>(p, room, a, 0, d, o + i);
         UNROLL
-        for (int m = 0; m < 2; m++) {
-            int at = m ? next : d;
-            if (at < D - R || at >= D) continue;
-            add_plane<1>(p, room, a, 1, at, o + i + m), add_plane<1>(p, room, a, 2, at, o + i + m);
-        }
+        for (int m = 0; m < SIDE; m++)
+            UNROLL
+            for (int b = 1; b < 3; b++) {
+                if (d + m * WARPS * 8 < D - R || d + m * WARPS * 8 >= D) break;
+                add_plane<1>(p, room, a, b, d + m * WARPS * 8, o + i + m);
+            }
     }
 }
 
@@ -2129,31 +2135,32 @@ typedef struct { float scale[TILE], part[WARPS * TILE]; } attend_scratch;
 static __device__ __forceinline__ int dim_of(int k, int m) {
     return (k * WARPS + (int)threadIdx.x / WARP) * 8 + (int)threadIdx.x % 4 * 2 + (m & 1);
 }
-// A split of a row's keys for 16 heads, 32 keys at a time. AHEAD: the caller has asked for the first step,
-// and each step asks for the next.
 static __device__ __forceinline__ int end_of(const view &v, int split) {
     return least(v.n_window + v.n_compressed, (split + 1) * v.length);
 }
-template <int AT_ONCE, int AHEAD>
+// A split of a row's keys for 16 heads, 32 keys at a time. With a step's keys all at once, which only a block alone on
+// its SM has registers for, the caller has asked for the first step, and each step asks for the next.
+template <int AT_ONCE>
 static __device__ __forceinline__ void attend_split(const attend_args &p, const row &s, const key_at &all,
                                                     const view &v, int i, int split, const queries &q,
                                                     const attend_room &room, const float *scale,
                                                     key_step<AT_ONCE> &step, part_sums &a) {
+    enum { ALONE = AT_ONCE == WARP_KEYS };
     int end = end_of(v, split);
     zero<MAX_HEAD_DIM / 8 / WARPS * 4>(&a.o[0][0]);
     a.largest = -HUGE_VALF, a.sum = 0;
     for (int j0 = split * v.length; j0 < end; j0 += KEYS) {
         int n = least(KEYS, end - j0);
-        if (!AHEAD) ask_step<AT_ONCE>(p, s, all, i, v, j0, end, step);
+        if (!ALONE) ask_step<AT_ONCE>(p, s, all, i, v, j0, end, step);
         __syncthreads();
         put_step<AT_ONCE>(p, all, n, room, step);
         __syncthreads();
-        if (AHEAD && j0 + KEYS < end) ask_step<AT_ONCE>(p, s, all, i, v, j0 + KEYS, end, step);
-        score(p, q, room);
+        if (ALONE && j0 + KEYS < end) ask_step<AT_ONCE>(p, s, all, i, v, j0 + KEYS, end, step);
+        score<ALONE ? KEYS / 8 : 1>(p, q, room);
         __syncthreads();
         softmax_step(room, n, scale, &a.largest, &a.sum);
         __syncthreads();
-        add_values(p, room, a.o);
+        add_values<ALONE ? 2 : 1>(p, room, a.o);
     }
 }
 
@@ -2180,7 +2187,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     if (BLOCKS == 1) ask_step(p, s, all, i, v, split * v.length, end_of(v, split), step);
     load_queries(p, r, h0, q, squares);
     query_scales(p, squares, scratch.part, scratch.scale);
-    attend_split<BLOCKS == 1 ? WARP_KEYS : 2, BLOCKS == 1>(p, s, all, v, i, split, q, room, scratch.scale, step, a);
+    attend_split(p, s, all, v, i, split, q, room, scratch.scale, step, a);
     float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
@@ -2343,7 +2350,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     query_scales(p, squares, scratch.part, scratch.scale);
     for (int k = (int)threadIdx.x; k < TILE * (D + 8); k += THREADS) total[k] = 0;
     for (int split = 0; split < v.splits; split++) {
-        attend_split<2, 0>(p, s, all, v, i, split, q, room, scratch.scale, step, a);
+        attend_split(p, s, all, v, i, split, q, room, scratch.scale, step, a);
         add_split(p, a, of_split, heads, total);
     }
     __syncthreads();        // all have read the last split's
