@@ -36,9 +36,10 @@
 // copies of their first 128 KB of weights an SM, 5.8 us of bytes. A product of few rows ends by prefetching the next
 // product's weights into L2 (prefetch_next), except routed experts'.
 //
-// MEASURED without prefetch_next, which has not run on a device yet (H100, 43 layers of 16 experts, position 4096,
-// bench/cuda.c). A pass of one row: 7,330 us, 52 % of the bytes' floor. Six rows: 11,635; a cycle that drafts five and
-// verifies six rows: 12,490. Of one row, us and share of floor:
+// MEASURED without what has not run on a device yet: prefetch_next; and in the small kernels loads issued together,
+// sums side by side, no branch in a quotient or root, a block's eight warps for one row (round_rows, stream_few). H100,
+// 43 layers of 16 experts, position 4096, bench/cuda.c. A pass of one row: 7,330 us, 52 % of the bytes' floor. Six rows:
+// 11,635; a cycle that drafts five and verifies six rows: 12,490. Of one row, us and share of floor:
 //   wq_b 511, wo_b 483, gate w1 w3 259, w2 587, head 395: 92 % and more, their weights load before their turn.
 //   wo_a 685, 73 %; wq_a and beside it 429, 72 %; experts' w1 w3 1,267, 63 %: which experts is known last.
 //   Others 2,660: attend 542, stream 515, mix 326, round_rows 299, index_scores 271, attend_merge 227, route 205,
@@ -4637,8 +4638,9 @@ static void run_stream(cuda *d, const float *fn, int n_out) {
     p.post_comb = d->post_comb, p.stream = d->residual, p.tap = d->tap, p.taps_at = d->layers * N_ARRAYS;
     p.fn = fn, p.n_out = n_out, p.partial = d->partial;
     if (rows <= STREAM_FEW) launch(d, "stream", stream_few, grid_of(slices, rows), THREADS, 0, p);
-    else if (rows < MANY_ROWS) launch(d, "stream", stream<1>, grid_of(slices, blocks_of(rows, 2 * WARPS)), THREADS, 0, p);
-    else launch(d, "stream", stream<2>, grid_of(slices, blocks_of(rows, 8 * WARPS)), THREADS, 0, p);
+    else
+        launch(d, "stream", rows < MANY_ROWS ? stream<1> : stream<2>,
+               grid_of(slices, blocks_of(rows, (rows < MANY_ROWS ? 2 : 8) * WARPS)), THREADS, 0, p);
     d->from = STREAM_AS_IS, d->tap = -1;
 }
 static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
