@@ -344,6 +344,7 @@ static __device__ int block_before(int x, int *all) {
     }
     return before + sum - x;
 }
+
 // Is this the last of n blocks to arrive? Then what the others wrote is visible to loads that bypass L1.
 static __device__ int last_block(int *arrived, int n) {
     __shared__ int last;
@@ -1477,7 +1478,9 @@ static __device__ void compress(const kv_args &p, const row &s, int which, float
         round_row(x, D - R, state[CODES] + i * (size_t)(D - R), state[SCALES] + i * (size_t)((D - R + 63) / 64));
         for (int k = (int)threadIdx.x; k < R; k += THREADS)
             ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
-    } else if (threadIdx.x < WARP) FOR_INDEX_DIM(p.c.I, put_index_key, x, i, state[KEY_CODES], state[KEY_SCALES])
+    } else if (threadIdx.x < WARP) {
+        FOR_INDEX_DIM(p.c.I, put_index_key, x, i, state[KEY_CODES], state[KEY_SCALES])
+    }
 }
 
 // The window's row, in place: normed, rotated, rounded. A warp a row; a lane has eight dims of every 256.
@@ -1586,7 +1589,9 @@ static __global__ void __launch_bounds__(THREADS) index_query(const index_args p
     grid_go();
     n = keys_of(p.rows[p.row0 + i]) > p.c.index_topk ? p.n->n_rows : 0;     // else no row is left out
     grid_wait();
-    if (p.row0 + i < n && h < p.c.index_heads) FOR_INDEX_DIM(p.c.I, query_head, p, i, h)
+    if (p.row0 + i < n && h < p.c.index_heads) {
+        FOR_INDEX_DIM(p.c.I, query_head, p, i, h)
+    }
 }
 
 // A float's bits as an integer of the same order.
@@ -1677,8 +1682,8 @@ static __host__ __device__ size_t query_bytes(int heads, int I) {
 static __device__ void load_query(const index_args &p, int i, uint4 *query, float *weights) {
     int H = eights(p.c.index_heads), n = H * p.c.I / 8;
     const uint4 *from = (const uint4 *)(const void *)p.q + (size_t)i * (size_t)n;
-    if ((int)threadIdx.x < H) weights[threadIdx.x] = p.w[(size_t)i * (size_t)H + threadIdx.x];
-    for (int h = (int)threadIdx.x + THREADS; h < H; h += THREADS) weights[h] = p.w[(size_t)i * (size_t)H + (size_t)h];
+    UNROLL_BY(1)
+    for (int h = (int)threadIdx.x; h < H; h += THREADS) weights[h] = p.w[(size_t)i * (size_t)H + (size_t)h];
     UNROLL_BY(4)
     for (int k = (int)threadIdx.x; k < n; k += THREADS) query[k] = from[k];
     __syncthreads();

@@ -582,7 +582,7 @@ static int chat_line(conversation *c, const char *line) {
     if (!strcmp(line, "/reset")) dspark_session_truncate(c->session, c->asked = 0), answer_clear(&c->last);
     else if (!strcmp(line, "/stats")) print_stats(&c->last);
     else if (!strcmp(line, "/retry") && c->asked) turn(c, NULL);
-    else if (*line == '/') puts("/retry with the next seed, /reset, /stats, /quit; Ctrl-C stops an answer");
+    else if (*line == '/') puts("commands: /retry with the next seed, /reset, /stats, /quit; Ctrl-C stops an answer");
     else if (*line) turn(c, line);
     return 1;
 }

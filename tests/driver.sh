@@ -95,7 +95,7 @@ chat() {
 said() { sed -n "$1p" $dir/said; }
 chats() {
     typed='hi\n/retry\n/reset\nhi\n/what\n/quit\n' && chat && [ -n "$(said 1)" ] && [ "$(said 1)" != "$(said 2)" ] &&
-        [ "$(said 2)" = "$(said 3)" ] && said 4 | grep -q '^/retry with the next seed'
+        [ "$(said 2)" = "$(said 3)" ] && said 4 | grep -q '^commands: /retry with the next seed'
 }
 takes_back() {
     typed='hi\n/quit\n' && chat && answer=$(said 1) || return 1
