@@ -36,10 +36,11 @@
 // copies of their first 128 KB of weights an SM, 5.8 us of bytes. A product of few rows ends by prefetching the next
 // product's weights into L2 (prefetch_next), except routed experts'.
 //
-// MEASURED without what has not run on a device yet: prefetch_next; and in the small kernels loads issued together,
-// sums side by side, no branch in a quotient or root, a block's eight warps for one row (round_rows, stream_few). H100,
-// 43 layers of 16 experts, position 4096, bench/cuda.c. A pass of one row: 7,330 us, 52 % of the bytes' floor. Six rows:
-// 11,635; a cycle that drafts five and verifies six rows: 12,490. Of one row, us and share of floor:
+// MEASURED without what has not run on a device yet: prefetch_next; `warm` (ptxas had deleted it: see keep); and in the
+// small kernels more loads under way together, sums side by side, no branch in a quotient or root, a block's eight
+// warps for one row (round_rows, stream_few). H100, 43 layers of 16 experts, position 4096, bench/cuda.c. A pass of one
+// row: 7,330 us, 52 % of the bytes' floor. Six rows: 11,635; a cycle that drafts five and verifies six rows: 12,490. Of
+// one row, us and share of floor:
 //   wq_b 511, wo_b 483, gate w1 w3 259, w2 587, head 395: 92 % and more, their weights load before their turn.
 //   wo_a 685, 73 %; wq_a and beside it 429, 72 %; experts' w1 w3 1,267, 63 %: which experts is known last.
 //   Others 2,660: attend 542, stream 515, mix 326, round_rows 299, index_scores 271, attend_merge 227, route 205,
@@ -177,7 +178,10 @@ __device__ __forceinline__ void prefetch_bulk(const void *p, uint32_t n) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(n) : "memory");
 #endif
 }
-__device__ __forceinline__ void keep(int x) { asm volatile("" :: "r"(x)); }       // x is needed
+// x is needed, and now: ptxas deletes what only an empty asm uses.
+__device__ __forceinline__ void keep(int x) {
+    asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, -1; @p nanosleep.u32 1; }" :: "r"(x));
+}
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
@@ -1001,7 +1005,9 @@ static __device__ __forceinline__ float total(const float *part, int width, int 
     return sum;
 }
 
-// Touches the lines of x that the warp needs for a span, so that they come to L1 together, not one after another.
+// Touches the lines of x that the warp needs for a span, so that they come to L1 together, not one after another. More
+// rows than WARMED do not fit there beside the weights' slots.
+enum { WARMED = 2 };
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
     enum { LINES = weights_of<DTYPE>::IN_UNIT < 64 ? 1 : weights_of<DTYPE>::IN_UNIT / 64 };     // in a unit and plane
@@ -1033,7 +1039,7 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         if (DTYPE >= DSPARK_FP8)        // of the rows whose sums the lane has
             scale_at[i / 2][i % 2] = (uint32_t)__shfl_sync(ALL, at[i / 2], (int)threadIdx.x % 4 * 8 + i % 2 * 4) / 128;
     }
-    warm<DTYPE, NT, X>(s, x, at);
+    if (width <= WARMED) warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
         const uint8_t *scales = DTYPE == DSPARK_FP8 ? scales_of(s, tile) : NULL;
         if (DTYPE == DSPARK_FP8) IN_GLOBAL(scales);
@@ -1070,11 +1076,11 @@ static __device__ float sigmoid(float x) { return quotient(1, 1 + expf(-x)); }
 
 // ---- the residual stream: mHC -----------------------------------------------------------------
 // A block owns 32 dims of all four copies: it updates them (or embeds), takes the tap, and multiplies them by its part
-// of the next mix's fn; a block of `mix` adds the sums in order. A warp has a row. Bound: bytes, 1.6 MB of fn and a
-// row's copies, .13 MB twice: .6 us for one row, .8 for six; so latency.
+// of the next mix's fn; a block of `mix` adds the sums in order. A warp has a row, or (stream_few) a block. Bound:
+// bytes, 1.6 MB of fn and a row's copies, .13 MB twice: .6 us for one row, .8 for six; so latency.
 
 enum { STREAM_AS_IS, STREAM_EMBED, STREAM_ADD };
-enum { STREAM_FEW = 8 };            // rows, each with blocks of its own
+enum { STREAM_FEW = 4 };            // rows, each with blocks of its own: all run at once
 typedef struct {
     shape c;
     const counts *n;
@@ -1132,9 +1138,9 @@ static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) 
         const float *from = p.y + ((size_t)r * (size_t)p.slots + (size_t)base) * (size_t)p.c.h + (size_t)d;
         float some[8];
         UNROLL
-        for (int i = 0; i < 8; i++) some[i] = base + i < p.slots ? __ldcg(from + (size_t)i * (size_t)p.c.h) : 0;
+        for (int i = 0; i < 8; i++) some[i] = __ldcg(from + (size_t)least(i, p.slots - 1 - base) * (size_t)p.c.h);
         UNROLL
-        for (int i = 0; i < 8; i++) if (base + i < p.slots) y += some[i];
+        for (int i = 0; i < 8; i++) y += base + i < p.slots ? some[i] : 0;
     }
     for (int k = 0; k < COPIES; k++) old[k] = z[k];
     for (int k = 0; k < COPIES; k++) {
@@ -1682,10 +1688,10 @@ static __host__ __device__ size_t query_bytes(int heads, int I) {
 static __device__ void load_query(const index_args &p, int i, uint4 *query, float *weights) {
     int H = eights(p.c.index_heads), n = H * p.c.I / 8;
     const uint4 *from = (const uint4 *)(const void *)p.q + (size_t)i * (size_t)n;
-    UNROLL_BY(1)
-    for (int h = (int)threadIdx.x; h < H; h += THREADS) weights[h] = p.w[(size_t)i * (size_t)H + (size_t)h];
     UNROLL_BY(4)
     for (int k = (int)threadIdx.x; k < n; k += THREADS) query[k] = from[k];
+    UNROLL_BY(1)
+    for (int h = (int)threadIdx.x; h < H; h += THREADS) weights[h] = p.w[(size_t)i * (size_t)H + (size_t)h];
     __syncthreads();
 }
 // A lane's part of keys m0 + g and m0 + g + 8, the last of n in place of those missing: all are loaded before any is
@@ -1863,11 +1869,11 @@ static __device__ __forceinline__ key_at key_of(const attend_args &p, const key_
     return k;
 }
 // Dims [d, d + 16) of a key, none rotary, as stored: floats, or 16 codes and their scale.
-typedef struct { float4 v[4]; uint32_t scale; } key_dims;
+typedef struct { float4 v[4]; uint32_t scale; int coded; } key_dims;
 static __device__ __forceinline__ void ask_key(const key_at &k, int d, key_dims &x) {
-    x.scale = 0;
-    if (!k.floats) {
-        x.v[0] = *(const float4 *)(const void *)(k.codes + d), x.scale = 256 | k.scales[d / 64];
+    x.coded = !k.floats, x.scale = 0;
+    if (x.coded) {
+        x.v[0] = *(const float4 *)(const void *)(k.codes + d), x.scale = k.scales[d / 64];
         return;
     }
     UNROLL
@@ -1883,9 +1889,9 @@ static __device__ __forceinline__ uint2 bf16_of_codes(uint32_t codes, float scal
 static __device__ __forceinline__ void put_key(const key_dims &x, int live, uint16_t *to) {
     const uint32_t codes[4] = { __float_as_uint(x.v[0].x), __float_as_uint(x.v[0].y), __float_as_uint(x.v[0].z),
                                 __float_as_uint(x.v[0].w) };
-    float scale = e8m0(x.scale & 255);
+    float scale = e8m0(x.scale);
     uint2 w[4];
-    if (x.scale)
+    if (x.coded)
         UNROLL
         for (int i = 0; i < 4; i++) w[i] = bf16_of_codes(codes[i], scale);
     else
@@ -1961,8 +1967,10 @@ static __device__ __forceinline__ void put_step(const attend_args &p, const key_
     }
     const float *rope = rope_of(p, all, a.places);
     for (d = (int)threadIdx.x % 8 * 8; d < p.c.R; d += 64) {
-        if (AT_ONCE < WARP_KEYS || d >= 64) load8(a.rope, rope + d);
-        put_rope(p, room, mine, d, a.rope, mine < n);
+        float v[8];
+        if (AT_ONCE < WARP_KEYS || d >= 64) load8(v, rope + d);
+        else for (int k = 0; k < 8; k++) v[k] = a.rope[k];
+        put_rope(p, room, mine, d, v, mine < n);
     }
 }
 
@@ -2244,9 +2252,9 @@ static __device__ __forceinline__ void put_values(const attend_args &p, int r, i
     else put_input(p.o, r, place, o, dim >= 0);
 }
 
-// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: all loads are issued at once, all
-// weights computed side by side, and the quarters added in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us;
-// six rows 5). It would be slower in the last split's block: the four blocks of a row would read 650 KB each.
+// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: it loads all it needs, computes its
+// splits' weights, and the quarters are added in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows
+// 5). It would be slower in the last split's block: the four blocks of a row would read 650 KB each.
 enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
 static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r, int place, int dim) {
     __shared__ float so_far[9][MERGED];
@@ -2258,6 +2266,8 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
     float2 by[QUARTER];
     merged a = merge_begin(p, h);
     UNROLL
+    for (int k = 0; k < SPLITS - QUARTER; k++) before[k] = head[(size_t)k * next + (size_t)D];
+    UNROLL
     for (int k = 0; k < QUARTER; k++) {
         const float *from = part + (size_t)k * next;
         if (quarter * QUARTER + k >= v.splits) continue;
@@ -2266,9 +2276,7 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
     }
     UNROLL
     for (int k = 0; k < SPLITS - QUARTER; k++)
-        before[k] = k < least(quarter * QUARTER, v.splits) ? head[(size_t)k * next + (size_t)D] : -HUGE_VALF;
-    UNROLL
-    for (int k = 0; k < SPLITS - QUARTER; k++) a.largest = fmaxf(a.largest, before[k]);
+        if (k < least(quarter * QUARTER, v.splits)) a.largest = fmaxf(a.largest, before[k]);
     UNROLL
     for (int k = 0; k < QUARTER; k++)
         if (quarter * QUARTER + k < v.splits) by[k] = merge_weights(a.largest, largest[k]);

@@ -495,12 +495,12 @@ static void test_interrupted(void) {
     dspark_model_close(m);
 }
 
-/* A machine that at times, for 60 ms of 150, has a third of its speed. */
+/* A machine that for a quarter of a second, while costs are measured, has a third of its speed. */
 static int has_slow_moments;
 static double slow_from;
 static dspark_status at_times_slow_begin(void *device, const dspark_pass *pass) {
-    double start = dspark__now_us(), us = 500 + 50 * pass->n_rows + 50 * pass->n_segments;
-    if (has_slow_moments && fmod(start - slow_from, 1.5e5) < 6e4) us *= 3;
+    double start = dspark__now_us(), us = 2000 + 100 * pass->n_rows + 200 * pass->n_segments;
+    if (has_slow_moments && fabs(start - slow_from - 3.75e5) < 1.25e5) us *= 3;
     while (dspark__now_us() < start + us) continue;
     return dspark_cpu_backend()->pass_begin(device, pass);
 }
@@ -521,8 +521,8 @@ static void test_slow_moments(void) {
     dspark_profile p = profile_at_times_slow(0), q = profile_at_times_slow(1);
     double worst = fabs((double)q.draft_us / (double)p.draft_us - 1);
     for (int B = 1; B <= 8; B++) worst = worse(worst, fabs(dspark_profile_us(&q, B) / dspark_profile_us(&p, B) - 1));
-    ok(worst < .2, "a machine that is slow for moments has the costs of one that is not, to %.0f %%", 100 * worst);
-    ok(q.session_us > 30 && q.session_us < 80, "so has a session beside its rows: 50 us and its own (%.0f; %.0f)",
+    ok(worst < .35, "a machine that is slow for moments has the costs of one that is not, to %.0f %%", 100 * worst);
+    ok(q.session_us > 100 && q.session_us < 300, "so has a session beside its rows: 200 us and its own (%.0f; %.0f)",
        (double)q.session_us, (double)p.session_us);
 }
 
