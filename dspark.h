@@ -5307,12 +5307,12 @@ static dspark_status dspark__time_pass(dspark_session **s, int n, int B, double 
 
 // What is timed: a pass with `rows` rows of each of n sessions, the first one `deeper` positions further on; or (rows
 // 0) their draft, which injects the last `taps`. n 0: nothing. us: the least so far.
-typedef struct { int n, rows, taps, deeper; double us; } dspark__trial;
+typedef struct { int n, rows, taps, deeper; double us; } dspark__timed;
 
-static void dspark__trial_open(dspark__trial *t, int n, int rows, int taps, int deeper) {
+static void dspark__timed_open(dspark__timed *t, int n, int rows, int taps, int deeper) {
     t->n = n, t->rows = rows, t->taps = taps, t->deeper = deeper, t->us = HUGE_VAL;
 }
-static dspark_status dspark__try(dspark_session **s, dspark__trial *t) {
+static dspark_status dspark__time_one(dspark_session **s, dspark__timed *t) {
     double us = 0;
     dspark_status status;
     s[0]->n_run += t->deeper;
@@ -5324,8 +5324,8 @@ static dspark_status dspark__try(dspark_session **s, dspark__trial *t) {
 }
 // Tries *n things in turn, at least three times: the machine's speed changes, and each should meet its best. The first
 // round gives up those after `needed` that take too long.
-static dspark_status dspark__try_all(dspark_session **s, dspark__trial *t, int needed, int *n) {
-    dspark_status status = dspark__try(s, &t[needed - 1]);      // may wait for the disk: not counted
+static dspark_status dspark__time_all(dspark_session **s, dspark__timed *t, int needed, int *n) {
+    dspark_status status = dspark__time_one(s, &t[needed - 1]); // may wait for the disk: not counted
     double start = dspark__now_us();
     t[needed - 1].us = HUGE_VAL;
     for (int round = 0; !status && (round < 3 || dspark__now_us() - start < 4.5e5); round++)
@@ -5333,7 +5333,7 @@ static dspark_status dspark__try_all(dspark_session **s, dspark__trial *t, int n
             double began = dspark__now_us();
             if (!round && i >= needed && began - start > 1.2e5) *n = i;
             for (int k = 0; i < *n && !status && (!k || (k < 4 && dspark__now_us() - began < 5e3)); k++)
-                status = dspark__try(s, &t[i]);
+                status = dspark__time_one(s, &t[i]);
         }
     return status;
 }
@@ -5352,9 +5352,9 @@ static double dspark__time_sample(dspark_session *s, const float *logits) {
     return best;
 }
 
-// T(B) from n trials of one session. What cost more than a pass with more rows was interrupted, as was what took longer
-// than two passes that could have run its rows.
-static void dspark__profile_rows(const dspark__trial *t, int n, dspark_profile *p) {
+// T(B) from n timings of one session. What cost more than a pass with more rows was interrupted, as was what took
+// longer than two passes that could have run its rows.
+static void dspark__profile_rows(const dspark__timed *t, int n, dspark_profile *p) {
     for (int i = 0; i < n; i++) {
         double us = t[i].us;
         for (int j = 0; j < i; j++) p->us[j] = fminf(p->us[j], (float)us);
@@ -5366,20 +5366,20 @@ static void dspark__profile_rows(const dspark__trial *t, int n, dspark_profile *
 // s [n]: sessions. The first has room for `most` rows, and `deeper` further on; the others for a block each.
 static dspark_status dspark__measure(dspark_session **s, int n, int most, int deeper, dspark_profile *p) {
     enum { TOGETHER, DEEP, DRAFT, INJECT, DRAFTS, ROWS };
-    dspark__trial t[ROWS + DSPARK_MAX_PROFILE];
-    int gamma = dspark__config(s[0])->dspark_block_size, few = dspark__max(DSPARK__COMPANY, gamma + 1), n_trials = ROWS,
+    dspark__timed t[ROWS + DSPARK_MAX_PROFILE];
+    int gamma = dspark__config(s[0])->dspark_block_size, few = dspark__max(DSPARK__COMPANY, gamma + 1), n_timed = ROWS,
         rows = dspark__min(most, DSPARK__COMPANY), company = gamma ? dspark__min(n, s[0]->model->max_rows / gamma) : 0;
     dspark_pass_result result;
     dspark_status status;
-    dspark__trial_open(&t[TOGETHER], n, 1, 0, 0);
-    dspark__trial_open(&t[DEEP], deeper > 0, rows, 0, deeper);
-    dspark__trial_open(&t[DRAFT], gamma > 0, 0, DSPARK__FRESH_TAPS, 0);
-    dspark__trial_open(&t[INJECT], gamma > 0, 0, DSPARK__FRESH_TAPS + 64, 0);
-    dspark__trial_open(&t[DRAFTS], company, 0, DSPARK__FRESH_TAPS, 0);
-    for (int B = 1; B <= most; B = B < few ? B + 1 : (B + B / 2) & ~1) dspark__trial_open(&t[n_trials++], 1, B, 0, 0);
-    status = dspark__try_all(s, t, ROWS + dspark__min(few, most), &n_trials);
+    dspark__timed_open(&t[TOGETHER], n, 1, 0, 0);
+    dspark__timed_open(&t[DEEP], deeper > 0, rows, 0, deeper);
+    dspark__timed_open(&t[DRAFT], gamma > 0, 0, DSPARK__FRESH_TAPS, 0);
+    dspark__timed_open(&t[INJECT], gamma > 0, 0, DSPARK__FRESH_TAPS + 64, 0);
+    dspark__timed_open(&t[DRAFTS], company, 0, DSPARK__FRESH_TAPS, 0);
+    for (int B = 1; B <= most; B = B < few ? B + 1 : (B + B / 2) & ~1) dspark__timed_open(&t[n_timed++], 1, B, 0, 0);
+    status = dspark__time_all(s, t, ROWS + dspark__min(few, most), &n_timed);
     if (status) return status;
-    dspark__profile_rows(t + ROWS, n_trials - ROWS, p);
+    dspark__profile_rows(t + ROWS, n_timed - ROWS, p);
     // bounded, as an error of it counts up to 255 times
     if (n > 1) p->session_us = (float)fmin(fmax(t[TOGETHER].us - dspark_profile_us(p, n), 0) / (n - 1),
                                            (double)p->us[0] / 8);

@@ -1606,57 +1606,68 @@ static __device__ __forceinline__ uint32_t ordered(float x) {
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// The k largest of a row's scores, ascending by index; of equals the lower index. Finds the k-th byte by byte, by
-// counting, then writes in order those above it and the first of those equal to it.
-static __device__ void index_top(const index_args &p, int i, int n) {
-    enum { NEAR = 4096, EACH = 4 };
-    __shared__ uint32_t cached[NEAR];
+// Score j of a row as such an integer; the first NEAR are in shared memory.
+enum { NEAR = 4096 };
+static __device__ __forceinline__ uint32_t score_at(const uint32_t *cached, const float *scores, int j) {
+    return j < NEAR ? cached[j] : ordered(__ldcg(scores + j));
+}
+// By a warp: the digit of which the missing-th largest is, and how many of that digit are still missing.
+static __device__ __forceinline__ void find_digit(const int *histogram, int missing, int *digit, int *left) {
+    int lane = (int)threadIdx.x, first = 255 - 8 * lane, mine = 0, above, count[8];     // digits `first` and down
+    UNROLL
+    for (int j = 0; j < 8; j++) mine += count[j] = histogram[first - j];
+    above = mine;
+    for (int j = 1; j < WARP; j *= 2) {
+        int other = __shfl_up_sync(ALL, above, j);
+        if (lane >= j) above += other;
+    }
+    above -= mine;
+    if (above < missing && above + mine >= missing) {
+        int at = first, more = missing - above, found = 0;
+        UNROLL
+        for (int j = 0; j < 8; j++) {
+            found |= count[j] >= more;
+            if (!found) more -= count[j], at--;
+        }
+        *digit = at, *left = more;
+    }
+}
+// The k-th largest of n scores, digit by digit, by counting; *missing: how many equal to it are among the k.
+static __device__ __forceinline__ uint32_t kth_score(const uint32_t *cached, const float *scores, int n, int k,
+                                                     int *missing) {
     __shared__ int histogram[256], digit, left;
-    int k = p.c.index_topk, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
-    int missing = k, n_above = 0, n_equal = 0;      // missing: of the k, those with the digits of kth so far
     uint32_t kth = 0;
-    const float *scores = p.scores + (size_t)i * p.n_scores;
-    UNROLL_BY(4)
-    for (int j = (int)threadIdx.x; j < least(n, NEAR); j += THREADS) cached[j] = ordered(__ldcg(scores + j));
+    *missing = k;
     for (int shift = 24; shift >= 0; shift -= 8) {
         histogram[threadIdx.x] = 0;
         __syncthreads();
         for (int j = (int)threadIdx.x; j < n; j += THREADS) {
-            uint32_t u = j < NEAR ? cached[j] : ordered(__ldcg(scores + j));
+            uint32_t u = score_at(cached, scores, j);
             if (shift == 24 || (u ^ kth) >> (shift + 8) == 0) atomicAdd(&histogram[u >> shift & 255], 1);
         }
         __syncthreads();
-        if (warp == 0) {        // lane has digits 255 - 8 lane and down
-            int mine = 0, above, count[8];
-            UNROLL
-            for (int j = 0; j < 8; j++) mine += count[j] = histogram[255 - 8 * lane - j];
-            above = mine;
-            for (int j = 1; j < WARP; j *= 2) {
-                int other = __shfl_up_sync(ALL, above, j);
-                if (lane >= j) above += other;
-            }
-            above -= mine;
-            if (above < missing && above + mine >= missing) {
-                int at = 255 - 8 * lane, more = missing - above, found = 0;
-                UNROLL
-                for (int j = 0; j < 8; j++) {
-                    found |= count[j] >= more;
-                    if (!found) more -= count[j], at--;
-                }
-                digit = at, left = more;
-            }
-        }
+        if (threadIdx.x < WARP) find_digit(histogram, *missing, &digit, &left);
         __syncthreads();
-        kth |= (uint32_t)digit << shift, missing = left;
+        kth |= (uint32_t)digit << shift, *missing = left;
     }
+    return kth;
+}
+// The k largest of a row's scores, ascending by index: those above the k-th, and the first of those equal to it.
+static __device__ void index_top(const index_args &p, int i, int n) {
+    enum { EACH = 4 };
+    __shared__ uint32_t cached[NEAR];
+    int k = p.c.index_topk, missing, n_above = 0, n_equal = 0;
+    const float *scores = p.scores + (size_t)i * p.n_scores;
+    UNROLL_BY(4)
+    for (int j = (int)threadIdx.x; j < least(n, NEAR); j += THREADS) cached[j] = ordered(__ldcg(scores + j));
+    const uint32_t kth = kth_score(cached, scores, n, k, &missing);
     for (int j0 = 0; j0 < n; j0 += THREADS * EACH) {
         int first = j0 + (int)threadIdx.x * EACH, mine = 0, before, all, a, b;      // two counts a number: above, equal
         uint32_t u[EACH];
         UNROLL
         for (int e = 0; e < EACH; e++) {
-            int j = first + e;
-            u[e] = j >= n ? 0 : j < NEAR ? cached[j] : ordered(__ldcg(scores + j));
-            mine += j >= n ? 0 : (u[e] > kth) << 16 | (u[e] == kth);
+            u[e] = first + e < n ? score_at(cached, scores, first + e) : 0;
+            mine += first + e < n ? (u[e] > kth) << 16 | (u[e] == kth) : 0;
         }
         before = block_before(mine, &all), a = n_above + (before >> 16), b = n_equal + (before & 0xffff);
         UNROLL
@@ -2252,9 +2263,10 @@ static __device__ __forceinline__ void put_values(const attend_args &p, int r, i
     else put_input(p.o, r, place, o, dim >= 0);
 }
 
-// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: it loads all it needs, computes its
-// splits' weights, and the quarters are added in order. Bound: 2.6 MB a row of 20 splits through L2 (.9 us; six rows
-// 5). It would be slower in the last split's block: the four blocks of a row would read 650 KB each.
+// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: it loads all it needs (of splits
+// that a row lacks whatever is there), computes its splits' weights, and the quarters are added in order. Bound: 2.6 MB
+// a row of 20 splits through L2 (.9 us; six rows 5). It would be slower in the last split's block: the four blocks of a
+// row would read 650 KB each.
 enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
 static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r, int place, int dim) {
     __shared__ float so_far[9][MERGED];

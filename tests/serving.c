@@ -474,20 +474,26 @@ static void test_presets(dspark_model *m) {
 
 /* ---- what passes cost */
 
-/* A backend whose passes of three rows are always interrupted. */
+/* One thread of a CPU whose passes begin like this. */
+static dspark_model *open_with_begin(dspark_status (*pass_begin)(void *, const dspark_pass *)) {
+    static dspark_backend backend;
+    dspark_model_desc desc;
+    dspark_model *m;
+    memset(&desc, 0, sizeof desc);
+    backend = *dspark_cpu_backend(), backend.pass_begin = pass_begin, desc.backend = &backend, desc.n_threads = 1;
+    must(dspark_model_open(&m, golden_b, &desc));
+    return m;
+}
+
+/* Passes of three rows are always interrupted. */
 static dspark_status interrupted_begin(void *device, const dspark_pass *pass) {
     double until = dspark__now_us() + 2e4;
     while (pass->kind == DSPARK_PASS_TARGET && pass->n_rows == 3 && dspark__now_us() < until) continue;
     return dspark_cpu_backend()->pass_begin(device, pass);
 }
 static void test_interrupted(void) {
-    dspark_backend backend = *dspark_cpu_backend();
-    dspark_model_desc desc;
-    dspark_model *m;
+    dspark_model *m = open_with_begin(interrupted_begin);
     dspark_profile p;
-    memset(&desc, 0, sizeof desc);
-    backend.pass_begin = interrupted_begin, desc.backend = &backend, desc.n_threads = 1;
-    must(dspark_model_open(&m, golden_b, &desc));
     must(dspark_model_profile(m, &p));
     ok(p.rows[2] == 3 && p.us[2] <= 1.001f * (p.us[0] + p.us[1]),
        "a pass is measured at no more than two passes with its rows (%.0f us of %.0f and %.0f)", (double)p.us[2],
@@ -505,13 +511,8 @@ static dspark_status at_times_slow_begin(void *device, const dspark_pass *pass) 
     return dspark_cpu_backend()->pass_begin(device, pass);
 }
 static dspark_profile profile_at_times_slow(int slow) {
-    dspark_backend backend = *dspark_cpu_backend();
-    dspark_model_desc desc;
-    dspark_model *m;
+    dspark_model *m = open_with_begin(at_times_slow_begin);
     dspark_profile p;
-    memset(&desc, 0, sizeof desc);
-    backend.pass_begin = at_times_slow_begin, desc.backend = &backend, desc.n_threads = 1;
-    must(dspark_model_open(&m, golden_b, &desc));
     has_slow_moments = slow, slow_from = dspark__now_us();
     must(dspark_model_profile(m, &p));
     dspark_model_close(m);
