@@ -90,7 +90,7 @@ static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
 typedef char *shared_at;
 static inline shared_at place_in(const char *shared) { return (char *)(uintptr_t)shared; }
-template <int AT, int ONCE = 0> static inline void copy16(shared_at to, const void *from) {
+template <int AT> static inline void copy16(shared_at to, const void *from) {
     host_ask(to + AT, from, 16);
 }
 template <int AT> static inline void copy4(shared_at to, const void *from) { host_ask(to + AT, from, 4); }
@@ -157,31 +157,44 @@ template <int AT> __device__ __forceinline__ uint4 load16(shared_at from) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from), "n"(AT));
     return r;
 }
-// ONCE: weights that are not read again in this pass leave L2 first, so that what is read again stays there: code,
-// parameters, the residual stream, keys. A layer's weights are 90 MB, L2 50.
-template <int AT, int ONCE = 0> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
-    uint64_t first;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-    if (ONCE) asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0 + %2], [%1], 16, %3;"
-                           :: "r"(to), "l"(from), "n"(AT), "l"(first) : "memory");
-    else asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1], 16;"
-                      :: "r"(to), "l"(from), "n"(AT) : "memory");
+template <int AT> __device__ __forceinline__ void copy16(shared_at to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1], 16;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
 template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0 + %2], [%1], 4;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
 // Prefetches the line at p into L2.
 __device__ __forceinline__ void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// The same for n bytes; p, n: 16-aligned.
-__device__ __forceinline__ void prefetch_bulk(const void *p, uint32_t n) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(n) : "memory");
-#endif
-}
 // x is needed, and now: ptxas deletes what only an empty asm uses.
 __device__ __forceinline__ void keep(int x) {
     asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, -1; @p nanosleep.u32 1; }" :: "r"(x));
 }
+#if __CUDA_ARCH__ >= 900
+#define BULK_COPIES
+// A barrier of one arrival in shared memory, and copies that it counts the bytes of.
+__device__ __forceinline__ void barrier_open(shared_at b) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(b) : "memory");
+}
+// After barrier_open: copies see it.
+__device__ __forceinline__ void barriers_seen(void) {
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_expect(shared_at b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(b), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(shared_at b, uint32_t parity) {
+    asm volatile("{ .reg .pred p; AGAIN%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra AGAIN%=; }"
+                 :: "r"(b), "r"(parity) : "memory");
+}
+// Weights that are not read again in this pass leave L2 first, so that what is read again stays there: code,
+// parameters, the residual stream, keys. A layer's weights are 90 MB, L2 50.
+__device__ __forceinline__ void copy_bulk(shared_at to, const void *from, int bytes, shared_at barrier) {
+    uint64_t first;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+                 "%4;" :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(first) : "memory");
+}
+#endif
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
@@ -576,18 +589,6 @@ enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, K
 
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
 
-// The next product's weights and the parameters needed before it, n contiguous bytes. A block that is done prefetches
-// its share into L2, so that memory is busy while the kernels in between run. A hint: no result depends on it. At most
-// MOST_PREFETCHED bytes, as half of L2 holds, evenly spread over the n.
-typedef struct { const uint8_t *at; size_t n; } byte_range;
-enum { PREFETCHED = 16 << 10, MOST_PREFETCHED = 24 << 20 };
-static __device__ __forceinline__ void prefetch_next(const byte_range &w, int block, int blocks) {
-    int all = (int)(w.n / PREFETCHED), n = least(all, MOST_PREFETCHED / PREFETCHED);
-    if (threadIdx.x) return;
-    for (int i = block; i < n; i += blocks)
-        prefetch_bulk(w.at + (size_t)((long long)i * all / n) * PREFETCHED, PREFETCHED);
-}
-
 // ---- linears ----------------------------------------------------------------------------------
 // Weights are the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit. A lane has 16 bytes of
 // rows g and g + 8 at a time (of FP4 four of each block of 32, so that an mma has one scale a row) as fragments: any
@@ -660,30 +661,62 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
     return n;
 }
 
-// A unit of 16 rows in shared memory, four parts of 512 bytes: rows g, rows g + 8, both again 64 bytes further. Lane
-// (g, t) has its 16 bytes of each at place_of(lane). Then FP4's scales, 16 bytes a g. Eight consecutive lanes, and the
-// eight g of a t, then cover all banks.
-enum { SLOT_BYTES = 4 * WARP * 16 + WARP * 4 };
-static __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
+// A unit of 16 rows, as stored and in shared memory, four parts of 512 bytes: rows g, rows g + 8, both again 64 bytes
+// further. Lane (g, t) has its 16 bytes of each at place_of(lane). In shared memory FP4's scales follow, 16 bytes a g.
+// Eight consecutive lanes, and the eight g of a t, then cover all banks.
+enum { UNIT_BYTES = TILE * UNIT, SLOT_BYTES = UNIT_BYTES + UNIT };
+static __host__ __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
+// Where byte b of a matrix's row r is stored.
+static __host__ __device__ __forceinline__ size_t stored_at(int pitch, int r, int b) {
+    int part = r % TILE / 8 + b % UNIT / 64 * 2, lane = r % 8 * 4 + b % 64 / 16;
+    return (size_t)(r / TILE) * (size_t)pitch * TILE + (size_t)(b / UNIT * UNIT_BYTES + part * 512 + place_of(lane) + b % 16);
+}
 
-// The lane's first 16 bytes of a unit, and its four of FP4's scales (else unused).
+// A unit, and its FP4's scales (else unused).
 static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit, const uint8_t **p,
                                                const uint8_t **scale) {
-    int lane = (int)threadIdx.x % WARP, m0 = s.m0 + tile * TILE;
-    *p = s.data + (size_t)(m0 + lane / 4) * (size_t)s.pitch + (size_t)(unit * UNIT + lane % 4 * 16);
-    *scale = s.dtype == DSPARK_FP4 ? s.scale : s.data;
-    *scale += (size_t)(m0 / TILE) * (size_t)s.pitch + (size_t)(unit * UNIT + lane * 4);
+    size_t at = (size_t)(s.m0 / TILE + tile) * (size_t)s.pitch + (size_t)(unit * UNIT);
+    *p = s.data + at * TILE, *scale = (s.dtype == DSPARK_FP4 ? s.scale : s.data) + at;
 }
-template <int ONCE> static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p,
-                                                                    uint32_t eight_rows, int fp4,
-                                                                    const uint8_t *scale) {
+// By a warp.
+static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, int fp4, const uint8_t *scale) {
     int lane = (int)threadIdx.x % WARP;
-    shared_at to = slot + place_of(lane);
-    const uint8_t *below = p + eight_rows;
-    copy16<0, ONCE>(to, p), copy16<512, ONCE>(to, below), copy16<1024, ONCE>(to, p + 64);
-    copy16<1536, ONCE>(to, below + 64);
-    if (fp4) copy4<2048>(slot + lane * 4, scale);
+    slot += lane * 16, p += lane * 16;
+    copy16<0>(slot, p), copy16<512>(slot, p + 512), copy16<1024>(slot, p + 1024), copy16<1536>(slot, p + 1536);
+    if (fp4) copy4<UNIT_BYTES>(slot - lane * 12, scale + lane * 4);
 }
+// A slot of a warp's ring. Hopper copies a unit by itself and counts its bytes at a barrier beside it, so no load waits
+// behind those of a hundred kilobytes of weights; elsewhere lanes copy, a group a unit. ring_wait: of the slot's turns,
+// the one of this parity; PENDING groups were asked for later.
+enum { RING_SLOT = SLOT_BYTES + 16 };
+#ifdef BULK_COPIES
+static __device__ __forceinline__ void ring_open(shared_at slots, int n) {
+    if ((int)threadIdx.x % WARP < n) barrier_open(slots + (int)threadIdx.x % WARP * RING_SLOT + SLOT_BYTES);
+    barriers_seen();
+    __syncwarp();
+}
+static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int fp4, const uint8_t *scale) {
+    if (threadIdx.x % WARP) return;
+    barrier_expect(slot + SLOT_BYTES, fp4 ? SLOT_BYTES : UNIT_BYTES);
+    copy_bulk(slot, p, UNIT_BYTES, slot + SLOT_BYTES);
+    if (fp4) copy_bulk(slot + UNIT_BYTES, scale, UNIT, slot + SLOT_BYTES);
+}
+static __device__ __forceinline__ void ring_close(void) {}
+template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_at slot, uint32_t parity) {
+    barrier_wait(slot + SLOT_BYTES, parity);
+}
+#else
+static __device__ __forceinline__ void ring_open(shared_at, int) {}
+static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int fp4, const uint8_t *scale) {
+    ask_unit(slot, p, fp4, scale);
+}
+static __device__ __forceinline__ void ring_close(void) { copies_close(); }
+template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_at, uint32_t) {
+    copies_wait<PENDING>();
+    __syncwarp();       // lanes read each other's copies
+}
+#endif
+
 // A lane's part of a unit. FP8, F32: v[2 c + half] has 16 bytes of row g + 8 half, chunk c. Others: word 2 b + half of
 // v[j] has four bytes of row g + 8 half, of the 16 at 2 j + b. FP4's scales: the bytes of scale's word j, ordered
 // alike; FP8 has one scale.
@@ -700,7 +733,7 @@ static __device__ __forceinline__ void take_piece(piece &q, shared_at slot, uint
                   odd = from + place_of(lane % 8 * 4 + lane / 16 + 2);
         q.v[0] = load_rows<0>(even), q.v[1] = load_rows<0>(odd);
         q.v[2] = load_rows<1024>(even), q.v[3] = load_rows<1024>(odd);
-        if (DTYPE == DSPARK_FP4) q.scale = load16<2048>(slot + lane / 4 * 16);
+        if (DTYPE == DSPARK_FP4) q.scale = load16<UNIT_BYTES>(slot + lane / 4 * 16);
     }
 }
 // FP8: where the scales of a tile's units are.
@@ -925,14 +958,15 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
     else multiply_plain<DTYPE, MT, NT>(q, b, acc);
 }
 
-// What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the lane's
-// addresses, units left in the tile and tiles left in the span, the warp's slots and the next of them.
+// What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units left
+// in the tile and tiles left in the span; the warp's slots, the next of them and, a bit each, the parity of its copies.
 typedef struct {
     const span *spans;
     const uint8_t *p, *scale;
-    uint32_t eight_rows;
-    shared_at slots, slot;
-    int n, k, i0, fp4, each, units, tiles;
+    size_t tile_bytes;
+    shared_at slots;
+    int n, k, i0, fp4, each, units, tiles, next;
+    uint32_t parity;
 } feed;
 
 static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
@@ -943,7 +977,7 @@ static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_o
 static __device__ __forceinline__ int most_tiles(int nt, int width) {
     return least(WARP, tiles_at_once(nt) * nt * 8 / width);
 }
-static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * SLOT_BYTES; }
+static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * RING_SLOT; }
 
 // Where the share of a block begins.
 static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
@@ -958,28 +992,42 @@ static __device__ __forceinline__ void feed_span(feed &f) {
         f.units = f.each = (s.pitch / UNIT - warp + WARPS - 1) / WARPS;
         if (!f.each) continue;
         unit_at(s, 0, warp, &f.p, &f.scale);
-        f.eight_rows = 8 * (uint32_t)s.pitch, f.fp4 = s.dtype == DSPARK_FP4, f.tiles = s.tiles;
+        f.tile_bytes = (size_t)s.pitch * TILE, f.fp4 = s.dtype == DSPARK_FP4, f.tiles = s.tiles;
         return;
     }
 }
 template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
     f.units = f.each;
-    f.p += 2 * (ptrdiff_t)f.eight_rows - f.each * WARPS * UNIT;
-    f.scale += (ptrdiff_t)(f.eight_rows / 8) - f.each * WARPS * UNIT;
+    f.p += (ptrdiff_t)f.tile_bytes - f.each * WARPS * UNIT_BYTES;
+    f.scale += (ptrdiff_t)f.tile_bytes / TILE - f.each * WARPS * UNIT;
     if (--f.tiles) return;
     if ((f.i0 += NT * 8) >= f.spans[f.k].n) f.i0 = 0, f.k++;
     feed_span(f);
 }
+template <int NT> static __device__ __forceinline__ shared_at next_slot(const feed &f) {
+    return f.slots + f.next * RING_SLOT;
+}
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
-    if (f.tiles) ask_unit<1>(f.slot, f.p, f.eight_rows, f.fp4, f.scale);
-    copies_close();
-    f.p += WARPS * UNIT, f.scale += WARPS * UNIT;
-    f.slot = f.slot == f.slots + (slots_of(NT) - 1) * SLOT_BYTES ? f.slots : f.slot + SLOT_BYTES;
+    shared_at slot = next_slot<NT>(f);
+    if (f.tiles) ring_ask(slot, f.p, f.fp4, f.scale);
+    ring_close();
+    f.p += WARPS * UNIT_BYTES, f.scale += WARPS * UNIT;
+    f.next = f.next + 1 == slots_of(NT) ? 0 : f.next + 1;
     if (!--f.units) feed_tile<NT>(f);
 }
-template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n, char *bytes) {
-    memset(&f, 0, sizeof f), f.spans = spans, f.n = n, f.p = f.scale = (const uint8_t *)bytes;
-    f.slots = f.slot = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * SLOT_BYTES);
+// Waits for the oldest copies.
+template <int NT> static __device__ __forceinline__ void await(feed &f) {
+    ring_wait<slots_of(NT) - 1>(next_slot<NT>(f), f.parity >> f.next & 1);
+    f.parity ^= 1u << f.next;
+}
+template <int NT> static __device__ __forceinline__ void feed_open(feed &f, char *bytes) {
+    memset(&f, 0, sizeof f);
+    f.p = f.scale = (const uint8_t *)bytes;
+    f.slots = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * RING_SLOT);
+    ring_open(f.slots, slots_of(NT));
+}
+template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n) {
+    f.spans = spans, f.n = n, f.k = f.i0 = 0;
     for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)      // a scale a tile
         if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) prefetch_line(scales_of(spans[k], lane));
     feed_span(f);
@@ -1005,22 +1053,6 @@ static __device__ __forceinline__ float total(const float *part, int width, int 
     return sum;
 }
 
-// Touches the lines of x that the warp needs for a span, so that they come to L1 together, not one after another. More
-// rows than WARMED do not fit there beside the weights' slots.
-enum { WARMED = 2 };
-template <int DTYPE, int NT, int X>
-static __device__ __forceinline__ void warm(const span &s, const operand &x, const int *at) {
-    enum { LINES = weights_of<DTYPE>::IN_UNIT < 64 ? 1 : weights_of<DTYPE>::IN_UNIT / 64 };     // in a unit and plane
-    int units = s.pitch / UNIT, warp = (int)threadIdx.x / WARP, t = (int)threadIdx.x % 4, any = 0;
-    for (int i = t; DTYPE != DSPARK_F32 && warp + i / LINES * WARPS < units; i += 4)
-        UNROLL
-        for (int p = 0; p < X; p++)
-            UNROLL
-            for (int nt = 0; nt < NT; nt++)
-                any |= x.x[(size_t)p * x.plane +
-                           (size_t)(at[nt] + ((warp + i / LINES * WARPS) * LINES + i % LINES) * 64)];
-    keep(any);
-}
 // A span times the rows of x at `at`; the sums are in `part` after the next barrier.
 template <int DTYPE, int NT, int X>
 static __device__ __forceinline__ void tile_sums(const span &s, const operand &x, const int *at, feed &f,
@@ -1039,7 +1071,6 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         if (DTYPE >= DSPARK_FP8)        // of the rows whose sums the lane has
             scale_at[i / 2][i % 2] = (uint32_t)__shfl_sync(ALL, at[i / 2], (int)threadIdx.x % 4 * 8 + i % 2 * 4) / 128;
     }
-    if (width <= WARMED) warm<DTYPE, NT, X>(s, x, at);
     for (int tile = 0; tile < s.tiles; tile++) {
         const uint8_t *scales = DTYPE == DSPARK_FP8 ? scales_of(s, tile) : NULL;
         if (DTYPE == DSPARK_FP8) IN_GLOBAL(scales);
@@ -1047,9 +1078,8 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
-            copies_wait<slots_of(NT) - 1>();
-            __syncwarp();       // lanes read each other's copies
-            take_piece<DTYPE>(q, f.slot, DTYPE == DSPARK_FP8 ? scales[unit] : 0);
+            await<NT>(f);
+            take_piece<DTYPE>(q, next_slot<NT>(f), DTYPE == DSPARK_FP8 ? scales[unit] : 0);
             multiply<DTYPE, 1, NT, X>(
                 &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
             __syncwarp();
@@ -1110,9 +1140,9 @@ template <int HALF> static __device__ __forceinline__ float scatter_sums(float *
 template <> __device__ __forceinline__ float scatter_sums<0>(float *v) { return v[0]; }
 
 static __device__ __forceinline__ float plain_number(const matrix &w, int r, int i) {
-    const uint8_t *p = w.data + (size_t)r * (size_t)w.pitch;
-    if (w.dtype == DSPARK_F32) return ((const float *)(const void *)p)[i];
-    uint32_t u = ((const uint16_t *)(const void *)p)[i];
+    const void *p = w.data + stored_at(w.pitch, r, i * (w.dtype == DSPARK_F32 ? 4 : 2));
+    if (w.dtype == DSPARK_F32) return *(const float *)p;
+    uint32_t u = *(const uint16_t *)p;
     return w.dtype == DSPARK_F16 ? f16_value(u) : __uint_as_float(u << 16);
 }
 
@@ -2845,7 +2875,6 @@ typedef struct {
     int n_jobs, n_items, item_bytes, n_blocks;
     int rows;                       // at most so many
     const int *n_rows;
-    byte_range ahead;
     post_comb_args mix;             // out NULL: none
     int tasks;                      // of kv_rows; 0: none
     kv_args kv;
@@ -2900,16 +2929,15 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(c
     grid_go();
     if (block >= p.n_blocks) return r0 ? grid_wait() : run_beside(p, block - p.n_blocks, bytes);
     item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
+    feed_open<NT>(f, bytes);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), spans);
-        feed_begin<NT>(f, spans, some, bytes);      // only weights: inputs may not be ready yet
+        feed_begin<NT>(f, spans, some);     // only weights: inputs may not be ready yet
         if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
             linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
-        copies_wait<0>();
     }
     if (n < 0) grid_wait();
-    if (!r0) prefetch_next(p.ahead, block, p.n_blocks);
 }
 
 // For each expert with rows: those rows times some of its matrices. Then, if given, the shared expert for all rows. An
@@ -2929,7 +2957,6 @@ typedef struct {
     input x;
     float *y[2];                    // [rows][n_slots][y_stride]
     int y_stride;
-    byte_range ahead;
 } experts_args;
 
 static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
@@ -2973,6 +3000,7 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     SHARED_BYTES(bytes);
     int n, item, end, width = least(NT * 8, p.rows), waits = p.routed;
     feed f;
+    feed_open<NT>(f, bytes);
     if (!waits) {
         for (int i = (int)threadIdx.x * 128; !blockIdx.x && i < (p.c.E + 1) * (int)sizeof(expert); i += THREADS * 128)
             prefetch_line((const char *)p.experts + i);     // last read in the previous pass
@@ -2983,15 +3011,13 @@ template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(c
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), spans);
-        feed_begin<NT>(f, spans, some, bytes);
+        feed_begin<NT>(f, spans, some);
         if (waits) grid_wait(), waits = 0;
         for (int k = 0; k < some; k++)
             for (int i = 0; i < spans[k].n; i += NT * 8)
                 expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes, width);
-        copies_wait<0>();
     }
     if (waits) grid_wait();
-    prefetch_next(p.ahead, (int)blockIdx.x, (int)gridDim.x);
 }
 
 // ---- products of many rows --------------------------------------------------------------------
@@ -3105,8 +3131,7 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
             if (first + mt < t.s.tiles) {
                 const uint8_t *p, *scale;
                 unit_at(t.s, first + mt, a.unit, &p, &scale);
-                ask_unit<0>(stage + (first + mt) * SLOT_BYTES, p, 8 * (uint32_t)t.s.pitch, t.s.dtype == DSPARK_FP4,
-                            scale);
+                ask_unit(stage + (first + mt) * SLOT_BYTES, p, t.s.dtype == DSPARK_FP4, scale);
             }
         if (!a.w && !a.unit) plan_rows(t, rows);
         ask_rows(stage + stage_rows(MT), t, a.unit, rows);
@@ -3426,7 +3451,7 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
         if (warp < t.s.tiles) {
             const uint8_t *from, *scale;
             unit_at(PARTS == 2 && a.w ? t.second : t.s, warp, a.unit, &from, &scale);
-            ask_unit<0>(weights + warp * SLOT_BYTES, from, 8 * (uint32_t)t.s.pitch, DTYPE == DSPARK_FP4, scale);
+            ask_unit(weights + warp * SLOT_BYTES, from, DTYPE == DSPARK_FP4, scale);
         }
         if (threadIdx.x < PANELS * PANEL * 2 && (int)threadIdx.x % 2 < SCALES)
             copy4<0>(weights + WARPS * SLOT_BYTES + (int)(threadIdx.x % 2 * PANELS * PANEL + threadIdx.x / 2) * 4,
@@ -3656,6 +3681,17 @@ template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) exper
         if (!part) put_gates<PANELS>(acc, gates);
         else put_act<PANELS>(p, t, acc, gates, scratch);
     });
+}
+
+// For cuBLASLt, an FP8 matrix by rows.
+typedef struct { const uint8_t *from; uint8_t *to; int rows, pitch; } by_rows_args;
+static __global__ void __launch_bounds__(THREADS) by_rows(const by_rows_args p) {
+    int in_row = p.pitch / 16, n = p.rows * in_row;
+    grid_go();
+    grid_wait();
+    for (int i = (int)(blockIdx.x * THREADS + threadIdx.x); i < n; i += (int)gridDim.x * THREADS)
+        ((uint4 *)(void *)p.to)[i] =
+            *(const uint4 *)(const void *)(p.from + stored_at(p.pitch, i / in_row, i % in_row * 16));
 }
 
 // Rounded inputs for cuBLASLt: FP8 codes and a scale per 128; exact, as they were rounded before. Or for weights of
@@ -4259,7 +4295,6 @@ typedef struct {
     compressor pool[2];                     // the attention's; the indexer's
     const int *tid2eid;
     expert shared, routed;                  // routed: one of them, for its sizes
-    byte_range of_wq_a, of_wq_b, of_wo_a, of_wo_b, of_gate, of_w2;      // what these products read; no routed experts
     expert *experts;                        // on the device: E, then the shared one
     const expert *home;                     // the same, in host memory; NULL: all lie on the device
 } layer_weights;
@@ -4359,7 +4394,8 @@ typedef struct {
     int fast_prefill;                       // blocks of prompts may go through cuBLASLt
     lt_product products[MAX_PRODUCTS];
     int n_products;
-    uint8_t *codes, *expert_codes, *act_codes, *lt_room;
+    uint8_t *codes, *expert_codes, *act_codes, *lt_room, *by_rows;
+    size_t by_rows_bytes;                   // of the largest matrix that cuBLASLt may take
     float *code_scales;
 #ifndef DSPARK_CUDA_HOST
     cublasLtHandle_t lt;
@@ -4465,7 +4501,7 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
 extern "C" { long cuda_host_products; }
 static void lt_product_open(cuda *, lt_product *p, const matrix &) { p->possible = 1; }
 // y [512][y_stride] = codes [512][cols] times w, each 128 summed alone.
-static void lt_product_run(cuda *, const lt_product *p, const matrix &w, const uint8_t *codes, const float *scales,
+static void lt_product_run(cuda *d, const lt_product *p, const matrix &w, const uint8_t *codes, const float *scales,
                         float *y) {
     int blocks = blocks_of(p->cols, 128), stride = blocks_of(blocks, 4) * 4;
     float value[256];
@@ -4473,7 +4509,7 @@ static void lt_product_run(cuda *, const lt_product *p, const matrix &w, const u
     cuda_host_products++;
     for (int r = 0; r < DSPARK_PROMPT_BLOCK; r++)
         for (int o = 0; o < p->rows; o++) {
-            const uint8_t *a = w.data + (size_t)o * (size_t)p->pitch, *x = codes + (size_t)r * (size_t)p->cols;
+            const uint8_t *a = d->by_rows + (size_t)o * (size_t)p->pitch, *x = codes + (size_t)r * (size_t)p->cols;
             float all = 0;
             for (int b = 0; b < blocks; b++) {
                 float sum = 0, scale = w.block_scale[o / 128 * stride + b] * scales[b * DSPARK_PROMPT_BLOCK + r];
@@ -4542,7 +4578,7 @@ static void lt_product_run(cuda *d, const lt_product *p, const matrix &w, const 
                         float *y) {
     const float one = 1, none = 0;
     lt_product_scales(d, p, w, scales);
-    TRY_LT(cublasLtMatmul(d->lt, p->desc, &one, w.data, p->w, codes, p->x, &none, y, p->y, y, p->y, &p->algo,
+    TRY_LT(cublasLtMatmul(d->lt, p->desc, &one, d->by_rows, p->w, codes, p->x, &none, y, p->y, y, p->y, &p->algo,
                           d->lt_room, LT_BYTES, d->stream));
 }
 #endif
@@ -4573,6 +4609,8 @@ static void jobs_by_lt(cuda *d, linears_args *p) {
         }
         codes_args c = { j->x.x, j->x.scale, j->x_stride, n, d->codes, d->code_scales };
         if (last != j->x.x) LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
+        by_rows_args w = { j->w.data, d->by_rows, j->w.rows, j->w.pitch };
+        LAUNCH(by_rows, grid_of(8 * d->sms, 1), THREADS, 0, w);
         last = j->x.x;
         for (int b = 0; b < d->n_rows / DSPARK_PROMPT_BLOCK; b++)
             lt_product_run(d, with, j->w, d->codes + (size_t)b * DSPARK_PROMPT_BLOCK * (size_t)n,
@@ -4648,7 +4686,7 @@ static void jobs_run(cuda *d, const char *name, linears_args *p, int rows, const
         if (d->whole) jobs_by_panels(d, name, p, DSPARK_FP8), jobs_by_panels(d, name, p, DSPARK_BF16);
     }
     if (p->n_jobs || p->mix.out || p->tasks) (rows >= MANY_ROWS && d->wide ? jobs_wide : jobs_few)(d, name, p);
-    p->n_jobs = p->tasks = 0, p->mix.out = NULL, p->ahead.n = 0;
+    p->n_jobs = p->tasks = 0, p->mix.out = NULL;
 }
 
 // ---- the operations of a pass -----------------------------------------------------------------
@@ -4742,7 +4780,7 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
         job_add(&p, w->index_weights, d->x, d->index_w, d->s.index_heads);
     job_add(&p, w->wq_a, d->x, d->qr, d->s.q_lora);
     job_add(&p, w->wkv, d->x, d->kv, d->s.D);
-    p.mix = post_comb_of(d), p.ahead = w->of_wq_b;
+    p.mix = post_comb_of(d);
     jobs_run(d, "linears wq_a wkv", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(round_rows, grid_of(d->grid.rows, 1), THREADS, 0, r);
     if (d->grid.rows < MANY_ROWS || !d->wide) p.tasks = tasks, p.kv = a;
@@ -4750,7 +4788,6 @@ static void attention_project(cuda *d, const layer_weights *w, int l) {
     job_add(&p, w->wq_b, d->qr_in, d->q, d->s.H * d->s.D);
     if (target && w->ratio == 4 && d->grid.indexed)
         job_add(&p, w->index_wq_b, d->qr_in, d->index_q, d->s.index_heads * d->s.I);
-    p.ahead = w->of_wo_a;
     jobs_run(d, "linears wq_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
@@ -4808,11 +4845,9 @@ static void op_attention(cuda *d, int l) {
     r.parts = blocks_of(r.n, 8 * THREADS), r.commit = commit_of(d, w, l);
     job_add(&p, w->wo_a, d->o, d->low, w->wo_a.rows, 1);
     p.jobs[0].group = d->c->o_lora_rank, p.jobs[0].x_group = o_pitch;
-    p.ahead = w->of_wo_b;
     jobs_run(d, "linears wo_a", &p, d->grid.rows, &d->dev.n->n_rows);
     LAUNCH(round_rows, grid_of(d->grid.rows, r.parts + r.commit.arrays), THREADS, 0, r);
     job_add(&p, w->wo_b, d->low_in, d->y, d->s.h);
-    p.ahead = w->of_gate;
     jobs_run(d, "linears wo_b", &p, d->grid.rows, &d->dev.n->n_rows);
 }
 
@@ -4882,14 +4917,13 @@ static void op_moe(cuda *d, int l) {
     if (d->n_slots) cache_run(d, l);
     e.c = d->s, e.n = d->dev.n, e.experts = w->experts, e.first = d->first, e.list = d->list, e.active = d->active;
     e.rows = d->grid.rows, e.n_which = 2, e.n_slots = K + 1, e.x = d->x, e.y[0] = d->up[0], e.y[1] = d->up[1],
-    e.y_stride = width, e.ahead = w->of_w2;
+    e.y_stride = width;
     if (d->grid.whole && d->whole && w->routed.w[0].dtype == DSPARK_FP4 && w->routed.w[2].dtype == DSPARK_FP4)
         return experts_of_blocks(d, e, a, w);
     experts_run(d, "experts w1 w3", e, w);
     LAUNCH(swiglu, grid_of(d->grid.rows, K + 1), THREADS, 0, a);
     e.routed = 1, e.which = 2, e.n_which = 1, e.x_by_slot = 1, e.x = d->act, e.y[0] = d->down, e.y_stride = d->s.h;
     e.shared = w->experts + d->s.E;
-    e.ahead = l + 1 == d->c->num_hidden_layers || l + 1 == d->layers ? byte_range() : d->layer[l + 1].of_wq_a;
     experts_run(d, "experts w2", e, w);
 }
 
@@ -5357,11 +5391,6 @@ static const uint8_t *up_begin(uploader *u) {
     up_put(u, NULL, (size_t)(-(int64_t)u->n & 255));
     return (const uint8_t *)((uintptr_t)u->slab + u->n);
 }
-// What was stored since `from`.
-static byte_range up_since(uploader *u, const uint8_t *from) {
-    byte_range s = { from, (size_t)(up_begin(u) - from) };
-    return s;
-}
 static const void *up_array(uploader *u, const void *p, size_t n, size_t size) {
     const uint8_t *at = up_begin(u);
     if (!p) return NULL;
@@ -5404,7 +5433,7 @@ static __global__ void __launch_bounds__(THREADS) arrange(const arrange_args p) 
 }
 static void up_arrange(uploader *u, const matrix &m) {
     cuda *d = u->d;
-    arrange_args p = { (uint32_t *)(uintptr_t)m.data, (size_t)m.rows * (size_t)m.pitch / 4 };
+    arrange_args p = { (uint32_t *)(uintptr_t)m.data, (size_t)blocks_of(m.rows, TILE) * (size_t)m.pitch * TILE / 4 };
     if (!u->slab) return;
     if (!u->home) up_flush(u);
     d->serial = 1, LAUNCH(arrange, grid_of(2 * d->sms, 1), THREADS, 0, p), d->serial = 0;
@@ -5420,6 +5449,23 @@ static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
         }
     return (const float *)(const void *)at;
 }
+// Rows of `each` bytes, tile by tile, unit by unit; zeros where there are none.
+static void up_units(uploader *u, const dspark_matrix *m, size_t each, int units) {
+    for (int m0 = 0; m0 < m->rows; m0 += TILE)
+        for (int unit = 0; unit < units; unit++) {
+            uint8_t some[UNIT_BYTES];
+            memset(some, 0, sizeof some);
+            for (int i = 0; u->slab && i < UNIT_BYTES / 16; i++) {
+                int r = m0 + i / 8, b = unit * UNIT + i % 8 * 16;
+                size_t left = r < m->rows && (size_t)b < each ? each - (size_t)b : 0;
+                const uint8_t *from = (const uint8_t *)m->data + (size_t)r * each + (size_t)b;
+                uint8_t *to = some + stored_at(UNIT, i / 8, i % 8 * 16);
+                if (left >= 16) memcpy(to, from, 16);
+                else if (left) memcpy(to, from, left);
+            }
+            up_put(u, some, sizeof some);
+        }
+}
 static matrix up_matrix(uploader *u, const dspark_matrix *m) {
     size_t each = (size_t)m->cols * (m->dtype == DSPARK_F32 ? 4 : m->dtype >= DSPARK_FP8 ? 1 : 2);
     matrix out;
@@ -5427,12 +5473,7 @@ static matrix up_matrix(uploader *u, const dspark_matrix *m) {
     if (!m->data) return out;
     if (m->dtype == DSPARK_FP4) each /= 2;
     out.rows = m->rows, out.cols = m->cols, out.dtype = m->dtype, out.pitch = (int)((each + UNIT - 1) / UNIT * UNIT);
-    out.data = up_begin(u);
-    for (int r = 0; r < m->rows; r++) {
-        up_put(u, (const uint8_t *)m->data + (size_t)r * each, each);
-        up_put(u, NULL, (size_t)out.pitch - each);
-    }
-    up_put(u, NULL, (size_t)(-m->rows & (TILE - 1)) * (size_t)out.pitch);
+    out.data = up_begin(u), up_units(u, m, each, out.pitch / UNIT);
     if (m->dtype == DSPARK_FP4) up_arrange(u, out);
     if (m->dtype < DSPARK_FP8) return out;
     out.scale = up_begin(u);
@@ -5441,7 +5482,10 @@ static matrix up_matrix(uploader *u, const dspark_matrix *m) {
         size_t n = (size_t)blocks_of(m->rows, 128) * (size_t)blocks_of(m->cols, 128);
         for (size_t i = 0; u->slab && i < n; i++) check_scale(u, m, m->scale[i]);
         up_put(u, m->scale, n);
-        if (u->d->fast_prefill && !u->home) out.block_scale = up_block_scales(u, m);
+        if (!u->d->fast_prefill || u->home) return out;
+        out.block_scale = up_block_scales(u, m);
+        n = (size_t)m->rows * (size_t)out.pitch;
+        if (n > u->d->by_rows_bytes) u->d->by_rows_bytes = n;
     }
     return out;
 }
@@ -5515,26 +5559,21 @@ static const int *up_hash(uploader *u, const dspark_layer *l) {
 
 static void up_attention(uploader *u, layer_weights *o, const dspark_layer *l) {
     const shape *c = &u->d->s;
-    const uint8_t *from;
-    from = up_begin(u), o->hc[0] = up_mix(u, &l->hc_attn, MIX);
+    o->hc[0] = up_mix(u, &l->hc_attn, MIX);
     o->norm[0] = up_floats(u, l->attn_norm, (size_t)c->h), o->q_norm = up_floats(u, l->q_norm, (size_t)c->q_lora);
     o->kv_norm = up_floats(u, l->kv_norm, (size_t)c->D), o->sink = up_floats(u, l->attn_sink, (size_t)c->H);
     o->wq_a = up_matrix(u, &l->wq_a), o->wkv = up_matrix(u, &l->wkv);
     if (l->ratio) o->pool[0] = up_compressor(u, &l->compressor);
     if (l->ratio == 4) o->index_weights = up_matrix(u, &l->index_weights);
     if (l->ratio == 4) o->pool[1] = up_compressor(u, &l->index_compressor);
-    o->of_wq_a = up_since(u, from);
-    from = up_begin(u), o->wq_b = up_matrix(u, &l->wq_b);
+    o->wq_b = up_matrix(u, &l->wq_b);
     if (l->ratio == 4) o->index_wq_b = up_matrix(u, &l->index_wq_b);
-    o->of_wq_b = up_since(u, from);
-    from = up_begin(u), o->wo_a = up_matrix(u, &l->wo_a), o->of_wo_a = up_since(u, from);
-    from = up_begin(u), o->wo_b = up_matrix(u, &l->wo_b), o->of_wo_b = up_since(u, from);
+    o->wo_a = up_matrix(u, &l->wo_a), o->wo_b = up_matrix(u, &l->wo_b);
 }
 static void up_layer(uploader *u, int number) {
     cuda *d = u->d;
     layer_weights *o = &d->layer[number];
     const dspark_layer *l = &d->w->layers[number];
-    const uint8_t *from;
     int E = d->s.E;
     expert *all = (expert *)malloc((size_t)(E + 1) * sizeof *all);
     if (!all) {
@@ -5544,12 +5583,9 @@ static void up_layer(uploader *u, int number) {
     o->ratio = l->ratio;
     up_attention(u, o, l);
     o->tid2eid = up_hash(u, l);
-    from = up_begin(u), o->hc[1] = up_mix(u, &l->hc_ffn, MIX), o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
+    o->hc[1] = up_mix(u, &l->hc_ffn, MIX), o->norm[1] = up_floats(u, l->ffn_norm, (size_t)d->s.h);
     o->gate_bias = up_floats(u, l->gate_bias, (size_t)E), o->gate = up_matrix(u, &l->gate);
-    for (int i = 0; i < 2; i++) o->shared.w[i] = up_matrix(u, i ? &l->shared.w3 : &l->shared.w1);
-    o->of_gate = up_since(u, from);
-    from = up_begin(u), o->shared.w[2] = up_matrix(u, &l->shared.w2), o->of_w2 = up_since(u, from);
-    all[E] = o->shared;
+    all[E] = o->shared = up_expert(u, &l->shared);
     for (int e = 0; e < E && !d->status; e++) all[e] = up_routed(u, number, e, &l->experts[e]);
     o->routed = all[0];
     o->experts = (expert *)(uintptr_t)up_array(u, all, (size_t)(E + 1), sizeof *all);
@@ -5694,7 +5730,7 @@ static void carve_lt(cuda *d, carver *v, int n) {
     d->expert_codes = (uint8_t *)carve(v, (size_t)n * (size_t)d->x.stride, 1);
     d->act_codes = (uint8_t *)carve(v, (size_t)n * (size_t)((d->s.K + 1) * d->act.stride), 1);
     d->code_scales = carve_rows(v, n, blocks_of(widest, 128));
-    d->lt_room = (uint8_t *)carve(v, LT_BYTES, 1);
+    d->lt_room = (uint8_t *)carve(v, LT_BYTES, 1), d->by_rows = (uint8_t *)carve(v, d->by_rows_bytes, 1);
 }
 static void carve_cache(cuda *d, carver *v) {
     if (!d->n_slots) return;

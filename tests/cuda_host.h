@@ -329,12 +329,6 @@ static inline const void *host_aligned(const void *row) {
     return row;
 }
 
-// cp.async.bulk.prefetch: no effect, but its bytes must exist.
-static inline void prefetch_bulk(const void *p, size_t n) {
-    if (((uintptr_t)p | n) % 16 || !n) host_stop("a prefetch that is not a multiple of 16 bytes");
-    (void)*(const volatile char *)p, (void)((const volatile char *)p)[n - 1];
-}
-
 // ldmatrix.x4.trans: lane i gives row i % 8 of tile i / 8; r[j]: of tile j rows 2 (lane % 4) and the next, column lane
 // / 4.
 static void load_transposed(uint32_t *r, const uint16_t *row) {

@@ -41,9 +41,9 @@ static void check_near(dspark_model *cpu, dspark_model *m, const int32_t *ids) {
     int n = 0;
     for (int text = 0; text < TEXTS; text++) {
         dspark_session *s[2] = { open_plain(cpu), open_plain(m) };
-        for (int k = 0; k < 2; k++) must(dspark_session_append(s[k], ids + text * 10, CHOOSES));
+        for (int k = 0; k < 2; k++) must(dspark_session_append(s[k], ids + text * 4, CHOOSES));
         for (int i = CHOOSES; i < LENGTH; i++) {
-            for (int k = 0; k < 2; k++) must(dspark_session_append(s[k], ids + text * 10 + i, 1));
+            for (int k = 0; k < 2; k++) must(dspark_session_append(s[k], ids + text * 4 + i, 1));
             error[n++] = relative_l2(dspark_session_logits(s[1]), dspark_session_logits(s[0]), V);
         }
         dspark_session_close(s[0]), dspark_session_close(s[1]);
