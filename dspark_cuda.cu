@@ -662,8 +662,8 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
 }
 
 // A unit of 16 rows, as stored and in shared memory, four parts of 512 bytes: rows g, rows g + 8, both again 64 bytes
-// further. Lane (g, t) has its 16 bytes of each at place_of(lane). In shared memory FP4's scales follow, 16 bytes a g.
-// Eight consecutive lanes, and the eight g of a t, then cover all banks.
+// further. Lane (g, t) has its 16 bytes of each at place_of(lane). FP4's scales follow, 16 bytes a g. Eight consecutive
+// lanes, and the eight g of a t, then cover all banks.
 enum { UNIT_BYTES = TILE * UNIT, SLOT_BYTES = UNIT_BYTES + UNIT };
 static __host__ __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
 // Where byte b of a matrix's row r is stored.
@@ -672,44 +672,43 @@ static __host__ __device__ __forceinline__ size_t stored_at(int pitch, int r, in
     return (size_t)(r / TILE) * (size_t)pitch * TILE + (size_t)(b / UNIT * UNIT_BYTES + part * 512 + place_of(lane) + b % 16);
 }
 
-// A unit, and its FP4's scales (else unused).
-static __device__ __forceinline__ void unit_at(const span &s, int tile, int unit, const uint8_t **p,
-                                               const uint8_t **scale) {
-    size_t at = (size_t)(s.m0 / TILE + tile) * (size_t)s.pitch + (size_t)(unit * UNIT);
-    *p = s.data + at * TILE, *scale = (s.dtype == DSPARK_FP4 ? s.scale : s.data) + at;
+static __host__ __device__ __forceinline__ int unit_bytes(int dtype) {
+    return dtype == DSPARK_FP4 ? SLOT_BYTES : UNIT_BYTES;
+}
+static __device__ __forceinline__ const uint8_t *unit_at(const span &s, int tile, int unit) {
+    return s.data + (size_t)((s.m0 / TILE + tile) * (s.pitch / UNIT) + unit) * (size_t)unit_bytes(s.dtype);
 }
 // By a warp.
-static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, int fp4, const uint8_t *scale) {
+static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p, int bytes) {
     int lane = (int)threadIdx.x % WARP;
     slot += lane * 16, p += lane * 16;
     copy16<0>(slot, p), copy16<512>(slot, p + 512), copy16<1024>(slot, p + 1024), copy16<1536>(slot, p + 1536);
-    if (fp4) copy4<UNIT_BYTES>(slot - lane * 12, scale + lane * 4);
+    if (lane * 16 < bytes - UNIT_BYTES) copy16<UNIT_BYTES>(slot, p + UNIT_BYTES);
 }
 // A slot of a warp's ring. Hopper copies a unit by itself and counts its bytes at a barrier beside it, so no load waits
 // behind those of a hundred kilobytes of weights; elsewhere lanes copy, a group a unit. ring_wait: of the slot's turns,
 // the one of this parity; PENDING groups were asked for later.
 enum { RING_SLOT = SLOT_BYTES + 16 };
 #ifdef BULK_COPIES
+enum { IN_FLIGHT = 2 };
 static __device__ __forceinline__ void ring_open(shared_at slots, int n) {
     if ((int)threadIdx.x % WARP < n) barrier_open(slots + (int)threadIdx.x % WARP * RING_SLOT + SLOT_BYTES);
     barriers_seen();
     __syncwarp();
 }
-static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int fp4, const uint8_t *scale) {
+static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int bytes) {
     if (threadIdx.x % WARP) return;
-    barrier_expect(slot + SLOT_BYTES, fp4 ? SLOT_BYTES : UNIT_BYTES);
-    copy_bulk(slot, p, UNIT_BYTES, slot + SLOT_BYTES);
-    if (fp4) copy_bulk(slot + UNIT_BYTES, scale, UNIT, slot + SLOT_BYTES);
+    barrier_expect(slot + SLOT_BYTES, bytes);
+    copy_bulk(slot, p, bytes, slot + SLOT_BYTES);
 }
 static __device__ __forceinline__ void ring_close(void) {}
 template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_at slot, uint32_t parity) {
     barrier_wait(slot + SLOT_BYTES, parity);
 }
 #else
+enum { IN_FLIGHT = INT_MAX };
 static __device__ __forceinline__ void ring_open(shared_at, int) {}
-static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int fp4, const uint8_t *scale) {
-    ask_unit(slot, p, fp4, scale);
-}
+static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int bytes) { ask_unit(slot, p, bytes); }
 static __device__ __forceinline__ void ring_close(void) { copies_close(); }
 template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_at, uint32_t) {
     copies_wait<PENDING>();
@@ -958,14 +957,15 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
     else multiply_plain<DTYPE, MT, NT>(q, b, acc);
 }
 
-// What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units left
-// in the tile and tiles left in the span; the warp's slots, the next of them and, a bit each, the parity of its copies.
+// What a warp copies next, up to slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units
+// left in the tile and tiles left in the span; bytes of a unit, and from a tile's last unit to the next one's first,
+// less eight. Its slots are a ring: from `from` on `landed` that wait to be taken, then `asked` on their way. A slot's
+// bit of `parity` is that of its next copies to land.
 typedef struct {
     const span *spans;
-    const uint8_t *p, *scale;
-    size_t tile_bytes;
+    const uint8_t *p;
     shared_at slots;
-    int n, k, i0, fp4, each, units, tiles, next;
+    int n, k, i0, bytes, skip, each, units, tiles, from, landed, asked;
     uint32_t parity;
 } feed;
 
@@ -977,6 +977,9 @@ static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_o
 static __device__ __forceinline__ int most_tiles(int nt, int width) {
     return least(WARP, tiles_at_once(nt) * nt * 8 / width);
 }
+// The threads that registers are shared out for. 320 of the 256: two blocks of few rows leave a quarter of them, so the
+// small kernels before and after a product have blocks on its SMs, too.
+static constexpr int bound_of(int nt) { return nt == 1 ? 320 : THREADS; }
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * RING_SLOT; }
 
 // Where the share of a block begins.
@@ -991,47 +994,57 @@ static __device__ __forceinline__ void feed_span(feed &f) {
         const span &s = f.spans[f.k];
         f.units = f.each = (s.pitch / UNIT - warp + WARPS - 1) / WARPS;
         if (!f.each) continue;
-        unit_at(s, 0, warp, &f.p, &f.scale);
-        f.tile_bytes = (size_t)s.pitch * TILE, f.fp4 = s.dtype == DSPARK_FP4, f.tiles = s.tiles;
+        f.p = unit_at(s, 0, warp), f.bytes = unit_bytes(s.dtype), f.tiles = s.tiles;
+        f.skip = (s.pitch / UNIT - f.each * WARPS) * f.bytes;
         return;
     }
 }
 template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
     f.units = f.each;
-    f.p += (ptrdiff_t)f.tile_bytes - f.each * WARPS * UNIT_BYTES;
-    f.scale += (ptrdiff_t)f.tile_bytes / TILE - f.each * WARPS * UNIT;
+    f.p += f.skip;
     if (--f.tiles) return;
     if ((f.i0 += NT * 8) >= f.spans[f.k].n) f.i0 = 0, f.k++;
     feed_span(f);
 }
-template <int NT> static __device__ __forceinline__ shared_at next_slot(const feed &f) {
-    return f.slots + f.next * RING_SLOT;
+// The i-th slot from the oldest.
+template <int NT> static __device__ __forceinline__ int slot_of(const feed &f, int i) {
+    return f.from + i < slots_of(NT) ? f.from + i : f.from + i - slots_of(NT);
 }
+// Asks for what there are slots for, but for no more than IN_FLIGHT units at once.
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
-    shared_at slot = next_slot<NT>(f);
-    if (f.tiles) ring_ask(slot, f.p, f.fp4, f.scale);
-    ring_close();
-    f.p += WARPS * UNIT_BYTES, f.scale += WARPS * UNIT;
-    f.next = f.next + 1 == slots_of(NT) ? 0 : f.next + 1;
-    if (!--f.units) feed_tile<NT>(f);
+    for (; f.landed + f.asked < slots_of(NT) && f.asked < IN_FLIGHT; f.asked++) {
+        if (f.tiles) ring_ask(f.slots + slot_of<NT>(f, f.landed + f.asked) * RING_SLOT, f.p, f.bytes);
+        ring_close();
+        f.p += WARPS * f.bytes;
+        if (!--f.units) feed_tile<NT>(f);
+    }
 }
-// Waits for the oldest copies.
-template <int NT> static __device__ __forceinline__ void await(feed &f) {
-    ring_wait<slots_of(NT) - 1>(next_slot<NT>(f), f.parity >> f.next & 1);
-    f.parity ^= 1u << f.next;
+// Waits for the oldest unit on its way; its slot.
+template <int NT> static __device__ __forceinline__ shared_at await(feed &f) {
+    int i = slot_of<NT>(f, f.landed);
+    ring_wait<slots_of(NT) - 1>(f.slots + i * RING_SLOT, f.parity >> i & 1);
+    f.landed++, f.asked--;
+    return f.slots + i * RING_SLOT;
+}
+template <int NT> static __device__ __forceinline__ shared_at take(feed &f) {
+    return f.landed ? f.slots + f.from * RING_SLOT : await<NT>(f);
+}
+template <int NT> static __device__ __forceinline__ void taken(feed &f) {
+    f.parity ^= 1u << f.from, f.from = slot_of<NT>(f, 1), f.landed--;
+    ask<NT>(f);
 }
 template <int NT> static __device__ __forceinline__ void feed_open(feed &f, char *bytes) {
     memset(&f, 0, sizeof f);
-    f.p = f.scale = (const uint8_t *)bytes;
+    f.p = (const uint8_t *)bytes;
     f.slots = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * RING_SLOT);
     ring_open(f.slots, slots_of(NT));
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n) {
-    f.spans = spans, f.n = n, f.k = f.i0 = 0;
+    f.spans = spans, f.n = n, f.k = f.i0 = f.landed = f.asked = 0;
     for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)      // a scale a tile
         if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) prefetch_line(scales_of(spans[k], lane));
     feed_span(f);
-    for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
+    for (ask<NT>(f); f.landed + f.asked < slots_of(NT) && f.tiles; ask<NT>(f)) await<NT>(f);
 }
 
 template <int NT, int X>
@@ -1078,12 +1091,11 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
             piece q;
-            await<NT>(f);
-            take_piece<DTYPE>(q, next_slot<NT>(f), DTYPE == DSPARK_FP8 ? scales[unit] : 0);
+            take_piece<DTYPE>(q, take<NT>(f), DTYPE == DSPARK_FP8 ? scales[unit] : 0);
             multiply<DTYPE, 1, NT, X>(
                 &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
             __syncwarp();
-            ask<NT>(f);
+            taken<NT>(f);
         }
         put_part<NT, SUMS>(part, width, tile, acc);
     }
@@ -1154,16 +1166,22 @@ static __device__ void stream_tap(const stream_args &p, const row &s, int d, con
     taps[(size_t)(s.position % n) * (size_t)(p.c.n_taps * p.c.h) + (size_t)(p.tap * p.c.h + d)] = mean;
 }
 
-// copy_k = post_k y + sum_j comb_jk copy_j
-static __device__ void stream_mix(const stream_args &p, int r, int d, float *z) {
-    enum { N = COPIES + COPIES * COPIES };
-    const float4 *from_mix = (const float4 *)(const void *)(p.post_comb + (size_t)r * N);
-    float y = 0, old[COPIES], by[N];        // post, comb
+// What precedes the update of dim d of row r: the copies z and, of its mix, post and comb.
+enum { POST_COMB = COPIES + COPIES * COPIES };
+static __device__ __forceinline__ void stream_old(const stream_args &p, int r, int d, float *z, float *by) {
+    const float4 *from_mix = (const float4 *)(const void *)(p.post_comb + (size_t)r * POST_COMB);
+    const float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
     UNROLL
-    for (int i = 0; i < N / 4; i++) {
+    for (int j = 0; j < COPIES; j++) z[j] = copies[(size_t)j * (size_t)p.c.h];
+    UNROLL
+    for (int i = 0; i < POST_COMB / 4; i++) {
         float4 four = from_mix[i];
         by[4 * i] = four.x, by[4 * i + 1] = four.y, by[4 * i + 2] = four.z, by[4 * i + 3] = four.w;
     }
+}
+// copy_k = post_k y + sum_j comb_jk copy_j
+static __device__ void stream_mix(const stream_args &p, int r, int d, float *z, const float *by) {
+    float y = 0, old[COPIES];
     for (int base = 0; base < p.slots; base += 8) {
         const float *from = p.y + ((size_t)r * (size_t)p.slots + (size_t)base) * (size_t)p.c.h + (size_t)d;
         float some[8];
@@ -1187,12 +1205,10 @@ static __device__ void load_fn(const stream_args &p, int slice, stream_fn fn) {
             p.fn[(size_t)(i / SLICE) * (size_t)p.c.h + (size_t)(slice * SLICE + i % SLICE)];
 }
 // Dim d of row r's copies, updated: z.
-static __device__ __forceinline__ void stream_update(const stream_args &p, int r, int d, float *z) {
-    const float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
+static __device__ __forceinline__ void stream_update(const stream_args &p, int r, int d, float *z, const float *by) {
     float embedded = p.from == STREAM_EMBED ? plain_number(p.embed, p.rows[r].id, d) : 0;
-    UNROLL
-    for (int j = 0; j < COPIES; j++) z[j] = p.from == STREAM_EMBED ? embedded : copies[(size_t)j * (size_t)p.c.h];
-    if (p.from == STREAM_ADD) stream_mix(p, r, d, z);
+    for (int j = 0; p.from == STREAM_EMBED && j < COPIES; j++) z[j] = embedded;
+    if (p.from == STREAM_ADD) stream_mix(p, r, d, z, by);
 }
 static __device__ __forceinline__ void stream_keep(const stream_args &p, int r, int d, const float *z) {
     float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
@@ -1211,12 +1227,13 @@ static __device__ __forceinline__ float stream_output(const stream_args &p, cons
 template <int ROWS>
 static __device__ __forceinline__ void stream_rows(const stream_args &p, int slice, int r, int n, const stream_fn fn) {
     int lane = (int)threadIdx.x % WARP;
-    float z[ROWS][COPIES], v[ROWS][WARP];
+    float z[ROWS][COPIES], v[ROWS][WARP], by[POST_COMB];
     UNROLL
     for (int i = 0; i < ROWS; i++) {
         zero<COPIES>(z[i]);
         if (r + i >= n) continue;
-        stream_update(p, r + i, slice * SLICE + lane, z[i]);
+        stream_old(p, r + i, slice * SLICE + lane, z[i], by);
+        stream_update(p, r + i, slice * SLICE + lane, z[i], by);
         stream_keep(p, r + i, slice * SLICE + lane, z[i]);
     }
     if (!p.fn) return;
@@ -1249,19 +1266,22 @@ template <int ROWS> static __global__ void __launch_bounds__(THREADS) stream(con
         stream_rows<ROWS>(p, slice, r, n, fn);
 }
 
-// For few rows: a block has one row of a slice, each warp four of its outputs, in the same order of sums.
+// For few rows: a block has one row of a slice, each warp four of its outputs, in the same order of sums. What an update
+// adds to comes from before `attend` or `experts`, so it is there before the wait.
 static __global__ void __launch_bounds__(THREADS) stream_few(const stream_args p) {
     __shared__ stream_fn fn;
     enum { EACH = WARP / WARPS };
     int slice = (int)blockIdx.x, r = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, n;
-    float z[COPIES], v[EACH];
+    float z[COPIES], by[POST_COMB], v[EACH];
     grid_go();
     load_fn(p, slice, fn);
     n = p.n->n_rows;
+    if (p.from == STREAM_ADD) stream_old(p, r, slice * SLICE + lane, z, by);
     grid_wait();
     __syncthreads();
     if (r >= n) return;
-    stream_update(p, r, slice * SLICE + lane, z);
+    if (p.from != STREAM_ADD) stream_old(p, r, slice * SLICE + lane, z, by);
+    stream_update(p, r, slice * SLICE + lane, z, by);
     __syncthreads();        // all have read the old copies
     if (warp == 0) stream_keep(p, r, slice * SLICE + lane, z);
     if (!p.fn) return;
@@ -2232,12 +2252,12 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     attend_room room;
     key_step<BLOCKS == 1 ? WARP_KEYS : 2> step;
     part_sums a;
-    grid_go();
     const row s = p.rows[r];
     view v = view_of(p, s, p.n->drafts);
     if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
     const key_at all = keys_in(p, s);
     grid_wait();
+    grid_go();
     attend_shared(&p.c, bytes, &room);
     if (BLOCKS == 1) ask_step(p, s, all, i, v, split * v.length, end_of(v, split), step);
     load_queries(p, r, h0, q, squares);
@@ -2246,9 +2266,10 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
     UNROLL
     for (int k = 0; k < MAX_HEAD_DIM / 8 / WARPS; k++)
-        for (int m = 0; m < 4; m++) {
-            int d = dim_of(k, m), h = h0 + g + 8 * (m >> 1);
-            if (d < D && h < p.c.H) to[(size_t)h * (size_t)(D + 4) + (size_t)d] = a.o[k][m];
+        for (int half = 0; half < 2; half++) {
+            int d = dim_of(k, 0), h = h0 + g + 8 * half;
+            float2 *at = (float2 *)(void *)(to + ((size_t)h * (size_t)(D + 4) + (size_t)d));
+            if (d < D && h < p.c.H) *at = make_float2(a.o[k][2 * half], a.o[k][2 * half + 1]);
         }
     int h = h0 + (int)threadIdx.x / 16;
     to += (size_t)h * (size_t)(D + 4) + (size_t)D;
@@ -2921,7 +2942,7 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
     __syncthreads();
 }
 
-template <int NT> static __global__ void __launch_bounds__(THREADS, 2) linears(const __grid_constant__ linears_args p) {
+template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2) linears(const __grid_constant__ linears_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
     int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
@@ -2995,7 +3016,7 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
 
 // w1 and w3 let the next kernel start only when the routes are complete, so the one after it may read them before it
 // waits: w2 copies its first weights while its inputs are still computed.
-template <int NT> static __global__ void __launch_bounds__(THREADS, 2) experts(const __grid_constant__ experts_args p) {
+template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2) experts(const __grid_constant__ experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
     int n, item, end, width = least(NT * 8, p.rows), waits = p.routed;
@@ -3128,11 +3149,8 @@ template <int MT> static __device__ __forceinline__ void ask_wide(const wide_til
         int units = t.s.pitch / UNIT;
         UNROLL
         for (int mt = 0; mt < MT; mt++)
-            if (first + mt < t.s.tiles) {
-                const uint8_t *p, *scale;
-                unit_at(t.s, first + mt, a.unit, &p, &scale);
-                ask_unit(stage + (first + mt) * SLOT_BYTES, p, t.s.dtype == DSPARK_FP4, scale);
-            }
+            if (first + mt < t.s.tiles)
+                ask_unit(stage + (first + mt) * SLOT_BYTES, unit_at(t.s, first + mt, a.unit), unit_bytes(t.s.dtype));
         if (!a.w && !a.unit) plan_rows(t, rows);
         ask_rows(stage + stage_rows(MT), t, a.unit, rows);
         for (a.unit += WARPS; a.unit >= units && a.w < WARPS - 1;) a.unit = ++a.w;
@@ -3448,11 +3466,9 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
         UNROLL
         for (int k = 0; k < PANELS * PANEL / ROWS; k++)
             copy16<0>(to + k * ROWS * 128, x + (size_t)t.at[first + k * ROWS] * panels_of<DTYPE>::NUMBER);
-        if (warp < t.s.tiles) {
-            const uint8_t *from, *scale;
-            unit_at(PARTS == 2 && a.w ? t.second : t.s, warp, a.unit, &from, &scale);
-            ask_unit(weights + warp * SLOT_BYTES, from, DTYPE == DSPARK_FP4, scale);
-        }
+        if (warp < t.s.tiles)
+            ask_unit(weights + warp * SLOT_BYTES, unit_at(PARTS == 2 && a.w ? t.second : t.s, warp, a.unit),
+                     unit_bytes(DTYPE));
         if (threadIdx.x < PANELS * PANEL * 2 && (int)threadIdx.x % 2 < SCALES)
             copy4<0>(weights + WARPS * SLOT_BYTES + (int)(threadIdx.x % 2 * PANELS * PANEL + threadIdx.x / 2) * 4,
                      t.x.scale + (t.at[threadIdx.x / 2] / 128 + SCALES * a.unit + (int)threadIdx.x % 2));
@@ -5409,31 +5425,29 @@ static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
              m->rows, m->cols, byte - 127, room - 127);
 }
 
-// A tile's unit: 16 bytes for each g, block b's scales of rows g and g + 8 at 2 b, times decoding's 2^14.
-static void up_fp4_scales(uploader *u, const dspark_matrix *m, int units) {
+// FP4's scales of a unit: 16 bytes for each g, block b's scales of rows g and g + 8 at 2 b, times decoding's 2^14.
+static void up_fp4_scales(uploader *u, const dspark_matrix *m, int m0, int unit) {
     int blocks = m->cols / 32;
-    for (int m0 = 0; m0 < m->rows; m0 += TILE)
-        for (int unit = 0; unit < units; unit++) {
-            uint8_t some[UNIT];
-            for (int i = 0; u->slab && i < UNIT; i++) {
-                int r = m0 + i / 16 + i % 2 * 8, block = unit * 8 + i % 16 / 2;
-                some[i] = 0;        // of padding: experts_whole takes the largest of a tile
-                if (r < m->rows && block < blocks)
-                    check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
-                some[i] = (uint8_t)(some[i] + FP4_SHIFT);
-            }
-            up_put(u, some, sizeof some);
-        }
+    uint8_t some[UNIT];
+    for (int i = 0; u->slab && i < UNIT; i++) {
+        int r = m0 + i / 16 + i % 2 * 8, block = unit * 8 + i % 16 / 2;
+        some[i] = 0;        // of padding: experts_whole takes the largest of a tile
+        if (r < m->rows && block < blocks)
+            check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
+        some[i] = (uint8_t)(some[i] + FP4_SHIFT);
+    }
+    up_put(u, some, sizeof some);
 }
-// Reorders FP4 codes for decode_fp4, on the device or, for experts at home, in host memory.
+// Reorders FP4 codes for decode_fp4, on the device or, for experts at home, in host memory: n words of units.
 typedef struct { uint32_t *codes; size_t n; } arrange_args;
 static __global__ void __launch_bounds__(THREADS) arrange(const arrange_args p) {
     for (size_t i = blockIdx.x * (size_t)THREADS + threadIdx.x; i < p.n; i += gridDim.x * (size_t)THREADS)
-        p.codes[i] = arranged(p.codes[i]);
+        if (i % (SLOT_BYTES / 4) < UNIT_BYTES / 4) p.codes[i] = arranged(p.codes[i]);
 }
 static void up_arrange(uploader *u, const matrix &m) {
     cuda *d = u->d;
-    arrange_args p = { (uint32_t *)(uintptr_t)m.data, (size_t)blocks_of(m.rows, TILE) * (size_t)m.pitch * TILE / 4 };
+    arrange_args p = { (uint32_t *)(uintptr_t)m.data,
+                       (size_t)(blocks_of(m.rows, TILE) * (m.pitch / UNIT)) * (SLOT_BYTES / 4) };
     if (!u->slab) return;
     if (!u->home) up_flush(u);
     d->serial = 1, LAUNCH(arrange, grid_of(2 * d->sms, 1), THREADS, 0, p), d->serial = 0;
@@ -5451,19 +5465,22 @@ static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
 }
 // Rows of `each` bytes, tile by tile, unit by unit; zeros where there are none.
 static void up_units(uploader *u, const dspark_matrix *m, size_t each, int units) {
+    enum { PIECES = UNIT_BYTES / 16 };
+    int place[PIECES];
+    for (int i = 0; i < PIECES; i++) place[i] = (int)stored_at(UNIT, i / 8, i % 8 * 16);
     for (int m0 = 0; m0 < m->rows; m0 += TILE)
         for (int unit = 0; unit < units; unit++) {
-            uint8_t some[UNIT_BYTES];
-            memset(some, 0, sizeof some);
-            for (int i = 0; u->slab && i < UNIT_BYTES / 16; i++) {
-                int r = m0 + i / 8, b = unit * UNIT + i % 8 * 16;
-                size_t left = r < m->rows && (size_t)b < each ? each - (size_t)b : 0;
-                const uint8_t *from = (const uint8_t *)m->data + (size_t)r * each + (size_t)b;
-                uint8_t *to = some + stored_at(UNIT, i / 8, i % 8 * 16);
-                if (left >= 16) memcpy(to, from, 16);
-                else if (left) memcpy(to, from, left);
+            size_t at = (size_t)unit * UNIT, left = each - at < (size_t)UNIT ? each - at : (size_t)UNIT;
+            const uint8_t *from = (const uint8_t *)m->data + (size_t)m0 * each + at;
+            uint8_t some[UNIT_BYTES], last[UNIT] = { 0 };
+            if (left < UNIT || m0 + TILE > m->rows) memset(some, 0, sizeof some);
+            for (int i = 0; u->slab && i < PIECES && m0 + i / 8 < m->rows; i++) {
+                const uint8_t *p = from + (size_t)(i / 8) * each;
+                if (left < UNIT && !(i % 8)) memcpy(last, p, left);
+                memcpy(some + place[i], (left < UNIT ? last : p) + i % 8 * 16, 16);
             }
             up_put(u, some, sizeof some);
+            if (m->dtype == DSPARK_FP4) up_fp4_scales(u, m, m0, unit);
         }
 }
 static matrix up_matrix(uploader *u, const dspark_matrix *m) {
@@ -5475,13 +5492,10 @@ static matrix up_matrix(uploader *u, const dspark_matrix *m) {
     out.rows = m->rows, out.cols = m->cols, out.dtype = m->dtype, out.pitch = (int)((each + UNIT - 1) / UNIT * UNIT);
     out.data = up_begin(u), up_units(u, m, each, out.pitch / UNIT);
     if (m->dtype == DSPARK_FP4) up_arrange(u, out);
-    if (m->dtype < DSPARK_FP8) return out;
-    out.scale = up_begin(u);
-    if (m->dtype == DSPARK_FP4) up_fp4_scales(u, m, out.pitch / UNIT);
-    else {
+    if (m->dtype == DSPARK_FP8) {
         size_t n = (size_t)blocks_of(m->rows, 128) * (size_t)blocks_of(m->cols, 128);
         for (size_t i = 0; u->slab && i < n; i++) check_scale(u, m, m->scale[i]);
-        up_put(u, m->scale, n);
+        out.scale = up_begin(u), up_put(u, m->scale, n);
         if (!u->d->fast_prefill || u->home) return out;
         out.block_scale = up_block_scales(u, m);
         n = (size_t)m->rows * (size_t)out.pitch;
