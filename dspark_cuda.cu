@@ -631,16 +631,16 @@ static __host__ __device__ __forceinline__ int items_of(const matrix &w, int ite
 typedef struct { matrix w; const int *list; int n, tile, part, of; } item_at;
 
 // Finds the spans that begin in items [first, first + 32), up to `end`: runs of up to `most_tiles` tiles of one part.
-// The first warp writes them; every thread gets the count.
+// The first warp writes them; every thread gets the count. known: for item_of, from each of its lanes.
 template <class P> static __device__ __forceinline__ int find_spans(const P &p, int first, int end, int most_tiles,
-                                                                    span *spans) {
+                                                                    int known, span *spans) {
     __shared__ int n;
     __syncthreads();        // all are done with old spans
     if (threadIdx.x < WARP) {
         int lane = (int)threadIdx.x, before;
         item_at it;
-        memset(&it, 0, sizeof it), it.tile = it.part = -1;
-        if (first + lane < end) item_of(p, first + lane, it);
+        item_of(p, least(first + lane, end - 1), known, it);
+        if (first + lane >= end) it.tile = it.part = -1;
         unsigned tile_lanes = __ballot_sync(ALL, it.tile >= 0), lower = (1u << lane) - 1, upto = lower | 1u << lane;
         before = tile_lanes & lower ? 31 - __clz((int)(tile_lanes & lower)) : lane;     // the lane of the tile before
         int starts = __shfl_sync(ALL, it.part, before) != it.part || before == lane;
@@ -690,7 +690,6 @@ static __device__ __forceinline__ void ask_unit(shared_at slot, const uint8_t *p
 // the one of this parity; PENDING groups were asked for later.
 enum { RING_SLOT = SLOT_BYTES + 16 };
 #ifdef BULK_COPIES
-enum { IN_FLIGHT = 2 };
 static __device__ __forceinline__ void ring_open(shared_at slots, int n) {
     if ((int)threadIdx.x % WARP < n) barrier_open(slots + (int)threadIdx.x % WARP * RING_SLOT + SLOT_BYTES);
     barriers_seen();
@@ -706,7 +705,6 @@ template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_a
     barrier_wait(slot + SLOT_BYTES, parity);
 }
 #else
-enum { IN_FLIGHT = INT_MAX };
 static __device__ __forceinline__ void ring_open(shared_at, int) {}
 static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int bytes) { ask_unit(slot, p, bytes); }
 static __device__ __forceinline__ void ring_close(void) { copies_close(); }
@@ -834,6 +832,29 @@ template <int DTYPE> struct from_memory {
     }
 };
 
+// The same, loaded at once: X planes of a unit for NT row groups.
+template <int DTYPE, int NT, int X> struct in_registers {
+    enum { EACH = weights_of<DTYPE>::IN_UNIT / 32, SCALES = DTYPE == DSPARK_FP4 ? 2 : 1 };
+    uint4 x[X][NT][EACH];
+    float s[NT][2][SCALES];
+    __device__ __forceinline__ in_registers(const from_memory<DTYPE> &from) {
+        UNROLL
+        for (int nt = 0; nt < NT; nt++) {
+            float two[2][2] = { { 0, 0 }, { 0, 0 } };
+            UNROLL
+            for (int p = 0; p < X; p++)
+                UNROLL
+                for (int i = 0; i < EACH; i++) x[p][nt][i] = from(p, nt, i);
+            if (DTYPE >= DSPARK_FP8) from.scales(nt, two);
+            for (int i = 0; i < 2 * SCALES; i++) s[nt][i / SCALES][i % SCALES] = two[i / SCALES][i % SCALES];
+        }
+    }
+    __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const { return x[p][nt][i]; }
+    __device__ __forceinline__ void scales(int nt, float (*two)[2]) const {
+        for (int i = 0; i < 2 * SCALES; i++) two[i / SCALES][i % SCALES] = s[nt][i / SCALES][i % SCALES];
+    }
+};
+
 // c += 16 weight rows times 8 rows of x, over 32 numbers of k.
 static __device__ __forceinline__ void mma_eight(float *c, const uint32_t (*a)[4], const uint4 &x, int first) {
     mma_f16(c, a, 0, x.x, x.y, first), mma_f16(c, a, 2, x.z, x.w, 0);
@@ -957,15 +978,14 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
     else multiply_plain<DTYPE, MT, NT>(q, b, acc);
 }
 
-// What a warp copies next, up to slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units
-// left in the tile and tiles left in the span; bytes of a unit, and from a tile's last unit to the next one's first,
-// less eight. Its slots are a ring: from `from` on `landed` that wait to be taken, then `asked` on their way. A slot's
-// bit of `parity` is that of its next copies to land.
+// What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units left
+// in the tile and tiles left in the span; bytes of a unit, and from a tile's last unit to the next one's first, less
+// eight; the warp's slots, the next of them and, a bit each, the parity of the copies that land there next.
 typedef struct {
     const span *spans;
     const uint8_t *p;
     shared_at slots;
-    int n, k, i0, bytes, skip, each, units, tiles, from, landed, asked;
+    int n, k, i0, bytes, skip, each, units, tiles, next;
     uint32_t parity;
 } feed;
 
@@ -1006,32 +1026,19 @@ template <int NT> static __device__ __forceinline__ void feed_tile(feed &f) {
     if ((f.i0 += NT * 8) >= f.spans[f.k].n) f.i0 = 0, f.k++;
     feed_span(f);
 }
-// The i-th slot from the oldest.
-template <int NT> static __device__ __forceinline__ int slot_of(const feed &f, int i) {
-    return f.from + i < slots_of(NT) ? f.from + i : f.from + i - slots_of(NT);
-}
-// Asks for what there are slots for, but for no more than IN_FLIGHT units at once.
 template <int NT> static __device__ __forceinline__ void ask(feed &f) {
-    for (; f.landed + f.asked < slots_of(NT) && f.asked < IN_FLIGHT; f.asked++) {
-        if (f.tiles) ring_ask(f.slots + slot_of<NT>(f, f.landed + f.asked) * RING_SLOT, f.p, f.bytes);
-        ring_close();
-        f.p += WARPS * f.bytes;
-        if (!--f.units) feed_tile<NT>(f);
-    }
+    if (f.tiles) ring_ask(f.slots + f.next * RING_SLOT, f.p, f.bytes);
+    ring_close();
+    f.p += WARPS * f.bytes;
+    f.next = f.next + 1 == slots_of(NT) ? 0 : f.next + 1;
+    if (!--f.units) feed_tile<NT>(f);
 }
-// Waits for the oldest unit on its way; its slot.
+// Waits for the oldest unit; its slot.
 template <int NT> static __device__ __forceinline__ shared_at await(feed &f) {
-    int i = slot_of<NT>(f, f.landed);
-    ring_wait<slots_of(NT) - 1>(f.slots + i * RING_SLOT, f.parity >> i & 1);
-    f.landed++, f.asked--;
-    return f.slots + i * RING_SLOT;
-}
-template <int NT> static __device__ __forceinline__ shared_at take(feed &f) {
-    return f.landed ? f.slots + f.from * RING_SLOT : await<NT>(f);
-}
-template <int NT> static __device__ __forceinline__ void taken(feed &f) {
-    f.parity ^= 1u << f.from, f.from = slot_of<NT>(f, 1), f.landed--;
-    ask<NT>(f);
+    shared_at slot = f.slots + f.next * RING_SLOT;
+    ring_wait<slots_of(NT) - 1>(slot, f.parity >> f.next & 1);
+    f.parity ^= 1u << f.next;
+    return slot;
 }
 template <int NT> static __device__ __forceinline__ void feed_open(feed &f, char *bytes) {
     memset(&f, 0, sizeof f);
@@ -1040,11 +1047,11 @@ template <int NT> static __device__ __forceinline__ void feed_open(feed &f, char
     ring_open(f.slots, slots_of(NT));
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n) {
-    f.spans = spans, f.n = n, f.k = f.i0 = f.landed = f.asked = 0;
+    f.spans = spans, f.n = n, f.k = f.i0 = 0;
     for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)      // a scale a tile
         if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) prefetch_line(scales_of(spans[k], lane));
     feed_span(f);
-    for (ask<NT>(f); f.landed + f.asked < slots_of(NT) && f.tiles; ask<NT>(f)) await<NT>(f);
+    for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
 }
 
 template <int NT, int X>
@@ -1090,12 +1097,19 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         float acc[SUMS][1][NT][4];
         zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
+            const from_memory<DTYPE> at_unit = { planes, x.scale, from, scale_at, (uint32_t)unit };
+            uint32_t scale = DTYPE == DSPARK_FP8 ? scales[unit] : 0;
             piece q;
-            take_piece<DTYPE>(q, take<NT>(f), DTYPE == DSPARK_FP8 ? scales[unit] : 0);
-            multiply<DTYPE, 1, NT, X>(
-                &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
+            if constexpr (NT == 1 && DTYPE != DSPARK_FP4) {     // there are registers: x comes while weights do
+                const in_registers<DTYPE, NT, X> some(at_unit);
+                take_piece<DTYPE>(q, await<NT>(f), scale);
+                multiply<DTYPE, 1, NT, X>(&q, some, acc);
+            } else {
+                take_piece<DTYPE>(q, await<NT>(f), scale);
+                multiply<DTYPE, 1, NT, X>(&q, at_unit, acc);
+            }
             __syncwarp();
-            taken<NT>(f);
+            ask<NT>(f);
         }
         put_part<NT, SUMS>(part, width, tile, acc);
     }
@@ -2039,20 +2053,23 @@ static __device__ __forceinline__ void put_step(const attend_args &p, const key_
 // RMS), rotated, in three planes; of rows g, g + 8 dims 4t and 4t + 1, then 4t + 2 and 4t + 3.
 enum { Q_STEPS = MAX_HEAD_DIM / 16 / WARPS };
 typedef struct { uint32_t a[Q_STEPS][3][4]; } queries;
-// squares[2]: of heads g and g + 8, the lane's part.
-static __device__ __forceinline__ void load_queries(const attend_args &p, int r, int h0, queries &q, float *squares) {
-    int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
-        warp = (int)threadIdx.x / WARP;
-    float4 all[Q_STEPS][2];
+typedef struct { float4 x[Q_STEPS][2]; } query_dims;
+static __device__ __forceinline__ void ask_queries(const attend_args &p, int r, int h0, query_dims &all) {
+    int D = p.c.D, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / WARP;
     UNROLL
     for (int i = 0; i < Q_STEPS; i++)
         UNROLL
         for (int half = 0; half < 2; half++) {
             int h = h0 + g + 8 * half, k = (i * WARPS + warp) * 16 + 4 * t;
-            all[i][half] = make_float4(0, 0, 0, 0);
+            all.x[i][half] = make_float4(0, 0, 0, 0);
             const float *from = p.q + ((size_t)r * (size_t)p.c.H + (size_t)h) * (size_t)D + (size_t)k;
-            if (h < p.c.H && k < D) all[i][half] = *(const float4 *)(const void *)from;
+            if (h < p.c.H && k < D) all.x[i][half] = *(const float4 *)(const void *)from;
         }
+}
+// squares[2]: of heads g and g + 8, the lane's part.
+static __device__ __forceinline__ void split_queries(const attend_args &p, int r, const query_dims &all, queries &q,
+                                                     float *squares) {
+    int D = p.c.D, R = p.c.R, t = (int)threadIdx.x % 4, warp = (int)threadIdx.x / WARP;
     squares[0] = squares[1] = 0;
     UNROLL
     for (int i = 0; i < Q_STEPS; i++) {
@@ -2061,7 +2078,7 @@ static __device__ __forceinline__ void load_queries(const attend_args &p, int r,
         for (int m = 0; turns && m < 2; m++) turn[m] = turn_of(p.turns, R / 2, r, p.set, at / 2 + m);
         UNROLL
         for (int half = 0; half < 2; half++) {
-            float4 x = all[i][half];
+            float4 x = all.x[i][half];
             squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares[half]))));
             if (turns) rope_pair(x.x, x.y, turn[0].x, turn[0].y), rope_pair(x.z, x.w, turn[1].x, turn[1].y);
             UNROLL
@@ -2172,7 +2189,7 @@ static __device__ __forceinline__ void add_plane(const attend_args &p, const att
             for (int i = 0; i < SIDE; i++)
                 mma(o[i], a[plane][k][0], a[plane][k][1], a[plane][k][2], a[plane][k][3], w[i][2 * k], w[i][2 * k + 1]);
 }
-// o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...; two side by side, or one.
+// o += weights times keys: a warp has dims of n-tiles warp, warp + 8, ...; SIDE of them side by side.
 template <int SIDE>
 static __device__ __forceinline__ void add_values(const attend_args &p, const attend_room &room, float (*o)[4]) {
     int D = p.c.D, R = p.c.R, lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4,
@@ -2191,8 +2208,9 @@ static __device__ __forceinline__ void add_values(const attend_args &p, const at
         UNROLL
         for (int m = 0; m < SIDE; m++)
             for (int k = 0; k < 4; k++) o[i + m][k] *= room.factor[g + 8 * (k >> 1)];
-        if (SIDE > 1 && next < D) add_plane<SIDE>(p, room, a, 0, d, o + i);
-        else add_plane<1>(p, room, a, 0, d, o + i);
+        if (next < D) add_plane<SIDE>(p, room, a, 0, d, o + i);
+        for (int m = 0; next >= D && m < SIDE && d + m * WARPS * 8 < D; m++)
+            add_plane<1>(p, room, a, 0, d + m * WARPS * 8, o + i + m);
         UNROLL
         for (int m = 0; m < SIDE; m++)
             UNROLL
@@ -2235,7 +2253,7 @@ static __device__ __forceinline__ void attend_split(const attend_args &p, const 
         __syncthreads();
         softmax_step(room, n, scale, &a.largest, &a.sum);
         __syncthreads();
-        add_values<ALONE ? 2 : 1>(p, room, a.o);
+        add_values<ALONE ? 4 : 1>(p, room, a.o);
     }
 }
 
@@ -2248,6 +2266,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     int D = p.c.D, h0 = (int)blockIdx.y * TILE, i = (int)(blockIdx.x / SPLITS), split = (int)(blockIdx.x % SPLITS),
         r = p.row0 + i, g = (int)threadIdx.x % WARP / 4;
     float squares[2];
+    query_dims asked;
     queries q;
     attend_room room;
     key_step<BLOCKS == 1 ? WARP_KEYS : 2> step;
@@ -2259,8 +2278,9 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     grid_wait();
     grid_go();
     attend_shared(&p.c, bytes, &room);
+    ask_queries(p, r, h0, asked);
     if (BLOCKS == 1) ask_step(p, s, all, i, v, split * v.length, end_of(v, split), step);
-    load_queries(p, r, h0, q, squares);
+    split_queries(p, r, asked, q, squares);
     query_scales(p, squares, scratch.part, scratch.scale);
     attend_split(p, s, all, v, i, split, q, room, scratch.scale, step, a);
     float *to = p.part + (((size_t)i * SPLITS + (size_t)split) * (size_t)p.c.H) * (size_t)(D + 4);
@@ -2314,11 +2334,11 @@ static __device__ __forceinline__ void put_values(const attend_args &p, int r, i
     else put_input(p.o, r, place, o, dim >= 0);
 }
 
-// A block has 512 dims of a row, a thread eight of them and a quarter of the splits: it loads all it needs (of splits
+// A block has 256 dims of a row, a thread eight of them and a quarter of the splits: it loads all it needs (of splits
 // that a row lacks whatever is there), computes its splits' weights, and the quarters are added in order. Bound: 2.6 MB
 // a row of 20 splits through L2 (.9 us; six rows 5). It would be slower in the last split's block: the four blocks of a
 // row would read 650 KB each.
-enum { QUARTER = SPLITS / 4, MERGED = THREADS / 4 };
+enum { QUARTER = SPLITS / 4, MERGE_THREADS = 128, MERGED = MERGE_THREADS / 4 };
 static __device__ void merge_heads(const attend_args &p, const view &v, int i, int r, int place, int dim) {
     __shared__ float so_far[9][MERGED];
     int D = p.c.D, me = (int)threadIdx.x % MERGED, quarter = (int)threadIdx.x / MERGED, h = most(0, dim) / D;
@@ -2361,7 +2381,7 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
     }
     if (quarter == 3) put_values<0>(p, r, place, dim, o, a.sum);
 }
-static __global__ void __launch_bounds__(THREADS) attend_merge(const attend_args p) {
+static __global__ void __launch_bounds__(MERGE_THREADS) attend_merge(const attend_args p) {
     int i = (int)blockIdx.x, r = p.row0 + i, place = ((int)blockIdx.y * MERGED + (int)threadIdx.x % MERGED) * 8, dim, n;
     grid_go();
     view v = view_of(p, p.rows[r], p.n->drafts);
@@ -2410,6 +2430,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     SHARED_BYTES(bytes);
     int D = p.c.D, h0 = (int)blockIdx.y * TILE, i = (int)blockIdx.x, r = p.row0 + i, g = (int)threadIdx.x % WARP / 4;
     float squares[2];
+    query_dims asked;
     queries q;
     float *total = (float *)(void *)(bytes + attend_shared(&p.c, NULL, NULL));
     attend_room room;
@@ -2423,7 +2444,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
     merged heads[2] = { merge_begin(p, h0 + g), merge_begin(p, h0 + g + 8) };
     grid_wait();
     attend_shared(&p.c, bytes, &room);
-    load_queries(p, r, h0, q, squares);
+    ask_queries(p, r, h0, asked), split_queries(p, r, asked, q, squares);
     query_scales(p, squares, scratch.part, scratch.scale);
     for (int k = (int)threadIdx.x; k < TILE * (D + 8); k += THREADS) total[k] = 0;
     for (int split = 0; split < v.splits; split++) {
@@ -2771,8 +2792,8 @@ static __device__ __forceinline__ scored_expert score_expert(const route_args &p
     return s;
 }
 // Row r's K experts, ascending: the largest (the lower index of equals), or its token's own. A warp; lane k has the
-// k-th. It overwrites scores [E]; 0 is below all.
-static __device__ void route_row(const route_args &p, int r, scored_expert *scores) {
+// k-th. It overwrites scores [E]; 0 is below all. only: of one row whose experts differ the groups are known, too.
+static __device__ void route_row(const route_args &p, int r, scored_expert *scores, int only) {
     int E = p.c.E, K = p.c.K, lane = (int)threadIdx.x % WARP, mine = -1, place = 0;
     float sum = 0, weight = 0;
     if (p.tid2eid && lane < K) mine = p.tid2eid[(size_t)p.rows[r].id * (size_t)K + (size_t)lane];
@@ -2800,6 +2821,8 @@ static __device__ void route_row(const route_args &p, int r, scored_expert *scor
         sum += __shfl_sync(ALL, weight, k), place += other < mine || (other == mine && k < lane);
     }
     if (lane < K) p.route[r * K + place] = mine, p.weight[r * K + place] = quotient(weight, sum) * p.c.routed_scale;
+    if (only && lane < K) p.first[mine] = p.list[place] = place, p.first[mine + 1] = place + 1, p.active[1 + place] = mine;
+    if (only && lane == 0) p.active[0] = K;
 }
 
 // Counts each expert's rows, in one block; at [E]: where its rows begin in the list.
@@ -2833,7 +2856,9 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     for (int i = (int)threadIdx.x; i < least(warps, n - r0) * E; i += (int)blockDim.x)
         scores[i] = score_expert(p, r0 + i / E, i % E, bias);
     __syncthreads();
-    if (r0 + warp < n) route_row(p, r0 + warp, scores + (size_t)warp * (size_t)E);
+    int only = n == 1 && !p.tid2eid;
+    if (r0 + warp < n) route_row(p, r0 + warp, scores + (size_t)warp * (size_t)E, only);
+    if (only) return;
     __syncthreads();
     if (gridDim.x > 1 && !last_block(p.arrived, (int)gridDim.x)) return;
     int *at = (int *)(void *)bytes;
@@ -2901,12 +2926,12 @@ typedef struct {
     kv_args kv;
 } linears_args;
 
-static __device__ __forceinline__ void item_of(const linears_args &p, int i, item_at &it) {
+static __device__ __forceinline__ void item_of(const linears_args &p, int i, int, item_at &it) {
     int k = p.n_jobs - 1, each, tile;
     while (p.jobs[k].first_item > i) k--;
     const job &j = p.jobs[k];
     each = items_of_tile(j.w, p.item_bytes), i -= j.first_item, tile = i / each;
-    it.w = j.w, it.of = k, it.tile = i % each ? -1 : tile;
+    it.w = j.w, it.of = k, it.tile = i % each ? -1 : tile, it.list = NULL, it.n = 0;
     it.part = k + (j.group ? tile * TILE / j.group * MAX_JOBS : 0);
 }
 static __device__ __noinline__ void run_beside(const linears_args &p, int block, char *bytes) {
@@ -2952,7 +2977,7 @@ template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2) line
     item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
     feed_open<NT>(f, bytes);
     for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
+        int some = find_spans(p, item, end, most_tiles(NT, width), 0, spans);
         feed_begin<NT>(f, spans, some);     // only weights: inputs may not be ready yet
         if (n < 0) n = *p.n_rows, grid_wait();
         for (int k = 0; n > r0 && k < some; k++)
@@ -2980,9 +3005,14 @@ typedef struct {
     int y_stride;
 } experts_args;
 
-static __device__ __forceinline__ void item_of(const experts_args &p, int i, item_at &it) {
-    int n = __ldcg(p.active), a = i / (p.each * p.n_which), e = __ldcg(p.active + 1 + least(a, p.c.E - 1)),
-        each = p.each, of_tile = p.each_tile;
+// known: a lane's number of p.active.
+static __device__ __forceinline__ int known_of(const experts_args &p) {
+    return __ldcg(p.active + least((int)threadIdx.x % WARP, p.c.E));
+}
+static __device__ __forceinline__ void item_of(const experts_args &p, int i, int known, item_at &it) {
+    int n = __shfl_sync(ALL, known, 0), a = i / (p.each * p.n_which), at = 1 + least(a, p.c.E - 1),
+        e = __shfl_sync(ALL, known, at % WARP), each = p.each, of_tile = p.each_tile;
+    if (at >= WARP) e = __ldcg(p.active + at);
     e = least(most(0, e), p.c.E - 1);       // past the active ones anything may be there
     const expert *of = p.experts + e;
     int first = __ldcg(p.first + e), end = __ldcg(p.first + e + 1);
@@ -3019,7 +3049,7 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
 template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2) experts(const __grid_constant__ experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int n, item, end, width = least(NT * 8, p.rows), waits = p.routed;
+    int n, item, end, known, width = least(NT * 8, p.rows), waits = p.routed;
     feed f;
     feed_open<NT>(f, bytes);
     if (!waits) {
@@ -3028,10 +3058,10 @@ template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2) expe
         grid_wait();
     }
     grid_go();
-    n = (__ldcg(p.active) * p.each + p.shared_each) * p.n_which;
+    known = known_of(p), n = (__shfl_sync(ALL, known, 0) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, most_tiles(NT, width), spans);
+        int some = find_spans(p, item, end, most_tiles(NT, width), known, spans);
         feed_begin<NT>(f, spans, some);
         if (waits) grid_wait(), waits = 0;
         for (int k = 0; k < some; k++)
@@ -4846,7 +4876,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
         }
         launch(d, "attend", d->grid.rows == 1 ? attend<1> : attend<2>, grid_of(rows * SPLITS, heads), THREADS,
                attend_shared(&d->s, NULL, NULL), a);
-        LAUNCH(attend_merge, grid_of(rows, blocks_of(d->o.stride, 8 * MERGED)), THREADS, 0, a);
+        LAUNCH(attend_merge, grid_of(rows, blocks_of(d->o.stride, 8 * MERGED)), MERGE_THREADS, 0, a);
     }
 }
 static void op_attention(cuda *d, int l) {
