@@ -33,22 +33,27 @@
 // A layer is 19 launches if its indexer has keys to choose among, else 17; a pass is some 780, one CUDA graph.
 // Programmatic dependent launch: a kernel calls grid_go first, so the next one may start early. Before waiting
 // (grid_wait) that one reads its parameters and the pass's counts and rows; `linears`, and `experts` of w2, also issue
-// copies of their first 128 KB of weights an SM, 5.8 us of bytes. A product of few rows ends by prefetching the next
-// product's weights into L2 (prefetch_next), except routed experts'.
+// copies of their first 128 KB of weights an SM, 5.8 us of bytes. `attend` of few rows and `experts` of w1 w3 call it
+// when they have waited: what precedes them is then complete for all that follows, and stream_few reads the old copies
+// early.
 //
-// MEASURED without what has not run on a device yet: prefetch_next; `warm` (ptxas had deleted it: see keep); and in the
-// small kernels more loads under way together, sums side by side, no branch in a quotient or root, a block's eight
-// warps for one row (round_rows, stream_few). H100, 43 layers of 16 experts, position 4096, bench/cuda.c. A pass of one
-// row: 7,330 us, 52 % of the bytes' floor. Six rows: 11,635; a cycle that drafts five and verifies six rows: 12,490. Of
-// one row, us and share of floor:
-//   wq_b 511, wo_b 483, gate w1 w3 259, w2 587, head 395: 92 % and more, their weights load before their turn.
-//   wo_a 685, 73 %; wq_a and beside it 429, 72 %; experts' w1 w3 1,267, 63 %: which experts is known last.
-//   Others 2,660: attend 542, stream 515, mix 326, round_rows 299, index_scores 271, attend_merge 227, route 205,
-//   swiglu 158, index_query 120. Each takes 3.5 to 14: 2 for the launch, 1 to 3.5 to get code, parameters and operands
-//   from L2 (the same kernel again, at once, saves them).
-// SLOWER: the block that completes a tile does the small kernel that follows, 12 launches a layer: 11,190, since such
-// blocks do serially what waits for them. Or each block of the next product does it: 264 blocks write the same lines;
-// one row gains 2 us a launch, six rows lose 15.
+// MEASURED on an H100, 43 layers of 16 experts, position 4096, bench/cuda.c. A pass of one row: 6,480 us, 59 % of the
+// bytes' floor. Six rows: 10,140; a cycle that drafts five and verifies six rows: 11,000. Of one row, us and share of
+// floor:
+//   wq_b 459, wo_b 423, gate w1 w3 214, w2 509, head 364: 99 % and more, their weights load before their turn.
+//   wo_a 586, 84 %; wq_a and beside it 384, 79 %; experts' w1 w3 1,139, 69 %: which experts is known last; they take
+//   1.5 us to find them, 1.5 to the first bytes, and SMs differ by 3 at the end.
+//   Others 2,330: stream 478, attend 476, round_rows 331, mix 317, index_scores 242, attend_merge 207, route 128,
+//   swiglu 118, index_query 37. Each takes 2 to 11. A launch that only waits takes .6 in a graph, one that reads what
+//   the one before it wrote 1 to 1.9; blocks of one kernel that meet at a barrier take longer, .7 to 1.4 and 1 to 2.6.
+//   What is left is loads that wait in L2 behind 17 MB of the next product's weights: 3 to 5 us for one of y in stream.
+// SLOWER: the block that completes a tile does the small kernel that follows, 12 launches a layer, since such blocks do
+// serially what waits for them. Or each block of the next product does it: 264 blocks write the same lines; one row
+// gains 2 us a launch, six rows lose 15. Weights by cp.async, 16 bytes a lane: loads of small kernels wait behind them
+// in their SM, one row 4 %, six 7 %. The next product's weights prefetched into L2, 2 to 24 MB, by five ways: 0 to 5 %.
+// Units on their way limited to 1, 2 or 3 a warp: 2 to 4 %. Small kernels that run before their turn once, to have
+// their code: 5 %. All 128 registers for products of few rows, so that no small kernel fits beside them: 2 %. Five
+// slots: 1 %. The lines of x touched before a span: 2 %.
 // COUNTED (steady loops in cuobjdump -sass of sm_90a, a warp's instructions for a unit of 2 KB times 8 rows; in
 // brackets: via bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). For FP4 a
 // scheduler's four warps issue 1,100 while their bytes take 2,400 clocks.
@@ -191,8 +196,8 @@ __device__ __forceinline__ void barrier_wait(shared_at b, uint32_t parity) {
 __device__ __forceinline__ void copy_bulk(shared_at to, const void *from, int bytes, shared_at barrier) {
     uint64_t first;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-                 "%4;" :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(first) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+                 "[%3], %4;" :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(first) : "memory");
 }
 #endif
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -600,10 +605,10 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 // kernels run.
 
 typedef struct {
-    const uint8_t *data;            // [rows, padded to tiles][pitch]; pitch: row padded to units, zeros
-    const uint8_t *scale;           // FP8: [rows / 128][units]; FP4: [tiles][units][8][16], as up_fp4_scales says
+    const uint8_t *data;            // [rows / TILE][units][unit_bytes]; what pads tiles and units is zeros
+    const uint8_t *scale;           // FP8: [rows / 128][units]; FP4 has its scales in the units
     const float *block_scale;       // FP8, if cuBLASLt may take it: [rows / 128][cols / 128, padded to fours]
-    int rows, cols, pitch, dtype;
+    int rows, cols, pitch, dtype;   // pitch: bytes of a row's units, without scales
 } matrix;
 
 // What a block multiplies before it adds its warps' sums: outputs [m0, m0 + tiles * TILE) of a matrix.
@@ -666,10 +671,11 @@ template <class P> static __device__ __forceinline__ int find_spans(const P &p, 
 // lanes, and the eight g of a t, then cover all banks.
 enum { UNIT_BYTES = TILE * UNIT, SLOT_BYTES = UNIT_BYTES + UNIT };
 static __host__ __device__ __forceinline__ int place_of(int lane) { return (lane ^ lane / 8) * 16; }
-// Where byte b of a matrix's row r is stored.
+// Where byte b of row r is stored, of a matrix that is not FP4.
 static __host__ __device__ __forceinline__ size_t stored_at(int pitch, int r, int b) {
     int part = r % TILE / 8 + b % UNIT / 64 * 2, lane = r % 8 * 4 + b % 64 / 16;
-    return (size_t)(r / TILE) * (size_t)pitch * TILE + (size_t)(b / UNIT * UNIT_BYTES + part * 512 + place_of(lane) + b % 16);
+    return (size_t)(r / TILE) * (size_t)pitch * TILE +
+           (size_t)(b / UNIT * UNIT_BYTES + part * 512 + place_of(lane) + b % 16);
 }
 
 static __host__ __device__ __forceinline__ int unit_bytes(int dtype) {
@@ -706,7 +712,9 @@ template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_a
 }
 #else
 static __device__ __forceinline__ void ring_open(shared_at, int) {}
-static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int bytes) { ask_unit(slot, p, bytes); }
+static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int bytes) {
+    ask_unit(slot, p, bytes);
+}
 static __device__ __forceinline__ void ring_close(void) { copies_close(); }
 template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_at, uint32_t) {
     copies_wait<PENDING>();
@@ -829,29 +837,6 @@ template <int DTYPE> struct from_memory {
                 const float2 both = *(const float2 *)(const void *)(scale + (scale_at[nt][j] + unit * 2));
                 s[j][0] = both.x, s[j][1] = both.y;
             } else s[j][0] = scale[scale_at[nt][j] + unit];
-    }
-};
-
-// The same, loaded at once: X planes of a unit for NT row groups.
-template <int DTYPE, int NT, int X> struct in_registers {
-    enum { EACH = weights_of<DTYPE>::IN_UNIT / 32, SCALES = DTYPE == DSPARK_FP4 ? 2 : 1 };
-    uint4 x[X][NT][EACH];
-    float s[NT][2][SCALES];
-    __device__ __forceinline__ in_registers(const from_memory<DTYPE> &from) {
-        UNROLL
-        for (int nt = 0; nt < NT; nt++) {
-            float two[2][2] = { { 0, 0 }, { 0, 0 } };
-            UNROLL
-            for (int p = 0; p < X; p++)
-                UNROLL
-                for (int i = 0; i < EACH; i++) x[p][nt][i] = from(p, nt, i);
-            if (DTYPE >= DSPARK_FP8) from.scales(nt, two);
-            for (int i = 0; i < 2 * SCALES; i++) s[nt][i / SCALES][i % SCALES] = two[i / SCALES][i % SCALES];
-        }
-    }
-    __device__ __forceinline__ uint4 operator()(int p, int nt, int i) const { return x[p][nt][i]; }
-    __device__ __forceinline__ void scales(int nt, float (*two)[2]) const {
-        for (int i = 0; i < 2 * SCALES; i++) two[i / SCALES][i % SCALES] = s[nt][i / SCALES][i % SCALES];
     }
 };
 
@@ -1097,17 +1082,10 @@ static __device__ __forceinline__ void tile_sums(const span &s, const operand &x
         float acc[SUMS][1][NT][4];
         zero<SUMS * NT * 4>(&acc[0][0][0][0]);
         for (int unit = (int)threadIdx.x / WARP; unit < units; unit += WARPS) {
-            const from_memory<DTYPE> at_unit = { planes, x.scale, from, scale_at, (uint32_t)unit };
-            uint32_t scale = DTYPE == DSPARK_FP8 ? scales[unit] : 0;
             piece q;
-            if constexpr (NT == 1 && DTYPE != DSPARK_FP4) {     // there are registers: x comes while weights do
-                const in_registers<DTYPE, NT, X> some(at_unit);
-                take_piece<DTYPE>(q, await<NT>(f), scale);
-                multiply<DTYPE, 1, NT, X>(&q, some, acc);
-            } else {
-                take_piece<DTYPE>(q, await<NT>(f), scale);
-                multiply<DTYPE, 1, NT, X>(&q, at_unit, acc);
-            }
+            take_piece<DTYPE>(q, await<NT>(f), DTYPE == DSPARK_FP8 ? scales[unit] : 0);
+            multiply<DTYPE, 1, NT, X>(
+                &q, from_memory<DTYPE>{ planes, x.scale, from, scale_at, (uint32_t)unit }, acc);
             __syncwarp();
             ask<NT>(f);
         }
@@ -1280,8 +1258,8 @@ template <int ROWS> static __global__ void __launch_bounds__(THREADS) stream(con
         stream_rows<ROWS>(p, slice, r, n, fn);
 }
 
-// For few rows: a block has one row of a slice, each warp four of its outputs, in the same order of sums. What an update
-// adds to comes from before `attend` or `experts`, so it is there before the wait.
+// For few rows: a block has one row of a slice, each warp four of its outputs, in the same order of sums. What an
+// update adds to is from before `attend` or `experts`, so it is there before the wait.
 static __global__ void __launch_bounds__(THREADS) stream_few(const stream_args p) {
     __shared__ stream_fn fn;
     enum { EACH = WARP / WARPS };
@@ -2821,8 +2799,9 @@ static __device__ void route_row(const route_args &p, int r, scored_expert *scor
         sum += __shfl_sync(ALL, weight, k), place += other < mine || (other == mine && k < lane);
     }
     if (lane < K) p.route[r * K + place] = mine, p.weight[r * K + place] = quotient(weight, sum) * p.c.routed_scale;
-    if (only && lane < K) p.first[mine] = p.list[place] = place, p.first[mine + 1] = place + 1, p.active[1 + place] = mine;
-    if (only && lane == 0) p.active[0] = K;
+    if (!only || lane >= K) return;
+    p.first[mine] = p.list[place] = place, p.first[mine + 1] = place + 1, p.active[1 + place] = mine;
+    if (lane == 0) p.active[0] = K;
 }
 
 // Counts each expert's rows, in one block; at [E]: where its rows begin in the list.
@@ -2967,7 +2946,8 @@ template <int NT> static __device__ __forceinline__ void linear_rows(const job &
     __syncthreads();
 }
 
-template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2) linears(const __grid_constant__ linears_args p) {
+template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2)
+linears(const __grid_constant__ linears_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
     int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
@@ -3046,7 +3026,8 @@ template <int NT> static __device__ __forceinline__ void expert_rows(const exper
 
 // w1 and w3 let the next kernel start only when the routes are complete, so the one after it may read them before it
 // waits: w2 copies its first weights while its inputs are still computed.
-template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2) experts(const __grid_constant__ experts_args p) {
+template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2)
+experts(const __grid_constant__ experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
     int n, item, end, known, width = least(NT * 8, p.rows), waits = p.routed;
@@ -5388,8 +5369,9 @@ static float *cuda_draft_logits(void *device) { return ((cuda *)device)->host_dr
 
 // ---- weights ----------------------------------------------------------------------------------
 // The checkpoint is walked twice: what it takes is counted, then all of it goes to the device in the order in which it
-// is stored there, through two pinned buffers. Matrices keep their bytes; rows are padded to whole units, tiles to 16
-// rows; FP4's codes and scales are put in the order in which lanes want them.
+// is stored there, through two pinned buffers. Matrices keep their bytes, but go tile by tile, unit by unit, so
+// that a unit is one copy: rows are padded to whole units, tiles to 16 rows; FP4's codes and scales are put in the
+// order in which lanes want them.
 
 typedef struct {
     cuda *d;
@@ -5456,17 +5438,21 @@ static void check_scale(uploader *u, const dspark_matrix *m, uint8_t byte) {
 }
 
 // FP4's scales of a unit: 16 bytes for each g, block b's scales of rows g and g + 8 at 2 b, times decoding's 2^14.
+// Those of padding are 0: experts_whole takes the largest of a tile.
 static void up_fp4_scales(uploader *u, const dspark_matrix *m, int m0, int unit) {
-    int blocks = m->cols / 32;
-    uint8_t some[UNIT];
-    for (int i = 0; u->slab && i < UNIT; i++) {
-        int r = m0 + i / 16 + i % 2 * 8, block = unit * 8 + i % 16 / 2;
-        some[i] = 0;        // of padding: experts_whole takes the largest of a tile
-        if (r < m->rows && block < blocks)
-            check_scale(u, m, some[i] = m->scale[(size_t)r * (size_t)blocks + (size_t)block]);
-        some[i] = (uint8_t)(some[i] + FP4_SHIFT);
+    enum { BLOCKS = 8 };
+    int in_row = m->cols / 32, first = unit * BLOCKS, rows = least(TILE, m->rows - m0),
+        blocks = least(BLOCKS, in_row - first);
+    uint8_t some[UNIT], largest = 0;
+    memset(some, FP4_SHIFT, sizeof some);
+    for (int r = 0; r < rows; r++) {
+        const uint8_t *from = m->scale + (size_t)(m0 + r) * (size_t)in_row + (size_t)first;
+        for (int b = 0; b < blocks; b++) {
+            if (from[b] > largest) largest = from[b];
+            some[r % 8 * 16 + 2 * b + r / 8] = (uint8_t)(from[b] + FP4_SHIFT);
+        }
     }
-    up_put(u, some, sizeof some);
+    check_scale(u, m, largest), up_put(u, some, sizeof some);
 }
 // Reorders FP4 codes for decode_fp4, on the device or, for experts at home, in host memory: n words of units.
 typedef struct { uint32_t *codes; size_t n; } arrange_args;
@@ -5497,6 +5483,8 @@ static const float *up_block_scales(uploader *u, const dspark_matrix *m) {
 static void up_units(uploader *u, const dspark_matrix *m, size_t each, int units) {
     enum { PIECES = UNIT_BYTES / 16 };
     int place[PIECES];
+    size_t all = (size_t)blocks_of(m->rows, TILE) * (size_t)units * (size_t)unit_bytes(m->dtype);
+    if (!u->slab) return up_put(u, NULL, all);
     for (int i = 0; i < PIECES; i++) place[i] = (int)stored_at(UNIT, i / 8, i % 8 * 16);
     for (int m0 = 0; m0 < m->rows; m0 += TILE)
         for (int unit = 0; unit < units; unit++) {
@@ -5504,7 +5492,7 @@ static void up_units(uploader *u, const dspark_matrix *m, size_t each, int units
             const uint8_t *from = (const uint8_t *)m->data + (size_t)m0 * each + at;
             uint8_t some[UNIT_BYTES], last[UNIT] = { 0 };
             if (left < UNIT || m0 + TILE > m->rows) memset(some, 0, sizeof some);
-            for (int i = 0; u->slab && i < PIECES && m0 + i / 8 < m->rows; i++) {
+            for (int i = 0; i < PIECES && m0 + i / 8 < m->rows; i++) {
                 const uint8_t *p = from + (size_t)(i / 8) * each;
                 if (left < UNIT && !(i % 8)) memcpy(last, p, left);
                 memcpy(some + place[i], (left < UNIT ? last : p) + i % 8 * 16, 16);

@@ -1,7 +1,7 @@
 // cuda [DIR | synth] [key=value ...] [fast]: on a device, the time of passes and of the kernels in them, and the share
 // of the floor: the bytes that must move, over the rate at which this device copies. synth: a checkpoint in memory, as
 //     cuda synth flash n_routed_experts=110
-// fast: fast_prefill, in passes of 2,048 rows.
+// fast: fast_prefill, in passes of 2,048 rows. cuBLASLt's kernels count with those before them, `codes` and by_rows.
 // Prints CSV as bench.h says, with the device's own figures; what was not measured is left out.
 #define DSPARK_CUDA
 #include "bench.h"
@@ -12,7 +12,8 @@ void dspark_cuda_trace(int on);
 const char *dspark_cuda_traced(int i, double *us);
 double dspark_cuda_copy_rate(size_t n);
 
-enum { CONTEXT = 4096, REPEATS = 15, PROMPT = 512, MOST_ROWS = 64 };      // PROMPT: rows of a pass of a prompt
+enum { CONTEXT = 4096, REPEATS = 15, MOST_ROWS = 64 };
+static int prompt = 512;        // rows of a pass of a prompt
 static const char *name;
 
 static double stored(const dspark_matrix *m) {
@@ -68,12 +69,12 @@ static void print_pass(const char *what, samples *us, const floors *f, double ra
     result_one(question, name, 1, 100 * floor_us / quantile(us, .5), "%");
 }
 
-// A pass of `rows` rows at the session's end (PROMPT: the last has logits); or (0) a cycle of a session that drafts: a
-// draft, and the pass that verifies it all.
+// A pass of `rows` rows at the session's end (a prompt's: the last has logits); or (0) a cycle of a session that
+// drafts: a draft, and the pass that verifies it all.
 static void run(dspark_session *s, const int32_t *ids, int rows) {
     dspark_pass_result out;
     dspark_step_result r;
-    if (rows) must(dspark__run_alone(s, ids, rows, s->n_run, 0, rows == PROMPT ? rows - 1 : 0, &out));
+    if (rows) must(dspark__run_alone(s, ids, rows, s->n_run, 0, rows == prompt ? rows - 1 : 0, &out));
     else must(dspark_step(&s, 1, NULL, &r)), must(r.status);
 }
 
@@ -112,7 +113,7 @@ static totals kernels(dspark_session *s, const int32_t *ids, int rows, double ra
     totals sum = { 0, 0, 0 };
     const char *kernel;
     double us;
-    int n = 0, k, repeats = rows == PROMPT ? 2 : REPEATS;
+    int n = 0, k, repeats = rows == prompt ? 2 : REPEATS;
     dspark_cuda_trace(1), run(s, ids, rows);
     for (int pass = 0; pass < repeats; pass++) {
         dspark_cuda_trace(1), run(s, ids, rows);
@@ -137,7 +138,7 @@ static totals kernels(dspark_session *s, const int32_t *ids, int rows, double ra
         snprintf(question, sizeof question, "cuda %s %s (%d launches)", of, found[k].name, found[k].n / repeats);
         result_one(question, name, 1, found[k].us, "us");
         snprintf(question, sizeof question, "cuda %s %s share of floor", of, found[k].name);
-        if (bytes > 0 && rows && rows != PROMPT)
+        if (bytes > 0 && rows && rows != prompt)
             result_one(question, name, 1, 100 * bytes / (1e3 * rate) / found[k].us, "%");
         sum.all += found[k].us;
         if (strstr(found[k].name, "markov") || strstr(found[k].name, "draw")) sum.head += found[k].us;
@@ -147,7 +148,7 @@ static totals kernels(dspark_session *s, const int32_t *ids, int rows, double ra
 
 // Cycles at the passes' context. Host time: what the kernels do not account for.
 static void cycle(dspark_model *m, const int32_t *ids, int n, double rate) {
-    dspark_session_desc d = plain_desc(n + PROMPT);
+    dspark_session_desc d = plain_desc(n + prompt);
     dspark_session *s;
     totals all;
     samples us;
@@ -176,16 +177,16 @@ int main(int argc, char **argv) {
     double rate = dspark_cuda_copy_rate((size_t)1 << 28), start, median[MOST_ROWS + 1] = { 0 };
     if (rate <= 0) die("cuda", "the device cannot be measured");
     memset(&desc, 0, sizeof desc);
-    desc.backend = dspark_cuda_backend(), desc.max_rows = PROMPT;
+    desc.backend = dspark_cuda_backend(), desc.max_rows = prompt;
     for (int i = 2; i < argc; i++)
-        if (!strcmp(argv[i], "fast")) desc.fast_prefill = 1, desc.max_rows = 4 * PROMPT;
+        if (!strcmp(argv[i], "fast")) desc.fast_prefill = 1, desc.max_rows = prompt = 2048;
         else if (!synth_set(argv[i])) return 2;
     name = synth ? "synth" : model_name(dir);
     if (synth) desc.files.map = synth_map, desc.files.unmap = synth_unmap, dir = ".";
     must(dspark_model_open(&m, dir, &desc));
     result_one("cuda copy", name, 1, rate, "GB/s");
-    n = dspark_model_config(m)->max_position_embeddings - PROMPT, n = n < CONTEXT ? n : CONTEXT;
-    d = plain_desc(n + PROMPT), s = session_open(m, &d);
+    n = dspark_model_config(m)->max_position_embeddings - prompt, n = n < CONTEXT ? n : CONTEXT;
+    d = plain_desc(n + prompt), s = session_open(m, &d);
     int32_t *ids = (int32_t *)need((size_t)n, sizeof *ids);
     noise(m, ids, n, 1);
     start = seconds();
@@ -193,7 +194,7 @@ int main(int argc, char **argv) {
     result_one("cuda prefill", name, 1, n / (seconds() - start), "tokens/s");
     passes(s, ids, rate, median);
     result_one("cuda verification of 6 over 1 row", name, 1, median[6] / median[1], "x");
-    kernels(s, ids, 1, rate), kernels(s, ids, 6, rate), kernels(s, ids, PROMPT, rate);
+    kernels(s, ids, 1, rate), kernels(s, ids, 6, rate), kernels(s, ids, prompt, rate);
     dspark_session_close(s);
     if (dspark_model_config(m)->n_stages) cycle(m, ids, n, rate);
     dspark_model_close(m), free(ids);
