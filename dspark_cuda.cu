@@ -964,8 +964,9 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
 }
 
 // What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units left
-// in the tile and tiles left in the span; bytes of a unit, and from a tile's last unit to the next one's first, less
-// eight; the warp's slots, the next of them and, a bit each, the parity of the copies that land there next.
+// in the tile and tiles left in the span; bytes of a unit, and from where the eighth unit after a tile's last would be
+// to the next tile's first; the warp's slots, the next of them and, a bit each, the parity of the copies that land there
+// next.
 typedef struct {
     const span *spans;
     const uint8_t *p;
@@ -982,8 +983,8 @@ static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_o
 static __device__ __forceinline__ int most_tiles(int nt, int width) {
     return least(WARP, tiles_at_once(nt) * nt * 8 / width);
 }
-// The threads that registers are shared out for. 320 of the 256: two blocks of few rows leave a quarter of them, so the
-// small kernels before and after a product have blocks on its SMs, too.
+// A block's threads, as __launch_bounds__ counts them. More than there are leave registers free: with 320 a thread has
+// 96, and two blocks leave a quarter of an SM's, room for a block of the small kernels before and after a product.
 static constexpr int bound_of(int nt) { return nt == 1 ? 320 : THREADS; }
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * RING_SLOT; }
 
