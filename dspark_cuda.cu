@@ -964,9 +964,8 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
 }
 
 // What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units left
-// in the tile and tiles left in the span; bytes of a unit, and from where the eighth unit after a tile's last would be
-// to the next tile's first; the warp's slots, the next of them and, a bit each, the parity of the copies that land there
-// next.
+// in the tile and tiles left in the span; bytes of a unit, and from where a tile's next unit would be to the next one's
+// first; the warp's slots, the next of them and, a bit each, the parity of the copies that land there next.
 typedef struct {
     const span *spans;
     const uint8_t *p;

@@ -38,7 +38,6 @@ typedef struct {
     int schedule, verify;                           // in the numbers of dspark_policy; negative: not given
     int backend;
     int plain, chat, think, show, stats, json, compare, check, learn, fast_prefill, help;
-    FILE *log_to;
 } settings;
 
 enum { FLAG, INTEGER, REAL, SEED, TEXT, NAME, STOP, CHOICE };     // NAME: a text that is not empty
@@ -300,9 +299,12 @@ static void show_cycles(const answer *a, const dspark_tokenizer *t) {
     }
 }
 
-static void log_step(FILE *f, const dspark_step_result *r) {
+static FILE *log_file;      // from the first step on: a call that is refused leaves the old log
+static int log_step(const char *path, const dspark_step_result *r) {
     char line[4096];
-    if (dspark_step_json(r, 0, line, sizeof line) < (int)sizeof line) fputs(line, f);
+    if (!log_file && !(log_file = fopen(path, "w"))) return error(FAILED, "%s: %s", path, strerror(errno));
+    if (dspark_step_json(r, 0, line, sizeof line) < (int)sizeof line) fputs(line, log_file);
+    return 0;
 }
 
 // From a session that holds the prompt to an answer; an exit status.
@@ -316,7 +318,7 @@ static int generate(const settings *o, dspark_session *s, const dspark_tokenizer
         if (!status) status = r.status;
         if (status) return api_error(status);
         count(a, &r, now() - began);
-        if (o->log_to) log_step(o->log_to, &r);
+        if (o->log && log_step(o->log, &r)) return FAILED;
         if (o->show && r.n_drafted) push(&a->cycles, &r, sizeof r);
         if (o->show) show_tokens(a, &r, t);
         else push(&a->text, r.text, (size_t)r.text_len);
@@ -663,7 +665,7 @@ static int leave(const settings *o, dspark_model *m) {
     int n = dspark_stats_prometheus(dspark_model_stats(m), NULL, text, sizeof text);
     dspark_status status = o->profile ? dspark_model_save_profile(m, o->profile) : DSPARK_OK;
     if (status) return api_error(status);
-    if (o->log_to && fclose(o->log_to)) return error(FAILED, "%s: %s", o->log, strerror(errno));
+    if (log_file && fclose(log_file)) return error(FAILED, "%s: %s", o->log, strerror(errno));
     if (!o->metrics) return 0;
     if (n >= (int)sizeof text)
         return error(FAILED, "%s: expected up to %zu bytes, found %d", o->metrics, sizeof text, n);
@@ -688,8 +690,9 @@ static int run(settings *o) {
     if (o->backend) return error(BAD_CALL, "--backend cuda: this program was built without it; make cuda builds it");
 #endif
     if (ask && (o->json || o->compare)) return error(BAD_CALL, "--json and --compare need a prompt (-p)");
-    if ((exit_status = may_write(o->metrics)) || (exit_status = may_write(o->profile))) return exit_status;
-    if (o->log && !(o->log_to = fopen(o->log, "w"))) return error(BAD_CALL, "%s: %s", o->log, strerror(errno));
+    if ((exit_status = may_write(o->metrics)) || (exit_status = may_write(o->profile)) ||
+        (exit_status = may_write(o->log)))
+        return exit_status;
     memset(&desc, 0, sizeof desc);
     desc.n_threads = o->threads, desc.progress = loading, desc.backend = backend_of(o);
     if (o->backend) desc.max_rows = 512;        // a pass reads every expert once, however many rows of a prompt it has

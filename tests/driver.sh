@@ -191,7 +191,7 @@ else
     check "--log has a line a step: the first gives two tokens" eval 'text -p "$prompt" --plain --log $dir/log && [ "$(wc -l < $dir/log)" -eq 39 ]'
     echo kept > $dir/kept
     check "a run that fails leaves the files as they are, and no new ones" eval 'refuses 2 -m $model -c 3 -p "one two three" \
-        --metrics $dir/kept --profile $dir/unmade && [ "$(cat $dir/kept)" = kept ] && [ ! -e $dir/unmade ]'
+        --metrics $dir/kept --log $dir/kept --profile $dir/unmade && [ "$(cat $dir/kept)" = kept ] && [ ! -e $dir/unmade ]'
     check "--metrics counts the tokens" eval 'text -p "$prompt" --metrics $dir/metrics &&
         grep -qx "dspark_generation_tokens_total 40" $dir/metrics'
 fi
