@@ -55,7 +55,7 @@
 // their code: 5 %. All 128 registers for products of few rows, so that no small kernel fits beside them: 2 %. Five
 // slots: 1 %. The lines of x touched before a span: 2 %.
 // COUNTED (steady loops in cuobjdump -sass of sm_90a, a warp's instructions for a unit of 2 KB times 8 rows; in
-// brackets: via bf16): FP4 274 (438), FP8 121 (278), times wo_a's planes 144 (308), bf16 83 (127). For FP4 a
+// brackets: via bf16): FP4 275 (438), FP8 122 (278), times wo_a's planes 145 (308), bf16 81 (127). For FP4 a
 // scheduler's four warps issue 1,100 while their bytes take 2,400 clocks.
 #ifdef DSPARK_CUDA_HOST
 #define CUDA_HOST_IMPLEMENTATION
