@@ -17,6 +17,7 @@ extern int cuda_host_sms;
 enum { TEXTS = 12 };        /* a device rounds differently more often: it sums in other orders */
 #endif
 enum { N = 72, LENGTH = 24, CHOOSES = 20 };    /* tokens; of one text; where its index starts to choose */
+_Static_assert((TEXTS - 1) * 4 + LENGTH <= N, "texts begin four tokens apart");
 
 static dspark_model *open_on(const dspark_backend *backend) {
     dspark_model *m;
