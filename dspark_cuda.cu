@@ -44,8 +44,8 @@
 //   wo_a 586, 84 %; wq_a and beside it 384, 79 %; experts' w1 w3 1,139, 69 %: which experts is known last; they take
 //   1.5 us to find them, 1.5 to the first bytes, and SMs differ by 3 at the end.
 //   Others 2,330: stream 478, attend 476, round_rows 331, mix 317, index_scores 242, attend_merge 207, route 128,
-//   swiglu 118, index_query 37. Each takes 2 to 11. A launch that only waits takes .6 in a graph, one that reads what
-//   the one before it wrote 1 to 1.9; blocks of one kernel that meet at a barrier take longer, .7 to 1.4 and 1 to 2.6.
+//   swiglu 118, index_query 37. Each takes 2 to 11. In a graph of nothing else a launch that only waits takes .6, one
+//   that reads what the one before it wrote 1 to 1.9; blocks of one kernel that meet at a barrier .7 to 1.4, 1 to 2.6.
 //   What is left is loads that wait in L2 behind 17 MB of the next product's weights: 3 to 5 us for one of y in stream.
 // SLOWER: the block that completes a tile does the small kernel that follows, 12 launches a layer, since such blocks do
 // serially what waits for them. Or each block of the next product does it: 264 blocks write the same lines; one row
@@ -636,15 +636,15 @@ static __host__ __device__ __forceinline__ int items_of(const matrix &w, int ite
 typedef struct { matrix w; const int *list; int n, tile, part, of; } item_at;
 
 // Finds the spans that begin in items [first, first + 32), up to `end`: runs of up to `most_tiles` tiles of one part.
-// The first warp writes them; every thread gets the count. known: for item_of, from each of its lanes.
+// The first warp writes them; every thread gets the count. active: as item_of of experts takes it.
 template <class P> static __device__ __forceinline__ int find_spans(const P &p, int first, int end, int most_tiles,
-                                                                    int known, span *spans) {
+                                                                    int active, span *spans) {
     __shared__ int n;
     __syncthreads();        // all are done with old spans
     if (threadIdx.x < WARP) {
         int lane = (int)threadIdx.x, before;
         item_at it;
-        item_of(p, least(first + lane, end - 1), known, it);
+        item_of(p, least(first + lane, end - 1), active, it);
         if (first + lane >= end) it.tile = it.part = -1;
         unsigned tile_lanes = __ballot_sync(ALL, it.tile >= 0), lower = (1u << lane) - 1, upto = lower | 1u << lane;
         before = tile_lanes & lower ? 31 - __clz((int)(tile_lanes & lower)) : lane;     // the lane of the tile before
@@ -2254,7 +2254,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
     const key_at all = keys_in(p, s);
     grid_wait();
-    grid_go();
+    grid_go();      // not earlier: stream_few reads before its wait what is complete now
     attend_shared(&p.c, bytes, &room);
     ask_queries(p, r, h0, asked);
     if (BLOCKS == 1) ask_step(p, s, all, i, v, split * v.length, end_of(v, split), step);
@@ -2985,13 +2985,13 @@ typedef struct {
     int y_stride;
 } experts_args;
 
-// known: a lane's number of p.active.
-static __device__ __forceinline__ int known_of(const experts_args &p) {
+// The lane's number of p.active: the first 32 come with one load, before it is known which are needed.
+static __device__ __forceinline__ int lane_active(const experts_args &p) {
     return __ldcg(p.active + least((int)threadIdx.x % WARP, p.c.E));
 }
-static __device__ __forceinline__ void item_of(const experts_args &p, int i, int known, item_at &it) {
-    int n = __shfl_sync(ALL, known, 0), a = i / (p.each * p.n_which), at = 1 + least(a, p.c.E - 1),
-        e = __shfl_sync(ALL, known, at % WARP), each = p.each, of_tile = p.each_tile;
+static __device__ __forceinline__ void item_of(const experts_args &p, int i, int active, item_at &it) {
+    int n = __shfl_sync(ALL, active, 0), a = i / (p.each * p.n_which), at = 1 + least(a, p.c.E - 1),
+        e = __shfl_sync(ALL, active, at % WARP), each = p.each, of_tile = p.each_tile;
     if (at >= WARP) e = __ldcg(p.active + at);
     e = least(most(0, e), p.c.E - 1);       // past the active ones anything may be there
     const expert *of = p.experts + e;
@@ -3030,7 +3030,7 @@ template <int NT> static __global__ void __launch_bounds__(bound_of(NT), 2)
 experts(const __grid_constant__ experts_args p) {
     __shared__ span spans[WARP];
     SHARED_BYTES(bytes);
-    int n, item, end, known, width = least(NT * 8, p.rows), waits = p.routed;
+    int n, item, end, active, width = least(NT * 8, p.rows), waits = p.routed;
     feed f;
     feed_open<NT>(f, bytes);
     if (!waits) {
@@ -3039,10 +3039,10 @@ experts(const __grid_constant__ experts_args p) {
         grid_wait();
     }
     grid_go();
-    known = known_of(p), n = (__shfl_sync(ALL, known, 0) * p.each + p.shared_each) * p.n_which;
+    active = lane_active(p), n = (__shfl_sync(ALL, active, 0) * p.each + p.shared_each) * p.n_which;
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
-        int some = find_spans(p, item, end, most_tiles(NT, width), known, spans);
+        int some = find_spans(p, item, end, most_tiles(NT, width), active, spans);
         feed_begin<NT>(f, spans, some);
         if (waits) grid_wait(), waits = 0;
         for (int k = 0; k < some; k++)
@@ -4522,7 +4522,8 @@ static void job_add(linears_args *p, const matrix &w, const input &x, float *y, 
 // The decoding kernels decode weights to 16 bits. Whole blocks of a prompt are bound by products, and cuBLASLt's take
 // FP8 twice as fast: 512 rows of wq_b (33.5 MB) are 34 GFLOP, 23 us at 1.5 PFLOP/s, where mma.sync on f16 needs some
 // 60. Its sums keep fewer bits, and its algorithm depends on the shape: so rows are always 512, and a shape's first
-// choice stays. wo_a, bf16 matrices and the routed experts are linears_whole's and experts_whole's.
+// choice stays. It wants matrices by rows: each is copied before its product. wo_a, bf16 matrices and the routed
+// experts are linears_whole's and experts_whole's.
 
 #ifdef DSPARK_CUDA_HOST
 extern "C" { long cuda_host_products; }
