@@ -33,9 +33,9 @@
 // A layer is 19 launches if its indexer has keys to choose among, else 17; a pass is some 780, one CUDA graph.
 // Programmatic dependent launch: a kernel calls grid_go first, so the next one may start early. Before waiting
 // (grid_wait) that one reads its parameters and the pass's counts and rows; `linears`, and `experts` of w2, also issue
-// copies of their first 128 KB of weights an SM, 5.8 us of bytes. `attend` of few rows and `experts` of w1 w3 call it
-// when they have waited: what precedes them is then complete for all that follows, and stream_few reads the old copies
-// early.
+// copies of their first 128 KB of weights an SM, 5.8 us of bytes, a few at a time. `attend` of few rows and `experts`
+// of w1 w3 call it when they have waited: what precedes them is then complete for all that follows, and stream_few
+// reads the old copies early. `route` does, too, so that experts' blocks do not start in its way.
 //
 // MEASURED on an H100, 43 layers of 16 experts, position 4096, bench/cuda.c. A pass of one row: 6,480 us, 59 % of the
 // bytes' floor. Six rows: 10,140; a cycle that drafts five and verifies six rows: 11,000. Of one row, us and share of
@@ -168,7 +168,12 @@ template <int AT> __device__ __forceinline__ void copy16(shared_at to, const voi
 template <int AT> __device__ __forceinline__ void copy4(shared_at to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0 + %2], [%1], 4;" :: "r"(to), "l"(from), "n"(AT) : "memory");
 }
-// Prefetches the line at p into L2.
+// Prefetches into L2: a weight's unit, the line at p.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void prefetch_bulk(const void *from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
+}
+#endif
 __device__ __forceinline__ void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 // x is needed, and now: ptxas deletes what only an empty asm uses.
 __device__ __forceinline__ void keep(int x) {
@@ -190,6 +195,12 @@ __device__ __forceinline__ void barrier_expect(shared_at b, int bytes) {
 __device__ __forceinline__ void barrier_wait(shared_at b, uint32_t parity) {
     asm volatile("{ .reg .pred p; AGAIN%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra AGAIN%=; }"
                  :: "r"(b), "r"(parity) : "memory");
+}
+__device__ __forceinline__ int barrier_passed(shared_at b, uint32_t parity) {
+    int passed;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.s32 %0, 1, 0, p; }"
+                 : "=r"(passed) : "r"(b), "r"(parity) : "memory");
+    return passed;
 }
 // Weights that are not read again in this pass leave L2 first, so that what is read again stays there: code,
 // parameters, the residual stream, keys. A layer's weights are 90 MB, L2 50.
@@ -710,6 +721,9 @@ static __device__ __forceinline__ void ring_close(void) {}
 template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_at slot, uint32_t parity) {
     barrier_wait(slot + SLOT_BYTES, parity);
 }
+static __device__ __forceinline__ int ring_landed(shared_at slot, uint32_t parity) {
+    return barrier_passed(slot + SLOT_BYTES, parity);
+}
 #else
 static __device__ __forceinline__ void ring_open(shared_at, int) {}
 static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int bytes) {
@@ -1031,12 +1045,59 @@ template <int NT> static __device__ __forceinline__ void feed_open(feed &f, char
     f.slots = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * RING_SLOT);
     ring_open(f.slots, slots_of(NT));
 }
-template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n) {
+static __device__ __forceinline__ void feed_spans(feed &f, const span *spans, int n) {
     f.spans = spans, f.n = n, f.k = f.i0 = 0;
     for (int k = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP; k < n; k += WARPS)      // a scale a tile
         if (spans[k].dtype == DSPARK_FP8 && lane < spans[k].tiles) prefetch_line(scales_of(spans[k], lane));
     feed_span(f);
+}
+template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n) {
+    feed_spans(f, spans, n);
     for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
+}
+#ifdef BULK_COPIES
+// When a warp's slots are taken and there is still time, its next units come to L2, one a microsecond.
+template <int NT> static __device__ __forceinline__ void prefetch_next(feed f, const volatile int &turn) {
+    for (int k = 0; k < 4 && f.tiles; k++) {
+        for (int i = 0; i < 10 && !turn; i++) __nanosleep(100);
+        if (turn) return;
+        if (threadIdx.x % WARP == 0) prefetch_bulk(f.p, f.bytes);
+        f.p += WARPS * f.bytes;
+        if (!--f.units) feed_tile<NT>(f);
+    }
+}
+// Until its turn a block has AHEAD units on their way, and what its last warp asks for: all at once fill L2's queues,
+// and a load of the small kernel that runs now would wait 5 us. Warps ask one after the other, each unit when one AHEAD
+// units before it has landed; the last warp waits for the turn and says so.
+template <int NT> static __device__ __forceinline__ void ask_gently(feed &f) {
+    __shared__ volatile int turn;
+    enum { AHEAD = 4, OTHERS = WARPS - 1 };
+    int warp = (int)threadIdx.x / WARP;
+    shared_at first = f.slots - warp * slots_of(NT) * RING_SLOT;
+    if (threadIdx.x == 0) turn = 0;
+    __syncthreads();
+    for (int i = 0; i < slots_of(NT); i++) {
+        int before = i * OTHERS + warp - AHEAD;
+        shared_at slot = first + (before % OTHERS * slots_of(NT) + before / OTHERS) * RING_SLOT;
+        while (warp < OTHERS && before >= 0 && !turn && !ring_landed(slot, 0)) __nanosleep(40);
+        __syncwarp();
+        ask<NT>(f);
+    }
+    if (warp < OTHERS) prefetch_next<NT>(f, turn);
+    grid_wait();
+    if (warp == OTHERS) turn = 1;
+}
+#endif
+// feed_begin, of a block's first spans, and grid_wait: asks for weights alone, as inputs may not be ready yet.
+template <int NT> static __device__ __forceinline__ void feed_until_turn(feed &f, const span *spans, int n) {
+#ifdef BULK_COPIES
+    if constexpr (NT == 1) {
+        feed_spans(f, spans, n), ask_gently<NT>(f);
+        return;
+    }
+#endif
+    feed_begin<NT>(f, spans, n);
+    grid_wait();
 }
 
 template <int NT, int X>
@@ -2827,10 +2888,10 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     int n, E = p.c.E, warps = (int)blockDim.x / WARP, warp = (int)threadIdx.x / WARP, r0 = (int)blockIdx.x * warps;
     scored_expert *scores = (scored_expert *)(void *)bytes;
     float *bias = (float *)(void *)(scores + (size_t)warps * (size_t)E);
-    grid_go();
     for (int e = (int)threadIdx.x; p.bias && e < E; e += (int)blockDim.x) bias[e] = p.bias[e];
     n = p.n->n_rows;
     grid_wait();
+    grid_go();
     __syncthreads();
     for (int i = (int)threadIdx.x; i < least(warps, n - r0) * E; i += (int)blockDim.x)
         scores[i] = score_expert(p, r0 + i / E, i % E, bias);
@@ -2958,8 +3019,8 @@ linears(const __grid_constant__ linears_args p) {
     feed_open<NT>(f, bytes);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), 0, spans);
-        feed_begin<NT>(f, spans, some);     // only weights: inputs may not be ready yet
-        if (n < 0) n = *p.n_rows, grid_wait();
+        if (n >= 0) feed_begin<NT>(f, spans, some);
+        else n = *p.n_rows, feed_until_turn<NT>(f, spans, some);
         for (int k = 0; n > r0 && k < some; k++)
             linear_rows<NT>(p.jobs[spans[k].of], spans[k], r0, n, f, (float *)(void *)bytes, width);
     }
@@ -3043,8 +3104,8 @@ experts(const __grid_constant__ experts_args p) {
     item = first_item(n, (int)blockIdx.x, (int)gridDim.x), end = first_item(n, (int)blockIdx.x + 1, (int)gridDim.x);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), active, spans);
-        feed_begin<NT>(f, spans, some);
-        if (waits) grid_wait(), waits = 0;
+        if (!waits) feed_begin<NT>(f, spans, some);
+        else feed_until_turn<NT>(f, spans, some), waits = 0;
         for (int k = 0; k < some; k++)
             for (int i = 0; i < spans[k].n; i += NT * 8)
                 expert_rows<NT>(p, spans[k], i, f, (float *)(void *)bytes, width);
