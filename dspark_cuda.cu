@@ -111,12 +111,13 @@ static inline void mma_f16(float *c, const uint32_t (*a)[4], int pair, uint32_t 
     if (first) c[0] = c[1] = c[2] = c[3] = 0;
     host_mma(c, all, b, 1);
 }
-template <int DTYPE, int FIRST> static inline void mma_panel(float (*c)[4], const uint32_t *a, shared_at b) {
-    host_mma_panel(c[0], a, b, DTYPE == DSPARK_FP4 ? HOST_E4M3 : DTYPE == DSPARK_FP8 ? HOST_F16 : HOST_BF16, FIRST);
+template <int DTYPE, int FIRST> static inline void mma_panel(float (*c)[4], const uint32_t (*a)[4], shared_at b) {
+    for (int i = 0; i < 4; i++)
+        host_mma_panel(c[0], a[i], b + 32 * i,
+                       DTYPE == DSPARK_FP4 ? HOST_E4M3 : DTYPE == DSPARK_FP8 ? HOST_F16 : HOST_BF16, FIRST && !i);
 }
-static inline void mma_panel_begin(void) {}
-static inline void mma_panel_close(void) {}
 template <int PENDING> static inline void mma_panel_wait(float (*)[4]) {}
+template <int PENDING> static inline void mma_panel_read(uint32_t (*)[4]) {}
 static inline void copies_seen(void) {}
 template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
@@ -247,10 +248,11 @@ template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(row), "n"(AT));
     return r;
 }
-// Hopper's wgmma: a warpgroup's c [64][64] += a [64][k] b [64][k]. DTYPE is the weights': FP4 as E4M3, k 32; FP8 as
-// f16, k 16; bf16, k 16. A warp has 16 rows of a and c, laid out as for mma, but with four k of E4M3 where mma has two.
-// b is in shared memory: 128 bytes a row, 16-byte pieces swizzled by row % 8, on a multiple of 1,024. mma_panel_close
-// makes a group of what was issued, mma_panel_wait waits for it. FIRST: c starts at 0. Sums of E4M3 keep some 13 bits.
+// Hopper's wgmma: a warpgroup's c [64][64] += a [64][k] b [64][k], a group of four of a quarter of k each. DTYPE is the
+// weights': FP4 as E4M3, k 128; FP8 as f16, k 64; bf16, k 64. A warp has 16 rows of a and c, laid out as for mma, but
+// with four k of E4M3 where mma has two. b is in shared memory: 128 bytes a row, 16-byte pieces swizzled by row % 8, on
+// a multiple of 1,024. It runs on: mma_panel_wait waits until c is complete, mma_panel_read until a may be written, and
+// PENDING groups issued later may go on. FIRST: c starts at 0. Sums of E4M3 keep some 13 bits.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR_SUMS(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define MMA_PANEL(types, end)                                                                                         \
@@ -261,19 +263,29 @@ template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
                  : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),  \
                    FOUR_SUMS(7)                                                                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at), "n"(!FIRST))
-template <int DTYPE, int FIRST>
-__device__ __forceinline__ void mma_panel(float (*c)[4], const uint32_t *a, shared_at b) {
-    uint64_t at = (uint64_t)(b >> 4 & 0x3fff) | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+template <int DTYPE, int FIRST, int AT>
+__device__ __forceinline__ void mma_quarter(float (*c)[4], const uint32_t *a, uint32_t b) {
+    uint64_t at = (uint64_t)(b + AT / 16) | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
     if (DTYPE == DSPARK_FP4) MMA_PANEL("k32.f32.e4m3.e4m3", "");
     else if (DTYPE == DSPARK_FP8) MMA_PANEL("k16.f32.f16.f16", ", 0");
     else MMA_PANEL("k16.f32.bf16.bf16", ", 0");
 }
-__device__ __forceinline__ void mma_panel_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void mma_panel_close(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int DTYPE, int FIRST>
+__device__ __forceinline__ void mma_panel(float (*c)[4], const uint32_t (*a)[4], shared_at b) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    mma_quarter<DTYPE, FIRST, 0>(c, a[0], b >> 4), mma_quarter<DTYPE, 0, 32>(c, a[1], b >> 4);
+    mma_quarter<DTYPE, 0, 64>(c, a[2], b >> 4), mma_quarter<DTYPE, 0, 96>(c, a[3], b >> 4);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*c)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
     asm volatile("" : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),
                       FOUR_SUMS(7) :: "memory");       // nobody reads them before
+}
+template <int PENDING> __device__ __forceinline__ void mma_panel_read(uint32_t (*a)[4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+    UNROLL
+    for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
 }
 // Makes this thread's copies visible to mma_panel.
 __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -281,12 +293,12 @@ __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.as
 #if __CUDA_ARCH__ == 900
 #error "build for sm_90a: sm_90 has no wgmma"
 #endif
-template <int DTYPE, int FIRST> __device__ __forceinline__ void mma_panel(float (*)[4], const uint32_t *, shared_at) {
+template <int DTYPE, int FIRST>
+__device__ __forceinline__ void mma_panel(float (*)[4], const uint32_t (*)[4], shared_at) {
     __trap();
 }
-__device__ __forceinline__ void mma_panel_begin(void) {}
-__device__ __forceinline__ void mma_panel_close(void) {}
 template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*)[4]) {}
+template <int PENDING> __device__ __forceinline__ void mma_panel_read(uint32_t (*)[4]) {}
 __device__ __forceinline__ void copies_seen(void) {}
 #endif
 // Four E4M3 codes, in pairs.
@@ -3443,16 +3455,15 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 
 // ---- products of whole blocks of a prompt -----------------------------------------------------
 // With fast_prefill, by wgmma: what cuBLASLt does not take, except F16 and F32. A block has 128 outputs and 64 or 128
-// rows. Weights are decoded in registers, half a unit while the half before is multiplied; x is in panels of 64 rows
-// of 128 bytes.
+// rows. Weights are decoded in registers, half a unit while the half before is multiplied, also if that is the unit
+// before's; x is in panels of 64 rows of 128 bytes.
 //   FP4, the routed experts: as E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so
 //     that 128 products are one sum. A code whose scale is below 2^-14 of the largest loses bits, as the sum does.
 //   FP8, wo_a: as f16, with the first plane of its inputs: 11 bits where the released kernels have 8.
 //   bf16: as it is, with the first plane of its inputs, as those kernels.
-// Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.2 with the 850 instructions that
+// Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.3 with the 780 instructions that
 // each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Others: .99 PFLOP/s,
 // 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9, but one tile's 64 units 19.
-// Not yet run on a device.
 
 enum { PANEL = 64, PANEL_STAGES = 3, FP8_ROOM = 6 };   // rows of b; stages; 6 2^6 is an E4M3
 // Per dtype: panels that x of a unit fills; bytes of a number of x; scales of x in a unit; the dtype whose layout a
@@ -3460,13 +3471,15 @@ enum { PANEL = 64, PANEL_STAGES = 3, FP8_ROOM = 6 };   // rows of b; stages; 6 2
 template <int DTYPE> struct panels_of { enum { ALONG = 1, NUMBER = 2, SCALES = 0, PIECE = DSPARK_FP8 }; };
 template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, NUMBER = 2, SCALES = 1, PIECE = DSPARK_BF16 }; };
 template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, NUMBER = 1, SCALES = 2, PIECE = DSPARK_FP4 }; };
-// A stage: x, weights, the scales of x [2][row].
+// A stage: x and its scales [2][row]. Each warp has a ring of as many slots for its weights.
 static __host__ __device__ constexpr int panel_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
-static __host__ __device__ constexpr int panel_stage_bytes(int panels) {
-    return panel_x_bytes(panels) + WARPS * SLOT_BYTES + 1024;
-}
+static __host__ __device__ constexpr int panel_stage_bytes(int panels) { return panel_x_bytes(panels) + 1024; }
 static __host__ __device__ constexpr int panel_bytes(int panels) {
-    return 1024 + PANEL_STAGES * panel_stage_bytes(panels);
+    return 1024 + PANEL_STAGES * (panel_stage_bytes(panels) + WARPS * RING_SLOT);
+}
+template <int PANELS> static __device__ __forceinline__ shared_at panel_slot(const char *bytes, int stage) {
+    return place_in(bytes + PANEL_STAGES * panel_stage_bytes(PANELS)) +
+           ((int)threadIdx.x / WARP * PANEL_STAGES + stage) * RING_SLOT;
 }
 // A tile may have two parts, the same outputs of w1 and w3. weight: each row's routing weight.
 struct panel_tile : tile_of<2 * PANEL> {
@@ -3488,7 +3501,7 @@ static __device__ __forceinline__ uint32_t fp8_of(uint32_t w, const uint2 &table
     uint32_t z = w >> 1 & 0x07070707u;
     return __byte_perm(table.x, table.y, __byte_perm(z | z >> 4, 0, 0x20)) | (w & 0x80808080u);
 }
-// Half c of a unit, for four mma_panel. Returned: the scale that its sums take.
+// Half c of a unit, for mma_panel. Returned: the scale that its sums take.
 template <int DTYPE>
 static __device__ __forceinline__ float panel_weights(const piece &q, int c, const uint2 *, uint32_t (*a)[4]) {
     UNROLL
@@ -3524,27 +3537,31 @@ template <> __device__ __forceinline__ float panel_weights<DSPARK_FP4>(const pie
     return exp2i(most(-126, (int)largest - 127 - FP4_SHIFT - FP8_ROOM));
 }
 
-// Issues copies of the next unit to its stage: x in panels of 128 bytes a row, weights, x's scales.
+// Issues copies of the next unit to its stage: x in panels of 128 bytes a row, x's scales; to the warps' slots weights.
 template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n, wide_at &a, char *bytes) {
-    enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, SCALES = panels_of<DTYPE>::SCALES };
-    int warp = (int)threadIdx.x / WARP, q = (int)threadIdx.x % IN_ROW, first = (int)threadIdx.x / IN_ROW;
+    enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, EACH = PANELS * PANEL / ROWS,
+           SCALES = panels_of<DTYPE>::SCALES };
+    int me = (int)threadIdx.x, q = me % IN_ROW, first = me / IN_ROW;
     if (a.k < n) {
         const panel_tile &t = known[a.k % TILES_KNOWN];
+        const span &s = PARTS == 2 && a.w ? t.second : t.s;
         shared_at stage = place_in(bytes + a.stage * panel_stage_bytes(PANELS)),
-                  to = stage + q / 8 * PANELS * PANEL * 128 + first * 128 + (q % 8 ^ first % 8) * 16,
-                  weights = stage + panel_x_bytes(PANELS);
-        const uint8_t *x = (const uint8_t *)t.x.x + (size_t)((a.unit * IN_ROW + q) * 16);
+                  to = stage + q / 8 * PANELS * PANEL * 128 + first * 128 + (q % 8 ^ first % 8) * 16;
+        const uint8_t *x = (const uint8_t *)t.x.x + (size_t)((a.unit * IN_ROW + q) * 16),
+                      *w = unit_at(s, least(me / WARP, s.tiles - 1), a.unit);   // all warps ask: slots are as stages
+        const float *scale = t.x.scale;
+        int units = s.pitch / UNIT, scale_at = t.at[me / 2] / 128 + SCALES * a.unit + me % 2;
+        uint32_t at[EACH];      // no load passes a copy: all of them first
         UNROLL
-        for (int k = 0; k < PANELS * PANEL / ROWS; k++)
-            copy16<0>(to + k * ROWS * 128, x + (size_t)t.at[first + k * ROWS] * panels_of<DTYPE>::NUMBER);
-        if (warp < t.s.tiles)
-            ask_unit(weights + warp * SLOT_BYTES, unit_at(PARTS == 2 && a.w ? t.second : t.s, warp, a.unit),
-                     unit_bytes(DTYPE));
-        if (threadIdx.x < PANELS * PANEL * 2 && (int)threadIdx.x % 2 < SCALES)
-            copy4<0>(weights + WARPS * SLOT_BYTES + (int)(threadIdx.x % 2 * PANELS * PANEL + threadIdx.x / 2) * 4,
-                     t.x.scale + (t.at[threadIdx.x / 2] / 128 + SCALES * a.unit + (int)threadIdx.x % 2));
-        if (++a.unit == t.s.pitch / UNIT) a.w++, a.unit = 0;
+        for (int k = 0; k < EACH; k++) at[k] = (uint32_t)t.at[first + k * ROWS];
+        ring_ask(panel_slot<PANELS>(bytes, a.stage), w, unit_bytes(DTYPE));
+        UNROLL
+        for (int k = 0; k < EACH; k++)
+            copy16<0>(to + k * ROWS * 128, x + (size_t)at[k] * panels_of<DTYPE>::NUMBER);
+        if (me < PANELS * PANEL * 2 && me % 2 < SCALES)
+            copy4<panel_x_bytes(PANELS)>(stage + (me % 2 * PANELS * PANEL + me / 2) * 4, scale + scale_at);
+        if (++a.unit == units) a.w++, a.unit = 0;
         if (a.w == PARTS) a.k++, a.w = 0;
     }
     copies_close();
@@ -3560,72 +3577,84 @@ static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)
         for (int k = 0; k < 4; k++) acc[nt][k] = fmaf(sum[nt][k], by[k % 2], acc[nt][k]);
     }
 }
-// Multiplies a unit. bf16 adds straight to acc; FP4 sums 128 products of each half, FP8 both halves, then scales.
+// When the next stage is there: where it is, and the warp's weights of it.
 template <int DTYPE, int PANELS>
-static __device__ __forceinline__ void panel_unit(const piece &q, const char *stage, const uint2 *table,
-                                                  float (*acc)[PANEL / 8][4]) {
-    enum { ALONG = panels_of<DTYPE>::ALONG, SCALED = panels_of<DTYPE>::SCALES > 0, EACH = DTYPE == DSPARK_FP4 };
-    const float *s = (const float *)(const void *)(stage + panel_x_bytes(PANELS) + WARPS * SLOT_BYTES);
-    uint32_t w[2][4][4];
-    float scale[2] = { panel_weights<DTYPE>(q, 0, table, w[0]), 1 }, some[PANELS][PANEL / 8][4],
-          (*sum)[PANEL / 8][4] = SCALED ? some : acc;
+static __device__ __forceinline__ const char *next_stage(const char *bytes, int &turn, piece &q) {
+    int stage = turn % PANEL_STAGES;
+    shared_at slot = panel_slot<PANELS>(bytes, stage);
+    copies_wait<PANEL_STAGES - 2>();
+    copies_seen();
+    __syncthreads();
+    ring_wait<PANEL_STAGES - 2>(slot, (uint32_t)(turn++ / PANEL_STAGES % 2));
+    take_piece<panels_of<DTYPE>::PIECE>(q, slot, 0);
+    return bytes + stage * panel_stage_bytes(PANELS);
+}
+// With SUMMED, a step's sums enter acc; with NEXT, the next step is issued, and 2: its sums start at 0. Panel by panel,
+// so that the tensor cores have one in hand while the other's sums are entered.
+template <int DTYPE, int PANELS, int SUMMED, int NEXT>
+static __device__ __forceinline__ void panel_step(float (*acc)[PANEL / 8][4], float (*sum)[PANEL / 8][4], float scale,
+                                                  const float *x_scales, const uint32_t (*w)[4], const char *x) {
     UNROLL
-    for (int c = 0; c < ALONG; c++) {
-        mma_panel_begin();
-        UNROLL
-        for (int i = 0; i < PANELS; i++) {
-            shared_at b = place_in(stage + (c * PANELS + i) * PANEL * 128);
-            if (SCALED && (EACH || !c)) mma_panel<DTYPE, 1>(sum[i], w[c][0], b);
-            else mma_panel<DTYPE, 0>(sum[i], w[c][0], b);
-            mma_panel<DTYPE, 0>(sum[i], w[c][1], b + 32), mma_panel<DTYPE, 0>(sum[i], w[c][2], b + 64);
-            mma_panel<DTYPE, 0>(sum[i], w[c][3], b + 96);
-            mma_panel_close();
-        }
-        if (c + 1 < ALONG) scale[c + 1] = panel_weights<DTYPE>(q, c + 1, table, w[c + 1]);
-        if (c + 1 < ALONG && !EACH) continue;
-        UNROLL
-        for (int i = 0; i < PANELS; i++) {
-            if (i + 1 < PANELS) mma_panel_wait<1>(sum[i]);
-            else mma_panel_wait<0>(sum[i]);
-            if (SCALED) enter(acc[i], sum[i], scale[c], s + (EACH ? c * PANELS : 0) * PANEL + i * PANEL);
-        }
+    for (int i = 0; i < PANELS; i++) {
+        if (SUMMED && (NEXT || i + 1 < PANELS)) mma_panel_wait<PANELS - 1>(sum[i]);
+        else if (SUMMED) mma_panel_wait<0>(sum[i]);
+        if (SUMMED && panels_of<DTYPE>::SCALES > 0) enter(acc[i], sum[i], scale, x_scales + i * PANEL);
+        if (NEXT) mma_panel<DTYPE, NEXT == 2>(sum[i], w, place_in(x + i * PANEL * 128));
     }
 }
-// One part of tile k of the block's n.
+// One part of tile k of the block's n, in steps of half a unit; while one is multiplied, the next one's weights are
+// decoded. bf16 adds straight to acc; FP4 sums 128 products of each half, FP8 both halves, then scales. ptxas would
+// serialize products that are read in another turn of the loop than they are issued in.
 template <int DTYPE, int PANELS, int PARTS>
-static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, wide_at &a, int &stage,
+static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, wide_at &a, int &turn,
                                                   char *bytes, const uint2 *table, float (*acc)[PANEL / 8][4]) {
-    enum { PIECE = panels_of<DTYPE>::PIECE };
+    enum { ALONG = panels_of<DTYPE>::ALONG, SCALED = panels_of<DTYPE>::SCALES > 0, EACH = DTYPE == DSPARK_FP4 };
     const panel_tile &t = known[k % TILES_KNOWN];
-    int warp = (int)threadIdx.x / WARP;
-    const uint8_t *scales = DTYPE == DSPARK_FP8 ? scales_of(t.s, least(warp, t.s.tiles - 1)) : NULL;
+    const uint8_t *scales = DTYPE == DSPARK_FP8 ? scales_of(t.s, least((int)threadIdx.x / WARP, t.s.tiles - 1)) : NULL;
+    int units = t.s.pitch / UNIT;
+    uint32_t w[2][4][4] = {};
+    float some[PANELS][PANEL / 8][4], (*sum)[PANEL / 8][4] = SCALED ? some : acc, scale[2];
+    piece q;
+    const char *x = next_stage<DTYPE, PANELS>(bytes, turn, q);
+    q.scale.x = DTYPE == DSPARK_FP8 ? scales[0] : q.scale.x;
     zero<PANELS * PANEL / 2>(&acc[0][0][0]);
-    for (int unit = 0; unit < t.s.pitch / UNIT; unit++) {
-        const char *from = bytes + stage * panel_stage_bytes(PANELS);
-        uint32_t scale = DTYPE == DSPARK_FP8 ? scales[unit] : 0;
-        piece q;
-        copies_wait<PANEL_STAGES - 2>();
-        copies_seen();
-        __syncthreads();        // all see the stage, and are done with the one before it
+    if (ALONG == 2) scale[0] = panel_weights<DTYPE>(q, 0, table, w[0]);
+    for (int unit = 1; unit <= units; unit++) {
+        const float *x_scales = (const float *)(const void *)(x + panel_x_bytes(PANELS));
+        uint32_t next_scale = DTYPE == DSPARK_FP8 ? scales[least(unit, units - 1)] : 0;
+        if (ALONG == 1) scale[0] = panel_weights<DTYPE>(q, 0, table, w[0]);     // nothing to decode
+        panel_step<DTYPE, PANELS, 0, 1 + SCALED>(acc, sum, 1, NULL, w[0], x);
+        __syncthreads();        // no warp multiplies the stage before any more: it is free
         ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
-        take_piece<PIECE>(q, place_in(from + panel_x_bytes(PANELS) + warp * SLOT_BYTES), 0);
-        if (DTYPE == DSPARK_FP8) q.scale.x = scale;
-        panel_unit<DTYPE, PANELS>(q, from, table, acc);
-        stage = stage + 1 == PANEL_STAGES ? 0 : stage + 1;
+        if (ALONG == 2) {
+            scale[1] = panel_weights<DTYPE>(q, 1, table, w[1]);
+            panel_step<DTYPE, PANELS, EACH, 1 + EACH>(acc, sum, scale[0], x_scales, w[1], x + PANELS * PANEL * 128);
+            mma_panel_read<PANELS>(w[0]);
+            if (EACH) x_scales += PANELS * PANEL;
+            scale[0] = scale[1];
+        }
+        float last = scale[0];
+        if (unit < units) {
+            x = next_stage<DTYPE, PANELS>(bytes, turn, q);
+            if (DTYPE == DSPARK_FP8) q.scale.x = next_scale;
+            if (ALONG == 2) scale[0] = panel_weights<DTYPE>(q, 0, table, w[0]);
+        }
+        panel_step<DTYPE, PANELS, 1, 0>(acc, sum, last, x_scales, NULL, NULL);
     }
 }
 // put(tile, part, its sums) of each part.
 template <int DTYPE, int PANELS, int PARTS, class F, class P>
 static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const uint2 *table, const F &find,
                                               const P &put) {
-    int stage = 0;
+    int turn = 0;
     wide_at a = { 0, 0, 0, 0 };
+    ring_open(panel_slot<PANELS>(bytes, 0), PANEL_STAGES);
     run_tiles<panel_tile>(n_tiles, PANEL_STAGES - 1, find, [&](const panel_tile *known, int n) {
         ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
     }, [&](const panel_tile *known, int k, int n) {
         for (int part = 0; part < PARTS; part++) {
             float acc[PANELS][PANEL / 8][4];
-            panel_sums<DTYPE, PANELS, PARTS>(known, k, n, a, stage, bytes, table, acc);
+            panel_sums<DTYPE, PANELS, PARTS>(known, k, n, a, turn, bytes, table, acc);
             put(known[k % TILES_KNOWN], part, acc);
         }
     });
@@ -3763,8 +3792,8 @@ static __host__ __device__ constexpr int gate_bytes(int panels) { return panels 
 template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_up_whole(const whole_args p) {
     __shared__ act_scratch scratch;
     SHARED_BYTES(shared);
-    char *bytes = panel_room(shared);
-    uint32_t (*gates)[THREADS] = (uint32_t (*)[THREADS])(void *)(bytes + PANEL_STAGES * panel_stage_bytes(PANELS));
+    char *bytes = panel_room(shared) + gate_bytes(PANELS);
+    uint32_t (*gates)[THREADS] = (uint32_t (*)[THREADS])(void *)panel_room(shared);
     whole_experts<PANELS, 2>(p, bytes, [&](const panel_tile &t, int part, float (*acc)[PANEL / 8][4]) {
         if (!part) put_gates<PANELS>(acc, gates);
         else put_act<PANELS>(p, t, acc, gates, scratch);
