@@ -3465,21 +3465,22 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 // each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Others: .99 PFLOP/s,
 // 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9, but one tile's 64 units 19.
 
-enum { PANEL = 64, PANEL_STAGES = 3, FP8_ROOM = 6 };   // rows of b; stages; 6 2^6 is an E4M3
+// Rows of b; stages of x, slots of a warp's weights; units that copies are ahead; 6 2^6 is an E4M3.
+enum { PANEL = 64, PANEL_STAGES = 4, PANEL_SLOTS = 2, PANEL_AHEAD = 2, FP8_ROOM = 6 };
 // Per dtype: panels that x of a unit fills; bytes of a number of x; scales of x in a unit; the dtype whose layout a
 // lane's piece has: for FP8 four bytes of each 16, for bf16 16 of each 64.
 template <int DTYPE> struct panels_of { enum { ALONG = 1, NUMBER = 2, SCALES = 0, PIECE = DSPARK_FP8 }; };
 template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, NUMBER = 2, SCALES = 1, PIECE = DSPARK_BF16 }; };
 template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, NUMBER = 1, SCALES = 2, PIECE = DSPARK_FP4 }; };
-// A stage: x and its scales [2][row]. Each warp has a ring of as many slots for its weights.
+// A stage: x and its scales [2][row]. Behind the stages are the warps' rings of slots.
 static __host__ __device__ constexpr int panel_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
 static __host__ __device__ constexpr int panel_stage_bytes(int panels) { return panel_x_bytes(panels) + 1024; }
 static __host__ __device__ constexpr int panel_bytes(int panels) {
-    return 1024 + PANEL_STAGES * (panel_stage_bytes(panels) + WARPS * RING_SLOT);
+    return 1024 + PANEL_STAGES * panel_stage_bytes(panels) + WARPS * PANEL_SLOTS * RING_SLOT;
 }
-template <int PANELS> static __device__ __forceinline__ shared_at panel_slot(const char *bytes, int stage) {
+template <int PANELS> static __device__ __forceinline__ shared_at panel_slot(const char *bytes, int turn) {
     return place_in(bytes + PANEL_STAGES * panel_stage_bytes(PANELS)) +
-           ((int)threadIdx.x / WARP * PANEL_STAGES + stage) * RING_SLOT;
+           ((int)threadIdx.x / WARP * PANEL_SLOTS + turn % PANEL_SLOTS) * RING_SLOT;
 }
 // A tile may have two parts, the same outputs of w1 and w3. weight: each row's routing weight.
 struct panel_tile : tile_of<2 * PANEL> {
@@ -3537,25 +3538,31 @@ template <> __device__ __forceinline__ float panel_weights<DSPARK_FP4>(const pie
     return exp2i(most(-126, (int)largest - 127 - FP4_SHIFT - FP8_ROOM));
 }
 
-// Issues copies of the next unit to its stage: x in panels of 128 bytes a row, x's scales; to the warps' slots weights.
+// A unit's weights are asked for after its x.
+struct panel_at : wide_at { const uint8_t *weights; shared_at slot; };
+template <int DTYPE> static __device__ __forceinline__ void ask_weights(const panel_at &a) {
+    if (a.weights) ring_ask(a.slot, a.weights, unit_bytes(DTYPE));
+}
+// Issues copies of the next unit to its stage: x in panels of 128 bytes a row, and x's scales.
 template <int DTYPE, int PANELS, int PARTS>
-static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n, wide_at &a, char *bytes) {
+static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n, panel_at &a, char *bytes) {
     enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, EACH = PANELS * PANEL / ROWS,
            SCALES = panels_of<DTYPE>::SCALES };
     int me = (int)threadIdx.x, q = me % IN_ROW, first = me / IN_ROW;
+    a.weights = NULL;
     if (a.k < n) {
         const panel_tile &t = known[a.k % TILES_KNOWN];
         const span &s = PARTS == 2 && a.w ? t.second : t.s;
         shared_at stage = place_in(bytes + a.stage * panel_stage_bytes(PANELS)),
                   to = stage + q / 8 * PANELS * PANEL * 128 + first * 128 + (q % 8 ^ first % 8) * 16;
-        const uint8_t *x = (const uint8_t *)t.x.x + (size_t)((a.unit * IN_ROW + q) * 16),
-                      *w = unit_at(s, least(me / WARP, s.tiles - 1), a.unit);   // all warps ask: slots are as stages
+        const uint8_t *x = (const uint8_t *)t.x.x + (size_t)((a.unit * IN_ROW + q) * 16);
         const float *scale = t.x.scale;
         int units = s.pitch / UNIT, scale_at = t.at[me / 2] / 128 + SCALES * a.unit + me % 2;
         uint32_t at[EACH];      // no load passes a copy: all of them first
         UNROLL
         for (int k = 0; k < EACH; k++) at[k] = (uint32_t)t.at[first + k * ROWS];
-        ring_ask(panel_slot<PANELS>(bytes, a.stage), w, unit_bytes(DTYPE));
+        a.weights = unit_at(s, least(me / WARP, s.tiles - 1), a.unit);      // all warps ask: slots turn as stages do
+        a.slot = panel_slot<PANELS>(bytes, a.stage);
         UNROLL
         for (int k = 0; k < EACH; k++)
             copy16<0>(to + k * ROWS * 128, x + (size_t)at[k] * panels_of<DTYPE>::NUMBER);
@@ -3577,17 +3584,22 @@ static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)
         for (int k = 0; k < 4; k++) acc[nt][k] = fmaf(sum[nt][k], by[k % 2], acc[nt][k]);
     }
 }
-// When the next stage is there: where it is, and the warp's weights of it.
-template <int DTYPE, int PANELS>
-static __device__ __forceinline__ const char *next_stage(const char *bytes, int &turn, piece &q) {
-    int stage = turn % PANEL_STAGES;
-    shared_at slot = panel_slot<PANELS>(bytes, stage);
-    copies_wait<PANEL_STAGES - 2>();
+// Waits for the next unit, takes the warp's weights and asks for the x of the unit after the next. Returned: the stage.
+// A thread comes here when its copies to the stage have landed and its warp's products of the unit before last are
+// complete, as it has waited for their sums: so behind the barrier all see this stage, and that unit's, which is the
+// place of the one asked for, is free. A slot is free when its warp has taken it.
+template <int DTYPE, int PANELS, int PARTS>
+static __device__ __forceinline__ const char *next_stage(const panel_tile *known, int n, panel_at &a, int &turn,
+                                                         char *bytes, piece &q) {
+    const char *stage = bytes + turn % PANEL_STAGES * panel_stage_bytes(PANELS);
+    shared_at slot = panel_slot<PANELS>(bytes, turn);
+    copies_wait<PANEL_AHEAD - 1>();
     copies_seen();
     __syncthreads();
-    ring_wait<PANEL_STAGES - 2>(slot, (uint32_t)(turn++ / PANEL_STAGES % 2));
+    ring_wait<0>(slot, (uint32_t)(turn++ / PANEL_SLOTS % 2));
     take_piece<panels_of<DTYPE>::PIECE>(q, slot, 0);
-    return bytes + stage * panel_stage_bytes(PANELS);
+    ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
+    return stage;
 }
 // With SUMMED, a step's sums enter acc; with NEXT, the next step is issued, and 2: its sums start at 0. Panel by panel,
 // so that the tensor cores have one in hand while the other's sums are entered.
@@ -3606,7 +3618,7 @@ static __device__ __forceinline__ void panel_step(float (*acc)[PANEL / 8][4], fl
 // decoded. bf16 adds straight to acc; FP4 sums 128 products of each half, FP8 both halves, then scales. ptxas would
 // serialize products that are read in another turn of the loop than they are issued in.
 template <int DTYPE, int PANELS, int PARTS>
-static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, wide_at &a, int &turn,
+static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, panel_at &a, int &turn,
                                                   char *bytes, const uint2 *table, float (*acc)[PANEL / 8][4]) {
     enum { ALONG = panels_of<DTYPE>::ALONG, SCALED = panels_of<DTYPE>::SCALES > 0, EACH = DTYPE == DSPARK_FP4 };
     const panel_tile &t = known[k % TILES_KNOWN];
@@ -3615,7 +3627,7 @@ static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k
     uint32_t w[2][4][4] = {};
     float some[PANELS][PANEL / 8][4], (*sum)[PANEL / 8][4] = SCALED ? some : acc, scale[2];
     piece q;
-    const char *x = next_stage<DTYPE, PANELS>(bytes, turn, q);
+    const char *x = next_stage<DTYPE, PANELS, PARTS>(known, n, a, turn, bytes, q);
     q.scale.x = DTYPE == DSPARK_FP8 ? scales[0] : q.scale.x;
     zero<PANELS * PANEL / 2>(&acc[0][0][0]);
     if (ALONG == 2) scale[0] = panel_weights<DTYPE>(q, 0, table, w[0]);
@@ -3624,8 +3636,7 @@ static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k
         uint32_t next_scale = DTYPE == DSPARK_FP8 ? scales[least(unit, units - 1)] : 0;
         if (ALONG == 1) scale[0] = panel_weights<DTYPE>(q, 0, table, w[0]);     // nothing to decode
         panel_step<DTYPE, PANELS, 0, 1 + SCALED>(acc, sum, 1, NULL, w[0], x);
-        __syncthreads();        // no warp multiplies the stage before any more: it is free
-        ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
+        ask_weights<DTYPE>(a);
         if (ALONG == 2) {
             scale[1] = panel_weights<DTYPE>(q, 1, table, w[1]);
             panel_step<DTYPE, PANELS, EACH, 1 + EACH>(acc, sum, scale[0], x_scales, w[1], x + PANELS * PANEL * 128);
@@ -3635,7 +3646,7 @@ static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k
         }
         float last = scale[0];
         if (unit < units) {
-            x = next_stage<DTYPE, PANELS>(bytes, turn, q);
+            x = next_stage<DTYPE, PANELS, PARTS>(known, n, a, turn, bytes, q);
             if (DTYPE == DSPARK_FP8) q.scale.x = next_scale;
             if (ALONG == 2) scale[0] = panel_weights<DTYPE>(q, 0, table, w[0]);
         }
@@ -3647,10 +3658,11 @@ template <int DTYPE, int PANELS, int PARTS, class F, class P>
 static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const uint2 *table, const F &find,
                                               const P &put) {
     int turn = 0;
-    wide_at a = { 0, 0, 0, 0 };
-    ring_open(panel_slot<PANELS>(bytes, 0), PANEL_STAGES);
-    run_tiles<panel_tile>(n_tiles, PANEL_STAGES - 1, find, [&](const panel_tile *known, int n) {
+    panel_at a = {};
+    ring_open(panel_slot<PANELS>(bytes, 0), PANEL_SLOTS);
+    run_tiles<panel_tile>(n_tiles, PANEL_AHEAD, find, [&](const panel_tile *known, int n) {
         ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
+        ask_weights<DTYPE>(a);
     }, [&](const panel_tile *known, int k, int n) {
         for (int part = 0; part < PARTS; part++) {
             float acc[PANELS][PANEL / 8][4];
@@ -3664,14 +3676,21 @@ static __device__ __forceinline__ char *panel_room(char *shared) {
 }
 template <int PANELS>
 static __device__ __forceinline__ void put_panels(const panel_tile &t, float (*acc)[PANEL / 8][4]) {
-    int lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + (int)threadIdx.x / WARP * TILE + lane / 4;
+    int lane = (int)threadIdx.x % WARP, m0 = t.s.m0 + (int)threadIdx.x / WARP * TILE + lane / 4,
+        low = m0 < t.s.rows, high = m0 + 8 < t.s.rows, stride = t.y_stride, live = t.live;
+    float *y = t.y + m0;
     UNROLL
-    for (int i = 0; i < PANELS * PANEL / 4; i++) {
-        int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (column >= t.live) continue;
-        float *y = t.y + (size_t)t.to[column] * (size_t)t.y_stride;
-        if (m0 < t.s.rows) y[m0] = acc[i / 16][i / 2 % 8][i % 2];
-        if (m0 + 8 < t.s.rows) y[m0 + 8] = acc[i / 16][i / 2 % 8][2 + i % 2];
+    for (int i = 0; i < PANELS; i++) {
+        int to[PANEL / 4];          // read at once, as no load passes a store
+        UNROLL
+        for (int k = 0; k < PANEL / 4; k++) to[k] = t.to[i * PANEL + k / 2 * 8 + lane % 4 * 2 + k % 2];
+        UNROLL
+        for (int k = 0; k < PANEL / 4; k++) {
+            int column = i * PANEL + k / 2 * 8 + lane % 4 * 2 + k % 2;
+            float *at = y + (size_t)to[k] * (size_t)stride;
+            if (column < live && low) at[0] = acc[i][k / 2][k % 2];
+            if (column < live && high) at[8] = acc[i][k / 2][2 + k % 2];
+        }
     }
 }
 
@@ -3695,14 +3714,16 @@ typedef struct {
     float *act_scale;               // [rows * (K + 1)][stride / 128]
     int act_stride;
 } whole_args;
+// The active experts: tiles before each, where its rows begin in the list, its number. The last's end follows.
+typedef struct { int before[MAX_EXPERTS + 1], first[MAX_EXPERTS + 1]; uint16_t expert[MAX_EXPERTS]; } active_experts;
 // Tile i: by expert, then outputs, then rows. Two parts: w1 and w3.
 template <int PANELS, int PARTS>
-static __device__ void find_whole(const whole_args &p, const int *before, int i, panel_tile &t) {
-    int a = last_before(before, p.e.active[0] - 1, i), me = (int)threadIdx.x, e = p.e.active[1 + a], K = p.e.c.K,
-        first = p.e.first[e], n = p.e.first[e + 1] - first, rows = blocks_of(n, PANELS * PANEL), r0, at, m0;
-    const matrix *w = p.e.experts[e].w + p.e.which;
+static __device__ void find_whole(const whole_args &p, const active_experts &of, int n_active, int i, panel_tile &t) {
+    int a = last_before(of.before, n_active - 1, i), me = (int)threadIdx.x, K = p.e.c.K, first = of.first[a],
+        n = of.first[a + 1] - first, rows = blocks_of(n, PANELS * PANEL), r0, at, m0;
+    const matrix *w = p.e.experts[of.expert[a]].w + p.e.which;
     if (me >= PANELS * PANEL) return;
-    i -= before[a], r0 = i % rows * PANELS * PANEL, m0 = i / rows * WARPS * TILE;
+    i -= of.before[a], r0 = i % rows * PANELS * PANEL, m0 = i / rows * WARPS * TILE;
     at = p.e.list[first + least(r0 + me, n - 1)];
     t.to[me] = at / K * p.e.n_slots + at % K;
     t.at[me] = (p.e.x_by_slot ? t.to[me] : at / K) * p.e.x.stride;
@@ -3715,18 +3736,22 @@ static __device__ void find_whole(const whole_args &p, const int *before, int i,
 }
 template <int PANELS, int PARTS, class P>
 static __device__ __forceinline__ void whole_experts(const whole_args &p, char *bytes, const P &put) {
-    __shared__ int before[MAX_EXPERTS + 1];
+    __shared__ active_experts of;
     __shared__ fp8_table table;
-    int n;
+    int n, n_active;
     grid_go();
     fill_table(table);
     grid_wait();
-    n = tiles_before(p.e.active[0], before, [&](int i) {
-        int e = p.e.active[1 + i], rows = blocks_of(p.e.first[e + 1] - p.e.first[e], PANELS * PANEL);
-        return rows * blocks_of(p.e.experts[e].w[p.e.which].rows, WARPS * TILE);
+    n_active = p.e.active[0];
+    n = tiles_before(n_active, of.before, [&](int a) {
+        int e = p.e.active[1 + a], end = p.e.first[e + 1];
+        of.expert[a] = (uint16_t)e, of.first[a] = p.e.first[e];
+        if (a + 1 == n_active) of.first[a + 1] = end;
+        return blocks_of(end - of.first[a], PANELS * PANEL) *
+               blocks_of(p.e.experts[e].w[p.e.which].rows, WARPS * TILE);
     });
     panels<DSPARK_FP4, PANELS, PARTS>(n, bytes, table, [&](int i, panel_tile &t) {
-        find_whole<PANELS, PARTS>(p, before, i, t);
+        find_whole<PANELS, PARTS>(p, of, n_active, i, t);
     }, put);
 }
 template <int PANELS> static __global__ void __launch_bounds__(THREADS, 1) experts_whole(const whole_args p) {
@@ -6008,7 +6033,7 @@ static void allow_wide(cuda *d) {
 // For fast_prefill.
 static void allow_whole(cuda *d) {
     int attend = (int)whole_shared(&d->s, NULL, NULL);
-    d->whole = d->shared_most >= most(attend + (2 << 10), panel_bytes(2) + gate_bytes(2) + (20 << 10));
+    d->whole = d->shared_most >= most(attend + (2 << 10), panel_bytes(2) + gate_bytes(2) + (26 << 10));
     if (!d->whole) return;
     allow(d, attend_whole, attend, 100);
     allow(d, experts_whole<1>, panel_bytes(1), 100), allow(d, experts_whole<2>, panel_bytes(2), 100);
