@@ -119,6 +119,7 @@ template <int DTYPE, int FIRST> static inline void mma_panel(float (*c)[4], cons
 template <int PENDING> static inline void mma_panel_wait(float (*)[4]) {}
 template <int PENDING> static inline void mma_panel_read(uint32_t (*)[4]) {}
 static inline void copies_seen(void) {}
+static inline uint32_t bytes_of(const uint2 &from, uint32_t which) { return __byte_perm(from.x, from.y, which); }
 template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
 #else
@@ -301,6 +302,12 @@ template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*)[
 template <int PENDING> __device__ __forceinline__ void mma_panel_read(uint32_t (*)[4]) {}
 __device__ __forceinline__ void copies_seen(void) {}
 #endif
+// __byte_perm without its mask: no nibble of `which` is above 7.
+__device__ __forceinline__ uint32_t bytes_of(const uint2 &from, uint32_t which) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(from.x), "r"(from.y), "r"(which));
+    return r;
+}
 // Four E4M3 codes, in pairs.
 __device__ __forceinline__ uint2 f16_of_e4m3(uint32_t codes) {
     uint2 r;
@@ -3461,9 +3468,10 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 //     that 128 products are one sum. A code whose scale is below 2^-14 of the largest loses bits, as the sum does.
 //   FP8, wo_a: as f16, with the first plane of its inputs: 11 bits where the released kernels have 8.
 //   bf16: as it is, with the first plane of its inputs, as those kernels.
-// Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.3 with the 780 instructions that
-// each of a scheduler's two warps issues for it (512 rows in 160 experts: bytes, as experts_wide). Others: .99 PFLOP/s,
-// 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows: wo_a 35, the compressors 9, but one tile's 64 units 19.
+// Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.3 with the 755 instructions that
+// each of a scheduler's two warps issues for it, in which time its 49 KB are 33 bytes a clock from L2 (512 rows in 160
+// experts: bytes, as experts_wide). Others: .99 PFLOP/s, 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows:
+// wo_a 35, the compressors 9, but one tile's 64 units 19.
 
 // Rows of b; stages of x, slots of a warp's weights; units that copies are ahead; 6 2^6 is an E4M3.
 enum { PANEL = 64, PANEL_STAGES = 4, PANEL_SLOTS = 2, PANEL_AHEAD = 2, FP8_ROOM = 6 };
@@ -3478,9 +3486,9 @@ static __host__ __device__ constexpr int panel_stage_bytes(int panels) { return 
 static __host__ __device__ constexpr int panel_bytes(int panels) {
     return 1024 + PANEL_STAGES * panel_stage_bytes(panels) + WARPS * PANEL_SLOTS * RING_SLOT;
 }
-template <int PANELS> static __device__ __forceinline__ shared_at panel_slot(const char *bytes, int turn) {
+template <int PANELS> static __device__ __forceinline__ shared_at panel_slot(const char *bytes, uint32_t turn) {
     return place_in(bytes + PANEL_STAGES * panel_stage_bytes(PANELS)) +
-           ((int)threadIdx.x / WARP * PANEL_SLOTS + turn % PANEL_SLOTS) * RING_SLOT;
+           (int)(threadIdx.x / WARP * PANEL_SLOTS + turn % PANEL_SLOTS) * RING_SLOT;
 }
 // A tile may have two parts, the same outputs of w1 and w3. weight: each row's routing weight.
 struct panel_tile : tile_of<2 * PANEL> {
@@ -3500,7 +3508,7 @@ static __device__ void fill_table(fp8_table table) {
 // Eight `arranged` codes as 2, 0, 3, 1; mirrored, as 6, 4, 7, 5.
 static __device__ __forceinline__ uint32_t fp8_of(uint32_t w, const uint2 &table) {
     uint32_t z = w >> 1 & 0x07070707u;
-    return __byte_perm(table.x, table.y, __byte_perm(z | z >> 4, 0, 0x20)) | (w & 0x80808080u);
+    return bytes_of(table, __byte_perm(z | z >> 4, 0, 0x20)) | (w & 0x80808080u);
 }
 // Half c of a unit, for mma_panel. Returned: the scale that its sums take.
 template <int DTYPE>
@@ -3562,7 +3570,7 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
         UNROLL
         for (int k = 0; k < EACH; k++) at[k] = (uint32_t)t.at[first + k * ROWS];
         a.weights = unit_at(s, least(me / WARP, s.tiles - 1), a.unit);      // all warps ask: slots turn as stages do
-        a.slot = panel_slot<PANELS>(bytes, a.stage);
+        a.slot = panel_slot<PANELS>(bytes, (uint32_t)a.stage);
         UNROLL
         for (int k = 0; k < EACH; k++)
             copy16<0>(to + k * ROWS * 128, x + (size_t)at[k] * panels_of<DTYPE>::NUMBER);
@@ -3589,14 +3597,14 @@ static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)
 // complete, as it has waited for their sums: so behind the barrier all see this stage, and that unit's, which is the
 // place of the one asked for, is free. A slot is free when its warp has taken it.
 template <int DTYPE, int PANELS, int PARTS>
-static __device__ __forceinline__ const char *next_stage(const panel_tile *known, int n, panel_at &a, int &turn,
-                                                         char *bytes, piece &q) {
-    const char *stage = bytes + turn % PANEL_STAGES * panel_stage_bytes(PANELS);
+static __device__ __forceinline__ const char *next_stage(const panel_tile *known, int n, panel_at &a,
+                                                         uint32_t &turn, char *bytes, piece &q) {
+    const char *stage = bytes + (int)(turn % PANEL_STAGES) * panel_stage_bytes(PANELS);
     shared_at slot = panel_slot<PANELS>(bytes, turn);
     copies_wait<PANEL_AHEAD - 1>();
     copies_seen();
     __syncthreads();
-    ring_wait<0>(slot, (uint32_t)(turn++ / PANEL_SLOTS % 2));
+    ring_wait<0>(slot, turn++ / PANEL_SLOTS % 2);
     take_piece<panels_of<DTYPE>::PIECE>(q, slot, 0);
     ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
     return stage;
@@ -3618,7 +3626,7 @@ static __device__ __forceinline__ void panel_step(float (*acc)[PANEL / 8][4], fl
 // decoded. bf16 adds straight to acc; FP4 sums 128 products of each half, FP8 both halves, then scales. ptxas would
 // serialize products that are read in another turn of the loop than they are issued in.
 template <int DTYPE, int PANELS, int PARTS>
-static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, panel_at &a, int &turn,
+static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k, int n, panel_at &a, uint32_t &turn,
                                                   char *bytes, const uint2 *table, float (*acc)[PANEL / 8][4]) {
     enum { ALONG = panels_of<DTYPE>::ALONG, SCALED = panels_of<DTYPE>::SCALES > 0, EACH = DTYPE == DSPARK_FP4 };
     const panel_tile &t = known[k % TILES_KNOWN];
@@ -3657,7 +3665,7 @@ static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k
 template <int DTYPE, int PANELS, int PARTS, class F, class P>
 static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const uint2 *table, const F &find,
                                               const P &put) {
-    int turn = 0;
+    uint32_t turn = 0;
     panel_at a = {};
     ring_open(panel_slot<PANELS>(bytes, 0), PANEL_SLOTS);
     run_tiles<panel_tile>(n_tiles, PANEL_AHEAD, find, [&](const panel_tile *known, int n) {
