@@ -3546,7 +3546,8 @@ template <> __device__ __forceinline__ float panel_weights<DSPARK_FP4>(const pie
     return exp2i(most(-126, (int)largest - 127 - FP4_SHIFT - FP8_ROOM));
 }
 
-// A unit's weights are asked for after its x.
+// A unit's weights are asked for after its x, between products and decoding: as that is a branch, ptxas does not put
+// decoding between one product and the next.
 struct panel_at : wide_at { const uint8_t *weights; shared_at slot; };
 template <int DTYPE> static __device__ __forceinline__ void ask_weights(const panel_at &a) {
     if (a.weights) ring_ask(a.slot, a.weights, unit_bytes(DTYPE));
@@ -3595,7 +3596,8 @@ static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)
 // Waits for the next unit, takes the warp's weights and asks for the x of the unit after the next. Returned: the stage.
 // A thread comes here when its copies to the stage have landed and its warp's products of the unit before last are
 // complete, as it has waited for their sums: so behind the barrier all see this stage, and that unit's, which is the
-// place of the one asked for, is free. A slot is free when its warp has taken it.
+// place of the one asked for, is free. A slot is free when its warp has taken it; a warp asks and waits for each unit
+// once, in order, so the parity of a turn is that of its slot's barrier.
 template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ const char *next_stage(const panel_tile *known, int n, panel_at &a,
                                                          uint32_t &turn, char *bytes, piece &q) {
