@@ -16,7 +16,7 @@
 // planes that add up to them. Weights are the M side of the mma and rows the N side, so one read of the weights serves
 // 8, 16 or 32 rows. From 33 rows on a block has a tile of outputs x rows (linears_wide, experts_wide).
 // WHOLE BLOCKS of 512 prompt tokens, with fast_prefill, have other bits, always the same: cuBLASLt does FP8 products,
-// attend_whole attention, wgmma the routed experts (experts_up_whole with the SwiGLU, experts_whole), wo_a and bf16
+// wgmma attention (attend_whole), the routed experts (experts_up_whole with the SwiGLU, experts_whole), wo_a and bf16
 // matrices (linears_whole, with one plane of their inputs).
 //
 // OPERATIONS and their kernels, one launch each. [..]: not always. (kv_rows): from 33 rows on; with fewer, the next
@@ -116,10 +116,22 @@ template <int DTYPE, int FIRST> static inline void mma_panel(float (*c)[4], cons
         host_mma_panel(c[0], a[i], b + 32 * i,
                        DTYPE == DSPARK_FP4 ? HOST_E4M3 : DTYPE == DSPARK_FP8 ? HOST_F16 : HOST_BF16, FIRST && !i);
 }
-template <int PENDING> static inline void mma_panel_wait(float (*)[4]) {}
+template <int FIRST, int AT> static inline void mma_scores(float (*c)[4], shared_at a, shared_at b) {
+    host_mma_shared({ c[0], a + AT, b + AT, 64, 0, FIRST });
+}
+template <int K> static inline void mma_values(float (*c)[4], shared_at a, shared_at b) {
+    host_mma_shared({ c[0], a + K * 32, b + K * 2048, 256, 8192, 0 });
+}
+template <int EIGHTS> static inline void keep_sums(float (*)[4]) {}
+static inline void mma_panel_begin(void) {}
+static inline void mma_panel_close(void) { if (host.backwards) host_products[host.self].close(); }
+template <int PENDING, int EIGHTS = 8> static inline void mma_panel_wait(float (*)[4]) {
+    host_products[host.self].land(PENDING, host_mma_now);
+}
 template <int PENDING> static inline void mma_panel_read(uint32_t (*)[4]) {}
 static inline void copies_seen(void) {}
 static inline uint32_t bytes_of(const uint2 &from, uint32_t which) { return __byte_perm(from.x, from.y, which); }
+static inline float power2(float x) { return exp2f(x); }
 template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
 template <int AT> static inline uint4 load_rows(shared_at row) { return host_load_rows(row + AT); }
 #else
@@ -254,41 +266,78 @@ template <int AT> __device__ __forceinline__ uint4 load_rows(shared_at row) {
 // with four k of E4M3 where mma has two. b is in shared memory: 128 bytes a row, 16-byte pieces swizzled by row % 8, on
 // a multiple of 1,024. It runs on: mma_panel_wait waits until c is complete, mma_panel_read until a may be written, and
 // PENDING groups issued later may go on. FIRST: c starts at 0. Sums of E4M3 keep some 13 bits.
+// The descriptor of b: its address / 16 in bits 0 to 13, two distances / 16 from bits 16 and 32 on, 1 for this swizzle
+// in bit 62. If a row is numbers along k, the second distance is that of eight rows, 1,024, the first has no meaning,
+// and the next quarter is 32 bytes on.
+// mma_scores: bf16; a is in shared memory as b is; both AT bytes past. mma_values: bf16, c [64][256] += a b, for keys
+// 16 K .. of 64; a [64][64 keys] as in mma_scores; b [64 keys][256] in four panels of [64][64], 8,192 bytes. There a
+// row is numbers along n: the first distance is that of 64 columns, a panel; the second that of eight rows, 1,024; the
+// next k are 16 rows, 2,048 bytes, on. mma_panel_begin precedes them, after keep_sums where c was written;
+// mma_panel_close makes a group of what was issued.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR_SUMS(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define SUMS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+                "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define EIGHT_BY_FOUR_SUMS(i) FOUR_SUMS(i), FOUR_SUMS(i + 1), FOUR_SUMS(i + 2), FOUR_SUMS(i + 3), FOUR_SUMS(i + 4),   \
+                              FOUR_SUMS(i + 5), FOUR_SUMS(i + 6), FOUR_SUMS(i + 7)
 #define MMA_PANEL(types, end)                                                                                         \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64" types " {"              \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "              \
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "                                       \
-                 "%31}, {%32, %33, %34, %35}, %36, p, 1, 1" end "; }"                                                 \
-                 : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),  \
-                   FOUR_SUMS(7)                                                                                       \
+                 SUMS_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1" end "; }"                                            \
+                 : EIGHT_BY_FOUR_SUMS(0)                                                                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at), "n"(!FIRST))
+__device__ __forceinline__ uint64_t panel_place(shared_at p, int next_panel) {
+    return (uint64_t)(p >> 4 & 0x3fff) | (uint64_t)(next_panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
+}
 template <int DTYPE, int FIRST, int AT>
-__device__ __forceinline__ void mma_quarter(float (*c)[4], const uint32_t *a, uint32_t b) {
-    uint64_t at = (uint64_t)(b + AT / 16) | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+__device__ __forceinline__ void mma_quarter(float (*c)[4], const uint32_t *a, shared_at b) {
+    uint64_t at = panel_place(b, 0) + AT / 16;
     if (DTYPE == DSPARK_FP4) MMA_PANEL("k32.f32.e4m3.e4m3", "");
     else if (DTYPE == DSPARK_FP8) MMA_PANEL("k16.f32.f16.f16", ", 0");
     else MMA_PANEL("k16.f32.bf16.bf16", ", 0");
 }
+template <int FIRST, int AT>
+__device__ __forceinline__ void mma_scores(float (*c)[4], shared_at a, shared_at b) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 SUMS_32 "}, %32, %33, p, 1, 1, 0, 0; }"
+                 : EIGHT_BY_FOUR_SUMS(0)
+                 : "l"(panel_place(a, 0) + (AT >> 4)), "l"(panel_place(b, 0) + (AT >> 4)), "n"(!FIRST));
+}
+template <int K> __device__ __forceinline__ void mma_values(float (*c)[4], shared_at a, shared_at b) {
+    asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                 SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, "
+                 "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, "
+                 "%69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
+                 "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "
+                 "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "
+                 "%123, %124, %125, %126, %127}, %128, %129, p, 1, 1, 0, 1; }"
+                 : EIGHT_BY_FOUR_SUMS(0), EIGHT_BY_FOUR_SUMS(8), EIGHT_BY_FOUR_SUMS(16), EIGHT_BY_FOUR_SUMS(24)
+                 : "l"(panel_place(a, 0) + (K * 32 >> 4)), "l"(panel_place(b, 8192) + (K * 2048 >> 4)));
+}
+// Nobody reads or writes these sums across here.
+template <int EIGHTS> __device__ __forceinline__ void keep_sums(float (*c)[4]) {
+    UNROLL
+    for (int i = 0; i < EIGHTS; i++) asm volatile("" : FOUR_SUMS(i) :: "memory");
+}
+__device__ __forceinline__ void mma_panel_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_panel_close(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int DTYPE, int FIRST>
 __device__ __forceinline__ void mma_panel(float (*c)[4], const uint32_t (*a)[4], shared_at b) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-    mma_quarter<DTYPE, FIRST, 0>(c, a[0], b >> 4), mma_quarter<DTYPE, 0, 32>(c, a[1], b >> 4);
-    mma_quarter<DTYPE, 0, 64>(c, a[2], b >> 4), mma_quarter<DTYPE, 0, 96>(c, a[3], b >> 4);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    mma_panel_begin();
+    mma_quarter<DTYPE, FIRST, 0>(c, a[0], b), mma_quarter<DTYPE, 0, 32>(c, a[1], b);
+    mma_quarter<DTYPE, 0, 64>(c, a[2], b), mma_quarter<DTYPE, 0, 96>(c, a[3], b);
+    mma_panel_close();
 }
-template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*c)[4]) {
+template <int PENDING, int EIGHTS = 8> __device__ __forceinline__ void mma_panel_wait(float (*c)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-    asm volatile("" : FOUR_SUMS(0), FOUR_SUMS(1), FOUR_SUMS(2), FOUR_SUMS(3), FOUR_SUMS(4), FOUR_SUMS(5), FOUR_SUMS(6),
-                      FOUR_SUMS(7) :: "memory");       // nobody reads them before
+    keep_sums<EIGHTS>(c);
 }
 template <int PENDING> __device__ __forceinline__ void mma_panel_read(uint32_t (*a)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
     UNROLL
     for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
 }
-// Makes this thread's copies visible to mma_panel.
+// Makes this thread's copies and stores visible to wgmma.
 __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else       // not reached: only an H100 has whole blocks
 #if __CUDA_ARCH__ == 900
@@ -298,7 +347,13 @@ template <int DTYPE, int FIRST>
 __device__ __forceinline__ void mma_panel(float (*)[4], const uint32_t (*)[4], shared_at) {
     __trap();
 }
-template <int PENDING> __device__ __forceinline__ void mma_panel_wait(float (*)[4]) {}
+template <int FIRST, int AT>
+__device__ __forceinline__ void mma_scores(float (*)[4], shared_at, shared_at) { __trap(); }
+template <int K> __device__ __forceinline__ void mma_values(float (*)[4], shared_at, shared_at) { __trap(); }
+template <int EIGHTS> __device__ __forceinline__ void keep_sums(float (*)[4]) {}
+__device__ __forceinline__ void mma_panel_begin(void) {}
+__device__ __forceinline__ void mma_panel_close(void) {}
+template <int PENDING, int EIGHTS = 8> __device__ __forceinline__ void mma_panel_wait(float (*)[4]) {}
 template <int PENDING> __device__ __forceinline__ void mma_panel_read(uint32_t (*)[4]) {}
 __device__ __forceinline__ void copies_seen(void) {}
 #endif
@@ -306,6 +361,12 @@ __device__ __forceinline__ void copies_seen(void) {}
 __device__ __forceinline__ uint32_t bytes_of(const uint2 &from, uint32_t which) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(from.x), "r"(from.y), "r"(which));
+    return r;
+}
+// 2^x, to 2 ulp; 0 below 2^-126.
+__device__ __forceinline__ float power2(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 // Four E4M3 codes, in pairs.
@@ -345,6 +406,10 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 }
 #endif
 
+// Where panels may begin in a block's shared memory.
+static __device__ __forceinline__ char *panel_room(char *shared) {
+    return shared + (1024 - (uintptr_t)place_in(shared) % 1024) % 1024;
+}
 // To 2 ulp, without the branch of an exact quotient or root: eight at once run side by side, not one after the other.
 static __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 static __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
@@ -2519,37 +2584,47 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
 // ---- attention of whole blocks of a prompt ----------------------------------------------------
 // With fast_prefill. As in the released kernels, queries, softmax weights and keys' rotary dims are rounded to bf16.
 // That is a third of the products above, and one block has room for 64 heads of a row: it reads and decodes keys once
-// where four blocks of attend_rows do. 64 keys at a time; the next compressed ones are copied as stored while these are
-// used. Bound: products, .14 us a row of 640 keys at 600 TFLOP/s; shared memory, .20 us: 4,700 clocks of it for 64 keys
-// (scores 3,100, values 1,000, decoding 600). Not yet run on a device.
+// where four blocks of attend_rows do. Two warpgroups take steps of 64 keys in pairs: the first has the scores and
+// weights of even steps, the second of odd ones, and each adds to its half of the dims, always in the order of steps.
+// So the tensor cores have scores of one step while the other's weights are found, and values while the next keys are
+// decoded; what of these memory has is asked for a decoding earlier. Bound for 64 keys: products, 2,050 clocks; shared
+// memory, 2,200 (scores 1,020, values 640, decoding 510). Of L2, 840 KB a row of 640 keys (queries and sums 256, window
+// 256): at 5.5 TB/s .15 us a row.
 
-enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PAD = 8, KEY_SCALES_ROOM = MAX_HEAD_DIM / 64 };
+#define LOG2_E 1.44269504f
+enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PANELS = MAX_HEAD_DIM / 64, WHOLE_ROW = 128 };
+enum { WHOLE_PANEL = WHOLE_KEYS * WHOLE_ROW, WHOLE_ALL = WHOLE_PANELS * WHOLE_PANEL };      // bytes
+enum { WHOLE_GROUP = THREADS / 2, WHOLE_EIGHTS = MAX_HEAD_DIM / 2 / 8 };    // a warpgroup's threads; its dims / 8
+enum { WHOLE_AHEAD = INDEX_ROWS };      // rows that run at once: an H100 has SMs for little more
+// Panels of 64 dims, or keys, in bf16, as mma_scores takes them; zeros behind D. Queries, then keys and weights of an
+// even and an odd step.
 typedef struct {
-    uint16_t *q, *keys, *weights;   // [WHOLE_HEADS][D + pad], [WHOLE_KEYS][D + pad], [WHOLE_HEADS][WHOLE_KEYS + pad]
-    uint8_t *codes, *scales;        // of the next keys [D - R], [KEY_SCALES_ROOM]
-    float *rope;                  // [R]
+    char *q, *keys, *weights;       // [panels][64 rows][64]: one, two of them; two of a panel each
     int *chosen;                    // [index_topk]
 } whole_room;
 // Their bytes. Queries and keys, when no longer used, become the heads' sums [WHOLE_HEADS][D + 8].
 static __host__ __device__ size_t whole_shared(const shape *c, char *base, whole_room *room) {
-    size_t each = (size_t)(c->D + WHOLE_PAD) * 2, weights = WHOLE_HEADS * (WHOLE_KEYS + WHOLE_PAD) * 2,
-           n[7] = { WHOLE_HEADS * each, WHOLE_KEYS * each, weights, WHOLE_KEYS * (size_t)c->R * 4,
-                    WHOLE_KEYS * (size_t)(c->D - c->R), WHOLE_KEYS * KEY_SCALES_ROOM, (size_t)c->index_topk * 4 },
-           at[8] = { 0 };
-    for (int i = 0; i < 7; i++) at[i + 1] = at[i] + n[i];
-    if (!room) return at[7];
-    room->q = (uint16_t *)(void *)base, room->keys = (uint16_t *)(void *)(base + at[1]);
-    room->weights = (uint16_t *)(void *)(base + at[2]), room->rope = (float *)(void *)(base + at[3]);
-    room->codes = (uint8_t *)base + at[4], room->scales = (uint8_t *)base + at[5];
-    room->chosen = (int *)(void *)(base + at[6]);
+    if (!room) return 1024 + 3 * WHOLE_ALL + 2 * WHOLE_PANEL + (size_t)c->index_topk * 4;
+    room->q = base, room->keys = base + WHOLE_ALL, room->weights = room->keys + 2 * WHOLE_ALL;
+    room->chosen = (int *)(void *)(room->weights + 2 * WHOLE_PANEL);
     return 0;
 }
+// Where number d of a row lies in panels. In a panel, the place of number 8 i + d, d < 8, is that of d, ^ 16 i.
+static __device__ __forceinline__ unsigned whole_at(unsigned r, unsigned d) {
+    return d / 64 * WHOLE_PANEL + r * WHOLE_ROW + (d % 64 / 8 ^ r % 8) * 16 + d % 8 * 2;
+}
+// Where a thread's rows of sums are: head g or g + 8 of its warp's 16.
+static __device__ __forceinline__ int whole_head(int k) {
+    return (int)threadIdx.x / WARP % 4 * 16 + (int)threadIdx.x % WARP / 4 + 8 * k;
+}
+// Of each head the largest score so far (LOG2_E times) and the sum of weights; the factors of an even and an odd step.
+typedef struct { float head[WHOLE_HEADS][2], factor[2][WHOLE_HEADS]; } whole_scratch;
 
 // Queries of 64 heads over their RMS, rotated; zeros behind the last.
-static __device__ void whole_queries(const attend_args &p, int r, int h0, uint16_t *to) {
+static __device__ void whole_queries(const attend_args &p, int r, int h0, char *to) {
     enum { EACH = MAX_HEAD_DIM / 4 / WARP };
     int D = p.c.D, lane = (int)threadIdx.x % WARP;
-    UNROLL_BY(2)
+    UNROLL_BY(4)
     for (int h = (int)threadIdx.x / WARP; h < WHOLE_HEADS; h += WARPS) {
         const float *from = p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + h)) * (size_t)D;
         float4 x[EACH];
@@ -2571,219 +2646,276 @@ static __device__ void whole_queries(const attend_args &p, int r, int h0, uint16
                 float2 b = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2 + 1);
                 rope_pair(x[i].x, x[i].y, a.x, a.y), rope_pair(x[i].z, x[i].w, b.x, b.y);
             }
-            *(uint2 *)(void *)(to + h * (D + WHOLE_PAD) + d) = { bf16x2(x[i].x * scale, x[i].y * scale),
-                                                                 bf16x2(x[i].z * scale, x[i].w * scale) };
+            *(uint2 *)(void *)(to + whole_at((unsigned)h, (unsigned)d)) = { bf16x2(x[i].x * scale, x[i].y * scale),
+                                                                            bf16x2(x[i].z * scale, x[i].w * scale) };
         }
+    }
+}
+// Of a later row, to L2.
+static __device__ __forceinline__ void whole_prefetch(const attend_args &p, int r, int h0) {
+    enum { LINE = 128 / sizeof(float) };
+    const float *q = p.q + ((size_t)r * (size_t)p.c.H + (size_t)h0) * (size_t)p.c.D;
+    if (r >= p.n->n_rows) return;
+    for (int k = (int)threadIdx.x * LINE; k < least(WHOLE_HEADS, p.c.H - h0) * p.c.D; k += THREADS * LINE)
+        prefetch_line(q + k);
+}
+
+static __device__ __forceinline__ void load16_floats(float4 *x, const float *from) {
+    IN_GLOBAL(from);
+    UNROLL
+    for (int i = 0; i < 4; i++) x[i] = ((const float4 *)(const void *)from)[i];
+}
+// A thread has 16 dims of each panel of key threadIdx / 4: so eight lanes store to all banks. Of a compressed key it
+// asks for them as stored, the first 64 rotary dims, and two panels' scales. The last key stands in for those missing.
+typedef struct { uint4 codes[WHOLE_PANELS]; float4 rope[4]; uint32_t scales; } whole_asked;
+static __device__ __forceinline__ int whole_key(const view &v, int j0) {
+    return least(j0 + (int)threadIdx.x / 4, v.n_window + v.n_compressed - 1);
+}
+static __device__ __forceinline__ void whole_ask(const attend_args &p, const key_at &all, const view &v, int j0,
+                                                 const whole_room &room, whole_asked &a) {
+    int plain = p.c.D - p.c.R, d = (int)threadIdx.x % 4 * 16, first = (int)threadIdx.x % 4 * 2,
+        j = whole_key(v, j0) - v.n_window;
+    a = {};         // keeps no registers for what is not asked for
+    if (j < 0) return;
+    const key_at k = key_of(p, all, (uint32_t)COMPRESSED << PLACE_BITS | (uint32_t)(v.selected ? room.chosen[j] : j));
+    IN_GLOBAL(k.codes);
+    IN_GLOBAL(k.scales);
+    UNROLL
+    for (int i = 0; i < WHOLE_PANELS; i++)
+        if (i * 64 + d < plain) a.codes[i] = *(const uint4 *)(const void *)(k.codes + i * 64 + d);
+    if (d < p.c.R) load16_floats(a.rope, k.rope + d);
+    a.scales = first * 64 < plain ? k.scales[first] : 0;
+    if (first * 64 + 64 < plain) a.scales |= (uint32_t)k.scales[first + 1] << 8;
+}
+// 16 dims to panels.
+static __device__ __forceinline__ void whole_put16(char *to, unsigned at, const float4 *x) {
+    UNROLL
+    for (unsigned i = 0; i < 2; i++)
+        *(uint4 *)(void *)(to + (at ^ 16 * i)) =
+            make_uint4(bf16x2(x[2 * i].x, x[2 * i].y), bf16x2(x[2 * i].z, x[2 * i].w),
+                       bf16x2(x[2 * i + 1].x, x[2 * i + 1].y), bf16x2(x[2 * i + 1].z, x[2 * i + 1].w));
+}
+// The keys asked for, or those of the window, AT_ONCE panels at a time, to bf16.
+template <int AT_ONCE>
+static __device__ __forceinline__ void whole_keys(const attend_args &p, const row &s, const key_at &all, const view &v,
+                                                  int j0, whole_asked &a, char *to) {
+    int plain = p.c.D - p.c.R, key = (int)threadIdx.x / 4, d = (int)threadIdx.x % 4 * 16, j = whole_key(v, j0),
+        lane = (int)threadIdx.x % WARP & ~3;
+    unsigned at = whole_at((unsigned)key, (unsigned)d);
+    uint32_t scales[4];
+    UNROLL
+    for (int i = 0; i < 4; i++) scales[i] = (uint32_t)__shfl_sync(ALL, (int)a.scales, lane + i);
+    if (j < v.n_window) {
+        const key_at k = key_of(p, all, place_of_key(p, s, 0, v, j));
+        UNROLL_BY(AT_ONCE)
+        for (int i = 0; i * 64 + d < p.c.D; i++) {
+            float4 x[4];
+            load16_floats(x, k.floats + i * 64 + d), whole_put16(to + i * WHOLE_PANEL, at, x);
+        }
+        return;
+    }
+    UNROLL
+    for (int i = 0; i < WHOLE_PANELS; i++) {
+        float scale = e8m0(scales[i / 2] >> i % 2 * 8 & 255);
+        uint2 w[4] = { bf16_of_codes(a.codes[i].x, scale), bf16_of_codes(a.codes[i].y, scale),
+                       bf16_of_codes(a.codes[i].z, scale), bf16_of_codes(a.codes[i].w, scale) };
+        if (i * 64 + d >= plain) break;
+        *(uint4 *)(void *)(to + i * WHOLE_PANEL + at) = make_uint4(w[0].x, w[0].y, w[1].x, w[1].y);
+        *(uint4 *)(void *)(to + i * WHOLE_PANEL + (at ^ 16)) = make_uint4(w[2].x, w[2].y, w[3].x, w[3].y);
+    }
+    for (int r = d; r < p.c.R; r += 64) {
+        if (r >= 64)
+            load16_floats(a.rope, key_of(p, all, place_of_key(p, s, (int)blockIdx.x, v, j)).rope + r);
+        whole_put16(to, whole_at((unsigned)key, (unsigned)(plain + r)), a.rope);
     }
 }
 
-// Issues copies of the compressed keys from j0 on. Returns two of their scales, too small for cp.async.
-static __device__ uint32_t whole_ask(const attend_args &p, const key_at &all, const view &v, int j0,
-                                     const whole_room &room) {
-    int plain = p.c.D - p.c.R, lane = (int)threadIdx.x % WARP, n = v.n_window + v.n_compressed,
-        blocks = (plain + 63) / 64, mine = (int)threadIdx.x / 4, first = (int)threadIdx.x % 4 * 2;
-    uint32_t scales = 0;
-    for (int slot = (int)threadIdx.x / WARP; slot < WHOLE_KEYS; slot += WARPS) {
-        int j = j0 + slot - v.n_window;
-        if (j < 0 || j0 + slot >= n) continue;
-        size_t at = (size_t)(v.selected ? room.chosen[j] : j);
-        const uint8_t *codes = all.codes + at * (size_t)plain;
-        const float *rope = all.rope + at * (size_t)p.c.R;
-        for (int d = lane * 16; d < plain; d += WARP * 16)
-            copy16<0>(place_in((const char *)room.codes) + (slot * plain + d), codes + d);
-        for (int d = lane * 4; d < p.c.R; d += WARP * 4)
-            copy16<0>(place_in((const char *)room.rope) + (slot * p.c.R + d) * 4, rope + d);
-    }
-    copies_close();
-    if (j0 + mine >= v.n_window && j0 + mine < n) {
-        int j = j0 + mine - v.n_window;
-        const uint8_t *from = all.scales + (size_t)(v.selected ? room.chosen[j] : j) * (size_t)blocks;
-        if (first < blocks) scales = from[first];
-        if (first + 1 < blocks) scales |= (uint32_t)from[first + 1] << 8;
-    }
-    return scales;
-}
-// Keys j0 .. to bf16; zeros behind the last.
-static __device__ void whole_keys(const attend_args &p, const row &s, const key_at &all, const view &v, int j0,
-                                  const whole_room &room) {
-    int D = p.c.D, R = p.c.R, plain = D - R, lane = (int)threadIdx.x % WARP;
-    UNROLL_BY(2)
-    for (int slot = (int)threadIdx.x / WARP; slot < WHOLE_KEYS; slot += WARPS) {
-        int j = j0 + slot;
-        uint16_t *to = room.keys + slot * (D + WHOLE_PAD);
-        if (j < v.n_window || j >= v.n_window + v.n_compressed) {
-            const float *from = j < v.n_window ? key_of(p, all, place_of_key(p, s, 0, v, j)).floats : NULL;
-            UNROLL
-            for (int i = 0; i < MAX_HEAD_DIM / 4 / WARP; i++) {
-                int d = (i * WARP + lane) * 4;
-                float4 x = make_float4(0, 0, 0, 0);
-                if (from && d < D) x = *(const float4 *)(const void *)(from + d);
-                if (d < D) *(uint2 *)(void *)(to + d) = { bf16x2(x.x, x.y), bf16x2(x.z, x.w) };
-            }
-            continue;
-        }
-        for (int d = lane * 8; d < plain; d += WARP * 8) {
-            const uint2 codes = *(const uint2 *)(const void *)(room.codes + slot * plain + d);
-            float scale = e8m0(room.scales[slot * KEY_SCALES_ROOM + d / 64]);
-            const uint2 low = bf16_of_codes(codes.x, scale), high = bf16_of_codes(codes.y, scale);
-            *(uint4 *)(void *)(to + d) = make_uint4(low.x, low.y, high.x, high.y);
-        }
-        for (int d = lane * 2; d < R; d += WARP * 2)
-            *(uint32_t *)(void *)(to + plain + d) = bf16x2(room.rope[slot * R + d], room.rope[slot * R + d + 1]);
-    }
-}
-
-// Where the lane's row begins in a 16 x 16 tile of bf16 rows, as mma takes a, or in two of 8 rows, as it takes b.
-static __device__ __forceinline__ int lane_a(int stride) {
-    int lane = (int)threadIdx.x % WARP;
-    return (lane % 16 * stride + lane / 16 * 8) * 2;
-}
-static __device__ __forceinline__ int lane_b(int stride) {
-    int lane = (int)threadIdx.x % WARP;
-    return ((lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8) * 2;
-}
-// Scores of a warp: heads 16 (warp % 4) .., keys 32 (warp / 4) ..
-static __device__ __forceinline__ void whole_scores(const attend_args &p, const whole_room &room, float (*acc)[4]) {
-    int stride = p.c.D + WHOLE_PAD, warp = (int)threadIdx.x / WARP;
-    shared_at a = place_in((const char *)room.q) + warp % 4 * 16 * stride * 2 + lane_a(stride);
-    shared_at b = place_in((const char *)room.keys) + warp / 4 * 32 * stride * 2 + lane_b(stride);
-    zero<16>(&acc[0][0]);
-    UNROLL_BY(4)
-    for (int k = 0; k < p.c.D * 2; k += 32) {
-        const uint4 q = load_rows<0>(a + k), k0 = load_rows<0>(b + k), k1 = load_rows<0>(b + 16 * stride * 2 + k);
-        mma(acc[0], q.x, q.y, q.z, q.w, k0.x, k0.y), mma(acc[1], q.x, q.y, q.z, q.w, k0.z, k0.w);
-        mma(acc[2], q.x, q.y, q.z, q.w, k1.x, k1.y), mma(acc[3], q.x, q.y, q.z, q.w, k1.z, k1.w);
-    }
-}
-// What warps of the two halves of the keys exchange: largest and sum of each head, factor of the sums.
-typedef struct { float largest[2][WHOLE_HEADS], factor[WHOLE_HEADS], sum[2][WHOLE_HEADS]; } whole_scratch;
-// Online softmax over n more keys. heads: g and g + 8 of the warp's; largest so far, sum over its half.
-static __device__ __forceinline__ void whole_softmax_step(const attend_args &p, const whole_room &room, float (*acc)[4],
-                                                   int n, whole_scratch &scratch, merged *heads) {
-    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4, half = warp / 4,
-        h0 = warp % 4 * 16;
-    float largest[2] = { -HUGE_VALF, -HUGE_VALF }, by = inverse_root((float)p.c.D);
+// Scores of a warpgroup's step, to be waited for. A thread has heads g and g + 8 of its warp's 16, as mma_panel.
+static __device__ __forceinline__ void whole_scores(const char *q, const char *keys, float (*acc)[4]) {
+    shared_at a = place_in(q), b = place_in(keys);
+    keep_sums<WHOLE_KEYS / 8>(acc), mma_panel_begin();
+    mma_scores<1, 0>(acc, a, b), mma_scores<0, 32>(acc, a, b), mma_scores<0, 64>(acc, a, b);
+    mma_scores<0, 96>(acc, a, b);
     UNROLL
-    for (int i = 0; i < 16; i++) {
-        int key = half * 32 + i / 4 * 8 + 2 * t + i % 2;
-        float &x = acc[i / 4][i % 4];
-        x = key < n ? x * by : -HUGE_VALF, largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], x);
+    for (int i = 1; i < WHOLE_PANELS; i++) {
+        a += WHOLE_PANEL, b += WHOLE_PANEL;
+        mma_scores<0, 0>(acc, a, b), mma_scores<0, 32>(acc, a, b), mma_scores<0, 64>(acc, a, b);
+        mma_scores<0, 96>(acc, a, b);
     }
-    for (int k = 0; k < 2; k++) {
-        largest[k] = group_max(largest[k], 4);
-        if (t == 0) scratch.largest[half][h0 + g + 8 * k] = largest[k];
-    }
-    __syncthreads();
-    UNROLL
-    for (int k = 0; k < 2; k++) {
-        int h = h0 + g + 8 * k;
-        float m = fmaxf(heads[k].largest, fmaxf(scratch.largest[0][h], scratch.largest[1][h])), more = 0,
-              factor = expf(heads[k].largest - m);
+    mma_panel_close();
+}
+// Online softmax over n more keys, in powers of two.
+static __device__ __forceinline__ void whole_softmax_step(const attend_args &p, float (*acc)[4], int n,
+                                                          float (*head)[2], float *factors, char *weights) {
+    int t = (int)threadIdx.x % 4;
+    float largest[2] = { -HUGE_VALF, -HUGE_VALF }, by = LOG2_E * inverse_root((float)p.c.D);
+    if (n < WHOLE_KEYS)
         UNROLL
-        for (int i = 0; i < 4; i++) {
-            float x = expf(acc[i][2 * k] - m), y = expf(acc[i][2 * k + 1] - m);
+        for (int i = 0; i < WHOLE_KEYS / 2; i++)
+            if (i / 4 * 8 + 2 * t + i % 2 >= n) acc[i / 4][i % 4] = -HUGE_VALF;
+    UNROLL
+    for (int i = 0; i < WHOLE_KEYS / 2; i++) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], acc[i / 4][i % 4]);
+    UNROLL
+    for (int k = 0; k < 2; k++) {
+        int h = whole_head(k);
+        unsigned at = whole_at((unsigned)h, 2 * (unsigned)t);
+        float before = head[h][0], m = fmaxf(before, group_max(largest[k], 4) * by), more = 0,
+              factor = power2(before - m);
+        UNROLL
+        for (int i = 0; i < WHOLE_KEYS / 8; i++) {
+            float x = power2(fmaf(acc[i][2 * k], by, -m)), y = power2(fmaf(acc[i][2 * k + 1], by, -m));
             more += x + y;
-            *(uint32_t *)(void *)(room.weights + h * (WHOLE_KEYS + WHOLE_PAD) + half * 32 + i * 8 + 2 * t) =
-                bf16x2(x, y);
+            *(uint32_t *)(void *)(weights + (at ^ 16 * (unsigned)i)) = bf16x2(x, y);
         }
         more += __shfl_xor_sync(ALL, more, 1), more += __shfl_xor_sync(ALL, more, 2);
-        heads[k].sum = fmaf(heads[k].sum, factor, more), heads[k].largest = m;
-        if (t == 0 && !half) scratch.factor[h] = factor;
+        if (t == 0) head[h][0] = m, head[h][1] = fmaf(head[h][1], factor, more), factors[h] = factor;
     }
-    __syncthreads();
 }
-// o += weights times keys: a warp has all heads, and dims of n-tiles warp, warp + 8, ...
-enum { WHOLE_TILES = WHOLE_HEADS / 16, WHOLE_EACH = MAX_HEAD_DIM / 8 / WARPS };
-typedef float whole_sums[WHOLE_TILES][WHOLE_EACH][4];
-static __device__ __forceinline__ void whole_values(const attend_args &p, const whole_room &room,
-                                                    const whole_scratch &scratch, whole_sums o) {
-    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, changed = 0;
-    uint4 a[WHOLE_TILES][WHOLE_KEYS / 16];
-    float factor[WHOLE_TILES][2];
-    UNROLL
-    for (int m = 0; m < WHOLE_TILES; m++) {
-        shared_at from = place_in((const char *)(room.weights + m * 16 * (WHOLE_KEYS + WHOLE_PAD))) +
-                         lane_a(WHOLE_KEYS + WHOLE_PAD);
-        a[m][0] = load_rows<0>(from), a[m][1] = load_rows<32>(from);
-        a[m][2] = load_rows<64>(from), a[m][3] = load_rows<96>(from);
-        for (int k = 0; k < 2; k++)
-            factor[m][k] = scratch.factor[m * 16 + g + 8 * k], changed |= factor[m][k] != 1;
-    }
-    changed = __ballot_sync(ALL, changed) != 0;
-    UNROLL
-    for (int i = 0; i < WHOLE_EACH; i++) {
-        int d = (i * WARPS + warp) * 8;
-        uint32_t w[8];
-        if (d >= D) break;
-        load_transposed(w, room.keys + lane * (D + WHOLE_PAD) + d);
-        load_transposed(w + 4, room.keys + (WARP + lane) * (D + WHOLE_PAD) + d);
+// o += weights times keys, to be waited for.
+static __device__ __forceinline__ void whole_values(const char *weights, const char *keys, const float *factors,
+                                                    float (*o)[4]) {
+    const float by[2] = { factors[whole_head(0)], factors[whole_head(1)] };
+    shared_at a = place_in(weights), b = place_in(keys);
+    if (__ballot_sync(ALL, by[0] != 1 || by[1] != 1))
         UNROLL
-        for (int m = 0; m < WHOLE_TILES; m++) {
-            if (changed) for (int k = 0; k < 4; k++) o[m][i][k] *= factor[m][k / 2];
-            UNROLL
-            for (int k = 0; k < WHOLE_KEYS / 16; k++)
-                mma(o[m][i], a[m][k].x, a[m][k].y, a[m][k].z, a[m][k].w, w[2 * k], w[2 * k + 1]);
+        for (int i = 0; i < 4 * WHOLE_EIGHTS; i++) o[i / 4][i % 4] *= by[i / 2 % 2];
+    keep_sums<WHOLE_EIGHTS>(o), mma_panel_begin();
+    mma_values<0>(o, a, b), mma_values<1>(o, a, b), mma_values<2>(o, a, b), mma_values<3>(o, a, b);
+    mma_panel_close();
+}
+// Sums over the sum of weights, rotated back, as put_panel writes them: of head h those of dims d .. d + 127 that the
+// thread has, in every other pair of o. Needs these in one head and one group of wo_a.
+static __device__ __forceinline__ int whole_panels(const attend_args &p) {
+    return p.panels && p.c.D % 128 == 0 && p.o_group % 128 == 0;
+}
+static __device__ __forceinline__ void whole_put_panel(const attend_args &p, int r, int h, int d, float sum, float *o) {
+    int t = (int)threadIdx.x % 4, dim = h * p.c.D + d, place = dim / p.o_group * p.o_pitch + dim % p.o_group,
+        first = (d + p.c.R - p.c.D) / 2 + t, e;
+    size_t to = (size_t)r * (size_t)p.o.stride + (size_t)place;
+    uint32_t *out = (uint32_t *)(void *)(p.o.halves + to) + t / 2 + t % 2 * 4;
+    float largest = 0, by = quotient(1, sum);
+    UNROLL
+    for (int i = 0; i < 16; i++) o[4 * i] *= by, o[4 * i + 1] *= by;
+    if (d + 128 > p.c.D - p.c.R)
+        UNROLL
+        for (int i = 0; i < 16; i++) {
+            float2 turn = { 1, 0 };
+            if (first + 4 * i >= 0 && d < p.c.D) turn = turn_of(p.turns, p.c.R / 2, r, p.set, first + 4 * i);
+            rope_pair(o[4 * i], o[4 * i + 1], turn.x, -turn.y);
         }
-    }
-}
-// Final sums to memory, divided by the sum of weights.
-static __device__ __forceinline__ void whole_put(const attend_args &p, int r, int h0, const whole_room &room,
-                                                 whole_scratch &scratch, const merged *heads, whole_sums o) {
-    __shared__ float of[WHOLE_HEADS][2];
-    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4;
-    float *total = (float *)(void *)room.q;
-    for (int k = 0; k < 2; k++)
-        if (lane % 4 == 0) scratch.sum[warp / 4][warp % 4 * 16 + g + 8 * k] = heads[k].sum;
-    __syncthreads();        // and all are done with queries and keys
-    if (threadIdx.x < WHOLE_HEADS) of[threadIdx.x][1] = scratch.sum[0][threadIdx.x] + scratch.sum[1][threadIdx.x];
     UNROLL
-    for (int m = 0; m < WHOLE_TILES; m++)
+    for (int i = 0; i < 16; i++) largest = fmaxf(largest, fmaxf(fabsf(o[4 * i]), fabsf(o[4 * i + 1])));
+    e = halves_exponent(group_max(largest, 4));
+    if (h >= p.c.H || d >= p.c.D) return;
+    UNROLL
+    for (int i = 0; i < 16; i++)
+        out[i / 2 * 8 + i % 2 * 2] = f16x2(o[4 * i] * exp2i(-e), o[4 * i + 1] * exp2i(-e));
+    if (t == 0) p.o.halves_scale[to / 128] = exp2i(e);
+}
+// Else sums go to memory, in place of queries and keys, and from there to put_heads.
+static __device__ __forceinline__ void whole_put(const attend_args &p, int r, int h0, float *total,
+                                                 const float (*head)[2], float (*o)[4]) {
+    int d0 = (int)threadIdx.x / WHOLE_GROUP * WHOLE_EIGHTS * 8;
+    if (whole_panels(p)) {
         UNROLL
-        for (int i = 0; i < WHOLE_EACH; i++)
-            UNROLL
-            for (int k = 0; k < 4; k++)
-                if (dim_of(i, k) < D) total[(m * 16 + g + 8 * (k / 2)) * (D + 8) + dim_of(i, k)] = o[m][i][k];
+        for (int i = 0; i < 4; i++)
+            whole_put_panel(p, r, h0 + whole_head(i % 2), d0 + i / 2 * 128, head[whole_head(i % 2)][1],
+                            &o[i / 2 * 16][i % 2 * 2]);
+        return;
+    }
+    UNROLL
+    for (int k = 0; k < 2; k++) {
+        float *to = total + whole_head(k) * (p.c.D + 8) + d0 + (int)threadIdx.x % 4 * 2;
+        UNROLL
+        for (int i = 0; i < WHOLE_EIGHTS; i++)
+            if (d0 + 8 * i < p.c.D) *(float2 *)(void *)(to + 8 * i) = make_float2(o[i][2 * k], o[i][2 * k + 1]);
+    }
     __syncthreads();
-    put_heads<1>(p, r, h0, WHOLE_HEADS, total, of);
+    put_heads<1>(p, r, h0, WHOLE_HEADS, total, head);
+}
+// All steps of a warpgroup. Barriers: the odd step's keys are there; even weights are; odd weights are, and the even
+// step's keys and weights are no longer used; nor are the odd step's, and the next even keys are there.
+template <int GROUP>
+static __device__ __forceinline__ void whole_steps(const attend_args &p, const row &s, const key_at &all, const view &v,
+                                                   const whole_room &room, whole_asked &a, whole_scratch &x,
+                                                   float (*o)[4]) {
+    int n = v.n_window + v.n_compressed;
+    char *even = room.keys, *odd = even + WHOLE_ALL, *weights = room.weights + GROUP * WHOLE_PANEL,
+         *half = even + GROUP * WHOLE_ALL / 2;
+    float acc[WHOLE_KEYS / 8][4];
+    zero<4 * WHOLE_EIGHTS>(o[0]);
+    for (int j0 = 0;; j0 += 2 * WHOLE_KEYS) {
+        if (!GROUP) whole_scores(room.q, even, acc);
+        if (j0) {
+            whole_keys<2>(p, s, all, v, j0 + WHOLE_KEYS, a, odd);
+            whole_ask(p, all, v, j0 + 2 * WHOLE_KEYS, room, a);
+            copies_seen();
+            __syncthreads();
+        }
+        if (GROUP) whole_scores(room.q, odd, acc);
+        else {
+            mma_panel_wait<0>(acc);
+            whole_softmax_step(p, acc, n - j0, x.head, x.factor[0], weights);
+            copies_seen();
+        }
+        __syncthreads();
+        whole_values(room.weights, half, x.factor[0], o);
+        if (GROUP) {
+            mma_panel_wait<1>(acc);
+            whole_softmax_step(p, acc, n - j0 - WHOLE_KEYS, x.head, x.factor[1], weights);
+            copies_seen();
+        }
+        mma_panel_wait<0, WHOLE_EIGHTS>(o);
+        __syncthreads();
+        if (j0 + WHOLE_KEYS >= n) break;
+        whole_values(room.weights + WHOLE_PANEL, half + WHOLE_ALL, x.factor[1], o);
+        if (j0 + 2 * WHOLE_KEYS < n) {
+            whole_keys<2>(p, s, all, v, j0 + 2 * WHOLE_KEYS, a, even);
+            whole_ask(p, all, v, j0 + 3 * WHOLE_KEYS, room, a);
+            copies_seen();
+        }
+        mma_panel_wait<0, WHOLE_EIGHTS>(o);
+        __syncthreads();
+        if (j0 + 2 * WHOLE_KEYS >= n) break;
+    }
 }
 static __global__ void __launch_bounds__(THREADS, 1) attend_whole(const attend_args p) {
     __shared__ whole_scratch scratch;
     SHARED_BYTES(bytes);
-    int i = (int)blockIdx.x, h0 = (int)blockIdx.y * WHOLE_HEADS, r = p.row0 + i, half = (int)threadIdx.x / WARP / 4,
-        h = h0 + (int)threadIdx.x / WARP % 4 * 16 + (int)threadIdx.x % WARP / 4, n;
-    uint32_t scales;
+    int i = (int)blockIdx.x, h0 = (int)blockIdx.y * WHOLE_HEADS, r = p.row0 + i;
     whole_room room;
-    whole_sums o;
+    whole_asked a;
+    float o[WHOLE_EIGHTS][4];
     grid_go();
     const row s = p.rows[r];
     if (r >= p.n->n_rows) return grid_wait();
     const view v = view_of(p, s, 0);
     const key_at all = keys_in(p, s);
-    merged heads[2] = { merge_begin(p, h), merge_begin(p, h + 8) };      // the sink counts once
-    for (int k = 0; half && k < 2; k++) heads[k].sum = 0;
-    zero<sizeof o / sizeof(float)>(&o[0][0][0]);
-    whole_shared(&p.c, bytes, &room);
+    if (threadIdx.x < WHOLE_HEADS) {
+        const merged sink = merge_begin(p, h0 + (int)threadIdx.x);
+        scratch.head[threadIdx.x][0] = LOG2_E * sink.largest, scratch.head[threadIdx.x][1] = sink.sum;
+    }
+    whole_shared(&p.c, panel_room(bytes), &room);
+    for (int k = (int)threadIdx.x * 16; p.c.D < MAX_HEAD_DIM && k < 3 * WHOLE_ALL; k += THREADS * 16)
+        *(uint4 *)(void *)(room.q + k) = make_uint4(0, 0, 0, 0);
     grid_wait();
     for (int k = (int)threadIdx.x; v.selected && k < v.n_compressed; k += THREADS)
         room.chosen[k] = p.chosen[(size_t)i * (size_t)p.c.index_topk + (size_t)k];
     __syncthreads();
-    scales = whole_ask(p, all, v, 0, room), n = v.n_window + v.n_compressed;
+    whole_ask(p, all, v, 0, room, a);
     whole_queries(p, r, h0, room.q);
-    for (int j0 = 0; j0 < n; j0 += WHOLE_KEYS) {
-        float acc[4][4];
-        uint8_t *to = room.scales + threadIdx.x * 2;
-        to[0] = (uint8_t)scales, to[1] = (uint8_t)(scales >> 8);
-        copies_wait<0>();
-        __syncthreads();        // copies are visible, and all are done with the last keys
-        whole_keys(p, s, all, v, j0, room);
-        __syncthreads();
-        scales = whole_ask(p, all, v, j0 + WHOLE_KEYS, room);
-        whole_scores(p, room, acc);
-        whole_softmax_step(p, room, acc, n - j0, scratch, heads);
-        whole_values(p, room, scratch, o);
+    UNROLL_BY(1)
+    for (int k = 0; k < 2; k++) {
+        whole_keys<4>(p, s, all, v, k * WHOLE_KEYS, a, room.keys + k * WHOLE_ALL);
+        whole_ask(p, all, v, (k + 1) * WHOLE_KEYS, room, a);
     }
-    copies_wait<0>();
-    whole_put(p, r, h0, room, scratch, heads, o);
+    whole_prefetch(p, r + WHOLE_AHEAD, h0);
+    copies_seen();
+    __syncthreads();
+    if (threadIdx.x < WHOLE_GROUP) whole_steps<0>(p, s, all, v, room, a, scratch, o);
+    else whole_steps<1>(p, s, all, v, room, a, scratch, o);
+    __syncthreads();
+    whole_put(p, r, h0, (float *)(void *)room.q, scratch.head, o);
 }
 
 // ---- rows as inputs; the rings ----------------------------------------------------------------
@@ -3680,9 +3812,6 @@ static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const ui
             put(known[k % TILES_KNOWN], part, acc);
         }
     });
-}
-static __device__ __forceinline__ char *panel_room(char *shared) {
-    return shared + (1024 - (uintptr_t)place_in(shared) % 1024) % 1024;
 }
 template <int PANELS>
 static __device__ __forceinline__ void put_panels(const panel_tile &t, float (*acc)[PANEL / 8][4]) {

@@ -69,6 +69,7 @@ struct host_fiber {
     const unsigned *waits_for;      // until it is no longer `seen`
     unsigned seen;
 };
+struct host_product;
 struct host_warp {
     unsigned generation;
     int arrived, live;
@@ -77,6 +78,7 @@ struct host_warp {
     const uint16_t *from[32];
     float *out[32];
     int kind;                       // HOST_*: a product's number type
+    const host_product *product;
 };
 static struct {
     host_fiber fiber[HOST_THREADS];
@@ -96,9 +98,23 @@ static struct {
 #define blockDim (host.block_dim)
 #define gridDim (host.grid_dim)
 
-// A thread's copies that have not landed; where their groups end.
+// What a thread has asked for and not yet waited for; where groups end.
+template <class T> struct host_groups {
+    std::vector<T> asked;
+    std::vector<size_t> closed;
+    void close() { closed.push_back(asked.size()); }
+    template <class F> void land(size_t pending, F work) {      // all but the last `pending` groups
+        if (closed.size() <= pending) return;
+        auto last = closed.end() - (ptrdiff_t)pending - 1;
+        size_t n = *last;
+        for (size_t i = 0; i < n; i++) work(asked[i]);
+        asked.erase(asked.begin(), asked.begin() + (ptrdiff_t)n);
+        closed.erase(closed.begin(), last + 1);
+        for (size_t &end : closed) end -= n;
+    }
+};
 struct host_copy { char *to; const char *from; size_t n; };
-static struct { std::vector<host_copy> copies; std::vector<size_t> closed; } host_asked[HOST_THREADS];
+static host_groups<host_copy> host_copies[HOST_THREADS];
 
 static void host_stop(const char *why) {
     fprintf(stderr, "cuda_host: block %u %u, thread %d: %s\n", host.block.x, host.block.y, host.self, why);
@@ -136,8 +152,8 @@ static void host_fiber_main(void) {
         host.fiber[self].done = true;
         host.live--, w->live--;
         if (w->arrived) host_stop("a thread ended while its warp waits for it");
-        if (!host_asked[self].copies.empty()) host_stop("a thread ended before its copies");
-        host_asked[self].closed.clear();
+        if (!host_copies[self].asked.empty()) host_stop("a thread ended before its copies");
+        host_copies[self].closed.clear();
         if (host.live && host.arrived == host.live) host.arrived = 0, host.generation++;
         if (host.live) host_enter(&host.fiber[self].at, host_next());
         else cuda_host_switch(&host.fiber[self].at, &host.home);
@@ -304,25 +320,64 @@ static void host_mma_panel(float *c, const uint32_t *a, const char *b, int kind,
         }
     });
 }
+// A warp's part of wgmma.m64 .. k16 of bf16 with both factors in shared memory, rows of 128 bytes swizzled by address:
+// c [16][n] += a [16][16] b, b [n][16] or, if `across`, [16][n], where 64 columns are a row and the next 64 `across`
+// bytes on. Done at once or, backwards, at the wait for its group.
+struct host_product { float *c; const char *a, *b; int n, across, first; };
+static host_groups<host_product> host_products[HOST_THREADS];
+static double host_swizzled(const char *row, int byte) {
+    uintptr_t at = (uintptr_t)(const void *)row + (uintptr_t)byte;
+    return (double)host_number((const void *)(at ^ (at >> 7 & 7) << 4), HOST_BF16);
+}
+#ifdef __x86_64__
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static void host_mma_shared_all(host_warp *all) {
+    const host_product &x = *all->product;
+    const char *a = x.a + (all - host.warp) % 4 * 16 * 128;
+    double A[16][16], any = 0;
+    for (int row = 0; row < 16; row++)
+        for (int k = 0; k < 16; k++) A[row][k] = host_swizzled(a + row * 128, 2 * k), any += A[row][k] != 0;
+    if (any == 0) return;      // padding
+    for (int n0 = 0; n0 < x.n; n0 += 8) {
+        host_columns B[16];
+        double all_b = 0;
+        for (int k = 0; k < 16; k++)
+            for (int n = n0; n < n0 + 8; n++)
+                B[k][n % 8] = x.across ? host_swizzled(x.b + n / 64 * x.across + k * 128, n % 64 * 2)
+                                       : host_swizzled(x.b + n * 128, 2 * k), all_b += B[k][n % 8] != 0;
+        if (all_b == 0) continue;
+        for (int row = 0; row < 16; row++) {
+            host_columns sum;
+            for (int n = 0; n < 8; n++) sum[n] = (double)all->out[row % 8 * 4 + n / 2][n0 / 2 + row / 8 * 2 + n % 2];
+            for (int k = 0; k < 16; k++) sum += A[row][k] * B[k];
+            for (int n = 0; n < 8; n++) all->out[row % 8 * 4 + n / 2][n0 / 2 + row / 8 * 2 + n % 2] = (float)sum[n];
+        }
+    }
+}
+static void host_mma_now(const host_product &x) {
+    host_warp *w = &host.warp[host.self / 32];
+    if (x.first) memset(x.c, 0, (size_t)x.n / 2 * sizeof *x.c);
+    w->out[host.self % 32] = x.c, w->product = &x;
+    host_together(host_mma_shared_all);
+}
+static void host_mma_shared(const host_product &x) {
+    if (((uintptr_t)x.b & 15) || (x.across && ((uintptr_t)x.b & 1023))) host_stop("a panel that is not aligned");
+    if (host.backwards) host_products[host.self].asked.push_back(x);
+    else host_mma_now(x);
+}
 
 // cp.async: the copy lands at once or, backwards, at the wait for its group, not before.
 static inline void host_ask(char *to, const void *from, size_t n) {
     if (((uintptr_t)to | (uintptr_t)from) % n) host_stop("a copy's ends are not multiples of its size");
-    if (host.backwards) host_asked[host.self].copies.push_back({ to, (const char *)from, n });
+    if (host.backwards) host_copies[host.self].asked.push_back({ to, (const char *)from, n });
     else memcpy(to, from, n);
 }
 static inline void copies_close(void) {
-    if (host.backwards) host_asked[host.self].closed.push_back(host_asked[host.self].copies.size());
+    if (host.backwards) host_copies[host.self].close();
 }
 static void host_land(size_t pending) {
-    auto &asked = host_asked[host.self];
-    if (asked.closed.size() <= pending) return;
-    auto last = asked.closed.end() - (ptrdiff_t)pending - 1;
-    size_t n = *last;
-    for (size_t i = 0; i < n; i++) memcpy(asked.copies[i].to, asked.copies[i].from, asked.copies[i].n);
-    asked.copies.erase(asked.copies.begin(), asked.copies.begin() + (ptrdiff_t)n);
-    asked.closed.erase(asked.closed.begin(), last + 1);
-    for (size_t &end : asked.closed) end -= n;
+    host_copies[host.self].land(pending, [](const host_copy &x) { memcpy(x.to, x.from, x.n); });
 }
 static inline const void *host_aligned(const void *row) {
     if ((uintptr_t)row % 16) host_stop("a 16-byte access to shared memory that is not aligned to 16");

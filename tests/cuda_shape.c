@@ -1,6 +1,6 @@
 /* dspark_cuda.cu on random weights of a shape that the golden cases lack: more heads than a block takes (16, or 64 in a
    prompt's whole blocks); index heads that are no multiple of eight and wider than the others; many rows, where a block
-   does all of a row's attention; and a whole block of a prompt. */
+   does all of a row's attention; and whole blocks of a prompt. */
 #define _GNU_SOURCE
 #include "sessions.h"
 #include "near.h"
@@ -95,25 +95,29 @@ static dspark_session *open_after(dspark_model *m, const int32_t *ids, int left)
     memcpy(s->tokens, ids, (size_t)(BLOCK_ROWS - left) * sizeof *ids), s->n_tokens = s->n_run = BLOCK_ROWS - left;
     return s;
 }
+static dspark_model *open_fast(const dspark_backend *backend) {
+    dspark_model *m;
+    dspark_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.files.map = synth_map, desc.files.unmap = synth_unmap, desc.backend = backend, desc.fast_prefill = 1;
+    must(dspark_model_open(&m, ".", &desc));
+    return m;
+}
 /* fast_prefill: cuBLASLt's products and the kernels of whole blocks. 72 heads are two of their blocks, a window of 80
    is two steps of keys. */
 static void check_block(const dspark_backend *backend, dspark_model *cpu) {
     static int32_t ids[BLOCK_ROWS];
     static float usual[BLOCK_ROWS * VOCABULARY], logits[BLOCK_ROWS * VOCABULARY], by_library[COUNT(window)], by_kernels[COUNT(window)];
     static double error[BLOCK_ROWS];
-    dspark_model_desc desc;
     dspark_model *m;
     dspark_session *s, *last;
     dspark_pass_result out;
     double of_window;
-    memset(&desc, 0, sizeof desc);
-    desc.files.map = synth_map, desc.files.unmap = synth_unmap, desc.backend = backend, desc.fast_prefill = 1;
     for (int i = 0; i < BLOCK_ROWS; i++) ids[i] = i * 7919 % VOCABULARY;
     s = open_after(cpu, ids, 0);
     must(dspark__run_alone(s, ids, BLOCK_ROWS, 0, 0, 0, &out));
     memcpy(usual, out.logits, sizeof usual), dspark_session_close(s);
-    must(dspark_model_open(&m, ".", &desc));
-    s = open_after(m, ids, 0), last = open_after(m, ids, LAST);
+    m = open_fast(backend), s = open_after(m, ids, 0), last = open_after(m, ids, LAST);
     must(dspark__run_alone(s, ids, BLOCK_ROWS, 0, 0, 0, &out));
 #ifdef DSPARK_CUDA_HOST
     /* wkv, wo_b and the shared w1, w3, w2 of four layers; 136 (wq_a, wq_b) is no multiple of 16 */
@@ -136,8 +140,7 @@ static void check_block(const dspark_backend *backend, dspark_model *cpu) {
 #ifdef DSPARK_CUDA_HOST
     for (int back = 0; back < 2; back++) {
         cuda_host_sms = back ? 3 : 132, cuda_host_backwards(back);      /* an H100's: tiles of 64 rows, not 128 */
-        must(dspark_model_open(&m, ".", &desc));
-        s = open_after(m, ids, 0);
+        m = open_fast(backend), s = open_after(m, ids, 0);
         must(dspark__run_alone(s, ids, BLOCK_ROWS, 0, 0, 0, &out));
         ok(!memcmp(logits, out.logits, sizeof logits), "%s, its logits have the same bits",
            back ? "with threads in the opposite order and late copies" : "with 132 SMs, not 3");
@@ -160,6 +163,19 @@ static dspark_status some_state(void *user, void *to, size_t n) {
         dice = dice * 1664525 + 1013904223, ((uint8_t *)to)[i] = (uint8_t)(dice >> 24 & 0xbf);
     return DSPARK_OK;
 }
+static dspark_session *open_deep(dspark_model *m, const int32_t *ids, int before, int after) {
+    const dspark_config *c = dspark_model_config(m);
+    size_t ring = (size_t)(c->sliding_window + c->dspark_block_size + 1), D = (size_t)c->head_dim,
+           plain = D - (size_t)c->qk_rope_head_dim, I = (size_t)c->index_head_dim, groups = (size_t)before / 4;
+    pieces of = { ring * D * sizeof(float), { groups * plain, groups * I / 2 },
+                  { groups * ((plain + 63) / 64), groups * I / 32 } };
+    dspark_session_desc d = session_desc(before + after);
+    dspark_session *s = open_session_as(m, &d);
+    for (int i = 0; i < before; i++) s->tokens[i] = ids[i % N];
+    s->n_tokens = s->n_run = before;
+    must(m->backend->state_pieces(s->state, before, 1, some_state, &of));
+    return s;
+}
 /* 900 keys are more than 24 splits of a row take in one step each; the ring has wrapped; an index chooses among more
    keys than it keeps in shared memory. */
 static void check_depth(const int32_t *ids) {
@@ -172,16 +188,7 @@ static void check_depth(const int32_t *ids) {
     for (int whole = 0; whole < 2; whole++) {
         dspark_session *s[2];
         for (int k = 0; k < 2; k++) {
-            const dspark_config *c = dspark_model_config(m[k]);
-            size_t ring = (size_t)(c->sliding_window + c->dspark_block_size + 1), D = (size_t)c->head_dim,
-                   plain = D - (size_t)c->qk_rope_head_dim, I = (size_t)c->index_head_dim, groups = BEFORE / 4;
-            pieces of = { ring * D * sizeof(float), { groups * plain, groups * I / 2 },
-                          { groups * ((plain + 63) / 64), groups * I / 32 } };
-            dspark_session_desc d = session_desc(BEFORE + AFTER);
-            s[k] = open_session_as(m[k], &d), set_plain(s[k], 1);
-            for (int i = 0; i < BEFORE; i++) s[k]->tokens[i] = ids[i % N];
-            s[k]->n_tokens = s[k]->n_run = BEFORE;
-            must(m[k]->backend->state_pieces(s[k]->state, BEFORE, 1, some_state, &of));
+            s[k] = open_deep(m[k], ids, BEFORE, AFTER), set_plain(s[k], 1);
             for (int at = 0, n; at < AFTER; at += n)
                 n = whole ? AFTER : at ? 1 : FIRST, must(dspark_session_append(s[k], ids + at, n));
         }
@@ -191,6 +198,40 @@ static void check_depth(const int32_t *ids) {
     }
     ok(hash[0] == hash[1] && worst < .1, "at depth 20,000 rows alone have the bits of all together, and the CPU's "
        "logits (%.1e)", worst);
+    dspark_model_close(m[0]), dspark_model_close(m[1]);
+}
+
+/* A block whose rows see a ring that has wrapped, its own rows and 70 keys of an index that chooses: 220, four steps.
+   Heads of 128 dims go to wo_a straight from registers. */
+static void check_deep_block(const int32_t *ids) {
+    enum { BEFORE = 2 * BLOCK_ROWS };
+    static double error[BLOCK_ROWS];
+    static float logits[2][BLOCK_ROWS * VOCABULARY];
+    static int32_t block[BLOCK_ROWS];
+    dspark_model *m[2];
+    dspark_pass_result out;
+    if (!synth_set("sliding_window=150") || !synth_set("index_topk=70") || !synth_set("head_dim=128")) return;
+    for (int i = 0; i < BLOCK_ROWS; i++) block[i] = i * 7919 % VOCABULARY;
+    m[0] = open_on(NULL), m[1] = open_fast(dspark_cuda_backend());
+    for (int k = 0; k < 2; k++) {
+        dspark_session *s = open_deep(m[k], ids, BEFORE, BLOCK_ROWS);
+        must(dspark__run_alone(s, block, BLOCK_ROWS, 0, 0, 0, &out));
+        memcpy(logits[k], out.logits, sizeof logits[k]), dspark_session_close(s);
+    }
+    for (size_t i = 0; i < BLOCK_ROWS; i++)
+        error[i] = relative_l2(logits[1] + i * VOCABULARY, logits[0] + i * VOCABULARY, VOCABULARY);
+    sort_up(error, BLOCK_ROWS);
+    ok(error[BLOCK_ROWS / 2] < .12 && error[BLOCK_ROWS - 1] < 2,
+       "at depth 1,024 a block's logits are the CPU's: median %.1e, least %.1e, most %.1e", error[BLOCK_ROWS / 2],
+       error[0], error[BLOCK_ROWS - 1]);
+#ifdef DSPARK_CUDA_HOST
+    dspark_session *s = open_deep(m[1], ids, BEFORE, BLOCK_ROWS);
+    cuda_host_backwards(1);
+    must(dspark__run_alone(s, block, BLOCK_ROWS, 0, 0, 0, &out));
+    cuda_host_backwards(0);
+    ok(!memcmp(logits[1], out.logits, sizeof logits[1]), "and have the same bits in backwards mode");
+    dspark_session_close(s);
+#endif
     dspark_model_close(m[0]), dspark_model_close(m[1]);
 }
 
@@ -212,6 +253,6 @@ int main(void) {
     dspark_model_close(m);
     check_block(dspark_cuda_backend(), cpu);
     dspark_model_close(cpu);
-    check_depth(ids);
+    check_depth(ids), check_deep_block(ids);
     return sessions_done();
 }
