@@ -93,6 +93,7 @@ enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1
 #define IN_GLOBAL(p) ((void)0)
 static inline void grid_wait(void) {}
 static inline void grid_go(void) {}
+template <class P> static inline void params_near(const P &) {}
 typedef char *shared_at;
 static inline shared_at place_in(const char *shared) { return (char *)(uintptr_t)shared; }
 template <int AT> static inline void copy16(shared_at to, const void *from) {
@@ -156,6 +157,18 @@ __device__ __forceinline__ void grid_wait(void) {
         asm volatile("mov.u64 %0, %globaltimer;" : "=l"(trace_ns[atomicAdd(&trace_n, 1) % MAX_TRACED]));
 #endif
 }
+// x is needed, and now: ptxas deletes what only an empty asm uses.
+__device__ __forceinline__ void keep(int x) {
+    asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, -1; @p nanosleep.u32 1; }" :: "r"(x));
+}
+// Brings a kernel's parameters to the constant cache, for what reads them after its wait.
+template <class P> __device__ __forceinline__ void params_near(const P &p) {
+    const int *words = (const int *)(const void *)&p;
+    int any = 0;
+    UNROLL
+    for (int i = 0; i < (int)(sizeof p / sizeof(int)); i += 16) any |= words[i];
+    keep(any);
+}
 // Lets the next kernel start beside this one.
 __device__ __forceinline__ void grid_go(void) {
 #if __CUDA_ARCH__ >= 900
@@ -189,10 +202,6 @@ __device__ __forceinline__ void prefetch_bulk(const void *from, int bytes) {
 }
 #endif
 __device__ __forceinline__ void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// x is needed, and now: ptxas deletes what only an empty asm uses.
-__device__ __forceinline__ void keep(int x) {
-    asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, -1; @p nanosleep.u32 1; }" :: "r"(x));
-}
 #if __CUDA_ARCH__ >= 900
 #define BULK_COPIES
 // A barrier of one arrival in shared memory, and copies that it counts the bytes of.
@@ -1414,6 +1423,7 @@ static __global__ void __launch_bounds__(THREADS) stream_few(const stream_args p
     int slice = (int)blockIdx.x, r = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, n;
     float z[COPIES], by[POST_COMB], v[EACH];
     grid_go();
+    params_near(p);
     load_fn(p, slice, fn);
     n = p.n->n_rows;
     if (p.from == STREAM_ADD) stream_old(p, r, slice * SLICE + lane, z, by);
@@ -1433,8 +1443,9 @@ static __global__ void __launch_bounds__(THREADS) stream_few(const stream_args p
             p.partial[((size_t)r * (size_t)(p.c.h / SLICE) + (size_t)slice) * WARP + (size_t)(warp * EACH + k)] = v[k];
 }
 
-// Adds up a mix's sums, then x = sum_j pre_j copy_j, normed, in both forms. A block a row; post_comb does post and
-// comb. Bound: latency, 80 KB a row through one SM (1 us), two barriers.
+// Adds up a mix's sums, then x = sum_j pre_j copy_j, normed, in both forms. A block a row; of few rows eight, which do
+// all the same but for the forms, an eighth each. post_comb does post and comb. Bound: latency, 80 KB a row through one
+// SM (1 us), two barriers.
 typedef struct {
     shape c;
     const int *n;
@@ -1452,6 +1463,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
         at = 8 * (int)threadIdx.x, live = at < h, n;
     float sum = 0, squares = 0, x[8], by[8], scale;
     grid_go();
+    params_near(p);
     n = *p.n, r = p.list ? p.list[i] : i;
     for (int k = 0; k < 8; k++) by[k] = 0;
     if (live) load8(by, p.norm + at);
@@ -1478,7 +1490,7 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
         square = __shfl_sync(ALL, total, WARP - 1);
         total *= inverse_rms(square, COPIES * h, p.c.eps);
         m[lane] = lane < COPIES ? sigmoid(total * pre_scale + pre_base) + p.c.hc_eps : 0;
-        if (p.mixes && lane < MIX) p.mixes[(size_t)r * MIX + (size_t)lane] = total;
+        if (p.mixes && lane < MIX && !blockIdx.y) p.mixes[(size_t)r * MIX + (size_t)lane] = total;
     }
     __syncthreads();
     UNROLL
@@ -1487,10 +1499,11 @@ static __global__ void __launch_bounds__(MIX_THREADS) mix(const mix_args p) {
         for (int j = 0; j < COPIES; j++) x[k] = fmaf(m[j], copies[j][k], x[k]);
     }
     for (int k = 0; k < 8; k++) {
-        if (live && p.hidden) p.hidden[(size_t)i * (size_t)h + (size_t)(at + k)] = x[k];
+        if (live && p.hidden && !blockIdx.y) p.hidden[(size_t)i * (size_t)h + (size_t)(at + k)] = x[k];
         squares = fmaf(x[k], x[k], squares);
     }
     scale = inverse_rms(block_sum(squares, scratch), h, p.c.eps);
+    if (gridDim.y > 1 && at / (h / (int)gridDim.y) != (int)blockIdx.y) return;
     for (int k = 0; k < 8; k++) x[k] = x[k] * scale * by[k];
     put_input(p.x, i, at, x, live);
 }
@@ -1783,6 +1796,7 @@ template <int N> static __device__ __forceinline__ void query_head(const index_a
 static __global__ void __launch_bounds__(THREADS) index_query(const index_args p) {
     int h = (int)(blockIdx.x * WARPS + threadIdx.x / WARP), i = (int)blockIdx.y, n;
     grid_go();
+    params_near(p);
     n = keys_of(p.rows[p.row0 + i]) > p.c.index_topk ? p.n->n_rows : 0;     // else no row is left out
     grid_wait();
     if (p.row0 + i < n && h < p.c.index_heads) {
@@ -1924,6 +1938,7 @@ static __global__ void __launch_bounds__(THREADS) index_scores(const index_args 
     uint4 *query = (uint4 *)(void *)bytes;
     float *weights = (float *)(void *)(query + H * I / 8);
     grid_go();
+    params_near(p);
     const row s = p.rows[r];
     n = r < p.n->n_rows ? keys_of(s) : 0;
     if (n <= p.c.index_topk || first >= n) return grid_wait();
@@ -2401,6 +2416,7 @@ template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, BLOCKS) 
     view v = view_of(p, s, p.n->drafts);
     if (r >= p.n->n_rows || split >= v.splits) return grid_wait();
     const key_at all = keys_in(p, s);
+    params_near(p);
     grid_wait();
     grid_go();      // not earlier: stream_few reads before its wait what is complete now
     attend_shared(&p.c, bytes, &room);
@@ -2510,6 +2526,7 @@ static __device__ void merge_heads(const attend_args &p, const view &v, int i, i
 static __global__ void __launch_bounds__(MERGE_THREADS) attend_merge(const attend_args p) {
     int i = (int)blockIdx.x, r = p.row0 + i, place = ((int)blockIdx.y * MERGED + (int)threadIdx.x % MERGED) * 8, dim, n;
     grid_go();
+    params_near(p);
     view v = view_of(p, p.rows[r], p.n->drafts);
     dim = dim_at(p, place), n = p.n->n_rows;
     keep(dim);
@@ -2943,6 +2960,7 @@ static __global__ void __launch_bounds__(THREADS) round_rows(const round_args p)
     __shared__ float scratch[WARPS];
     int r = (int)blockIdx.x, part = (int)blockIdx.y, n, any = 0;
     grid_go();
+    params_near(p);
     for (int i = (int)threadIdx.x * 32; p.norm && i < p.n; i += THREADS * 32) any |= (int)__float_as_uint(p.norm[i]);
     keep(any);      // brings its lines to L1
     n = *p.n_rows;
@@ -3044,6 +3062,7 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     float *bias = (float *)(void *)(scores + (size_t)warps * (size_t)E);
     for (int e = (int)threadIdx.x; p.bias && e < E; e += (int)blockDim.x) bias[e] = p.bias[e];
     n = p.n->n_rows;
+    params_near(p);
     grid_wait();
     grid_go();
     __syncthreads();
@@ -3089,6 +3108,7 @@ static __device__ void swiglu_eight(const swiglu_args &p, int r, int slot, int a
 static __global__ void __launch_bounds__(THREADS) swiglu(const swiglu_args p) {
     int r = (int)blockIdx.x, slot = p.slot + (int)blockIdx.y, n;
     grid_go();
+    params_near(p);
     n = p.n->n_rows;
     grid_wait();
     for (int at = 0; r < n && at < (slot < p.c.K ? p.width : p.shared_width); at += THREADS * 8)
@@ -3107,24 +3127,30 @@ typedef struct {
     float *y;                   // [row][y_stride]
     int y_stride, add;          // 1: y += w x
     const int *y_rows;          // NULL: row r goes to row r
-    int first_item;             // items of the jobs before
 } job;
 enum { MAX_JOBS = 10 };
 typedef struct {
-    job jobs[MAX_JOBS];
     int n_jobs, n_items, item_bytes, n_blocks;
     int rows;                       // at most so many
     const int *n_rows;
+    int first[MAX_JOBS];            // items of the jobs before
+    job jobs[MAX_JOBS];
     post_comb_args mix;             // out NULL: none
     int tasks;                      // of kv_rows; 0: none
     kv_args kv;
 } linears_args;
 
+// The job that item or tile i is of.
+static __device__ __forceinline__ int job_of(const linears_args &p, int i) {
+    int k = 0;
+    UNROLL
+    for (int j = 1; j < MAX_JOBS; j++) k += j < p.n_jobs && p.first[j] <= i;
+    return k;
+}
 static __device__ __forceinline__ void item_of(const linears_args &p, int i, int, item_at &it) {
-    int k = p.n_jobs - 1, each, tile;
-    while (p.jobs[k].first_item > i) k--;
+    int k = job_of(p, i), each, tile;
     const job &j = p.jobs[k];
-    each = items_of_tile(j.w, p.item_bytes), i -= j.first_item, tile = i / each;
+    each = items_of_tile(j.w, p.item_bytes), i -= p.first[k], tile = i / each;
     it.w = j.w, it.of = k, it.tile = i % each ? -1 : tile, it.list = NULL, it.n = 0;
     it.part = k + (j.group ? tile * TILE / j.group * MAX_JOBS : 0);
 }
@@ -3168,9 +3194,9 @@ linears(const __grid_constant__ linears_args p) {
     int r0 = (int)blockIdx.y * NT * 8, n = -1, block = (int)blockIdx.x, width = least(NT * 8, p.rows), item, end;
     feed f;
     grid_go();
+    feed_open<NT>(f, bytes);        // first: its fence waits for loads
     if (block >= p.n_blocks) return r0 ? grid_wait() : run_beside(p, block - p.n_blocks, bytes);
     item = first_item(p.n_items, block, p.n_blocks), end = first_item(p.n_items, block + 1, p.n_blocks);
-    feed_open<NT>(f, bytes);
     for (; item < end; item += WARP) {
         int some = find_spans(p, item, end, most_tiles(NT, width), 0, spans);
         if (n >= 0) feed_begin<NT>(f, spans, some);
@@ -3502,12 +3528,11 @@ static __host__ __device__ __forceinline__ int wide_columns(const job &j, int mt
 template <class T, class C>
 static __device__ __forceinline__ void find_job(const linears_args &p, int n, int i, int outputs, const C &columns,
                                                 T &t) {
-    int k = p.n_jobs - 1, me = (int)threadIdx.x;
+    int k = job_of(p, i), me = (int)threadIdx.x;
     if (me >= (int)(sizeof t.at / sizeof *t.at)) return;
-    while (p.jobs[k].first_item > i) k--;
     const job &j = p.jobs[k];
     int each = columns(j), along = blocks_of(p.rows, each), group, m0, r0, r;
-    i -= j.first_item, r0 = i % along * each, i /= along;
+    i -= p.first[k], r0 = i % along * each, i /= along;
     group = j.group ? j.group : j.w.rows, along = blocks_of(group, outputs);
     m0 = i / along * group + i % along * outputs, r = most(0, least(r0 + me, n - 1));
     t.at[me] = r * j.x_stride + (j.group ? i / along * j.x_group : 0), t.to[me] = j.y_rows ? j.y_rows[r] : r;
@@ -4912,7 +4937,7 @@ template <class C> static int count_tiles(linears_args *p, int outputs, const C 
     for (int i = 0; i < p->n_jobs; i++) {
         job *j = &p->jobs[i];
         int group = j->group ? j->group : j->w.rows;
-        j->first_item = p->n_items;
+        p->first[i] = p->n_items;
         p->n_items += j->w.rows / group * blocks_of(group, outputs) * blocks_of(p->rows, columns(*j));
     }
     return p->n_items;
@@ -4957,7 +4982,7 @@ static void jobs_few(cuda *d, const char *name, linears_args *p) {
     do {        // few enough for a block to find its spans at once
         p->n_items = 0, p->item_bytes *= 2;
         for (int i = 0; i < p->n_jobs; i++)
-            p->jobs[i].first_item = p->n_items, p->n_items += items_of(p->jobs[i].w, p->item_bytes);
+            p->first[i] = p->n_items, p->n_items += items_of(p->jobs[i].w, p->item_bytes);
     } while (p->n_items > 2 * d->sms * (WARP - 1) && p->item_bytes < 1 << 20);
     p->n_blocks = least(p->n_items, most(d->sms, 2 * d->sms - beside));     // all resident: none waits for an SM
     launch(d, name, nt == 1 ? linears<1> : nt == 2 ? linears<2> : linears<4>,
@@ -4997,7 +5022,8 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
     p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
     p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
-    LAUNCH(mix, grid_of(head ? d->grid.logits : d->grid.rows, 1), blocks_of(d->s.h, 8 * WARP) * WARP, 0, p);
+    int rows = head ? d->grid.logits : d->grid.rows, parts = rows <= 8 && d->s.h % (8 * 8 * WARP) == 0 ? 8 : 1;
+    LAUNCH(mix, grid_of(rows, parts), blocks_of(d->s.h, 8 * WARP) * WARP, 0, p);
     d->now = *m;
 }
 static post_comb_args post_comb_of(const cuda *d) {
