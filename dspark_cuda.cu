@@ -225,14 +225,23 @@ __device__ __forceinline__ int barrier_passed(shared_at b, uint32_t parity) {
                  : "=r"(passed) : "r"(b), "r"(parity) : "memory");
     return passed;
 }
+__device__ __forceinline__ void copy_bulk(shared_at to, const void *from, int bytes, shared_at barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
 // Weights that are not read again in this pass leave L2 first, so that what is read again stays there: code,
 // parameters, the residual stream, keys. A layer's weights are 90 MB, L2 50.
-__device__ __forceinline__ void copy_bulk(shared_at to, const void *from, int bytes, shared_at barrier) {
+__device__ __forceinline__ void copy_weights(shared_at to, const void *from, int bytes, shared_at barrier) {
     uint64_t first;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
                  "[%3], %4;" :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(first) : "memory");
 }
+#else       // not reached: panels are Hopper's
+__device__ __forceinline__ void barrier_open(shared_at) {}
+__device__ __forceinline__ void barrier_expect(shared_at, int) {}
+__device__ __forceinline__ void barrier_wait(shared_at, uint32_t) {}
+__device__ __forceinline__ void copy_bulk(shared_at, const void *, int, shared_at) {}
 #endif
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
@@ -808,7 +817,7 @@ static __device__ __forceinline__ void ring_open(shared_at slots, int n) {
 static __device__ __forceinline__ void ring_ask(shared_at slot, const uint8_t *p, int bytes) {
     if (threadIdx.x % WARP) return;
     barrier_expect(slot + SLOT_BYTES, bytes);
-    copy_bulk(slot, p, bytes, slot + SLOT_BYTES);
+    copy_weights(slot, p, bytes, slot + SLOT_BYTES);
 }
 static __device__ __forceinline__ void ring_close(void) {}
 template <int PENDING> static __device__ __forceinline__ void ring_wait(shared_at slot, uint32_t parity) {
@@ -2984,6 +2993,7 @@ typedef struct {
     int *route;                     // [rows][K], ascending
     float *weight;                  // [rows][K]
     int *first, *list;              // [E + 1]; [rows * K]: row * K + slot, an expert's together
+    int *where;                     // [rows * K]: of more than one row, where each is in the list
     int *active;                    // [0]: how many experts have rows; then which, ascending
     int *arrived;                   // zero between kernels: blocks that are done
 } route_args;
@@ -3076,7 +3086,10 @@ static __global__ void __launch_bounds__(1024) route(const route_args p) {
     if (gridDim.x > 1 && !last_block(p.arrived, (int)gridDim.x)) return;
     int *at = (int *)(void *)bytes;
     n *= p.c.K, count_experts(p, n, at);
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) p.list[atomicAdd(&at[__ldcg(p.route + i)], 1)] = i;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        int to = atomicAdd(&at[__ldcg(p.route + i)], 1);
+        p.list[to] = i, p.where[i] = to;
+    }
 }
 
 // weight * silu(gate) * up of a slot, as w2's input.
@@ -3623,7 +3636,8 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 // ---- products of whole blocks of a prompt -----------------------------------------------------
 // With fast_prefill, by wgmma: what cuBLASLt does not take, except F16 and F32. A block has 128 outputs and 64 or 128
 // rows. Weights are decoded in registers, half a unit while the half before is multiplied, also if that is the unit
-// before's; x is in panels of 64 rows of 128 bytes.
+// before's; x is in panels of 64 rows of 128 bytes. That of FP4 lies in panels in global memory, too: a unit of a panel
+// is one copy, by one thread, which nobody's later copies or stores wait for, as they would at a fence.
 //   FP4, the routed experts: as E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so
 //     that 128 products are one sum. A code whose scale is below 2^-14 of the largest loses bits, as the sum does.
 //   FP8, wo_a: as f16, with the first plane of its inputs: 11 bits where the released kernels have 8.
@@ -3635,24 +3649,46 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 
 // Rows of b; stages of x, slots of a warp's weights; units that copies are ahead; 6 2^6 is an E4M3.
 enum { PANEL = 64, PANEL_STAGES = 4, PANEL_SLOTS = 2, PANEL_AHEAD = 2, FP8_ROOM = 6 };
-// Per dtype: panels that x of a unit fills; bytes of a number of x; scales of x in a unit; the dtype whose layout a
-// lane's piece has: for FP8 four bytes of each 16, for bf16 16 of each 64.
-template <int DTYPE> struct panels_of { enum { ALONG = 1, NUMBER = 2, SCALES = 0, PIECE = DSPARK_FP8 }; };
-template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, NUMBER = 2, SCALES = 1, PIECE = DSPARK_BF16 }; };
-template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, NUMBER = 1, SCALES = 2, PIECE = DSPARK_FP4 }; };
-// A stage: x and its scales [2][row]. Behind the stages are the warps' rings of slots.
-static __host__ __device__ constexpr int panel_x_bytes(int panels) { return panels * PANEL * 2 * UNIT; }
+// Per dtype: how many 128 bytes of a row of x a unit has; scales of x in a unit; is x in panel order; the dtype whose
+// layout a lane's piece has: for FP8 four bytes of each 16, for bf16 16 of each 64.
+template <int DTYPE> struct panels_of { enum { ALONG = 1, SCALES = 0, BULK = 0, PIECE = DSPARK_FP8 }; };
+template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, SCALES = 1, BULK = 0, PIECE = DSPARK_BF16 }; };
+template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, SCALES = 2, BULK = 1, PIECE = DSPARK_FP4 }; };
+// A stage: x [panel][ALONG][64][128 bytes] and its scales [panel][SCALES][64]. Behind the stages are their barriers,
+// then the warps' rings of slots.
+enum { PANEL_BYTES = PANEL * UNIT, STAGE_BARRIER = 16 };
+static __host__ __device__ constexpr int panel_x_bytes(int panels) { return panels * 2 * PANEL_BYTES; }
 static __host__ __device__ constexpr int panel_stage_bytes(int panels) { return panel_x_bytes(panels) + 1024; }
 static __host__ __device__ constexpr int panel_bytes(int panels) {
-    return 1024 + PANEL_STAGES * panel_stage_bytes(panels) + WARPS * PANEL_SLOTS * RING_SLOT;
+    return 1024 + PANEL_STAGES * (panel_stage_bytes(panels) + STAGE_BARRIER) + WARPS * PANEL_SLOTS * RING_SLOT;
+}
+template <int PANELS> static __device__ __forceinline__ shared_at panel_barrier(const char *bytes, int stage) {
+    return place_in(bytes + PANEL_STAGES * panel_stage_bytes(PANELS)) + stage * STAGE_BARRIER;
 }
 template <int PANELS> static __device__ __forceinline__ shared_at panel_slot(const char *bytes, uint32_t turn) {
-    return place_in(bytes + PANEL_STAGES * panel_stage_bytes(PANELS)) +
+    return panel_barrier<PANELS>(bytes, PANEL_STAGES) +
            (int)(threadIdx.x / WARP * PANEL_SLOTS + turn % PANEL_SLOTS) * RING_SLOT;
 }
-// A tile may have two parts, the same outputs of w1 and w3. weight: each row's routing weight.
+// Panel order of rows of `pitch` bytes: [rows / 64][pitch / 128][64][128], pieces of 16 swizzled. Where byte k of row r
+// is: in its panel, and in all. Scales, n a row: [rows / 64][n][64].
+static __device__ __forceinline__ int in_panel(int r, int k) {
+    return (k / UNIT * PANEL + r) * UNIT + (k % UNIT ^ r % 8 * 16);
+}
+static __device__ __forceinline__ size_t panel_byte(int r, int k, int pitch) {
+    return (size_t)(r / PANEL * PANEL) * (size_t)pitch + (size_t)in_panel(r % PANEL, k);
+}
+static __device__ __forceinline__ size_t panel_scale(int r, int k, int n) {
+    return (size_t)(r / PANEL * n + k) * PANEL + (size_t)(r % PANEL);
+}
+// The place in panel order of the first row of expert e, at `first` in the list: each begins a panel. With f = 64 q + s
+// before e, and n in it: n fills blocks_of(n, 64) <= (s + n) / 64 + 1 panels, and the next begins that many further.
+static __device__ __forceinline__ int expert_place(int first, int e) { return (first / PANEL + e) * PANEL; }
+static int places_of(int chosen, int E) { return blocks_of(chosen, PANEL) * PANEL + E * PANEL; }
+// A tile may have two parts, the same outputs of w1 and w3. place: its first row's in panel order, and bytes of a row
+// there. weight: each row's routing weight.
 struct panel_tile : tile_of<2 * PANEL> {
     span second;
+    int place, pitch;
     float weight[2 * PANEL];
 };
 
@@ -3712,35 +3748,58 @@ struct panel_at : wide_at { const uint8_t *weights; shared_at slot; };
 template <int DTYPE> static __device__ __forceinline__ void ask_weights(const panel_at &a) {
     if (a.weights) ring_ask(a.slot, a.weights, unit_bytes(DTYPE));
 }
-// Issues copies of the next unit to its stage: x in panels of 128 bytes a row, and x's scales.
+// Issues copies of a unit of x and of its scales to a stage.
+template <int DTYPE, int PANELS>
+static __device__ __forceinline__ void gather_panels(const panel_tile &t, int unit, shared_at stage) {
+    enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, EACH = PANELS * PANEL / ROWS,
+           X = panels_of<DTYPE>::ALONG * PANEL_BYTES };
+    int me = (int)threadIdx.x, q = me % IN_ROW, first = me / IN_ROW;
+    shared_at to = stage + in_panel(first, q * 16);
+    const uint16_t *x = t.x.x + (size_t)((unit * IN_ROW + q) * 8);
+    const float *scale = t.x.scale;
+    int scale_at = t.at[me % (PANELS * PANEL)] / 128 + unit;
+    uint32_t at[EACH];      // no load passes a copy: all of them first
+    UNROLL
+    for (int k = 0; k < EACH; k++) at[k] = (uint32_t)t.at[first + k * ROWS];
+    UNROLL
+    for (int k = 0; k < EACH; k++)
+        copy16<0>(to + k * ROWS / PANEL * X + k * ROWS % PANEL * UNIT, x + (size_t)at[k]);
+    if (panels_of<DTYPE>::SCALES > 0 && me < PANELS * PANEL)
+        copy4<panel_x_bytes(PANELS)>(stage + me * 4, scale + scale_at);
+}
+// The same of x in panel order, counted at the stage's barrier, a copy a warp: one that issues all is late at the block's
+// barrier. Bytes may land before they are expected: the turn waits for that arrival. Panels without rows are left out:
+// what the stage has in their place gives columns that nobody reads.
+template <int DTYPE, int PANELS>
+static __device__ __forceinline__ void copy_panels(const panel_tile &t, int unit, shared_at stage, shared_at barrier) {
+    enum { X = panels_of<DTYPE>::ALONG * PANEL_BYTES, SCALES = panels_of<DTYPE>::SCALES * PANEL, BYTES = SCALES * 4 };
+    int warp = (int)threadIdx.x / WARP, i = warp / 2, n = least(PANELS, blocks_of(t.live, PANEL)),
+        place = t.place + i * PANEL;
+    if (threadIdx.x % WARP || i >= n) return;
+    if (!warp) barrier_expect(barrier, n * (X + BYTES));
+    size_t x = (size_t)place * (size_t)t.pitch, scale = x / UNIT + (size_t)(unit * SCALES);
+    if (warp % 2) copy_bulk(stage + panel_x_bytes(PANELS) + i * BYTES, t.x.scale + scale, BYTES, barrier);
+    else copy_bulk(stage + i * X, (const uint8_t *)t.x.x + x + (size_t)(unit * X), X, barrier);
+}
+// Issues copies of the next unit's x, and says where its weights are.
 template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n, panel_at &a, char *bytes) {
-    enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, EACH = PANELS * PANEL / ROWS,
-           SCALES = panels_of<DTYPE>::SCALES };
-    int me = (int)threadIdx.x, q = me % IN_ROW, first = me / IN_ROW;
     a.weights = NULL;
     if (a.k < n) {
         const panel_tile &t = known[a.k % TILES_KNOWN];
         const span &s = PARTS == 2 && a.w ? t.second : t.s;
-        shared_at stage = place_in(bytes + a.stage * panel_stage_bytes(PANELS)),
-                  to = stage + q / 8 * PANELS * PANEL * 128 + first * 128 + (q % 8 ^ first % 8) * 16;
-        const uint8_t *x = (const uint8_t *)t.x.x + (size_t)((a.unit * IN_ROW + q) * 16);
-        const float *scale = t.x.scale;
-        int units = s.pitch / UNIT, scale_at = t.at[me / 2] / 128 + SCALES * a.unit + me % 2;
-        uint32_t at[EACH];      // no load passes a copy: all of them first
-        UNROLL
-        for (int k = 0; k < EACH; k++) at[k] = (uint32_t)t.at[first + k * ROWS];
-        a.weights = unit_at(s, least(me / WARP, s.tiles - 1), a.unit);      // all warps ask: slots turn as stages do
-        a.slot = panel_slot<PANELS>(bytes, (uint32_t)a.stage);
-        UNROLL
-        for (int k = 0; k < EACH; k++)
-            copy16<0>(to + k * ROWS * 128, x + (size_t)at[k] * panels_of<DTYPE>::NUMBER);
-        if (me < PANELS * PANEL * 2 && me % 2 < SCALES)
-            copy4<panel_x_bytes(PANELS)>(stage + (me % 2 * PANELS * PANEL + me / 2) * 4, scale + scale_at);
+        shared_at stage = place_in(bytes + a.stage * panel_stage_bytes(PANELS));
+        int units = s.pitch / UNIT;
+        a.weights = unit_at(s, least((int)threadIdx.x / WARP, s.tiles - 1), a.unit);    // all warps ask: slots turn as
+        a.slot = panel_slot<PANELS>(bytes, (uint32_t)a.stage);                          // stages do
+        if (panels_of<DTYPE>::BULK)
+            copy_panels<DTYPE, PANELS>(t, a.unit, stage, panel_barrier<PANELS>(bytes, a.stage));
+        else gather_panels<DTYPE, PANELS>(t, a.unit, stage);
         if (++a.unit == units) a.w++, a.unit = 0;
         if (a.w == PARTS) a.k++, a.w = 0;
     }
-    copies_close();
+    if (panels_of<DTYPE>::BULK) ring_close();
+    else copies_close();
     a.stage = a.stage + 1 == PANEL_STAGES ? 0 : a.stage + 1;
 }
 // acc += sums times the scales of weights and x.
@@ -3754,17 +3813,19 @@ static __device__ __forceinline__ void enter(float (*acc)[4], const float (*sum)
     }
 }
 // Waits for the next unit, takes the warp's weights and asks for the x of the unit after the next. Returned: the stage.
-// A thread comes here when its copies to the stage have landed and its warp's products of the unit before last are
-// complete, as it has waited for their sums: so behind the barrier all see this stage, and that unit's, which is the
-// place of the one asked for, is free. A slot is free when its warp has taken it; a warp asks and waits for each unit
-// once, in order, so the parity of a turn is that of its slot's barrier.
+// A thread comes to the block's barrier when it has seen the stage land, or its own copies to it, and its warp's
+// products of the unit before last are complete, as it has waited for their sums: so behind it all see this stage, and
+// that unit's, which is the place of the one asked for, is free, and its barrier has turned. A slot is free when its
+// warp has taken it. Each unit is asked for once and waited for once by all, in order: so the parity of a turn is that
+// of the barriers of its stage and slot, none is more than one turn ahead, and no copy is left at the end.
 template <int DTYPE, int PANELS, int PARTS>
 static __device__ __forceinline__ const char *next_stage(const panel_tile *known, int n, panel_at &a,
                                                          uint32_t &turn, char *bytes, piece &q) {
-    const char *stage = bytes + (int)(turn % PANEL_STAGES) * panel_stage_bytes(PANELS);
+    int at = (int)(turn % PANEL_STAGES);
+    const char *stage = bytes + at * panel_stage_bytes(PANELS);
     shared_at slot = panel_slot<PANELS>(bytes, turn);
-    copies_wait<PANEL_AHEAD - 1>();
-    copies_seen();
+    if (panels_of<DTYPE>::BULK) barrier_wait(panel_barrier<PANELS>(bytes, at), turn / PANEL_STAGES % 2);
+    else copies_wait<PANEL_AHEAD - 1>(), copies_seen();
     __syncthreads();
     ring_wait<0>(slot, turn++ / PANEL_SLOTS % 2);
     take_piece<panels_of<DTYPE>::PIECE>(q, slot, 0);
@@ -3776,12 +3837,13 @@ static __device__ __forceinline__ const char *next_stage(const panel_tile *known
 template <int DTYPE, int PANELS, int SUMMED, int NEXT>
 static __device__ __forceinline__ void panel_step(float (*acc)[PANEL / 8][4], float (*sum)[PANEL / 8][4], float scale,
                                                   const float *x_scales, const uint32_t (*w)[4], const char *x) {
+    enum { SCALES = panels_of<DTYPE>::SCALES };
     UNROLL
     for (int i = 0; i < PANELS; i++) {
         if (SUMMED && (NEXT || i + 1 < PANELS)) mma_panel_wait<PANELS - 1>(sum[i]);
         else if (SUMMED) mma_panel_wait<0>(sum[i]);
-        if (SUMMED && panels_of<DTYPE>::SCALES > 0) enter(acc[i], sum[i], scale, x_scales + i * PANEL);
-        if (NEXT) mma_panel<DTYPE, NEXT == 2>(sum[i], w, place_in(x + i * PANEL * 128));
+        if (SUMMED && SCALES > 0) enter(acc[i], sum[i], scale, x_scales + i * SCALES * PANEL);
+        if (NEXT) mma_panel<DTYPE, NEXT == 2>(sum[i], w, place_in(x + i * panels_of<DTYPE>::ALONG * PANEL_BYTES));
     }
 }
 // One part of tile k of the block's n, in steps of half a unit; while one is multiplied, the next one's weights are
@@ -3809,9 +3871,9 @@ static __device__ __forceinline__ void panel_sums(const panel_tile *known, int k
         ask_weights<DTYPE>(a);
         if (ALONG == 2) {
             scale[1] = panel_weights<DTYPE>(q, 1, table, w[1]);
-            panel_step<DTYPE, PANELS, EACH, 1 + EACH>(acc, sum, scale[0], x_scales, w[1], x + PANELS * PANEL * 128);
+            panel_step<DTYPE, PANELS, EACH, 1 + EACH>(acc, sum, scale[0], x_scales, w[1], x + PANEL_BYTES);
             mma_panel_read<PANELS>(w[0]);
-            if (EACH) x_scales += PANELS * PANEL;
+            if (EACH) x_scales += PANEL;
             scale[0] = scale[1];
         }
         float last = scale[0];
@@ -3829,7 +3891,9 @@ static __device__ __forceinline__ void panels(int n_tiles, char *bytes, const ui
                                               const P &put) {
     uint32_t turn = 0;
     panel_at a = {};
-    ring_open(panel_slot<PANELS>(bytes, 0), PANEL_SLOTS);
+    if (panels_of<DTYPE>::BULK && (int)threadIdx.x < PANEL_STAGES)
+        barrier_open(panel_barrier<PANELS>(bytes, (int)threadIdx.x));
+    ring_open(panel_slot<PANELS>(bytes, 0), PANEL_SLOTS);       // copies see all barriers
     run_tiles<panel_tile>(n_tiles, PANEL_AHEAD, find, [&](const panel_tile *known, int n) {
         ask_panels<DTYPE, PANELS, PARTS>(known, n, a, bytes);
         ask_weights<DTYPE>(a);
@@ -3875,11 +3939,11 @@ linears_whole(const linears_args p) {
 
 typedef struct {
     experts_args e;
-    const uint8_t *codes;           // of e.x, as `codes` makes them for FP4
-    const float *weight;            // [rows][K]
-    uint8_t *act;                   // [rows * (K + 1)][stride]: what w1 and w3 give w2, as its codes
-    float *act_scale;               // [rows * (K + 1)][stride / 128]
-    int act_stride;
+    const uint8_t *x;               // by place, in panel order, as expert_codes makes them
+    const float *x_scale, *weight;  // [rows][K]: weight
+    uint8_t *act;                   // what w1 and w3 give w2, as its x
+    float *act_scale;
+    int pitch, act_pitch;           // bytes of a row
 } whole_args;
 // The active experts: tiles before each, where its rows begin in the list, its number. The last's end follows.
 typedef struct { int before[MAX_EXPERTS + 1], first[MAX_EXPERTS + 1]; uint16_t expert[MAX_EXPERTS]; } active_experts;
@@ -3893,13 +3957,13 @@ static __device__ void find_whole(const whole_args &p, const active_experts &of,
     i -= of.before[a], r0 = i % rows * PANELS * PANEL, m0 = i / rows * WARPS * TILE;
     at = p.e.list[first + least(r0 + me, n - 1)];
     t.to[me] = at / K * p.e.n_slots + at % K;
-    t.at[me] = (p.e.x_by_slot ? t.to[me] : at / K) * p.e.x.stride;
     if (PARTS == 2) t.weight[me] = p.weight[at];
     if (me) return;
     set_tile(t.s, w[0], m0, w[0].rows, WARPS * TILE, 0);
     if (PARTS == 2) set_tile(t.second, w[1], m0, w[1].rows, WARPS * TILE, 0);
     t.live = least(PANELS * PANEL, n - r0), t.y = p.e.y[0], t.y_stride = p.e.y_stride;
-    t.x.x = (const uint16_t *)(const void *)p.codes, t.x.scale = p.e.x.rounded_scale;
+    t.x.x = (const uint16_t *)(const void *)p.x, t.x.scale = p.x_scale;
+    t.place = expert_place(first, of.expert[a]) + r0, t.pitch = p.pitch;
 }
 template <int PANELS, int PARTS, class P>
 static __device__ __forceinline__ void whole_experts(const whole_args &p, char *bytes, const P &put) {
@@ -3945,6 +4009,7 @@ template <int PANELS>
 static __device__ __forceinline__ void put_act(const whole_args &p, const panel_tile &t, float (*acc)[PANEL / 8][4],
                                                const uint32_t (*gates)[THREADS], act_scratch &of) {
     int me = (int)threadIdx.x, warp = me / WARP, lane = me % WARP, m0 = t.s.m0 + warp * TILE + lane / 4;
+    uint8_t *act = p.act + (size_t)t.place * (size_t)p.act_pitch + (size_t)(t.s.m0 * PANEL);
     float limit = swiglu_limit(p.e.c), a[PANELS * 16];
     zero<PANELS * 16>(a);
     UNROLL
@@ -3967,17 +4032,19 @@ static __device__ __forceinline__ void put_act(const whole_args &p, const panel_
         for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, of.largest[w][me]);
         int e = fp8_exponent(largest);
         of.by[me] = exp2i(-e);
-        p.act_scale[(t.to[me] * p.act_stride + t.s.m0) / 128] = largest <= FLT_MAX ? exp2i(e) : HUGE_VALF;
+        p.act_scale[panel_scale(t.place + me, t.s.m0 / 128, p.act_pitch / 128)] =
+            largest <= FLT_MAX ? exp2i(e) : HUGE_VALF;
     }
     __syncthreads();
     UNROLL
     for (int i = 0; i < PANELS * 32; i += 2) {
-        int column = i / 4 * 8 + lane % 4 * 2, out = m0 + i % 4 / 2 * 8;
+        int r = i / 4 % 8 * 8 + lane % 4 * 2, column = i / 32 * PANEL + r, out = m0 - t.s.m0 + i % 4 / 2 * 8,
+            k = out / 32 * 32 + code_place(out % 32);
         const float *x = &acc[i / 32][i / 4 % 8][i % 4];
         uint32_t two = e4m3x2(x[0] * of.by[column], x[1] * of.by[column + 1]);
-        uint8_t *to = p.act + out / 32 * 32 + code_place(out % 32);
-        if (column < t.live) to[(size_t)t.to[column] * (size_t)p.act_stride] = (uint8_t)two;
-        if (column + 1 < t.live) to[(size_t)t.to[column + 1] * (size_t)p.act_stride] = (uint8_t)(two >> 8);
+        uint8_t *to = act + i / 32 * PANEL * p.act_pitch;
+        if (column < t.live) to[in_panel(r, k)] = (uint8_t)two;
+        if (column + 1 < t.live) to[in_panel(r + 1, k)] = (uint8_t)(two >> 8);
     }
 }
 static __host__ __device__ constexpr int gate_bytes(int panels) { return panels * 16 * THREADS * 4; }
@@ -4003,15 +4070,21 @@ static __global__ void __launch_bounds__(THREADS) by_rows(const by_rows_args p) 
             *(const uint4 *)(const void *)(p.from + stored_at(p.pitch, i / in_row, i % in_row * 16));
 }
 
-// Rounded inputs for cuBLASLt: FP8 codes and a scale per 128; exact, as they were rounded before. Or for weights of
-// FP4, without scales, ordered as panel_weights: of 32, lane t's codes 8t .. 8t + 7 go to 4t (codes 2, 0, 3, 1) and 16
-// + 4t (6, 4, 7, 5).
+// The codes of eight numbers of a row that put_rounded rounded: exact.
+static __device__ __forceinline__ uint2 codes_of(const uint16_t *x) {
+    const uint4 w = *(const uint4 *)(const void *)x;
+    uint32_t code[2] = { 0, 0 };
+    for (int i = 0; i < 8; i++)
+        code[i / 4] |= e4m3_code(f16_value(word(w, i / 2) >> i % 2 * 16 & 0xffff)) << i % 4 * 8;
+    return make_uint2(code[0], code[1]);
+}
+// Rounded inputs for cuBLASLt: FP8 codes and a scale per 128.
 typedef struct {
     const uint16_t *x;              // [rows][stride], as input.rounded
     const float *x_scales;          // [rows][stride / 128]
     int stride, n;
     uint8_t *codes;                 // [rows][n]
-    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]; NULL: for FP4
+    float *scales;                  // [rows / DSPARK_PROMPT_BLOCK][n / 128][DSPARK_PROMPT_BLOCK]
 } codes_args;
 static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
     int r = (int)blockIdx.x, blocks = (p.n + 127) / 128;
@@ -4019,20 +4092,46 @@ static __global__ void __launch_bounds__(THREADS) codes(const codes_args p) {
     grid_wait();
     for (int at = (int)threadIdx.x * 8; at < p.n; at += THREADS * 8) {
         size_t from = (size_t)r * (size_t)p.stride + (size_t)at;
-        const uint4 w = *(const uint4 *)(const void *)(p.x + from);
-        uint32_t code[2] = { 0, 0 };
-        for (int i = 0; i < 8; i++)
-            code[i / 4] |= e4m3_code(f16_value(word(w, i / 2) >> i % 2 * 16 & 0xffff)) << i % 4 * 8;
-        uint8_t *to = p.codes + (size_t)r * (size_t)p.n + (size_t)at;
-        if (p.scales) *(uint2 *)(void *)to = { code[0], code[1] };
-        else {
-            to += at % 32 / 2 - at % 32;
-            *(uint32_t *)(void *)to = __byte_perm(code[0], 0, 0x1302);
-            *(uint32_t *)(void *)(to + 16) = __byte_perm(code[1], 0, 0x1302);
-        }
-        if (p.scales && at % 128 == 0)
+        *(uint2 *)(void *)(p.codes + (size_t)r * (size_t)p.n + (size_t)at) = codes_of(p.x + from);
+        if (at % 128 == 0)
             p.scales[((size_t)(r / DSPARK_PROMPT_BLOCK) * (size_t)blocks + (size_t)(at / 128)) * DSPARK_PROMPT_BLOCK +
                      (size_t)(r % DSPARK_PROMPT_BLOCK)] = p.x_scales[from / 128];
+    }
+}
+// The experts' x in panel order: a row's codes at each of its K places. Ordered as panel_weights: of 32, lane t's codes
+// 8t .. 8t + 7 go to 4t (codes 2, 0, 3, 1) and 16 + 4t (6, 4, 7, 5). Bound: bytes, 2,048 rows 17 MB read, 50 written.
+typedef struct {
+    const uint16_t *x;              // [rows][stride], as input.rounded
+    const float *x_scales;          // [rows][stride / 128]
+    const int *route, *where, *first;
+    int stride, K;
+    uint8_t *codes;
+    float *scales;
+} expert_codes_args;
+static __global__ void __launch_bounds__(THREADS) expert_codes(const expert_codes_args p) {
+    __shared__ int place[MAX_CHOSEN];
+    int r = (int)blockIdx.x, me = (int)threadIdx.x;
+    grid_go();
+    grid_wait();
+    if (me < p.K) {
+        int e = p.route[r * p.K + me], first = p.first[e];
+        place[me] = expert_place(first, e) + p.where[r * p.K + me] - first;
+    }
+    __syncthreads();
+    for (int at = me * 32; at < p.stride; at += THREADS * 32) {
+        size_t from = (size_t)r * (size_t)p.stride + (size_t)at;
+        float scale = p.x_scales[from / 128];
+        uint32_t low[4], high[4];
+        for (int t = 0; t < 4; t++) {
+            const uint2 code = codes_of(p.x + from + 8 * t);
+            low[t] = __byte_perm(code.x, 0, 0x1302), high[t] = __byte_perm(code.y, 0, 0x1302);
+        }
+        for (int k = 0; k < p.K; k++) {
+            size_t to = panel_byte(place[k], at, p.stride);
+            *(uint4 *)(void *)(p.codes + to) = make_uint4(low[0], low[1], low[2], low[3]);
+            *(uint4 *)(void *)(p.codes + (to ^ 16)) = make_uint4(high[0], high[1], high[2], high[3]);
+            if (at % 128 == 0) p.scales[panel_scale(place[k], at / 128, p.stride / 128)] = scale;
+        }
     }
 }
 
@@ -4680,7 +4779,7 @@ typedef struct {
     float2 *turns;                          // [rows][2][R / 2]
     uint16_t *query;
     float *query_w, *scores, *part;
-    int *arrived, *chosen, *route, *first, *list, *active;     // arrived: zeros between kernels
+    int *arrived, *chosen, *route, *first, *list, *where, *active;     // arrived: zeros between kernels
     unsigned long long *best, *mass;        // zeros between passes
     unsigned *peak;
     int *surveyed;
@@ -4704,8 +4803,8 @@ typedef struct {
     lt_product products[MAX_PRODUCTS];
     int n_products;
     uint8_t *codes, *expert_codes, *act_codes, *lt_room, *by_rows;
+    float *code_scales, *expert_scales, *act_scales;
     size_t by_rows_bytes;                   // of the largest matrix that cuBLASLt may take
-    float *code_scales;
 #ifndef DSPARK_CUDA_HOST
     cublasLtHandle_t lt;
 #endif
@@ -5173,16 +5272,19 @@ static void cache_run(cuda *d, int l) {
 // Experts of whole blocks, from x to the sums of all slots. e: as for w1 and w3; a: its slot is set here.
 static void experts_of_blocks(cuda *d, const experts_args &e, swiglu_args a, const layer_weights *w) {
     int K = d->s.K, width = a.stride, panels = d->n_rows * K > PANEL * d->s.E ? 2 : 1;
-    codes_args c = { d->x.rounded, d->x.rounded_scale, d->x.stride, d->x.stride, d->expert_codes, NULL };
-    whole_args p = { e, d->expert_codes, d->route_weight, d->act_codes, d->act.rounded_scale, width };
+    expert_codes_args c = { d->x.rounded, d->x.rounded_scale, d->route, d->where, d->first, d->x.stride, K,
+                            d->expert_codes, d->expert_scales };
+    whole_args p = { e, d->expert_codes, d->expert_scales, d->route_weight, d->act_codes, d->act_scales, d->x.stride,
+                     width };
     linears_args shared;
     input x = d->act;
-    LAUNCH(codes, grid_of(d->n_rows, 1), THREADS, 0, c);
+    LAUNCH(expert_codes, grid_of(d->n_rows, 1), THREADS, 0, c);
     launch(d, "experts w1 w3", panels == 1 ? experts_up_whole<1> : experts_up_whole<2>, grid_of(d->sms, 1), THREADS,
            (size_t)(panel_bytes(panels) + gate_bytes(panels)), p);
     a.slot = K;
     LAUNCH(swiglu, grid_of(d->grid.rows, 1), THREADS, 0, a);
-    p.codes = d->act_codes, p.e.which = 2, p.e.x_by_slot = 1, p.e.x = d->act, p.e.y[0] = d->down, p.e.y_stride = d->s.h;
+    p.x = d->act_codes, p.x_scale = d->act_scales, p.pitch = width;
+    p.e.which = 2, p.e.y[0] = d->down, p.e.y_stride = d->s.h;
     launch(d, "experts w2", panels == 1 ? experts_whole<1> : experts_whole<2>, grid_of(d->sms, 1), THREADS,
            (size_t)panel_bytes(panels), p);
     memset(&shared, 0, sizeof shared);
@@ -5215,7 +5317,7 @@ static void op_moe(cuda *d, int l) {
     memset(&p, 0, sizeof p), memset(&r, 0, sizeof r), memset(&e, 0, sizeof e), memset(&a, 0, sizeof a);
     r.c = d->s, r.n = d->dev.n, r.rows = d->dev.rows, r.gate = d->gate, r.bias = w->gate_bias, r.tid2eid = w->tid2eid;
     r.route = d->route, r.weight = d->route_weight, r.first = d->first, r.list = d->list, r.active = d->active;
-    r.arrived = d->arrived;
+    r.where = d->where, r.arrived = d->arrived;
     a.c = d->s, a.n = d->dev.n, a.gate = d->up[0], a.up = d->up[1], a.weight = d->route_weight, a.stride = width;
     a.width = d->c->moe_intermediate_size, a.shared_width = w->shared.w[0].rows, a.x = d->act;
     job_add(&p, w->gate, d->x, d->gate, d->s.E);
@@ -6035,17 +6137,21 @@ static void carve_experts(cuda *d, carver *v, int n) {
     }
     d->gate = carve_rows(v, n, d->s.E), d->route_weight = carve_rows(v, n, K), d->route = carve_ints(v, n, K);
     d->first = carve_ints(v, 1, d->s.E + 1), d->active = carve_ints(v, 1, d->s.E + 1), d->list = carve_ints(v, n, K);
+    d->where = carve_ints(v, n, K);
     d->act = carve_input(v, n * (K + 1), width, forms);
     for (int i = 0; i < 2; i++) d->up[i] = carve_rows(v, n * (K + 1), d->act.stride);
     d->down = carve_rows(v, n * (K + 1), d->s.h);
 }
 static void carve_lt(cuda *d, carver *v, int n) {
     int widest = most(most(d->s.h, d->s.q_lora), most(d->c->o_groups * d->c->o_lora_rank, d->act.stride));
+    int places = places_of(n * d->s.K, d->s.E);
     if (!d->fast_prefill) return;
     d->codes = (uint8_t *)carve(v, (size_t)n * (size_t)widest, 1);
-    d->expert_codes = (uint8_t *)carve(v, (size_t)n * (size_t)d->x.stride, 1);
-    d->act_codes = (uint8_t *)carve(v, (size_t)n * (size_t)((d->s.K + 1) * d->act.stride), 1);
     d->code_scales = carve_rows(v, n, blocks_of(widest, 128));
+    d->expert_codes = (uint8_t *)carve(v, (size_t)places * (size_t)d->x.stride, 1);
+    d->expert_scales = carve_rows(v, places, d->x.stride / 128);
+    d->act_codes = (uint8_t *)carve(v, (size_t)places * (size_t)d->act.stride, 1);
+    d->act_scales = carve_rows(v, places, d->act.stride / 128);
     d->lt_room = (uint8_t *)carve(v, LT_BYTES, 1), d->by_rows = (uint8_t *)carve(v, d->by_rows_bytes, 1);
 }
 static void carve_cache(cuda *d, carver *v) {
@@ -6231,7 +6337,7 @@ static void allow_shared(cuda *d) {
     allow(d, kv_rows, (int)wide), allow(d, inject_rows, (int)wide);
     allow(d, markov_begin, (int)wide), allow(d, markov_gate, (int)wide);
     allow(d, turns, 0), allow(d, stream_few, 0), allow(d, stream<1>, 0), allow(d, stream<2>, 0), allow(d, mix, 0);
-    allow(d, round_rows, 0), allow(d, codes, 0);
+    allow(d, round_rows, 0), allow(d, codes, 0), allow(d, expert_codes, 0);
     allow(d, index_query, 0), allow(d, index_scores, (int)query_bytes(c->index_heads, c->I)), allow(d, attend_merge, 0);
     allow(d, cache_choose, 0), allow(d, cache_fill, 0), allow(d, swiglu, 0);
     allow(d, survey, 0), allow(d, sift, 0), allow(d, weigh, 0), allow(d, draw, 0), allow(d, drawn, 0);

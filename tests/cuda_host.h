@@ -115,6 +115,9 @@ template <class T> struct host_groups {
 };
 struct host_copy { char *to; const char *from; size_t n; };
 static host_groups<host_copy> host_copies[HOST_THREADS];
+struct host_barrier { unsigned turn; int bytes; };      // in shared memory: bytes that its turn still expects
+struct host_bulk { char *to; const void *from; int n; host_barrier *by; };
+static std::vector<host_bulk> host_bulks;               // asked for, not landed
 
 static void host_stop(const char *why) {
     fprintf(stderr, "cuda_host: block %u %u, thread %d: %s\n", host.block.x, host.block.y, host.self, why);
@@ -155,6 +158,7 @@ static void host_fiber_main(void) {
         if (!host_copies[self].asked.empty()) host_stop("a thread ended before its copies");
         host_copies[self].closed.clear();
         if (host.live && host.arrived == host.live) host.arrived = 0, host.generation++;
+        if (!host.live && !host_bulks.empty()) host_stop("a block ended before its copies");
         if (host.live) host_enter(&host.fiber[self].at, host_next());
         else cuda_host_switch(&host.fiber[self].at, &host.home);
     }
@@ -378,6 +382,30 @@ static inline void copies_close(void) {
 }
 static void host_land(size_t pending) {
     host_copies[host.self].land(pending, [](const host_copy &x) { memcpy(x.to, x.from, x.n); });
+}
+// mbarrier of one arrival, and bulk copies that it counts: they land at once or, backwards, at a wait, not before.
+static inline host_barrier *host_barrier_at(char *b) { return (host_barrier *)(void *)b; }
+static inline void barrier_open(char *b) { *host_barrier_at(b) = { 0, 0 }; }
+static inline void barrier_expect(char *b, int bytes) {
+    if (host_barrier_at(b)->bytes > 0) host_stop("a barrier's turn begins before the last has ended");
+    if (!(host_barrier_at(b)->bytes += bytes)) host_barrier_at(b)->turn++;
+}
+static inline void host_land_bulk(const host_bulk &x) {
+    memcpy(x.to, x.from, (size_t)x.n);
+    if (!(x.by->bytes -= x.n)) x.by->turn++;
+}
+static inline void copy_bulk(char *to, const void *from, int n, char *b) {
+    const host_bulk x = { to, from, n, host_barrier_at(b) };
+    if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)n) % 16) host_stop("a bulk copy is not aligned to 16");
+    if (host.backwards) host_bulks.push_back(x);
+    else host_land_bulk(x);
+}
+static void barrier_wait(char *b, unsigned parity) {
+    host_barrier *of = host_barrier_at(b);
+    for (size_t i = 0; i < host_bulks.size();)
+        if (host_bulks[i].by == of) host_land_bulk(host_bulks[i]), host_bulks.erase(host_bulks.begin() + (ptrdiff_t)i);
+        else i++;
+    if (of->turn % 2 == parity) host_wait(&of->turn);
 }
 static inline const void *host_aligned(const void *row) {
     if ((uintptr_t)row % 16) host_stop("a 16-byte access to shared memory that is not aligned to 16");
