@@ -3767,9 +3767,9 @@ static __device__ __forceinline__ void gather_panels(const panel_tile &t, int un
     if (panels_of<DTYPE>::SCALES > 0 && me < PANELS * PANEL)
         copy4<panel_x_bytes(PANELS)>(stage + me * 4, scale + scale_at);
 }
-// The same of x in panel order, counted at the stage's barrier, a copy a warp: one that issues all is late at the block's
-// barrier. Bytes may land before they are expected: the turn waits for that arrival. Panels without rows are left out:
-// what the stage has in their place gives columns that nobody reads.
+// The same of x in panel order, counted at the stage's barrier, a copy a warp: one that issues all would be late at the
+// block's barrier. Bytes may land before they are expected: the turn waits for that arrival. Panels without rows are
+// left out: what the stage has in their place gives columns that nobody reads.
 template <int DTYPE, int PANELS>
 static __device__ __forceinline__ void copy_panels(const panel_tile &t, int unit, shared_at stage, shared_at barrier) {
     enum { X = panels_of<DTYPE>::ALONG * PANEL_BYTES, SCALES = panels_of<DTYPE>::SCALES * PANEL, BYTES = SCALES * 4 };
@@ -4007,9 +4007,9 @@ static __device__ __forceinline__ void put_gates(float (*acc)[PANEL / 8][4], uin
 typedef struct { float largest[WARPS][2 * PANEL], by[2 * PANEL]; } act_scratch;
 template <int PANELS>
 static __device__ __forceinline__ void put_act(const whole_args &p, const panel_tile &t, float (*acc)[PANEL / 8][4],
-                                               const uint32_t (*gates)[THREADS], act_scratch &of) {
+                                               uint32_t (*gates)[THREADS], act_scratch &of) {
     int me = (int)threadIdx.x, warp = me / WARP, lane = me % WARP, m0 = t.s.m0 + warp * TILE + lane / 4;
-    uint8_t *act = p.act + (size_t)t.place * (size_t)p.act_pitch + (size_t)(t.s.m0 * PANEL);
+    uint8_t *codes = (uint8_t *)gates;      // a panel each, when all have read their gates
     float limit = swiglu_limit(p.e.c), a[PANELS * 16];
     zero<PANELS * 16>(a);
     UNROLL
@@ -4038,13 +4038,19 @@ static __device__ __forceinline__ void put_act(const whole_args &p, const panel_
     __syncthreads();
     UNROLL
     for (int i = 0; i < PANELS * 32; i += 2) {
-        int r = i / 4 % 8 * 8 + lane % 4 * 2, column = i / 32 * PANEL + r, out = m0 - t.s.m0 + i % 4 / 2 * 8,
+        int r = i / 4 % 8 * 8 + lane % 4 * 2, column = i / 32 * PANEL + r, out = warp * TILE + lane / 4 + i % 4 / 2 * 8,
             k = out / 32 * 32 + code_place(out % 32);
         const float *x = &acc[i / 32][i / 4 % 8][i % 4];
         uint32_t two = e4m3x2(x[0] * of.by[column], x[1] * of.by[column + 1]);
-        uint8_t *to = act + i / 32 * PANEL * p.act_pitch;
-        if (column < t.live) to[in_panel(r, k)] = (uint8_t)two;
-        if (column + 1 < t.live) to[in_panel(r + 1, k)] = (uint8_t)(two >> 8);
+        codes[i / 32 * PANEL_BYTES + in_panel(r, k)] = (uint8_t)two;
+        codes[i / 32 * PANEL_BYTES + in_panel(r + 1, k)] = (uint8_t)(two >> 8);
+    }
+    __syncthreads();
+    UNROLL
+    for (int i = 0; i < PANELS; i++) {      // a panel with rows belongs to this expert: all of it
+        uint8_t *to = p.act + panel_byte(t.place + i * PANEL, t.s.m0, p.act_pitch);
+        for (int at = me * 16; i * PANEL < t.live && at < PANEL_BYTES; at += THREADS * 16)
+            *(uint4 *)(void *)(to + at) = *(const uint4 *)(const void *)(codes + i * PANEL_BYTES + at);
     }
 }
 static __host__ __device__ constexpr int gate_bytes(int panels) { return panels * 16 * THREADS * 4; }
