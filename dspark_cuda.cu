@@ -2616,9 +2616,9 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
 // where four blocks of attend_rows do. Two warpgroups take steps of 64 keys in pairs: the first has the scores and
 // weights of even steps, the second of odd ones, and each adds to its half of the dims, always in the order of steps.
 // So the tensor cores have scores of one step while the other's weights are found, and values while the next keys are
-// decoded; what of these memory has is asked for a decoding earlier. Bound for 64 keys: products, 2,050 clocks; shared
-// memory, 2,200 (scores 1,020, values 640, decoding 510). Of L2, 840 KB a row of 640 keys (queries and sums 256, window
-// 256): at 5.5 TB/s .15 us a row.
+// decoded; what of these memory has is asked for before, but behind copies_seen, which would wait for it. Bound for 64
+// keys: products, 2,050 clocks; shared memory, 2,200 (scores 1,020, values 640, decoding 510). Of L2, 840 KB a row of
+// 640 keys (queries and sums 256, window 256): at 5.5 TB/s .15 us a row.
 
 #define LOG2_E 1.44269504f
 enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PANELS = MAX_HEAD_DIM / 64, WHOLE_ROW = 128 };
@@ -2877,7 +2877,6 @@ static __device__ __forceinline__ void whole_steps(const attend_args &p, const r
         if (!GROUP) whole_scores(room.q, even, acc);
         if (j0) {
             whole_keys<2>(p, s, all, v, j0 + WHOLE_KEYS, a, odd);
-            whole_ask(p, all, v, j0 + 2 * WHOLE_KEYS, room, a);
             copies_seen();
             __syncthreads();
         }
@@ -2886,6 +2885,7 @@ static __device__ __forceinline__ void whole_steps(const attend_args &p, const r
             mma_panel_wait<0>(acc);
             whole_softmax_step(p, acc, n - j0, x.head, x.factor[0], weights);
             copies_seen();
+            whole_ask(p, all, v, j0 + 2 * WHOLE_KEYS, room, a);
         }
         __syncthreads();
         whole_values(room.weights, half, x.factor[0], o);
@@ -2893,6 +2893,7 @@ static __device__ __forceinline__ void whole_steps(const attend_args &p, const r
             mma_panel_wait<1>(acc);
             whole_softmax_step(p, acc, n - j0 - WHOLE_KEYS, x.head, x.factor[1], weights);
             copies_seen();
+            whole_ask(p, all, v, j0 + 2 * WHOLE_KEYS, room, a);
         }
         mma_panel_wait<0, WHOLE_EIGHTS>(o);
         __syncthreads();
@@ -2900,8 +2901,8 @@ static __device__ __forceinline__ void whole_steps(const attend_args &p, const r
         whole_values(room.weights + WHOLE_PANEL, half + WHOLE_ALL, x.factor[1], o);
         if (j0 + 2 * WHOLE_KEYS < n) {
             whole_keys<2>(p, s, all, v, j0 + 2 * WHOLE_KEYS, a, even);
-            whole_ask(p, all, v, j0 + 3 * WHOLE_KEYS, room, a);
             copies_seen();
+            whole_ask(p, all, v, j0 + 3 * WHOLE_KEYS, room, a);
         }
         mma_panel_wait<0, WHOLE_EIGHTS>(o);
         __syncthreads();
@@ -2936,7 +2937,7 @@ static __global__ void __launch_bounds__(THREADS, 1) attend_whole(const attend_a
     UNROLL_BY(1)
     for (int k = 0; k < 2; k++) {
         whole_keys<4>(p, s, all, v, k * WHOLE_KEYS, a, room.keys + k * WHOLE_ALL);
-        whole_ask(p, all, v, (k + 1) * WHOLE_KEYS, room, a);
+        if (!k) whole_ask(p, all, v, WHOLE_KEYS, room, a);
     }
     whole_prefetch(p, r + WHOLE_AHEAD, h0);
     copies_seen();
