@@ -131,6 +131,8 @@ template <int PENDING, int EIGHTS = 8> static inline void mma_panel_wait(float (
 }
 template <int PENDING> static inline void mma_panel_read(uint32_t (*)[4]) {}
 static inline void copies_seen(void) {}
+template <int N> static inline void registers_fewer(void) {}
+template <int N> static inline void registers_more(void) {}
 static inline uint32_t bytes_of(const uint2 &from, uint32_t which) { return __byte_perm(from.x, from.y, which); }
 static inline float power2(float x) { return exp2f(x); }
 template <int AT> static inline uint4 load16(shared_at from) { return *(const uint4 *)host_aligned(from + AT); }
@@ -204,9 +206,12 @@ __device__ __forceinline__ void prefetch_bulk(const void *from, int bytes) {
 __device__ __forceinline__ void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 #if __CUDA_ARCH__ >= 900
 #define BULK_COPIES
-// A barrier of one arrival in shared memory, and copies that it counts the bytes of.
-__device__ __forceinline__ void barrier_open(shared_at b) {
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(b) : "memory");
+// A barrier in shared memory, of one arrival and copies that it counts the bytes of, or of more.
+__device__ __forceinline__ void barrier_open(shared_at b, int arrivals = 1) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(shared_at b) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(b) : "memory");
 }
 // After barrier_open: copies see it.
 __device__ __forceinline__ void barriers_seen(void) {
@@ -237,12 +242,17 @@ __device__ __forceinline__ void copy_weights(shared_at to, const void *from, int
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
                  "[%3], %4;" :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(first) : "memory");
 }
-#else       // not reached: panels are Hopper's
-__device__ __forceinline__ void barrier_open(shared_at) {}
+#else       // not reached: panels and whole blocks are Hopper's
+__device__ __forceinline__ void barrier_open(shared_at, int = 1) {}
+__device__ __forceinline__ void barrier_arrive(shared_at) {}
 __device__ __forceinline__ void barrier_expect(shared_at, int) {}
 __device__ __forceinline__ void barrier_wait(shared_at, uint32_t) {}
 __device__ __forceinline__ void copy_bulk(shared_at, const void *, int, shared_at) {}
 #endif
+// N threads of a block meet, at a barrier that is not 0, that of __syncthreads.
+template <int BARRIER, int N> __device__ __forceinline__ void threads_meet(void) {
+    asm volatile("bar.sync %0, %1;" :: "n"(BARRIER), "n"(N) : "memory");
+}
 __device__ __forceinline__ void copies_close(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait(void) {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
@@ -355,8 +365,15 @@ template <int PENDING> __device__ __forceinline__ void mma_panel_read(uint32_t (
     UNROLL
     for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
 }
-// Makes this thread's copies and stores visible to wgmma.
+// Makes copies and stores that this thread made, or knows of by a barrier, visible to wgmma. Waits for its loads.
 __device__ __forceinline__ void copies_seen(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A warpgroup has N registers a thread from here on; more only when others have given them up.
+template <int N> __device__ __forceinline__ void registers_fewer(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+template <int N> __device__ __forceinline__ void registers_more(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+}
 #else       // not reached: only an H100 has whole blocks
 #if __CUDA_ARCH__ == 900
 #error "build for sm_90a: sm_90 has no wgmma"
@@ -374,6 +391,8 @@ __device__ __forceinline__ void mma_panel_close(void) {}
 template <int PENDING, int EIGHTS = 8> __device__ __forceinline__ void mma_panel_wait(float (*)[4]) {}
 template <int PENDING> __device__ __forceinline__ void mma_panel_read(uint32_t (*)[4]) {}
 __device__ __forceinline__ void copies_seen(void) {}
+template <int N> __device__ __forceinline__ void registers_fewer(void) {}
+template <int N> __device__ __forceinline__ void registers_more(void) {}
 #endif
 // __byte_perm without its mask: no nibble of `which` is above 7.
 __device__ __forceinline__ uint32_t bytes_of(const uint2 &from, uint32_t which) {
@@ -2613,17 +2632,28 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
 // ---- attention of whole blocks of a prompt ----------------------------------------------------
 // With fast_prefill. As in the released kernels, queries, softmax weights and keys' rotary dims are rounded to bf16.
 // That is a third of the products above, and one block has room for 64 heads of a row: it reads and decodes keys once
-// where four blocks of attend_rows do. Two warpgroups take steps of 64 keys in pairs: the first has the scores and
-// weights of even steps, the second of odd ones, and each adds to its half of the dims, always in the order of steps.
-// So the tensor cores have scores of one step while the other's weights are found, and values while the next keys are
-// decoded; what of these memory has is asked for before, but behind copies_seen, which would wait for it. Bound for 64
-// keys: products, 2,050 clocks; shared memory, 2,200 (scores 1,020, values 640, decoding 510). Of L2, 840 KB a row of
-// 640 keys (queries and sums 256, window 256): at 5.5 TB/s .15 us a row.
+// where four blocks of attend_rows do. Keys come in steps of 64. One warpgroup decodes them, two multiply: the first
+// has the scores and weights of even steps, the second of odd ones, and each adds to its half of the dims, always in
+// the order of steps. So the tensor cores have values of one step before and while the next's scores are found, and
+// keys are decoded beside both.
+// BARRIERS. A step's buffer is that of its parity. `full`: the four decoding warps have stored its keys; `empty`: the
+// eight others have read them, for scores and values. Nobody arrives for a phase before all have passed the one before:
+// decoders come to full behind their wait for empty; the others to empty behind their wait for full or, as the group
+// without the step's scores, behind threads_meet, to which the group that waited comes later. threads_meet, once a
+// step: its weights and factors are there, and those of two steps before no longer used, for each group has waited for
+// its values. Every wait is for something earlier in the order full, threads_meet, empty, step by step, decoders' for
+// the last but one; so all end. Decoders do not call copies_seen, which would wait for what they have asked for: it is
+// called behind the wait for full.
+// Bound for 64 keys: products, 2,050 clocks; shared memory, 2,200 (scores 1,020, values 640, decoding 510); while
+// weights are found the tensor cores wait, 500. Of L2, 840 KB a row of 640 keys (queries and sums 256, window 256): at
+// 5.5 TB/s .15 us a row.
 
 #define LOG2_E 1.44269504f
 enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PANELS = MAX_HEAD_DIM / 64, WHOLE_ROW = 128 };
 enum { WHOLE_PANEL = WHOLE_KEYS * WHOLE_ROW, WHOLE_ALL = WHOLE_PANELS * WHOLE_PANEL };      // bytes
 enum { WHOLE_GROUP = THREADS / 2, WHOLE_EIGHTS = MAX_HEAD_DIM / 2 / 8 };    // a warpgroup's threads; its dims / 8
+enum { WHOLE_PART = WHOLE_GROUP / 4, WHOLE_THREADS = THREADS + WHOLE_GROUP };   // keys decoded at once; threads in all
+enum { WHOLE_FEW = 104, WHOLE_MANY = 200 };     // registers of a thread that decodes; of one that multiplies
 enum { WHOLE_AHEAD = INDEX_ROWS };      // rows that run at once: an H100 has SMs for little more
 // Panels of 64 dims, or keys, in bf16, as mma_scores takes them; zeros behind D. Queries, then keys and weights of an
 // even and an odd step.
@@ -2647,45 +2677,78 @@ static __device__ __forceinline__ int whole_head(int k) {
     return (int)threadIdx.x / WARP % 4 * 16 + (int)threadIdx.x % WARP / 4 + 8 * k;
 }
 // Of each head the largest score so far (LOG2_E times) and the sum of weights; the factors of an even and an odd step.
-typedef struct { float head[WHOLE_HEADS][2], factor[2][WHOLE_HEADS]; } whole_scratch;
+// full, empty: barriers of the even and the odd step's keys.
+typedef struct {
+    float head[WHOLE_HEADS][2], factor[2][WHOLE_HEADS];
+    uint64_t full[2], empty[2];
+} whole_scratch;
+static __device__ __forceinline__ shared_at whole_barrier(const uint64_t *b, int step) {
+    return place_in((const char *)(const void *)(b + step % 2));
+}
+// A warp arrives.
+static __device__ __forceinline__ void whole_arrive(const uint64_t *b, int step) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) barrier_arrive(whole_barrier(b, step));
+}
 
-// Queries of 64 heads over their RMS, rotated; zeros behind the last.
-static __device__ void whole_queries(const attend_args &p, int r, int h0, char *to) {
-    enum { EACH = MAX_HEAD_DIM / 4 / WARP };
-    int D = p.c.D, lane = (int)threadIdx.x % WARP;
-    UNROLL_BY(4)
-    for (int h = (int)threadIdx.x / WARP; h < WHOLE_HEADS; h += WARPS) {
-        const float *from = p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + h)) * (size_t)D;
-        float4 x[EACH];
-        float squares = 0, scale;
+// Queries of 64 heads over their RMS, rotated; zeros behind the last. A warp has every eighth head, four side by side.
+static __device__ __forceinline__ void whole_queries(const attend_args &p, int r, int h0, char *to) {
+    enum { EACH = MAX_HEAD_DIM / 4 / WARP, SIDE = 4 };
+    int D = p.c.D, lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    float2 turn[EACH][2];
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+        int d = (i * WARP + lane) * 4, at = d - (D - p.c.R);
+        turn[i][0] = turn[i][1] = { 1, 0 };
+        if (d < D && at >= 0)
+            for (int k = 0; k < 2; k++) turn[i][k] = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2 + k);
+    }
+    UNROLL_BY(1)
+    for (int h1 = warp; h1 < WHOLE_HEADS; h1 += SIDE * WARPS) {
+        const float *from = p.q + ((size_t)r * (size_t)p.c.H + (size_t)(h0 + h1)) * (size_t)D;
+        float4 x[SIDE][EACH];
+        float squares[SIDE] = { 0, 0, 0, 0 };
         UNROLL
-        for (int i = 0; i < EACH; i++) {
-            int d = (i * WARP + lane) * 4;
-            x[i] = make_float4(0, 0, 0, 0);
-            if (d < D && h0 + h < p.c.H) x[i] = *(const float4 *)(const void *)(from + d);
-            squares = fmaf(x[i].x, x[i].x, fmaf(x[i].y, x[i].y, fmaf(x[i].z, x[i].z, fmaf(x[i].w, x[i].w, squares))));
-        }
-        scale = inverse_rms(warp_sum(squares), D, p.c.eps);
-        UNROLL
-        for (int i = 0; i < EACH; i++) {
-            int d = (i * WARP + lane) * 4, at = d - (D - p.c.R);
-            if (d >= D) continue;
-            if (at >= 0) {
-                float2 a = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2);
-                float2 b = turn_of(p.turns, p.c.R / 2, r, p.set, at / 2 + 1);
-                rope_pair(x[i].x, x[i].y, a.x, a.y), rope_pair(x[i].z, x[i].w, b.x, b.y);
+        for (int m = 0; m < SIDE; m++)
+            UNROLL
+            for (int i = 0; i < EACH; i++) {
+                int d = (i * WARP + lane) * 4;
+                x[m][i] = make_float4(0, 0, 0, 0);
+                if (d < D && h0 + h1 + m * WARPS < p.c.H)
+                    x[m][i] = *(const float4 *)(const void *)(from + (size_t)(m * WARPS) * (size_t)D + d);
             }
-            *(uint2 *)(void *)(to + whole_at((unsigned)h, (unsigned)d)) = { bf16x2(x[i].x * scale, x[i].y * scale),
-                                                                            bf16x2(x[i].z * scale, x[i].w * scale) };
+        UNROLL
+        for (int m = 0; m < SIDE; m++)
+            UNROLL
+            for (int i = 0; i < EACH; i++) {
+                const float4 &v = x[m][i];
+                squares[m] = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, squares[m]))));
+            }
+        UNROLL
+        for (int i = WARP / 2; i; i /= 2)
+            for (int m = 0; m < SIDE; m++) squares[m] += __shfl_xor_sync(ALL, squares[m], i);
+        UNROLL
+        for (int m = 0; m < SIDE; m++) {
+            float scale = inverse_rms(squares[m], D, p.c.eps);
+            UNROLL
+            for (int i = 0; i < EACH; i++) {
+                int d = (i * WARP + lane) * 4;
+                float4 &v = x[m][i];
+                rope_pair(v.x, v.y, turn[i][0].x, turn[i][0].y), rope_pair(v.z, v.w, turn[i][1].x, turn[i][1].y);
+                if (d < D)
+                    *(uint2 *)(void *)(to + whole_at((unsigned)(h1 + m * WARPS), (unsigned)d)) =
+                        { bf16x2(v.x * scale, v.y * scale), bf16x2(v.z * scale, v.w * scale) };
+            }
         }
     }
 }
-// Of a later row, to L2.
+// Of a later row, to L2, by a warpgroup.
 static __device__ __forceinline__ void whole_prefetch(const attend_args &p, int r, int h0) {
     enum { LINE = 128 / sizeof(float) };
     const float *q = p.q + ((size_t)r * (size_t)p.c.H + (size_t)h0) * (size_t)p.c.D;
     if (r >= p.n->n_rows) return;
-    for (int k = (int)threadIdx.x * LINE; k < least(WHOLE_HEADS, p.c.H - h0) * p.c.D; k += THREADS * LINE)
+    for (int k = (int)threadIdx.x % WHOLE_GROUP * LINE; k < least(WHOLE_HEADS, p.c.H - h0) * p.c.D;
+         k += WHOLE_GROUP * LINE)
         prefetch_line(q + k);
 }
 
@@ -2694,27 +2757,48 @@ static __device__ __forceinline__ void load16_floats(float4 *x, const float *fro
     UNROLL
     for (int i = 0; i < 4; i++) x[i] = ((const float4 *)(const void *)from)[i];
 }
-// A thread has 16 dims of each panel of key threadIdx / 4: so eight lanes store to all banks. Of a compressed key it
-// asks for them as stored, the first 64 rotary dims, and two panels' scales. The last key stands in for those missing.
+// A decoder has 16 dims of each panel of every 32nd key: so eight lanes store to all banks. Of a compressed key it asks
+// for them as stored, the first 64 rotary dims, and two panels' scales, each when it has decoded those of the key
+// before.
 typedef struct { uint4 codes[WHOLE_PANELS]; float4 rope[4]; uint32_t scales; } whole_asked;
-static __device__ __forceinline__ int whole_key(const view &v, int j0) {
-    return least(j0 + (int)threadIdx.x / 4, v.n_window + v.n_compressed - 1);
+static __device__ __forceinline__ void whole_ask_codes(const attend_args &p, const key_at &k, int i, whole_asked &a) {
+    int d = (int)threadIdx.x % 4 * 16;
+    const uint8_t *from = k.codes + d;
+    IN_GLOBAL(from);
+    if (i * 64 < p.c.D - p.c.R - d) a.codes[i] = *(const uint4 *)(const void *)(from + i * 64);
 }
-static __device__ __forceinline__ void whole_ask(const attend_args &p, const key_at &all, const view &v, int j0,
-                                                 const whole_room &room, whole_asked &a) {
-    int plain = p.c.D - p.c.R, d = (int)threadIdx.x % 4 * 16, first = (int)threadIdx.x % 4 * 2,
-        j = whole_key(v, j0) - v.n_window;
-    a = {};         // keeps no registers for what is not asked for
-    if (j < 0) return;
-    const key_at k = key_of(p, all, (uint32_t)COMPRESSED << PLACE_BITS | (uint32_t)(v.selected ? room.chosen[j] : j));
-    IN_GLOBAL(k.codes);
+static __device__ __forceinline__ void whole_ask_scales(const attend_args &p, const key_at &k, whole_asked &a) {
+    int plain = p.c.D - p.c.R, first = (int)threadIdx.x % 4 * 2;
     IN_GLOBAL(k.scales);
-    UNROLL
-    for (int i = 0; i < WHOLE_PANELS; i++)
-        if (i * 64 + d < plain) a.codes[i] = *(const uint4 *)(const void *)(k.codes + i * 64 + d);
-    if (d < p.c.R) load16_floats(a.rope, k.rope + d);
     a.scales = first * 64 < plain ? k.scales[first] : 0;
     if (first * 64 + 64 < plain) a.scales |= (uint32_t)k.scales[first + 1] << 8;
+}
+static __device__ __forceinline__ void whole_ask_rope(const attend_args &p, const key_at &k, whole_asked &a) {
+    int d = (int)threadIdx.x % 4 * 16;
+    if (d < p.c.R) load16_floats(a.rope, k.rope + d);
+}
+static __device__ __forceinline__ int whole_coded(uint32_t place) { return place >> PLACE_BITS == COMPRESSED; }
+static __device__ __forceinline__ void whole_ask(const attend_args &p, const key_at &all, uint32_t place,
+                                                 whole_asked &a) {
+    a = {};         // keeps no registers for what is not asked for
+    if (!whole_coded(place)) return;
+    const key_at k = key_of(p, all, place);
+    whole_ask_scales(p, k, a);
+    UNROLL
+    for (int i = 0; i < WHOLE_PANELS; i++) whole_ask_codes(p, k, i, a);
+    whole_ask_rope(p, k, a);
+}
+// The place of the thread's key of 32 from j0 on; the last stands in for those missing. The first compressed ones wait
+// for which are chosen.
+static __device__ __forceinline__ int whole_key(const view &v, int j0) {
+    return least(j0 + (int)threadIdx.x % WHOLE_GROUP / 4, v.n_window + v.n_compressed - 1);
+}
+static __device__ __forceinline__ uint32_t whole_find(const attend_args &p, const row &s, const view &v,
+                                                      const whole_room &room, int j0) {
+    int j = whole_key(v, j0), k = j - v.n_window;
+    if (j0 / WHOLE_PART == v.n_window / WHOLE_PART) copies_wait<0>(), threads_meet<2, WHOLE_GROUP>();
+    return k < 0 ? place_of_key(p, s, 0, v, j)
+                 : (uint32_t)COMPRESSED << PLACE_BITS | (uint32_t)(v.selected ? room.chosen[k] : k);
 }
 // 16 dims to panels.
 static __device__ __forceinline__ void whole_put16(char *to, unsigned at, const float4 *x) {
@@ -2724,38 +2808,78 @@ static __device__ __forceinline__ void whole_put16(char *to, unsigned at, const 
             make_uint4(bf16x2(x[2 * i].x, x[2 * i].y), bf16x2(x[2 * i].z, x[2 * i].w),
                        bf16x2(x[2 * i + 1].x, x[2 * i + 1].y), bf16x2(x[2 * i + 1].z, x[2 * i + 1].w));
 }
-// The keys asked for, or those of the window, AT_ONCE panels at a time, to bf16.
-template <int AT_ONCE>
-static __device__ __forceinline__ void whole_keys(const attend_args &p, const row &s, const key_at &all, const view &v,
-                                                  int j0, whole_asked &a, char *to) {
-    int plain = p.c.D - p.c.R, key = (int)threadIdx.x / 4, d = (int)threadIdx.x % 4 * 16, j = whole_key(v, j0),
-        lane = (int)threadIdx.x % WARP & ~3;
-    unsigned at = whole_at((unsigned)key, (unsigned)d);
+// Eight codes times their scale, twice in `by`: exact.
+static __device__ __forceinline__ uint4 whole_decoded(uint32_t low, uint32_t high, uint32_t by) {
+    const uint2 a = f16_of_e4m3(low), b = f16_of_e4m3(high);
+    return make_uint4(mul_bf16x2(bf16x2(f16_value(a.x & 0xffff), f16_value(a.x >> 16)), by),
+                      mul_bf16x2(bf16x2(f16_value(a.y & 0xffff), f16_value(a.y >> 16)), by),
+                      mul_bf16x2(bf16x2(f16_value(b.x & 0xffff), f16_value(b.x >> 16)), by),
+                      mul_bf16x2(bf16x2(f16_value(b.y & 0xffff), f16_value(b.y >> 16)), by));
+}
+// The thread's dims of a key of the window; loads wait for each other if they are not all unconditional.
+static __device__ __forceinline__ void whole_put_floats(const attend_args &p, const float *from, char *to,
+                                                        unsigned at) {
+    enum { AT_ONCE = 4 };       // panels
+    int d = (int)threadIdx.x % 4 * 16;
+    UNROLL_BY(1)
+    for (int i = 0; i < WHOLE_PANELS; i += AT_ONCE, d += AT_ONCE * 64, to += AT_ONCE * WHOLE_PANEL) {
+        float4 x[AT_ONCE][4];
+        UNROLL
+        for (int k = 0; k < AT_ONCE; k++) load16_floats(x[k], from + (d + k * 64 < p.c.D ? d + k * 64 : 0));
+        UNROLL
+        for (int k = 0; k < AT_ONCE; k++)
+            if (d + k * 64 < p.c.D) whole_put16(to + k * WHOLE_PANEL, at, x[k]);
+    }
+}
+// A key of the window, or the one asked for, to bf16; and asks for the next.
+static __device__ __forceinline__ void whole_put_key(const attend_args &p, const key_at &all, uint32_t place,
+                                                     uint32_t next, whole_asked &a, char *to) {
+    int plain = p.c.D - p.c.R, d = (int)threadIdx.x % 4 * 16, lane = (int)threadIdx.x % WARP & ~3;
+    unsigned key = threadIdx.x % WHOLE_GROUP / 4, at = whole_at(key, (unsigned)d);
     uint32_t scales[4];
     UNROLL
     for (int i = 0; i < 4; i++) scales[i] = (uint32_t)__shfl_sync(ALL, (int)a.scales, lane + i);
-    if (j < v.n_window) {
-        const key_at k = key_of(p, all, place_of_key(p, s, 0, v, j));
-        UNROLL_BY(AT_ONCE)
-        for (int i = 0; i * 64 + d < p.c.D; i++) {
-            float4 x[4];
-            load16_floats(x, k.floats + i * 64 + d), whole_put16(to + i * WHOLE_PANEL, at, x);
-        }
-        return;
+    if (!whole_coded(place)) {
+        whole_put_floats(p, key_of(p, all, place).floats, to, at);
+        return whole_ask(p, all, next, a);
     }
+    const key_at k = key_of(p, all, next);
+    whole_ask_scales(p, k, a);
     UNROLL
     for (int i = 0; i < WHOLE_PANELS; i++) {
-        float scale = e8m0(scales[i / 2] >> i % 2 * 8 & 255);
-        uint2 w[4] = { bf16_of_codes(a.codes[i].x, scale), bf16_of_codes(a.codes[i].y, scale),
-                       bf16_of_codes(a.codes[i].z, scale), bf16_of_codes(a.codes[i].w, scale) };
-        if (i * 64 + d >= plain) break;
-        *(uint4 *)(void *)(to + i * WHOLE_PANEL + at) = make_uint4(w[0].x, w[0].y, w[1].x, w[1].y);
-        *(uint4 *)(void *)(to + i * WHOLE_PANEL + (at ^ 16)) = make_uint4(w[2].x, w[2].y, w[3].x, w[3].y);
+        uint32_t by = (__float_as_uint(e8m0(scales[i / 2] >> i % 2 * 8 & 255)) >> 16) * 0x10001;
+        if (i * 64 >= plain - d) break;
+        *(uint4 *)(void *)(to + i * WHOLE_PANEL + at) = whole_decoded(a.codes[i].x, a.codes[i].y, by);
+        *(uint4 *)(void *)(to + i * WHOLE_PANEL + (at ^ 16)) = whole_decoded(a.codes[i].z, a.codes[i].w, by);
+        whole_ask_codes(p, k, i, a);
     }
     for (int r = d; r < p.c.R; r += 64) {
-        if (r >= 64)
-            load16_floats(a.rope, key_of(p, all, place_of_key(p, s, (int)blockIdx.x, v, j)).rope + r);
-        whole_put16(to, whole_at((unsigned)key, (unsigned)(plain + r)), a.rope);
+        if (r >= 64) load16_floats(a.rope, key_of(p, all, place).rope + r);
+        whole_put16(to, whole_at(key, (unsigned)(plain + r)), a.rope);
+    }
+    whole_ask_rope(p, k, a);
+}
+// All keys of a row.
+static __device__ __forceinline__ void whole_decode(const attend_args &p, const row &s, const key_at &all,
+                                                    const view &v, const whole_room &room, const whole_scratch &x) {
+    const int *chosen = p.chosen + (size_t)blockIdx.x * (size_t)p.c.index_topk;
+    whole_asked a;
+    for (int k = (int)threadIdx.x % WHOLE_GROUP; v.selected && k < v.n_compressed; k += WHOLE_GROUP)
+        copy4<0>(place_in((const char *)(room.chosen + k)), chosen + k);
+    copies_close();
+    uint32_t place = whole_find(p, s, v, room, 0);
+    whole_ask(p, all, place, a);
+    for (int j0 = 0, n = v.n_window + v.n_compressed; j0 < n; j0 += WHOLE_KEYS) {
+        int step = j0 / WHOLE_KEYS;
+        char *to = room.keys + step % 2 * WHOLE_ALL;
+        barrier_wait(whole_barrier(x.empty, step), (uint32_t)(step / 2 + 1) & 1);
+        UNROLL_BY(1)
+        for (int j = 0; j < WHOLE_KEYS; j += WHOLE_PART) {
+            uint32_t next = whole_find(p, s, v, room, j0 + j + WHOLE_PART);
+            whole_put_key(p, all, place, next, a, to + j * WHOLE_ROW);
+            place = next;
+        }
+        whole_arrive(x.full, step);
     }
 }
 
@@ -2781,7 +2905,7 @@ static __device__ __forceinline__ void whole_softmax_step(const attend_args &p, 
     if (n < WHOLE_KEYS)
         UNROLL
         for (int i = 0; i < WHOLE_KEYS / 2; i++)
-            if (i / 4 * 8 + 2 * t + i % 2 >= n) acc[i / 4][i % 4] = -HUGE_VALF;
+            if (i / 4 * 8 + i % 2 >= n - 2 * t) acc[i / 4][i % 4] = -HUGE_VALF;
     UNROLL
     for (int i = 0; i < WHOLE_KEYS / 2; i++) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], acc[i / 4][i % 4]);
     UNROLL
@@ -2821,7 +2945,7 @@ static __device__ __forceinline__ void whole_put_panel(const attend_args &p, int
     int t = (int)threadIdx.x % 4, dim = h * p.c.D + d, place = dim / p.o_group * p.o_pitch + dim % p.o_group,
         first = (d + p.c.R - p.c.D) / 2 + t, e;
     size_t to = (size_t)r * (size_t)p.o.stride + (size_t)place;
-    uint32_t *out = (uint32_t *)(void *)(p.o.halves + to) + t / 2 + t % 2 * 4;
+    uint2 *out = (uint2 *)(void *)(p.o.halves + to) + t / 2 + t % 2 * 2;
     float largest = 0, by = quotient(1, sum);
     UNROLL
     for (int i = 0; i < 16; i++) o[4 * i] *= by, o[4 * i + 1] *= by;
@@ -2835,11 +2959,14 @@ static __device__ __forceinline__ void whole_put_panel(const attend_args &p, int
     UNROLL
     for (int i = 0; i < 16; i++) largest = fmaxf(largest, fmaxf(fabsf(o[4 * i]), fabsf(o[4 * i + 1])));
     e = halves_exponent(group_max(largest, 4));
-    if (h >= p.c.H || d >= p.c.D) return;
     UNROLL
-    for (int i = 0; i < 16; i++)
-        out[i / 2 * 8 + i % 2 * 2] = f16x2(o[4 * i] * exp2i(-e), o[4 * i + 1] * exp2i(-e));
-    if (t == 0) p.o.halves_scale[to / 128] = exp2i(e);
+    for (int i = 0; i < 16; i += 2) {       // lane ^ 2 has the words beside these two
+        uint32_t w[2] = { f16x2(o[4 * i] * exp2i(-e), o[4 * i + 1] * exp2i(-e)),
+                          f16x2(o[4 * i + 4] * exp2i(-e), o[4 * i + 5] * exp2i(-e)) };
+        uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)(t < 2 ? w[1] : w[0]), 2);
+        if (h < p.c.H && d < p.c.D) out[i / 2 * 4] = t < 2 ? make_uint2(w[0], other) : make_uint2(other, w[1]);
+    }
+    if (t == 0 && h < p.c.H && d < p.c.D) p.o.halves_scale[to / 128] = exp2i(e);
 }
 // Else sums go to memory, in place of queries and keys, and from there to put_heads.
 static __device__ __forceinline__ void whole_put(const attend_args &p, int r, int h0, float *total,
@@ -2852,6 +2979,7 @@ static __device__ __forceinline__ void whole_put(const attend_args &p, int r, in
                             &o[i / 2 * 16][i % 2 * 2]);
         return;
     }
+    threads_meet<1, THREADS>();
     UNROLL
     for (int k = 0; k < 2; k++) {
         float *to = total + whole_head(k) * (p.c.D + 8) + d0 + (int)threadIdx.x % 4 * 2;
@@ -2859,62 +2987,50 @@ static __device__ __forceinline__ void whole_put(const attend_args &p, int r, in
         for (int i = 0; i < WHOLE_EIGHTS; i++)
             if (d0 + 8 * i < p.c.D) *(float2 *)(void *)(to + 8 * i) = make_float2(o[i][2 * k], o[i][2 * k + 1]);
     }
-    __syncthreads();
+    threads_meet<1, THREADS>();
     put_heads<1>(p, r, h0, WHOLE_HEADS, total, head);
 }
-// All steps of a warpgroup. Barriers: the odd step's keys are there; even weights are; odd weights are, and the even
-// step's keys and weights are no longer used; nor are the odd step's, and the next even keys are there.
-template <int GROUP>
-static __device__ __forceinline__ void whole_steps(const attend_args &p, const row &s, const key_at &all, const view &v,
-                                                   const whole_room &room, whole_asked &a, whole_scratch &x,
-                                                   float (*o)[4]) {
-    int n = v.n_window + v.n_compressed;
-    char *even = room.keys, *odd = even + WHOLE_ALL, *weights = room.weights + GROUP * WHOLE_PANEL,
-         *half = even + GROUP * WHOLE_ALL / 2;
+// A step of the group's own, while values of the one before, if there is one, may still go on.
+template <int GROUP, int FIRST>
+static __device__ __forceinline__ void whole_own(const attend_args &p, int n, int step, const whole_room &room,
+                                                 whole_scratch &x, float (*o)[4]) {
+    char *keys = room.keys + GROUP * WHOLE_ALL, *weights = room.weights + GROUP * WHOLE_PANEL;
     float acc[WHOLE_KEYS / 8][4];
+    barrier_wait(whole_barrier(x.full, GROUP), (uint32_t)step / 2 & 1);
+    copies_seen();
+    whole_scores(room.q, keys, acc);
+    if (!FIRST) mma_panel_wait<1, WHOLE_EIGHTS>(o), whole_arrive(x.empty, !GROUP);
+    mma_panel_wait<0>(acc);
+    whole_softmax_step(p, acc, n - step * WHOLE_KEYS, x.head, x.factor[GROUP], weights);
+    copies_seen();
+    threads_meet<1, THREADS>();
+    whole_values(weights, keys + GROUP * WHOLE_ALL / 2, x.factor[GROUP], o);
+    mma_panel_wait<0, WHOLE_EIGHTS>(o);
+    whole_arrive(x.empty, GROUP);
+}
+// All steps of a warpgroup: in turn values of the other's and one of its own.
+template <int GROUP>
+static __device__ __forceinline__ void whole_steps(const attend_args &p, int n, const whole_room &room,
+                                                   whole_scratch &x, float (*o)[4]) {
+    enum { OTHER = !GROUP };
     zero<4 * WHOLE_EIGHTS>(o[0]);
-    for (int j0 = 0;; j0 += 2 * WHOLE_KEYS) {
-        if (!GROUP) whole_scores(room.q, even, acc);
-        if (j0) {
-            whole_keys<2>(p, s, all, v, j0 + WHOLE_KEYS, a, odd);
-            copies_seen();
-            __syncthreads();
+    if (!GROUP) whole_own<GROUP, 1>(p, n, 0, room, x, o);
+    for (int step = 2 - GROUP; (step - 1) * WHOLE_KEYS < n; step += 2) {
+        threads_meet<1, THREADS>();
+        whole_values(room.weights + OTHER * WHOLE_PANEL, room.keys + OTHER * WHOLE_ALL + GROUP * WHOLE_ALL / 2,
+                     x.factor[OTHER], o);
+        if (step * WHOLE_KEYS >= n) {
+            mma_panel_wait<0, WHOLE_EIGHTS>(o);
+            break;
         }
-        if (GROUP) whole_scores(room.q, odd, acc);
-        else {
-            mma_panel_wait<0>(acc);
-            whole_softmax_step(p, acc, n - j0, x.head, x.factor[0], weights);
-            copies_seen();
-            whole_ask(p, all, v, j0 + 2 * WHOLE_KEYS, room, a);
-        }
-        __syncthreads();
-        whole_values(room.weights, half, x.factor[0], o);
-        if (GROUP) {
-            mma_panel_wait<1>(acc);
-            whole_softmax_step(p, acc, n - j0 - WHOLE_KEYS, x.head, x.factor[1], weights);
-            copies_seen();
-            whole_ask(p, all, v, j0 + 2 * WHOLE_KEYS, room, a);
-        }
-        mma_panel_wait<0, WHOLE_EIGHTS>(o);
-        __syncthreads();
-        if (j0 + WHOLE_KEYS >= n) break;
-        whole_values(room.weights + WHOLE_PANEL, half + WHOLE_ALL, x.factor[1], o);
-        if (j0 + 2 * WHOLE_KEYS < n) {
-            whole_keys<2>(p, s, all, v, j0 + 2 * WHOLE_KEYS, a, even);
-            copies_seen();
-            whole_ask(p, all, v, j0 + 3 * WHOLE_KEYS, room, a);
-        }
-        mma_panel_wait<0, WHOLE_EIGHTS>(o);
-        __syncthreads();
-        if (j0 + 2 * WHOLE_KEYS >= n) break;
+        whole_own<GROUP, 0>(p, n, step, room, x, o);
     }
 }
-static __global__ void __launch_bounds__(THREADS, 1) attend_whole(const attend_args p) {
+static __global__ void __launch_bounds__(WHOLE_THREADS, 1) attend_whole(const attend_args p) {
     __shared__ whole_scratch scratch;
     SHARED_BYTES(bytes);
-    int i = (int)blockIdx.x, h0 = (int)blockIdx.y * WHOLE_HEADS, r = p.row0 + i;
+    int h0 = (int)blockIdx.y * WHOLE_HEADS, r = p.row0 + (int)blockIdx.x;
     whole_room room;
-    whole_asked a;
     float o[WHOLE_EIGHTS][4];
     grid_go();
     const row s = p.rows[r];
@@ -2925,26 +3041,27 @@ static __global__ void __launch_bounds__(THREADS, 1) attend_whole(const attend_a
         const merged sink = merge_begin(p, h0 + (int)threadIdx.x);
         scratch.head[threadIdx.x][0] = LOG2_E * sink.largest, scratch.head[threadIdx.x][1] = sink.sum;
     }
-    whole_shared(&p.c, panel_room(bytes), &room);
-    for (int k = (int)threadIdx.x * 16; p.c.D < MAX_HEAD_DIM && k < 3 * WHOLE_ALL; k += THREADS * 16)
-        *(uint4 *)(void *)(room.q + k) = make_uint4(0, 0, 0, 0);
-    grid_wait();
-    for (int k = (int)threadIdx.x; v.selected && k < v.n_compressed; k += THREADS)
-        room.chosen[k] = p.chosen[(size_t)i * (size_t)p.c.index_topk + (size_t)k];
-    __syncthreads();
-    whole_ask(p, all, v, 0, room, a);
-    whole_queries(p, r, h0, room.q);
-    UNROLL_BY(1)
-    for (int k = 0; k < 2; k++) {
-        whole_keys<4>(p, s, all, v, k * WHOLE_KEYS, a, room.keys + k * WHOLE_ALL);
-        if (!k) whole_ask(p, all, v, WHOLE_KEYS, room, a);
+    if (threadIdx.x < 2) {
+        barrier_open(whole_barrier(scratch.full, (int)threadIdx.x), WHOLE_GROUP / WARP);
+        barrier_open(whole_barrier(scratch.empty, (int)threadIdx.x), WARPS);
     }
-    whole_prefetch(p, r + WHOLE_AHEAD, h0);
+    whole_shared(&p.c, panel_room(bytes), &room);
+    for (int k = (int)threadIdx.x * 16; p.c.D < MAX_HEAD_DIM && k < 3 * WHOLE_ALL; k += WHOLE_THREADS * 16)
+        *(uint4 *)(void *)(room.q + k) = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    grid_wait();
+    if (threadIdx.x >= THREADS) {
+        registers_fewer<WHOLE_FEW>();
+        whole_prefetch(p, r + WHOLE_AHEAD, h0);
+        whole_decode(p, s, all, v, room, scratch);
+        return;
+    }
+    registers_more<WHOLE_MANY>();
+    whole_queries(p, r, h0, room.q);
     copies_seen();
-    __syncthreads();
-    if (threadIdx.x < WHOLE_GROUP) whole_steps<0>(p, s, all, v, room, a, scratch, o);
-    else whole_steps<1>(p, s, all, v, room, a, scratch, o);
-    __syncthreads();
+    threads_meet<1, THREADS>();
+    if (threadIdx.x < WHOLE_GROUP) whole_steps<0>(p, v.n_window + v.n_compressed, room, scratch, o);
+    else whole_steps<1>(p, v.n_window + v.n_compressed, room, scratch, o);
     whole_put(p, r, h0, (float *)(void *)room.q, scratch.head, o);
 }
 
@@ -5237,7 +5354,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
         int rows = least(at_once, d->grid.rows - a.row0);
         if (chooses) attention_index(d, l, a.row0, rows);
         if (whole) {
-            LAUNCH(attend_whole, grid_of(rows, blocks_of(d->s.H, WHOLE_HEADS)), THREADS,
+            LAUNCH(attend_whole, grid_of(rows, blocks_of(d->s.H, WHOLE_HEADS)), WHOLE_THREADS,
                    whole_shared(&d->s, NULL, NULL), a);
             continue;
         }

@@ -115,7 +115,8 @@ template <class T> struct host_groups {
 };
 struct host_copy { char *to; const char *from; size_t n; };
 static host_groups<host_copy> host_copies[HOST_THREADS];
-struct host_barrier { unsigned turn; int bytes; };      // in shared memory: bytes that its turn still expects
+// mbarrier, in shared memory: what its turn still expects.
+struct host_barrier { unsigned turn, bytes : 20, arrivals : 6, missing : 6; };
 struct host_bulk { char *to; const void *from; int n; host_barrier *by; };
 static std::vector<host_bulk> host_bulks;               // asked for, not landed
 
@@ -180,6 +181,13 @@ static void host_block(int n) {
 static void __syncthreads(void) {
     if (++host.arrived == host.live) host.arrived = 0, host.generation++;
     else host_wait(&host.generation);
+}
+// bar.sync of N threads.
+template <int BARRIER, int N> static void threads_meet(void) {
+    static int arrived;
+    static unsigned generation;
+    if (++arrived == N) arrived = 0, generation++;
+    else host_wait(&generation);
 }
 // The last lane of the warp to come does the work.
 template <class F> static inline void host_together(F work) {
@@ -383,16 +391,22 @@ static inline void copies_close(void) {
 static void host_land(size_t pending) {
     host_copies[host.self].land(pending, [](const host_copy &x) { memcpy(x.to, x.from, x.n); });
 }
-// mbarrier of one arrival, and bulk copies that it counts: they land at once or, backwards, at a wait, not before.
+// mbarrier, and bulk copies that it counts: they land at once or, backwards, at a wait, not before.
 static inline host_barrier *host_barrier_at(char *b) { return (host_barrier *)(void *)b; }
-static inline void barrier_open(char *b) { *host_barrier_at(b) = { 0, 0 }; }
-static inline void barrier_expect(char *b, int bytes) {
-    if (host_barrier_at(b)->bytes > 0) host_stop("a barrier's turn begins before the last has ended");
-    if (!(host_barrier_at(b)->bytes += bytes)) host_barrier_at(b)->turn++;
+static inline void barrier_open(char *b, unsigned arrivals = 1) {
+    host_barrier *x = host_barrier_at(b);
+    x->turn = 0, x->bytes = 0, x->arrivals = x->missing = arrivals & 63;
 }
+static inline void host_change(host_barrier *x, int arrivals, int bytes) {
+    if (x->missing < (unsigned)arrivals) host_stop("a barrier's turn begins before the last has ended");
+    x->missing = (x->missing - (unsigned)arrivals) & 63, x->bytes = (x->bytes + (unsigned)bytes) & 0xfffff;
+    if (!x->missing && !x->bytes) x->missing = x->arrivals, x->turn++;
+}
+static inline void barrier_arrive(char *b) { host_change(host_barrier_at(b), 1, 0); }
+static inline void barrier_expect(char *b, int bytes) { host_change(host_barrier_at(b), 1, bytes); }
 static inline void host_land_bulk(const host_bulk &x) {
     memcpy(x.to, x.from, (size_t)x.n);
-    if (!(x.by->bytes -= x.n)) x.by->turn++;
+    host_change(x.by, 0, -x.n);
 }
 static inline void copy_bulk(char *to, const void *from, int n, char *b) {
     const host_bulk x = { to, from, n, host_barrier_at(b) };
@@ -405,7 +419,7 @@ static void barrier_wait(char *b, unsigned parity) {
     for (size_t i = 0; i < host_bulks.size();)
         if (host_bulks[i].by == of) host_land_bulk(host_bulks[i]), host_bulks.erase(host_bulks.begin() + (ptrdiff_t)i);
         else i++;
-    if (of->turn % 2 == parity) host_wait(&of->turn);
+    while (of->turn % 2 == parity) host_wait(&of->turn);
 }
 static inline const void *host_aligned(const void *row) {
     if ((uintptr_t)row % 16) host_stop("a 16-byte access to shared memory that is not aligned to 16");
