@@ -202,7 +202,7 @@ static void check_depth(const int32_t *ids) {
 }
 
 /* A block whose rows see a ring that has wrapped, its own rows and 70 keys of an index that chooses: 220, four steps.
-   Heads of 128 dims go to wo_a straight from registers. */
+   Heads of 128 dims go to wo_a straight from registers. Experts have some 170 rows each, two tiles of 128. */
 static void check_deep_block(const int32_t *ids) {
     enum { BEFORE = 2 * BLOCK_ROWS };
     static double error[BLOCK_ROWS];
@@ -210,7 +210,8 @@ static void check_deep_block(const int32_t *ids) {
     static int32_t block[BLOCK_ROWS];
     dspark_model *m[2];
     dspark_pass_result out;
-    if (!synth_set("sliding_window=150") || !synth_set("index_topk=70") || !synth_set("head_dim=128")) return;
+    if (!synth_set("sliding_window=150") || !synth_set("index_topk=70") || !synth_set("head_dim=128") ||
+        !synth_set("n_routed_experts=6")) return;
     for (int i = 0; i < BLOCK_ROWS; i++) block[i] = i * 7919 % VOCABULARY;
     m[0] = open_on(NULL), m[1] = open_fast(dspark_cuda_backend());
     for (int k = 0; k < 2; k++) {
