@@ -80,6 +80,7 @@ enum { SLICE = 32 };                                    // dims of the hidden st
 enum { UNIT = 128, TILE = 16 };    // bytes of a weight row that a warp takes at once; rows of a tile
 // Splits of a long attention; keys a step; rows for which splits, and indexes, have buffers.
 enum { SPLITS = 24, KEYS = 32, ATTEND_ROWS = 32, INDEX_ROWS = 128 };
+enum { PANEL = 64 };              // rows of x in a panel, as wgmma takes them
 enum { MAX_HEAD_DIM = 512, MAX_INDEX_DIM = 256, MAX_CHOSEN = 32, MAX_EXPERTS = 1024 };
 
 #define ALL 0xffffffffu
@@ -602,16 +603,29 @@ static __device__ __forceinline__ void put_halves(const input &x, size_t to, con
     }
     if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
 }
-// wo_a's input for mma_panel, one plane: of each 16, numbers 4t, 4t + 1 at 2t, the next two at 8 + 2t.
+// Panel order of rows of `pitch` bytes: [rows / 64][pitch / 128][64][128], pieces of 16 swizzled. Where byte k of row r
+// is: in its panel, and in all. Scales, n a row: [rows / 64][n][64].
+static __device__ __forceinline__ int in_panel(int r, int k) {
+    return (k / UNIT * PANEL + r) * UNIT + (k % UNIT ^ r % 8 * 16);
+}
+static __device__ __forceinline__ size_t panel_byte(int r, int k, int pitch) {
+    return (size_t)(r / PANEL * PANEL) * (size_t)pitch + (size_t)in_panel(r % PANEL, k);
+}
+static __device__ __forceinline__ size_t panel_scale(int r, int k, int n) {
+    return (size_t)(r / PANEL * n + k) * PANEL + (size_t)(r % PANEL);
+}
+// wo_a's input for mma_panel, one plane, in panel order: of each 16, numbers 4t, 4t + 1 at 2t, the next two at 8 + 2t.
 static __device__ __forceinline__ void put_panel(const input &x, int row, int at, const float *v, int live) {
     float a = group_max(live ? largest_of(v) : 0, 16), scaled[8];
-    size_t to = (size_t)row * (size_t)x.stride + (size_t)at;
-    uint32_t *out = (uint32_t *)(void *)(x.halves + to - to % 16) + to % 16 / 4;
+    size_t to = panel_byte(row, (at - at % 16) * 2, x.stride * 2);
+    uint8_t *out = (uint8_t *)x.halves + at % 16;
     int e = halves_exponent(a);
     if (!live) return;
     for (int i = 0; i < 8; i++) scaled[i] = v[i] * exp2i(-e);
-    for (int i = 0; i < 4; i++) out[i / 2 + i % 2 * 4] = f16x2(scaled[2 * i], scaled[2 * i + 1]);
-    if (to % 128 == 0) x.halves_scale[to / 128] = exp2i(e);
+    for (int i = 0; i < 2; i++)
+        *(uint2 *)(void *)(out + (to ^ (size_t)(i * 16))) =
+            make_uint2(f16x2(scaled[2 * i], scaled[2 * i + 1]), f16x2(scaled[2 * i + 4], scaled[2 * i + 5]));
+    if (at % 128 == 0) x.halves_scale[panel_scale(row, at / 128, x.stride / 128)] = exp2i(e);
 }
 static __device__ __forceinline__ void put_plain(const input &x, size_t to, const float *v) {
     uint16_t *out = x.plain + to - to % 32 + to % 32 / 4;
@@ -2944,8 +2958,7 @@ static __device__ __forceinline__ int whole_panels(const attend_args &p) {
 static __device__ __forceinline__ void whole_put_panel(const attend_args &p, int r, int h, int d, float sum, float *o) {
     int t = (int)threadIdx.x % 4, dim = h * p.c.D + d, place = dim / p.o_group * p.o_pitch + dim % p.o_group,
         first = (d + p.c.R - p.c.D) / 2 + t, e;
-    size_t to = (size_t)r * (size_t)p.o.stride + (size_t)place;
-    uint2 *out = (uint2 *)(void *)(p.o.halves + to) + t / 2 + t % 2 * 2;
+    uint8_t *out = (uint8_t *)p.o.halves + panel_byte(r - r % 8, place * 2, p.o.stride * 2) + t / 2 * 8;
     float largest = 0, by = quotient(1, sum);
     UNROLL
     for (int i = 0; i < 16; i++) o[4 * i] *= by, o[4 * i + 1] *= by;
@@ -2964,9 +2977,10 @@ static __device__ __forceinline__ void whole_put_panel(const attend_args &p, int
         uint32_t w[2] = { f16x2(o[4 * i] * exp2i(-e), o[4 * i + 1] * exp2i(-e)),
                           f16x2(o[4 * i + 4] * exp2i(-e), o[4 * i + 5] * exp2i(-e)) };
         uint32_t other = (uint32_t)__shfl_xor_sync(ALL, (int)(t < 2 ? w[1] : w[0]), 2);
-        if (h < p.c.H && d < p.c.D) out[i / 2 * 4] = t < 2 ? make_uint2(w[0], other) : make_uint2(other, w[1]);
+        uint2 *to = (uint2 *)(void *)(out + in_panel(r % 8, i / 2 * 32 + t % 2 * 16));
+        if (h < p.c.H && d < p.c.D) *to = t < 2 ? make_uint2(w[0], other) : make_uint2(other, w[1]);
     }
-    if (t == 0 && h < p.c.H && d < p.c.D) p.o.halves_scale[to / 128] = exp2i(e);
+    if (t == 0 && h < p.c.H && d < p.c.D) p.o.halves_scale[panel_scale(r, place / 128, p.o.stride / 128)] = exp2i(e);
 }
 // Else sums go to memory, in place of queries and keys, and from there to put_heads.
 static __device__ __forceinline__ void whole_put(const attend_args &p, int r, int h0, float *total,
@@ -3765,12 +3779,12 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 // experts: bytes, as experts_wide). Others: .99 PFLOP/s, 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows:
 // wo_a 35, the compressors 9, but one tile's 64 units 19.
 
-// Rows of b; stages of x, slots of a warp's weights; units that copies are ahead; 6 2^6 is an E4M3.
-enum { PANEL = 64, PANEL_STAGES = 4, PANEL_SLOTS = 2, PANEL_AHEAD = 2, FP8_ROOM = 6 };
+// Stages of x, slots of a warp's weights; units that copies are ahead; 6 2^6 is an E4M3.
+enum { PANEL_STAGES = 4, PANEL_SLOTS = 2, PANEL_AHEAD = 2, FP8_ROOM = 6 };
 // Per dtype: how many 128 bytes of a row of x a unit has; scales of x in a unit; is x in panel order; the dtype whose
 // layout a lane's piece has: for FP8 four bytes of each 16, for bf16 16 of each 64.
 template <int DTYPE> struct panels_of { enum { ALONG = 1, SCALES = 0, BULK = 0, PIECE = DSPARK_FP8 }; };
-template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, SCALES = 1, BULK = 0, PIECE = DSPARK_BF16 }; };
+template <> struct panels_of<DSPARK_FP8> { enum { ALONG = 2, SCALES = 1, BULK = 1, PIECE = DSPARK_BF16 }; };
 template <> struct panels_of<DSPARK_FP4> { enum { ALONG = 2, SCALES = 2, BULK = 1, PIECE = DSPARK_FP4 }; };
 // A stage: x [panel][ALONG][64][128 bytes] and its scales [panel][SCALES][64]. Behind the stages are their barriers,
 // then the warps' rings of slots.
@@ -3786,17 +3800,6 @@ template <int PANELS> static __device__ __forceinline__ shared_at panel_barrier(
 template <int PANELS> static __device__ __forceinline__ shared_at panel_slot(const char *bytes, uint32_t turn) {
     return panel_barrier<PANELS>(bytes, PANEL_STAGES) +
            (int)(threadIdx.x / WARP * PANEL_SLOTS + turn % PANEL_SLOTS) * RING_SLOT;
-}
-// Panel order of rows of `pitch` bytes: [rows / 64][pitch / 128][64][128], pieces of 16 swizzled. Where byte k of row r
-// is: in its panel, and in all. Scales, n a row: [rows / 64][n][64].
-static __device__ __forceinline__ int in_panel(int r, int k) {
-    return (k / UNIT * PANEL + r) * UNIT + (k % UNIT ^ r % 8 * 16);
-}
-static __device__ __forceinline__ size_t panel_byte(int r, int k, int pitch) {
-    return (size_t)(r / PANEL * PANEL) * (size_t)pitch + (size_t)in_panel(r % PANEL, k);
-}
-static __device__ __forceinline__ size_t panel_scale(int r, int k, int n) {
-    return (size_t)(r / PANEL * n + k) * PANEL + (size_t)(r % PANEL);
 }
 // The place in panel order of the first row of expert e, at `first` in the list: each begins a panel. With f = 64 q + s
 // before e, and n in it: n fills blocks_of(n, 64) <= (s + n) / 64 + 1 panels, and the next begins that many further.
@@ -3866,7 +3869,7 @@ struct panel_at : wide_at { const uint8_t *weights; shared_at slot; };
 template <int DTYPE> static __device__ __forceinline__ void ask_weights(const panel_at &a) {
     if (a.weights) ring_ask(a.slot, a.weights, unit_bytes(DTYPE));
 }
-// Issues copies of a unit of x and of its scales to a stage.
+// Issues copies of a unit of x to a stage.
 template <int DTYPE, int PANELS>
 static __device__ __forceinline__ void gather_panels(const panel_tile &t, int unit, shared_at stage) {
     enum { IN_ROW = 8 * panels_of<DTYPE>::ALONG, ROWS = THREADS / IN_ROW, EACH = PANELS * PANEL / ROWS,
@@ -3874,28 +3877,24 @@ static __device__ __forceinline__ void gather_panels(const panel_tile &t, int un
     int me = (int)threadIdx.x, q = me % IN_ROW, first = me / IN_ROW;
     shared_at to = stage + in_panel(first, q * 16);
     const uint16_t *x = t.x.x + (size_t)((unit * IN_ROW + q) * 8);
-    const float *scale = t.x.scale;
-    int scale_at = t.at[me % (PANELS * PANEL)] / 128 + unit;
     uint32_t at[EACH];      // no load passes a copy: all of them first
     UNROLL
     for (int k = 0; k < EACH; k++) at[k] = (uint32_t)t.at[first + k * ROWS];
     UNROLL
     for (int k = 0; k < EACH; k++)
         copy16<0>(to + k * ROWS / PANEL * X + k * ROWS % PANEL * UNIT, x + (size_t)at[k]);
-    if (panels_of<DTYPE>::SCALES > 0 && me < PANELS * PANEL)
-        copy4<panel_x_bytes(PANELS)>(stage + me * 4, scale + scale_at);
 }
-// The same of x in panel order, counted at the stage's barrier, a copy a warp: one that issues all would be late at the
-// block's barrier. Bytes may land before they are expected: the turn waits for that arrival. Panels without rows are
-// left out: what the stage has in their place gives columns that nobody reads.
+// The same of x in panel order, and of its scales, counted at the stage's barrier, a copy a warp: one that issues all
+// would be late at the block's barrier. Bytes may land before they are expected: the turn waits for that arrival.
+// Panels without rows are left out: what the stage has in their place gives columns that nobody reads.
 template <int DTYPE, int PANELS>
 static __device__ __forceinline__ void copy_panels(const panel_tile &t, int unit, shared_at stage, shared_at barrier) {
     enum { X = panels_of<DTYPE>::ALONG * PANEL_BYTES, SCALES = panels_of<DTYPE>::SCALES * PANEL, BYTES = SCALES * 4 };
-    int warp = (int)threadIdx.x / WARP, i = warp / 2, n = least(PANELS, blocks_of(t.live, PANEL)),
-        place = t.place + i * PANEL;
+    int warp = (int)threadIdx.x / WARP, i = warp / 2, n = least(PANELS, blocks_of(t.live, PANEL));
     if (threadIdx.x % WARP || i >= n) return;
     if (!warp) barrier_expect(barrier, n * (X + BYTES));
-    size_t x = (size_t)place * (size_t)t.pitch, scale = x / UNIT + (size_t)(unit * SCALES);
+    size_t x = (size_t)t.place * (size_t)t.pitch + (size_t)(i * PANEL * t.pitch),
+           scale = x / (X / SCALES) + (size_t)(unit * SCALES);
     if (warp % 2) copy_bulk(stage + panel_x_bytes(PANELS) + i * BYTES, t.x.scale + scale, BYTES, barrier);
     else copy_bulk(stage + i * X, (const uint8_t *)t.x.x + x + (size_t)(unit * X), X, barrier);
 }
@@ -3910,7 +3909,7 @@ static __device__ __forceinline__ void ask_panels(const panel_tile *known, int n
         int units = s.pitch / UNIT;
         a.weights = unit_at(s, least((int)threadIdx.x / WARP, s.tiles - 1), a.unit);    // all warps ask: slots turn as
         a.slot = panel_slot<PANELS>(bytes, (uint32_t)a.stage);                          // stages do
-        if (panels_of<DTYPE>::BULK)
+        if constexpr (panels_of<DTYPE>::BULK)
             copy_panels<DTYPE, PANELS>(t, a.unit, stage, panel_barrier<PANELS>(bytes, a.stage));
         else gather_panels<DTYPE, PANELS>(t, a.unit, stage);
         if (++a.unit == units) a.w++, a.unit = 0;
@@ -4043,6 +4042,12 @@ static __device__ __forceinline__ void put_panels(const panel_tile &t, float (*a
     }
 }
 
+// Of x in panel order: a tile's first row is its place, its group's numbers begin at whole chunks.
+static __device__ __forceinline__ void find_panels(const job &j, panel_tile &t) {
+    int from = t.at[0] % j.x_stride;
+    t.place = t.at[0] / j.x_stride, t.pitch = j.x_stride * 2;
+    t.x.x += (size_t)from * PANEL, t.x.scale += from / 128 * PANEL;
+}
 template <int DTYPE, int PANELS> static __global__ void __launch_bounds__(THREADS, 1)
 linears_whole(const linears_args p) {
     SHARED_BYTES(shared);
@@ -4052,6 +4057,7 @@ linears_whole(const linears_args p) {
     all_post_comb(p, n);
     panels<DTYPE, PANELS, 1>(p.n_items, panel_room(shared), NULL, [&](int i, panel_tile &t) {
         find_job(p, n, i, WARPS * TILE, [](const job &) { return PANELS * PANEL; }, t);
+        if (panels_of<DTYPE>::BULK && threadIdx.x == 0) find_panels(p.jobs[t.s.of], t);
     }, [&](const panel_tile &t, int, float (*acc)[PANEL / 8][4]) { put_panels<PANELS>(t, acc); });
 }
 
@@ -5171,6 +5177,8 @@ static int count_wide(linears_args *p, int mt) {
 static int count_panels(linears_args *p, int panels) {
     return count_tiles(p, WARPS * TILE, [=](const job &) { return panels * PANEL; });
 }
+// FP8 with inputs from put_panel: in panel order nothing keeps the rest of 128 numbers zero.
+static int by_panels(const matrix &w) { return w.dtype == DSPARK_FP8 && w.cols % 128 == 0; }
 // Runs the jobs whose matrices are bf16, or FP8 with inputs from put_panel. Tiles have 64 rows if SMs would be idle
 // otherwise.
 static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype) {
@@ -5179,7 +5187,8 @@ static void jobs_by_panels(cuda *d, const char *name, linears_args *p, int dtype
     some.n_jobs = 0;
     for (int i = 0; i < p->n_jobs; i++) {
         const job *j = &p->jobs[i];
-        if (j->w.dtype == dtype && j->x.planes > 1) some.jobs[some.n_jobs++] = *j;
+        if (j->w.dtype == dtype && j->x.planes > 1 && (dtype == DSPARK_BF16 || by_panels(j->w)))
+            some.jobs[some.n_jobs++] = *j;
         else p->jobs[left++] = *j;
     }
     if (!some.n_jobs) return;
@@ -5349,7 +5358,7 @@ static void attention_values(cuda *d, const layer_weights *w, int l, int o_pitch
     a.c = d->s, a.n = d->dev.n, a.rows = d->dev.rows, a.layer = l, a.ratio = d->grid.drafts ? 0 : w->ratio,
     a.turns = d->turns, a.set = w->ratio > 0;
     a.q = d->q, a.kv = d->kv, a.sink = w->sink, a.chosen = d->chosen, a.part = d->part, a.o = d->o;
-    a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.panels = w->wo_a.dtype == DSPARK_FP8;
+    a.o_group = w->wo_a.cols, a.o_pitch = o_pitch, a.panels = by_panels(w->wo_a);
     for (a.row0 = 0; a.row0 < d->grid.rows; a.row0 += at_once) {
         int rows = least(at_once, d->grid.rows - a.row0);
         if (chooses) attention_index(d, l, a.row0, rows);
