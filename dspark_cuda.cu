@@ -1367,11 +1367,10 @@ static __device__ __forceinline__ void stream_old(const stream_args &p, int r, i
         by[4 * i] = four.x, by[4 * i + 1] = four.y, by[4 * i + 2] = four.z, by[4 * i + 3] = four.w;
     }
 }
-// What enters every copy: the embedding, or y, its slots summed in order.
-static __device__ __forceinline__ float stream_input(const stream_args &p, int r, int d) {
-    float y = 0;
-    if (p.from == STREAM_EMBED) return plain_number(p.embed, p.rows[r].id, d);
-    for (int base = 0; p.from == STREAM_ADD && base < p.slots; base += 8) {
+// copy_k = post_k y + sum_j comb_jk copy_j
+static __device__ void stream_mix(const stream_args &p, int r, int d, float *z, const float *by) {
+    float y = 0, old[COPIES];
+    for (int base = 0; base < p.slots; base += 8) {
         const float *from = p.y + ((size_t)r * (size_t)p.slots + (size_t)base) * (size_t)p.c.h + (size_t)d;
         float some[8];
         UNROLL
@@ -1379,15 +1378,8 @@ static __device__ __forceinline__ float stream_input(const stream_args &p, int r
         UNROLL
         for (int i = 0; i < 8; i++) y += base + i < p.slots ? some[i] : 0;
     }
-    return y;
-}
-// copy_k = post_k y + sum_j comb_jk copy_j
-static __device__ __forceinline__ void stream_update(const stream_args &p, float y, float *z, const float *by) {
-    float old[COPIES];
     for (int k = 0; k < COPIES; k++) old[k] = z[k];
     for (int k = 0; k < COPIES; k++) {
-        if (p.from == STREAM_EMBED) z[k] = y;
-        if (p.from != STREAM_ADD) continue;
         z[k] = by[k] * y;
         for (int j = 0; j < COPIES; j++) z[k] = fmaf(by[COPIES + j * COPIES + k], old[j], z[k]);
     }
@@ -1399,6 +1391,12 @@ static __device__ void load_fn(const stream_args &p, int slice, stream_fn fn) {
     for (int i = (int)threadIdx.x; p.fn && i < p.n_out * COPIES * SLICE; i += THREADS)
         fn[i / SLICE / COPIES][i / SLICE % COPIES][i % SLICE] =
             p.fn[(size_t)(i / SLICE) * (size_t)p.c.h + (size_t)(slice * SLICE + i % SLICE)];
+}
+// Dim d of row r's copies, updated: z.
+static __device__ __forceinline__ void stream_update(const stream_args &p, int r, int d, float *z, const float *by) {
+    float embedded = p.from == STREAM_EMBED ? plain_number(p.embed, p.rows[r].id, d) : 0;
+    for (int j = 0; p.from == STREAM_EMBED && j < COPIES; j++) z[j] = embedded;
+    if (p.from == STREAM_ADD) stream_mix(p, r, d, z, by);
 }
 static __device__ __forceinline__ void stream_keep(const stream_args &p, int r, int d, const float *z) {
     float *copies = p.stream + (size_t)r * (size_t)(COPIES * p.c.h) + (size_t)d;
@@ -1416,16 +1414,15 @@ static __device__ __forceinline__ float stream_output(const stream_args &p, cons
 // ROWS of n rows, from r on; reads fn once.
 template <int ROWS>
 static __device__ __forceinline__ void stream_rows(const stream_args &p, int slice, int r, int n, const stream_fn fn) {
-    int lane = (int)threadIdx.x % WARP, d = slice * SLICE + lane;
-    float z[ROWS][COPIES], y[ROWS], v[ROWS][WARP], by[ROWS][POST_COMB];
-    UNROLL
-    for (int i = 0; i < ROWS; i++) stream_old(p, least(r + i, n - 1), d, z[i], by[i]);     // all at once
-    UNROLL
-    for (int i = 0; i < ROWS; i++) y[i] = stream_input(p, least(r + i, n - 1), d);
+    int lane = (int)threadIdx.x % WARP;
+    float z[ROWS][COPIES], v[ROWS][WARP], by[POST_COMB];
     UNROLL
     for (int i = 0; i < ROWS; i++) {
-        stream_update(p, y[i], z[i], by[i]);
-        if (r + i < n) stream_keep(p, r + i, d, z[i]);
+        zero<COPIES>(z[i]);
+        if (r + i >= n) continue;
+        stream_old(p, r + i, slice * SLICE + lane, z[i], by);
+        stream_update(p, r + i, slice * SLICE + lane, z[i], by);
+        stream_keep(p, r + i, slice * SLICE + lane, z[i]);
     }
     if (!p.fn) return;
     UNROLL
@@ -1473,7 +1470,7 @@ static __global__ void __launch_bounds__(THREADS) stream_few(const stream_args p
     __syncthreads();
     if (r >= n) return;
     if (p.from != STREAM_ADD) stream_old(p, r, slice * SLICE + lane, z, by);
-    stream_update(p, stream_input(p, r, slice * SLICE + lane), z, by);
+    stream_update(p, r, slice * SLICE + lane, z, by);
     __syncthreads();        // all have read the old copies
     if (warp == 0) stream_keep(p, r, slice * SLICE + lane, z);
     if (!p.fn) return;
