@@ -33,7 +33,7 @@
 // A layer is 19 launches if its indexer has keys to choose among, else 17; a pass is some 780, one CUDA graph.
 // Programmatic dependent launch: a kernel calls grid_go first, so the next one may start early. Before waiting
 // (grid_wait) that one reads its parameters and the pass's counts and rows; `linears`, and `experts` of w2, also issue
-// copies of their first 128 KB of weights an SM, 5.8 us of bytes, a few at a time. `attend` of few rows and `experts`
+// copies of their first 96 KB of weights an SM, 4.3 us of bytes, a few at a time. `attend` of few rows and `experts`
 // of w1 w3 call it when they have waited: what precedes them is then complete for all that follows, and stream_few
 // reads the old copies early. `route` does, too, so that experts' blocks do not start in its way.
 //
@@ -743,8 +743,8 @@ static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio ==
 // ---- linears ----------------------------------------------------------------------------------
 // Weights are the M side: a block takes tiles of 16 outputs, a warp of it every eighth unit. A lane has 16 bytes of
 // rows g and g + 8 at a time (of FP4 four of each block of 32, so that an mma has one scale a row) as fragments: any
-// order of k will do if both sides agree. A warp issues copies four units of 2 KB ahead, into slots of shared memory
-// that only it reads: no barrier, and no gap at the ends of tiles and matrices; 128 KB an SM with two blocks. Bound:
+// order of k will do if both sides agree. A warp issues copies three units of 2 KB ahead, into slots of shared memory
+// that only it reads: no barrier, and no gap at the ends of tiles and matrices; 96 KB an SM with two blocks. Bound:
 // bytes of weights, the same at 1 and at 6 rows, MB (us): wq_a, wkv, compressors, index weights 27.8 (9.3); wq_b, index
 // wq_b 41.9 (14); wo_a 33.6 (11.2); wo_b 33.6 (11.2); gate, shared w1 w3 18.1 (6.0); the head 1059 (353) once a pass;
 // markov_w2 66 (22) a step. From 16 rows on, reading x from the caches for each unit binds instead; from 33 on other
@@ -1112,9 +1112,9 @@ static __device__ __forceinline__ void multiply(const piece *q, const B &b, floa
     else multiply_plain<DTYPE, MT, NT>(q, b, acc);
 }
 
-// What a warp copies next, slots_of(NT) units ahead of what it multiplies, across tiles and spans: the unit, units left
-// in the tile and tiles left in the span; bytes of a unit, and from where a tile's next unit would be to the next one's
-// first; the warp's slots, the next of them and, a bit each, the parity of the copies that land there next.
+// What a warp copies next, SLOTS units ahead of what it multiplies, across tiles and spans: the unit, units left in the
+// tile and tiles left in the span; bytes of a unit, and from where a tile's next unit would be to the next one's first;
+// the warp's slots, the next of them and, a bit each, the parity of the copies that land there next.
 typedef struct {
     const span *spans;
     const uint8_t *p;
@@ -1123,8 +1123,8 @@ typedef struct {
     uint32_t parity;
 } feed;
 
-static __host__ __device__ constexpr int slots_of(int nt) { return nt < 4 ? 4 : 3; }
-static __host__ __device__ constexpr int tiles_at_once(int nt) { return (nt < 4 ? 4 : 8) / nt; }
+enum { SLOTS = 3 };         // of a warp
+static __host__ __device__ constexpr int tiles_at_once(int nt) { return 4 / nt; }
 // Shared memory: the eight warps' sums [tile][warp][row of x][16 outputs, padded to 17], then the warps' slots. With
 // few rows a span may have more tiles.
 static __host__ __device__ constexpr int parts_bytes(int nt) { return tiles_at_once(nt) * WARPS * nt * 8 * 17 * 4; }
@@ -1134,7 +1134,7 @@ static __device__ __forceinline__ int most_tiles(int nt, int width) {
 // A block's threads, as __launch_bounds__ counts them. More than there are leave registers free: with 320 a thread has
 // 96, and two blocks leave a quarter of an SM's, room for a block of the small kernels before and after a product.
 static constexpr int bound_of(int nt) { return nt == 1 ? 320 : THREADS; }
-static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * slots_of(nt) * RING_SLOT; }
+static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * SLOTS * RING_SLOT; }
 
 // Where the share of a block begins.
 static __device__ __forceinline__ int first_item(int n, int block, int blocks) {
@@ -1164,21 +1164,21 @@ template <int NT> static __device__ __forceinline__ void ask(feed &f) {
     if (f.tiles) ring_ask(f.slots + f.next * RING_SLOT, f.p, f.bytes);
     ring_close();
     f.p += WARPS * f.bytes;
-    f.next = f.next + 1 == slots_of(NT) ? 0 : f.next + 1;
+    f.next = f.next + 1 == SLOTS ? 0 : f.next + 1;
     if (!--f.units) feed_tile<NT>(f);
 }
 // Waits for the oldest unit; its slot.
 template <int NT> static __device__ __forceinline__ shared_at await(feed &f) {
     shared_at slot = f.slots + f.next * RING_SLOT;
-    ring_wait<slots_of(NT) - 1>(slot, f.parity >> f.next & 1);
+    ring_wait<SLOTS - 1>(slot, f.parity >> f.next & 1);
     f.parity ^= 1u << f.next;
     return slot;
 }
 template <int NT> static __device__ __forceinline__ void feed_open(feed &f, char *bytes) {
     memset(&f, 0, sizeof f);
     f.p = (const uint8_t *)bytes;
-    f.slots = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * slots_of(NT) * RING_SLOT);
-    ring_open(f.slots, slots_of(NT));
+    f.slots = place_in(bytes + parts_bytes(NT) + (int)threadIdx.x / WARP * SLOTS * RING_SLOT);
+    ring_open(f.slots, SLOTS);
 }
 static __device__ __forceinline__ void feed_spans(feed &f, const span *spans, int n) {
     f.spans = spans, f.n = n, f.k = f.i0 = 0;
@@ -1188,7 +1188,7 @@ static __device__ __forceinline__ void feed_spans(feed &f, const span *spans, in
 }
 template <int NT> static __device__ __forceinline__ void feed_begin(feed &f, const span *spans, int n) {
     feed_spans(f, spans, n);
-    for (int i = 0; i < slots_of(NT); i++) ask<NT>(f);
+    for (int i = 0; i < SLOTS; i++) ask<NT>(f);
 }
 #ifdef BULK_COPIES
 // When a warp's slots are taken and there is still time, its next units come to L2, one a microsecond.
@@ -1208,12 +1208,12 @@ template <int NT> static __device__ __forceinline__ void ask_gently(feed &f) {
     __shared__ volatile int turn;
     enum { AHEAD = 4, OTHERS = WARPS - 1 };
     int warp = (int)threadIdx.x / WARP;
-    shared_at first = f.slots - warp * slots_of(NT) * RING_SLOT;
+    shared_at first = f.slots - warp * SLOTS * RING_SLOT;
     if (threadIdx.x == 0) turn = 0;
     __syncthreads();
-    for (int i = 0; i < slots_of(NT); i++) {
+    for (int i = 0; i < SLOTS; i++) {
         int before = i * OTHERS + warp - AHEAD;
-        shared_at slot = first + (before % OTHERS * slots_of(NT) + before / OTHERS) * RING_SLOT;
+        shared_at slot = first + (before % OTHERS * SLOTS + before / OTHERS) * RING_SLOT;
         while (warp < OTHERS && before >= 0 && !turn && !ring_landed(slot, 0)) __nanosleep(40);
         __syncwarp();
         ask<NT>(f);
@@ -6421,8 +6421,9 @@ static void set_shape(cuda *d) {
 }
 
 // Sets how much shared memory a kernel may ask for, and the same carveout for all: where two differ, the second waits
-// until the SM is empty. 196 KB of an H100's 228: two blocks of products fit, and L1 keeps their inputs.
-template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes, int share = 86) {
+// until the SM is empty. 164 KB of an H100's 228: two blocks of products fit, and L1 has 92 for their inputs. With a
+// slot more and 60, six rows take 3 % longer.
+template <class P> static void allow(cuda *d, void (*kernel)(P), int bytes, int share = 72) {
     if (bytes) TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, share));
 }
