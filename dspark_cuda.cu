@@ -37,23 +37,29 @@
 // of w1 w3 call it when they have waited: what precedes them is then complete for all that follows, and stream_few
 // reads the old copies early. `route` does, too, so that experts' blocks do not start in its way.
 //
-// MEASURED on an H100, 43 layers of 16 experts, position 4096, bench/cuda.c. A pass of one row: 6,480 us, 59 % of the
-// bytes' floor. Six rows: 10,140; a cycle that drafts five and verifies six rows: 11,000. Of one row, us and share of
-// floor:
+// MEASURED on an H100, 43 layers of 16 experts, position 4096, bench/cuda.c, with all of a block's first copies asked
+// for at once. A pass of one row: 6,480 us, 59 % of the bytes' floor. Six rows: 10,140; a cycle that drafts five and
+// verifies six rows: 11,000. Of one row, us and share of floor:
 //   wq_b 459, wo_b 423, gate w1 w3 214, w2 509, head 364: 99 % and more, their weights load before their turn.
 //   wo_a 586, 84 %; wq_a and beside it 384, 79 %; experts' w1 w3 1,139, 69 %: which experts is known last; they take
 //   1.5 us to find them, 1.5 to the first bytes, and SMs differ by 3 at the end.
 //   Others 2,330: stream 478, attend 476, round_rows 331, mix 317, index_scores 242, attend_merge 207, route 128,
 //   swiglu 118, index_query 37. Each takes 2 to 11. In a graph of nothing else a launch that only waits takes .6, one
 //   that reads what the one before it wrote 1 to 1.9; blocks of one kernel that meet at a barrier .7 to 1.4, 1 to 2.6.
-//   What is left is loads that wait in L2 behind 17 MB of the next product's weights: 3 to 5 us for one of y in stream.
+// Copies a few at a time (ask_gently) and three slots a warp take 3 % off 1, 2 and 6 rows of 8 layers: loads of small
+// kernels wait less in L2; part of that comes back in products, whose first units are then still on their way. What is
+// left: the bytes' floor is 80 us of a layer's 137; a layer has 17 to 19 launches, 1.1 us from the end of one to the
+// start of the next; and blocks of a product end 1 to 3 us apart, of six rows' w1 w3 and w2 12 to 16, as experts with
+// five or six rows read more x than L1 has room for.
 // SLOWER: the block that completes a tile does the small kernel that follows, 12 launches a layer, since such blocks do
-// serially what waits for them. Or each block of the next product does it: 264 blocks write the same lines; one row
-// gains 2 us a launch, six rows lose 15. Weights by cp.async, 16 bytes a lane: loads of small kernels wait behind them
-// in their SM, one row 4 %, six 7 %. The next product's weights prefetched into L2, 2 to 24 MB, by five ways: 0 to 5 %.
-// Units on their way limited to 1, 2 or 3 a warp: 2 to 4 %. Small kernels that run before their turn once, to have
-// their code: 5 %. All 128 registers for products of few rows, so that no small kernel fits beside them: 2 %. Five
-// slots: 1 %. The lines of x touched before a span: 2 %.
+// serially what waits for them. Or each block of the next product does it, in shared memory: 1 to 2.5 % for one row.
+// All of a row's x brought to L1 before a product: 3 %. Weights by cp.async, 16 bytes a lane: loads of small kernels
+// wait behind them in their SM, one row 4 %, six 7 %. The next product's weights prefetched into L2, 2 to 24 MB, by
+// five ways: 0 to 5 %. Units on their way limited to 1, 2 or 3 a warp: 2 to 4 %. Small kernels that run before their
+// turn once, to have their code: 2 to 5 %. round_rows, swiglu or all small kernels that let the next one start when
+// they have waited, as route does: 1 to 3 %. All 128 registers for products of few rows, so that no small kernel fits
+// beside them: 2 %. Two tiles of an expert for each x: 3 %. Whatever a product does before its first copy costs as much
+// as after its turn.
 // COUNTED (steady loops in cuobjdump -sass of sm_90a, a warp's instructions for a unit of 2 KB times 8 rows; in
 // brackets: via bf16): FP4 275 (438), FP8 122 (278), times wo_a's planes 145 (308), bf16 81 (127). For FP4 a
 // scheduler's four warps issue 1,100 while their bytes take 2,400 clocks.
@@ -2657,7 +2663,7 @@ static __global__ void __launch_bounds__(THREADS, 2) attend_rows(const attend_ar
 // called behind the wait for full.
 // Bound for 64 keys: products, 2,050 clocks; shared memory, 2,200 (scores 1,020, values 640, decoding 510); while
 // weights are found the tensor cores wait, 500. Of L2, 840 KB a row of 640 keys (queries and sums 256, window 256): at
-// 5.5 TB/s .15 us a row.
+// 5.5 TB/s .15 us a row. Measured, 2,048 rows: 750 us, 358 of them for the window's 128 keys, queries and sums.
 
 #define LOG2_E 1.44269504f
 enum { WHOLE_KEYS = 64, WHOLE_HEADS = 64, WHOLE_PANELS = MAX_HEAD_DIM / 64, WHOLE_ROW = 128 };
@@ -3774,7 +3780,8 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 // Bound: products. FP4: 1.98 PFLOP/s, 1,024 clocks for a unit of 256 k and 128 rows; 1.3 with the 755 instructions that
 // each of a scheduler's two warps issues for it, in which time its 49 KB are 33 bytes a clock from L2 (512 rows in 160
 // experts: bytes, as experts_wide). Others: .99 PFLOP/s, 1,024 clocks for a unit of FP8, 512 of bf16; us of 512 rows:
-// wo_a 35, the compressors 9, but one tile's 64 units 19.
+// wo_a 35, the compressors 9, but one tile's 64 units 19. Measured, us of 2,048 rows: w1 w3 of 16 experts 752, w2 383
+// (540 TFLOP/s, 3,600 clocks a unit), wo_a 293.
 
 // Stages of x, slots of a warp's weights; units that copies are ahead; 6 2^6 is an E4M3.
 enum { PANEL_STAGES = 4, PANEL_SLOTS = 2, PANEL_AHEAD = 2, FP8_ROOM = 6 };
