@@ -1488,9 +1488,9 @@ static __global__ void __launch_bounds__(THREADS) stream_few(const stream_args p
             p.partial[((size_t)r * (size_t)(p.c.h / SLICE) + (size_t)slice) * WARP + (size_t)(warp * EACH + k)] = v[k];
 }
 
-// Adds up a mix's sums, then x = sum_j pre_j copy_j, normed, in both forms. A block a row; of few rows eight, which do
-// all the same but for the forms, an eighth each. post_comb does post and comb. Bound: latency, 80 KB a row through one
-// SM (1 us), two barriers.
+// Adds up a mix's sums, then x = sum_j pre_j copy_j, normed, in both forms. A block a row; of few rows up to eight,
+// which do all the same but for the forms, a part each. post_comb does post and comb. Bound: latency, 80 KB a row
+// through one SM (1 us), two barriers.
 typedef struct {
     shape c;
     const int *n;
@@ -5258,7 +5258,8 @@ static void run_mix(cuda *d, const mixer *m, const float *norm, int head) {
     p.c = d->s, p.n = head ? &d->dev.n->n_logits : &d->dev.n->n_rows, p.list = head ? d->dev.logit_rows : NULL;
     p.partial = d->partial, p.stream = d->residual, p.scale = m->scale, p.base = m->base, p.norm = norm;
     p.mixes = head ? NULL : d->mixes, p.hidden = head ? d->hidden : NULL, p.x = d->x;
-    int rows = head ? d->grid.logits : d->grid.rows, parts = rows <= 8 && d->s.h % (8 * 8 * WARP) == 0 ? 8 : 1;
+    int rows = head ? d->grid.logits : d->grid.rows, parts = 1;
+    while (rows <= 8 && parts < 8 && d->s.h % (2 * parts * 8 * WARP) == 0) parts *= 2;
     LAUNCH(mix, grid_of(rows, parts), blocks_of(d->s.h, 8 * WARP) * WARP, 0, p);
     d->now = *m;
 }

@@ -183,7 +183,7 @@ static void check_depth(const int32_t *ids) {
     dspark_model *m[2];
     uint64_t hash[2];
     double worst = 0;
-    if (!synth_set("sliding_window=900") || !synth_set("num_hidden_layers=3")) return;
+    if (!synth_set("sliding_window=900") || !synth_set("num_hidden_layers=3") || !synth_set("hidden_size=512")) return;
     m[0] = open_on(NULL), m[1] = open_on(dspark_cuda_backend());
     for (int whole = 0; whole < 2; whole++) {
         dspark_session *s[2];
