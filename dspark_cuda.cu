@@ -3771,8 +3771,8 @@ static __global__ void __launch_bounds__(THREADS, 1) experts_wide(const experts_
 // ---- products of whole blocks of a prompt -----------------------------------------------------
 // With fast_prefill, by wgmma: what cuBLASLt does not take, except F16 and F32. A block has 128 outputs and 64 or 128
 // rows. Weights are decoded in registers, half a unit while the half before is multiplied, also if that is the unit
-// before's; x is in panels of 64 rows of 128 bytes. That of FP4 lies in panels in global memory, too: a unit of a panel
-// is one copy, by one thread, which nobody's later copies or stores wait for, as they would at a fence.
+// before's; x is in panels of 64 rows of 128 bytes. That of FP4 and FP8 lies in panels in global memory, too: a unit of
+// a panel is one copy, by one thread, which nobody's later copies or stores wait for, as they would at a fence.
 //   FP4, the routed experts: as E4M3, the scales of 16 rows and four blocks of 32 relative to the largest of them, so
 //     that 128 products are one sum. A code whose scale is below 2^-14 of the largest loses bits, as the sum does.
 //   FP8, wo_a: as f16, with the first plane of its inputs: 11 bits where the released kernels have 8.
