@@ -88,9 +88,11 @@
    SWITCHES (define before the implementation)
        DSPARK_STATIC           all functions static
        DSPARK_MALLOC(bytes), DSPARK_REALLOC(p, bytes), DSPARK_FREE(p)      all three or none
+       DSPARK_NO_MODEL         layer 1 alone, for an engine that has its own model: libc and libm on any platform,
+                               compiled in half a second
        DSPARK_NO_STDIO         without dspark_session_save and _restore, dspark_model_save_profile and _load_profile
-   The implementation needs libc with POSIX mmap, libm, and nothing else; threads come from OpenMP if it is on. It
-   compiles as C11 and C++17 and refuses -ffast-math. The file includes itself, as "dspark.h".
+   A model needs libc with POSIX mmap, libm, and nothing else; threads come from OpenMP if it is on. The header compiles
+   as C11 and C++17 and refuses -ffast-math. The file includes itself, as "dspark.h".
 
    MEMORY
    Weights stay in the mapped files. dspark_model_bytes and dspark_session_bytes say what is allocated besides;
@@ -285,6 +287,7 @@ DSPARK_API void dspark_account_open(dspark_account *, double plain_us, double wo
 DSPARK_API int dspark_account_affords(const dspark_account *, double plain_us, double worst_us);   // 1: draft
 DSPARK_API void dspark_account_settle(dspark_account *, double plain_us, double cycle_us, int tau);
 
+#ifndef DSPARK_NO_MODEL
 // >>api-model
 // A checkpoint directory as released, mapped: config.json, generation_config.json where present,
 // model.safetensors or model.safetensors.index.json with its shards, tokenizer.json and calibration.json where
@@ -706,7 +709,7 @@ enum { DSPARK_CURVE_POINTS = 12 };
 typedef struct {
     int verify, curved;
     float band[2], sts[DSPARK_MAX_BLOCK];
-    float said[DSPARK_MAX_BLOCK * DSPARK_CURVE_POINTS], stood[DSPARK_MAX_BLOCK * DSPARK_CURVE_POINTS];
+    float said[DSPARK_MAX_BLOCK][DSPARK_CURVE_POINTS], stood[DSPARK_MAX_BLOCK][DSPARK_CURVE_POINTS];
 } dspark_calibration;
 
 // The device's choice of drafts (ASYNC): the `budget` best of the preceding draft pass, which asked for draws and whose
@@ -788,6 +791,7 @@ const dspark_backend *dspark_cuda_backend(void);        // in dspark_cuda.cu
 
 // For a backend: makes `message` this thread's dspark_last_error and gives status back.
 DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
+#endif  // DSPARK_NO_MODEL
 
 #endif  // DSPARK_H
 
@@ -797,21 +801,22 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #ifdef __FAST_MATH__
 #error "dspark.h: -ffast-math frees the order of sums, and with it the text; compile without"
 #endif
-#include <errno.h>
-#include <fcntl.h>
 #include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined FLT_EVAL_METHOD && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16     // 16: _Float16 as itself, too
+#error "dspark.h: floats must be computed as floats (on x86: -mfpmath=sse)"
+#endif
+#ifndef DSPARK_NO_MODEL
+#include <errno.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#if defined FLT_EVAL_METHOD && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16     // 16: _Float16 as itself, too
-#error "dspark.h: floats must be computed as floats (on x86: -mfpmath=sse)"
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -820,6 +825,7 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #include <immintrin.h>
 #elif defined __GNUC__ && defined __aarch64__
 #include <arm_neon.h>
+#endif
 #endif
 
 #if defined DSPARK_MALLOC + defined DSPARK_REALLOC + defined DSPARK_FREE == 1 || \
@@ -908,6 +914,7 @@ static dspark_status dspark__fail(dspark_status status, const char *format, ...)
     return status;
 }
 
+#ifndef DSPARK_NO_MODEL
 DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message) {
     return dspark__fail(status, "%s", message);
 }
@@ -993,6 +1000,7 @@ static void dspark__file_unmap(void *user, const void *data, uint64_t size) {
     (void)user;
     munmap((void *)(uintptr_t)data, (size_t)size);
 }
+#endif
 
 // >>elementary
 // exp, log, sin and cos in double: within 2 ulp (sin, cos: 1e-15), with only +, -, *, / in a fixed order. So every
@@ -1725,6 +1733,10 @@ DSPARK_API void dspark_account_settle(dspark_account *a, double plain_us, double
     a->balance_us = balance < a->limit_us ? balance : a->limit_us;
 }
 
+DSPARK__SOON_END
+
+#ifndef DSPARK_NO_MODEL
+DSPARK__SOON
 // >>json
 // Parses JSON (strict RFC 8259) into an array of nodes in document order: config.json, the header of a safetensors
 // file, tokenizer.json. The children of node i start at i + 1, those of an object as key, value, key, value; the node
@@ -2572,8 +2584,8 @@ static void dspark__read_calibration(dspark__loader *b) {
         dspark__key_reals(&k, "sts", ck->config.dspark_block_size, 1e-6, 1e6, row->sts);
         row->curved = dspark__key(&k, "said") >= 0 || dspark__key(&k, "stood") >= 0;
         i = row->curved ? ck->config.dspark_block_size * DSPARK_CURVE_POINTS : 0;
-        if (i) dspark__key_reals(&k, "said", i, 0, 1, row->said);
-        if (i) dspark__key_reals(&k, "stood", i, 1e-6, 1, row->stood);
+        if (i) dspark__key_reals(&k, "said", i, 0, 1, row->said[0]);
+        if (i) dspark__key_reals(&k, "stood", i, 1e-6, 1, row->stood[0]);
     }
 }
 
@@ -5069,7 +5081,7 @@ static const dspark_calibration *dspark__calibration_of(const dspark_session *s)
 static void dspark__calibrate(const dspark_calibration *row, float *c, int n) {
     double product = 1, a = 1;
     for (int k = 0; k < n; k++) {
-        const float *x = row->said + k * DSPARK_CURVE_POINTS, *y = row->stood + k * DSPARK_CURVE_POINTS;
+        const float *x = row->said[k], *y = row->stood[k];
         double sts = dspark_sts_apply(c[k], row->sts[k]), before = a, t;
         int i = 1;
         if (sts != sts) {           // NaN: neither this draft nor those after it are trusted
@@ -5366,7 +5378,7 @@ static void dspark__profile_rows(const dspark__timed *t, int n, dspark_profile *
 // s [n]: sessions. The first has room for `most` rows, and `deeper` further on; the others for a block each.
 static dspark_status dspark__measure(dspark_session **s, int n, int most, int deeper, dspark_profile *p) {
     enum { TOGETHER, DEEP, DRAFT, INJECT, DRAFTS, ROWS };
-    dspark__timed t[ROWS + DSPARK_MAX_PROFILE];
+    dspark__timed t[(int)ROWS + DSPARK_MAX_PROFILE];
     int gamma = dspark__config(s[0])->dspark_block_size, few = dspark__max(DSPARK__COMPANY, gamma + 1), n_timed = ROWS,
         rows = dspark__min(most, DSPARK__COMPANY), company = gamma ? dspark__min(n, s[0]->model->max_rows / gamma) : 0;
     dspark_pass_result result;
@@ -7868,6 +7880,7 @@ DSPARK_API const dspark_backend *dspark_cpu_backend(void) {
     return &cpu;
 }
 DSPARK__SOON_END
+#endif  // DSPARK_NO_MODEL
 
 #if defined __GNUC__ && !defined __clang__
 #pragma GCC pop_options

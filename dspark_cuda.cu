@@ -4647,7 +4647,7 @@ typedef struct {
 
 // a_k: curve k at the product of the scaled confidences.
 static __device__ double curve_at(const dspark_calibration &of, int k, double product) {
-    const float *x = of.said + k * DSPARK_CURVE_POINTS, *y = of.stood + k * DSPARK_CURVE_POINTS;
+    const float *x = of.said[k], *y = of.stood[k];
     double t = 1;
     int i = 1;
     while (i < DSPARK_CURVE_POINTS - 1 && product > (double)x[i]) i++;

@@ -1,5 +1,6 @@
 /* The algorithm layer against its golden cases (golden/algorithm/README.md): Philox, uniforms, schedules,
    verifiers, distributions, STS and the never-slower account, each compared as that file says. */
+#define DSPARK_NO_MODEL
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
 #include "near.h"

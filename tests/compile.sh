@@ -38,6 +38,13 @@ cat > $dir/static.c <<'END'
 #include "dspark.h"
 int main(void) { return dspark_status_name(DSPARK_OK)[0] != 'O'; }
 END
+cat > $dir/algorithm.c <<'END'
+#define DSPARK_NO_MODEL
+#define DSPARK_IMPLEMENTATION
+#include "dspark.h"
+END
+mkdir -p $dir/absent/sys        # a platform that has C's headers and no others
+for header in fcntl unistd sys/mman sys/stat omp immintrin arm_neon; do echo '#error' > $dir/absent/$header.h; done
 
 # a compiler, and further objects
 both_objects() { "$@" $dir/declarations.o $dir/implementation.o -o $dir/both -lm && $dir/both; }
@@ -55,6 +62,8 @@ compilers() {   # a language, its standard, its compilers
             $cc $flags -O2 -c $dir/implementation.c -o $dir/implementation.o
         check "$name: DSPARK_NO_STDIO compiles without a warning" \
             $cc $flags -DDSPARK_NO_STDIO -fsyntax-only $dir/implementation.c $dir/static.c
+        check "$name -O2: DSPARK_NO_MODEL compiles without a warning from C's headers alone" \
+            $cc $flags -O2 -I$dir/absent -c $dir/algorithm.c -o $dir/algorithm.o
         check "$name: two objects link to one program" both_objects $cc
         check "$name: DSPARK_STATIC compiles without a warning" \
             $cc $flags -Dmain=other_main -c $dir/static.c -o $dir/static.o

@@ -618,8 +618,8 @@ static void check_choice(const char *dir) {
     for (int k = 0; k < gamma; k++)
         for (int i = 0; i < DSPARK_CURVE_POINTS; i++) {
             float x = (float)i / (DSPARK_CURVE_POINTS - 1);
-            m->calibration.sts[k] = 1 + .1f * (float)k, m->calibration.said[k * DSPARK_CURVE_POINTS + i] = x;
-            m->calibration.stood[k * DSPARK_CURVE_POINTS + i] = .1f + .8f / (float)(k + 1) * x;
+            m->calibration.sts[k] = 1 + .1f * (float)k, m->calibration.said[k][i] = x;
+            m->calibration.stood[k][i] = .1f + .8f / (float)(k + 1) * x;
         }
     async.schedule = DSPARK_SCHEDULE_ASYNC;
     for (int i = 0; i < 3; i++) {

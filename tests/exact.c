@@ -1,5 +1,6 @@
 /* The algorithm layer's promises: tested by exact enumeration of every path where possible, else by chi-square
    over the real generator; optimized code against plain twins. */
+#define DSPARK_NO_MODEL
 #define DSPARK_IMPLEMENTATION
 #include "dspark.h"
 #include "near.h"

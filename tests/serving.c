@@ -265,9 +265,8 @@ static void test_curve(void) {
     for (int k = 0; k < N; k++) {
         straight.sts[k] = curved.sts[k] = 1 + (float)k / 8;
         for (int i = 0; i < DSPARK_CURVE_POINTS; i++) {
-            int at = k * DSPARK_CURVE_POINTS + i;
-            straight.said[at] = curved.said[at] = (float)i / (DSPARK_CURVE_POINTS - 1);
-            straight.stood[at] = fmaxf(straight.said[at], 1e-6f), curved.stood[at] = .2f + .05f * (float)i;
+            straight.said[k][i] = curved.said[k][i] = (float)i / (DSPARK_CURVE_POINTS - 1);
+            straight.stood[k][i] = fmaxf(straight.said[k][i], 1e-6f), curved.stood[k][i] = .2f + .05f * (float)i;
         }
     }
     straight.curved = curved.curved = 1;

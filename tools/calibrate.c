@@ -299,7 +299,7 @@ static void fit(const cycles *c, dspark_calibration *row) {
     free(d.scratch);
     for (int k = 0; k < c->gamma; k++) {
         judged *j = judge(c, k, row);
-        fit_curve(j, c->n, row->said + k * DSPARK_CURVE_POINTS, row->stood + k * DSPARK_CURVE_POINTS);
+        fit_curve(j, c->n, row->said[k], row->stood[k]);
         free(j);
     }
     row->curved = 1;
@@ -315,8 +315,8 @@ static void write_numbers(FILE *f, const char *key, const float *x, int n, int w
 static void write_row(FILE *f, const manner *how, const dspark_calibration *row, int gamma, int last) {
     fprintf(f, "  {\"verify\": \"%s\", \"temperature\": [%g, %g], ", how->name, (double)how->low, (double)how->high);
     write_numbers(f, "sts", row->sts, gamma, gamma), fputs(",\n   ", f);
-    write_numbers(f, "said", row->said, gamma * DSPARK_CURVE_POINTS, DSPARK_CURVE_POINTS), fputs(",\n   ", f);
-    write_numbers(f, "stood", row->stood, gamma * DSPARK_CURVE_POINTS, DSPARK_CURVE_POINTS);
+    write_numbers(f, "said", row->said[0], gamma * DSPARK_CURVE_POINTS, DSPARK_CURVE_POINTS), fputs(",\n   ", f);
+    write_numbers(f, "stood", row->stood[0], gamma * DSPARK_CURVE_POINTS, DSPARK_CURVE_POINTS);
     fprintf(f, "}%s\n", last ? "" : ",");
 }
 
