@@ -6611,14 +6611,13 @@ DSPARK__SOON_END
 // The kernels of a path, or of the best one (DSPARK_PATH_BEST); NULL where machine or build has it not.
 static const dspark__kernels *dspark__kernels_choose(int path) {
 #ifdef DSPARK__X86
-    unsigned a, b, c = 0, d;
-    __builtin_cpu_init();
-    int f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
-    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    int bf16 = avx512 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 1 & 1) &&      // VBMI
-               __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    // Not __builtin_cpu_supports, which says no to everything in runtimes that do without it (zig cc).
+    unsigned a, b = 0, c = 0, d, saved = 0;         // saved: the registers that the system saves
+    if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1)) __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    int avx2 = (saved & 0x06) == 0x06 && (c >> 12 & 1) && (c >> 29 & 1) &&              // FMA, F16C
+               __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 5 & 1);
+    int avx512 = avx2 && (saved & 0xe6) == 0xe6 && (b >> 16 & b >> 17 & b >> 30 & b >> 31 & 1);     // F, DQ, BW, VL
+    int bf16 = avx512 && (c >> 1 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);   // VBMI
     if (bf16 && (path == DSPARK_PATH_BEST || path == DSPARK_PATH_AVX512_BF16)) return &dspark__kernels_bf16;
     if (avx512 && (path == DSPARK_PATH_BEST || path == DSPARK_PATH_AVX512)) return &dspark__kernels_3;
     if (avx2 && (path == DSPARK_PATH_BEST || path == DSPARK_PATH_AVX2)) return &dspark__kernels_2;

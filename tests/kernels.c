@@ -372,6 +372,36 @@ static void check_float_mode(void) {
 #endif
 }
 
+/* Whether the system's flags of the processor have all of these words. */
+static int has_all(const char *flags, const char *words) {
+    char word[32];
+    for (int n; sscanf(words, "%29s%n", word + 1, &n) == 1; words += n) {
+        word[0] = ' ', strcat(word, " ");
+        if (!strstr(flags, word)) return 0;
+    }
+    return 1;
+}
+
+static void check_paths(void) {
+    static const struct { int path; const char *needs; } x86[] = {
+        { DSPARK_PATH_AVX2, "avx2 fma f16c" },
+        { DSPARK_PATH_AVX512, "avx2 fma f16c avx512f avx512bw avx512vl avx512dq" },
+        { DSPARK_PATH_AVX512_BF16, "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_bf16" } };
+    static char flags[8192];
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && fgets(flags, sizeof flags, f) && strncmp(flags, "flags", 5)) continue;
+    if (f) fclose(f);
+    if (strncmp(flags, "flags", 5)) {
+        skip("no flags in /proc/cpuinfo", "the paths offered are those that the system says the processor has");
+        return;
+    }
+    *strchr(flags, '\n') = ' ';
+    int agree = 1;
+    for (size_t i = 0; i < sizeof x86 / sizeof *x86; i++)
+        agree &= has_all(flags, x86[i].needs) == (dspark__kernels_choose(x86[i].path) != NULL);
+    ok(agree, "the paths offered are those that the system says the processor has");
+}
+
 int main(void) {
     static kernel_case plain[MAX_KERNEL_CASES];
     const dspark__kernels *best = dspark__kernels_choose(DSPARK_PATH_BEST);
@@ -400,6 +430,7 @@ int main(void) {
         check_mix(k);
         check_attend(k);
     }
+    check_paths();
     check_float_mode();
     tensors_close(&t);
     return tap_done();
