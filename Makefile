@@ -1,6 +1,6 @@
 # make help lists the targets. Everything that is built lies in build/, but for ./dspark itself.
 CFLAGS ?= -O2
-WARN = -Wall -Wextra -Wshadow -Wconversion
+WARN = -Wall -Wextra -Wshadow -Wconversion -Wno-enum-float-conversion
 STD = -std=c11
 
 # OpenMP if the compiler has it: without, the same text on one thread.

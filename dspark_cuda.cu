@@ -742,7 +742,7 @@ typedef struct {
 } shape;
 
 // The arrays of a state, for each layer; after them, the taps.
-enum { WINDOW, KV, GATE, CODES, SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, KEY_SCALES, N_ARRAYS };
+enum { WINDOW, KV, GATE, ROW_CODES, ROW_SCALES, ROPE, INDEX_KV, INDEX_GATE, KEY_CODES, KEY_SCALES, N_ARRAYS };
 
 static __host__ __device__ int raw_ring(int ratio, int block) { return (ratio == 4 ? 2 * ratio : ratio) + block + 1; }
 
@@ -1139,7 +1139,7 @@ static __device__ __forceinline__ int most_tiles(int nt, int width) {
 }
 // A block's threads, as __launch_bounds__ counts them. More than there are leave registers free: with 320 a thread has
 // 96, and two blocks leave a quarter of an SM's, room for a block of the small kernels before and after a product.
-static constexpr int bound_of(int nt) { return nt == 1 ? 320 : THREADS; }
+constexpr int bound_of(int nt) { return nt == 1 ? 320 : THREADS; }
 static int product_bytes(int nt) { return parts_bytes(nt) + WARPS * SLOTS * RING_SLOT; }
 
 // Where the share of a block begins.
@@ -1729,7 +1729,7 @@ static __device__ void compress(const kv_args &p, const row &s, int which, float
     if ((s.position + 1) % p.ratio || s.keep_rows) return;
     pool_row(p, o, s, (int)i, x, scratch);
     if (!which) {
-        round_row(x, D - R, state[CODES] + i * (size_t)(D - R), state[SCALES] + i * (size_t)((D - R + 63) / 64));
+        round_row(x, D - R, state[ROW_CODES] + i * (size_t)(D - R), state[ROW_SCALES] + i * (size_t)((D - R + 63) / 64));
         for (int k = (int)threadIdx.x; k < R; k += THREADS)
             ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
     } else if (threadIdx.x < WARP) {
@@ -2100,8 +2100,8 @@ static __host__ __device__ size_t attend_shared(const shape *c, char *base, atte
 typedef struct { const float *floats, *rope; const uint8_t *codes, *scales; } key_at;
 static __device__ __forceinline__ key_at keys_in(const attend_args &p, const row &s) {
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
-    key_at all = { (const float *)(const void *)state[WINDOW], (const float *)(const void *)state[ROPE], state[CODES],
-                   state[SCALES] };
+    key_at all = { (const float *)(const void *)state[WINDOW], (const float *)(const void *)state[ROPE], state[ROW_CODES],
+                   state[ROW_SCALES] };
     return all;
 }
 // Which array has key j of a view, and at which row.
@@ -6596,7 +6596,7 @@ static void state_take_layer(state *s, const cuda *d, int l) {
     state_take(s, l, WINDOW, D * sizeof(float), c->ring, 0);
     if (!ratio) return;
     state_take(s, l, KV, w, raw, 0), state_take(s, l, GATE, w, raw, 0);
-    state_take(s, l, CODES, D - R, 0, ratio), state_take(s, l, SCALES, (D - R + 63) / 64, 0, ratio);
+    state_take(s, l, ROW_CODES, D - R, 0, ratio), state_take(s, l, ROW_SCALES, (D - R + 63) / 64, 0, ratio);
     state_take(s, l, ROPE, R * sizeof(float), 0, ratio);
     if (ratio != 4) return;
     state_take(s, l, INDEX_KV, 2 * I * sizeof(float), raw, 0),

@@ -300,7 +300,7 @@ static float host_e4m3(uint32_t code) {
 static float host_number(const void *at, int kind) {
     static float value[256];
     uint16_t u;
-    for (uint32_t i = 256; !value[1] && i--;) value[i] = host_e4m3(i);
+    for (uint32_t i = 256; value[1] == 0 && i--;) value[i] = host_e4m3(i);
     if (kind == HOST_E4M3) return value[*(const uint8_t *)at];
     memcpy(&u, at, sizeof u);
     return kind == HOST_F16 ? f16_value(u) : host_as_float((uint32_t)u << 16);
@@ -455,7 +455,8 @@ static uint4 host_load_rows(const char *row) {
 static inline float __uint_as_float(unsigned u) { return host_as_float(u); }
 static inline unsigned __float_as_uint(float x) { return host_as_bits(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
-static inline float rsqrtf(float x) { return 1 / __builtin_sqrtf(x); }
+static inline float host_rsqrtf(float x) { return 1 / __builtin_sqrtf(x); }
+#define rsqrtf host_rsqrtf       // C23 has a function of this name
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline unsigned __brev(unsigned x) {
