@@ -6,6 +6,7 @@
 #ifndef CUDA_HOST_H
 #define CUDA_HOST_H
 #include <functional>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
