@@ -119,7 +119,7 @@
    two tokens are within 1e-7. FP8 weights of NaN are NaN. README.md says what has run on which device.
 
    WHAT IT DOES NOT DO
-   Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
+   Models on Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
    Models other than DeepSeek-V4. Conversion: checkpoints are the official safetensors or nothing.
 
    VERSIONS
