@@ -802,6 +802,7 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #error "dspark.h: -ffast-math frees the order of sums, and with it the text; compile without"
 #endif
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -912,6 +913,19 @@ static dspark_status dspark__fail(dspark_status status, const char *format, ...)
     va_end(args);
     memcpy(dspark__message, text, sizeof text);
     return status;
+}
+
+// Checks of an argument: 1, and the message names it, if it is NULL, or outside low .. high or NaN.
+static int dspark__is_null(const char *what, const void *p) {
+    if (!p) dspark__fail(DSPARK_ERROR_ARGUMENT, "%s is NULL", what);
+    return !p;
+}
+static int dspark__outside(const char *what, double x, double low, double high) {
+    if (x >= low && x <= high) return 0;
+    if (high < INT_MAX)
+        dspark__fail(DSPARK_ERROR_ARGUMENT, "%s = %.7g, expected %g .. %g", what, x, low, high);
+    else dspark__fail(DSPARK_ERROR_ARGUMENT, "%s = %.7g, expected %g or more", what, x, low);
+    return 1;
 }
 
 #ifndef DSPARK_NO_MODEL
@@ -1217,10 +1231,10 @@ static int32_t dspark__race(const float *p, const float *q, int without, int voc
 DSPARK_API dspark_status dspark_draw(const float *p, int vocab, uint64_t seed, int purpose, uint64_t at,
                                      int k, int32_t *token) {
     dspark_status status;
-    if (!p || !token || vocab < 1 || purpose < DSPARK_DRAW_PLAIN || purpose > DSPARK_DRAW_NEXT || k < 0 ||
-        k > 65535)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "draw: vocab %d, purpose %d, k %d, or a pointer is NULL",
-                            vocab, purpose, k);
+    if (dspark__is_null("draw: p", p) || dspark__is_null("draw: token", token) ||
+        dspark__outside("draw: vocab", vocab, 1, INT_MAX) || dspark__outside("draw: k", k, 0, 65535) ||
+        dspark__outside("draw: purpose", purpose, DSPARK_DRAW_PLAIN, DSPARK_DRAW_NEXT))
+        return DSPARK_ERROR_ARGUMENT;
     if ((status = dspark__row_check("draw", p, vocab)) != DSPARK_OK) return status;
     *token = dspark__race(p, NULL, -1, vocab, seed, purpose, at, k);
     return DSPARK_OK;
@@ -1379,11 +1393,13 @@ DSPARK_API dspark_status dspark_distribution(const float *logits, int vocab, flo
     dspark__softmax s;
     dspark_status status;
     int first = 0;
-    if (!logits || !p || vocab < 1 || !(temperature >= 0 && temperature <= FLT_MAX) || top_k < 0 ||
-        !(top_p >= 0) || !(min_p >= 0 && min_p <= 1))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT,
-                            "distribution: vocab %d, temperature %g, top-k %d, top-p %g, min-p %g, or a NULL",
-                            vocab, (double)temperature, top_k, (double)top_p, (double)min_p);
+    if (dspark__is_null("distribution: logits", logits) || dspark__is_null("distribution: p", p) ||
+        dspark__outside("distribution: vocab", vocab, 1, INT_MAX) ||
+        dspark__outside("distribution: temperature", (double)temperature, 0, FLT_MAX) ||
+        dspark__outside("distribution: top_k", top_k, 0, INT_MAX) ||
+        dspark__outside("distribution: top_p", (double)top_p, 0, HUGE_VAL) ||
+        dspark__outside("distribution: min_p", (double)min_p, 0, 1))
+        return DSPARK_ERROR_ARGUMENT;
     s.logits = logits, s.vocab = vocab, s.t = (double)temperature;
     s.cut = -HUGE_VALF, s.cut_id = vocab, s.filtered = 0, s.min_p = 0, s.least = DSPARK__LEAST_EXPONENT;
     if ((status = dspark__logits_max(&s, &s.max)) != DSPARK_OK) return status;
@@ -1510,10 +1526,7 @@ static dspark_status dspark__sps_check(const dspark_schedule_desc *d) {
         if (!dspark__is_positive((double)d->sps->sps[b]))
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "schedule: sps[%d] = %g, expected a positive number",
                                 b, (double)d->sps->sps[b]);
-    if (!(d->draft_us >= 0 && d->draft_us <= FLT_MAX))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT, "schedule: draft_us = %g, expected 0 or more",
-                            (double)d->draft_us);
-    return DSPARK_OK;
+    return dspark__outside("schedule: draft_us", (double)d->draft_us, 0, FLT_MAX) ? DSPARK_ERROR_ARGUMENT : DSPARK_OK;
 }
 
 static dspark_status dspark__schedule_check(const dspark_schedule_desc *d) {
@@ -1539,12 +1552,12 @@ DSPARK_API dspark_status dspark_schedule(const dspark_schedule_desc *d, int *len
     dspark_status status;
     int64_t n;
     int r;
-    if (!d) return dspark__fail(DSPARK_ERROR_ARGUMENT, "schedule: desc is NULL");
-    if (d->n_requests < 0 || d->gamma < 0 || d->other_rows < 0 || d->mode < DSPARK_SCHEDULE_PLAIN ||
-        d->mode > DSPARK_SCHEDULE_GLOBAL || (d->n_requests && !lengths))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT,
-                            "schedule: %d requests, gamma %d, %d other rows, mode %d, or no lengths",
-                            d->n_requests, d->gamma, d->other_rows, d->mode);
+    if (dspark__is_null("schedule: desc", d) || dspark__outside("schedule: n_requests", d->n_requests, 0, INT_MAX) ||
+        dspark__outside("schedule: gamma", d->gamma, 0, INT_MAX) ||
+        dspark__outside("schedule: other_rows", d->other_rows, 0, INT_MAX) ||
+        dspark__outside("schedule: mode", d->mode, DSPARK_SCHEDULE_PLAIN, DSPARK_SCHEDULE_GLOBAL) ||
+        (d->n_requests && dspark__is_null("schedule: lengths", lengths)))
+        return DSPARK_ERROR_ARGUMENT;
     if (d->n_requests && d->gamma && (status = dspark__schedule_check(d)) != DSPARK_OK) return status;
     for (r = 0; r < d->n_requests; r++) {
         lengths[r] = 0;
@@ -1619,13 +1632,13 @@ DSPARK_API dspark_status dspark_verify(const dspark_verify_desc *d, int *n_accep
     dspark_status status;
     int32_t token = -1;
     int accepted = 0, i;
-    if (!d) return dspark__fail(DSPARK_ERROR_ARGUMENT, "verify: desc is NULL");
-    if (d->mode < DSPARK_VERIFY_COUPLED || d->mode > DSPARK_VERIFY_GREEDY || d->n < 0 || d->n > 65535 ||
-        d->vocab < 1 || (d->mode == DSPARK_VERIFY_COUPLED && d->position < 0) || !d->p_target ||
-        (d->n && !d->draft) || !n_accepted || !next)
-        return dspark__fail(DSPARK_ERROR_ARGUMENT,
-                            "verify: mode %d, %d drafts, vocab %d, position %d, or a NULL",
-                            d->mode, d->n, d->vocab, d->position);
+    if (dspark__is_null("verify: desc", d) || dspark__is_null("verify: n_accepted", n_accepted) ||
+        dspark__is_null("verify: next", next) || dspark__outside("verify: n", d->n, 0, 65535) ||
+        dspark__outside("verify: mode", d->mode, DSPARK_VERIFY_COUPLED, DSPARK_VERIFY_GREEDY) ||
+        dspark__outside("verify: vocab", d->vocab, 1, INT_MAX) || dspark__is_null("verify: p_target", d->p_target) ||
+        (d->mode == DSPARK_VERIFY_COUPLED && dspark__outside("verify: position", d->position, 0, INT_MAX)) ||
+        (d->n && dspark__is_null("verify: draft", d->draft)))
+        return DSPARK_ERROR_ARGUMENT;
     for (i = 0; i < d->n; i++)
         if (d->draft[i] < 0 || d->draft[i] >= d->vocab)
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "verify: draft[%d] = %d, expected 0 .. %d", i,
@@ -1669,11 +1682,13 @@ static double dspark__sts_ece(const dspark_sts_desc *d, int k, const double *pre
 }
 
 static dspark_status dspark__sts_check(const dspark_sts_desc *d) {
-    if (d->n_cycles < 1 || d->gamma < 0 || d->n_bins < 0 || d->n_bins > DSPARK__STS_MAX_BINS || !d->scratch ||
-        (d->grid && d->n_grid < 1) || (d->gamma && (!d->logits || !d->accepted)))
-        return dspark__fail(DSPARK_ERROR_ARGUMENT,
-                            "sts: %d cycles, gamma %d, %d bins (at most %d), grid of %d, or a NULL",
-                            d->n_cycles, d->gamma, d->n_bins, DSPARK__STS_MAX_BINS, d->n_grid);
+    if (dspark__outside("sts: n_cycles", d->n_cycles, 1, INT_MAX) ||
+        dspark__outside("sts: gamma", d->gamma, 0, INT_MAX) ||
+        dspark__outside("sts: n_bins", d->n_bins, 0, DSPARK__STS_MAX_BINS) ||
+        dspark__is_null("sts: scratch", d->scratch) ||
+        (d->grid && dspark__outside("sts: n_grid", d->n_grid, 1, INT_MAX)) ||
+        (d->gamma && (dspark__is_null("sts: logits", d->logits) || dspark__is_null("sts: accepted", d->accepted))))
+        return DSPARK_ERROR_ARGUMENT;
     for (int g = 0; g < d->n_grid && d->grid; g++)
         if (!dspark__is_positive((double)d->grid[g]))
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "sts: grid[%d] = %g, expected a positive number", g,
@@ -1699,9 +1714,9 @@ DSPARK_API dspark_status dspark_sts_fit(const dspark_sts_desc *d, float *tempera
     int n, n_bins, n_grid;
     double *raw, *prefix;       // [n] products so far at T = 1, and at the T fitted
     dspark_status status;
-    if (!d) return dspark__fail(DSPARK_ERROR_ARGUMENT, "sts: desc is NULL");
+    if (dspark__is_null("sts: desc", d)) return DSPARK_ERROR_ARGUMENT;
     if ((status = dspark__sts_check(d)) != DSPARK_OK) return status;
-    if (d->gamma && !temperature) return dspark__fail(DSPARK_ERROR_ARGUMENT, "sts: temperature is NULL");
+    if (d->gamma && dspark__is_null("sts: temperature", temperature)) return DSPARK_ERROR_ARGUMENT;
     n = d->n_cycles, n_bins = d->n_bins ? d->n_bins : 20, n_grid = d->grid ? d->n_grid : 65;
     raw = d->scratch, prefix = raw + n;
     for (int i = 0; i < n; i++) raw[i] = prefix[i] = 1;

@@ -171,12 +171,50 @@ static void check_file(const char *name, int (*check)(const golden_case *)) {
     ok(n > 0 && !bad, "%s: all %d golden cases hold", name, n);
 }
 
-static void check_no_desc(void) {
+static int names(dspark_status status, const char *expected) {
+    int is = status == DSPARK_ERROR_ARGUMENT && !strcmp(dspark_last_error(), expected);
+    if (!is) printf("# %s, not %s\n", dspark_last_error(), expected);
+    return is;
+}
+static void check_arguments(void) {
+    float p[2] = { .5f, .5f }, t, nan = NAN;
+    double room[64];
     int n;
-    int32_t next;
-    float t;
-    ok(dspark_schedule(NULL, &n) == DSPARK_ERROR_ARGUMENT && dspark_verify(NULL, &n, &next) == DSPARK_ERROR_ARGUMENT &&
-       dspark_sts_fit(NULL, &t, NULL, NULL) == DSPARK_ERROR_ARGUMENT, "a desc that is NULL is refused");
+    int32_t next, draft[2] = { 0, 2 };
+    dspark_schedule_desc s = { 0 };
+    dspark_verify_desc v = { 0 };
+    dspark_sts_desc f = { 0 };
+    int named = names(dspark_draw(NULL, 2, 0, 0, 0, 0, &next), "draw: p is NULL") &
+        names(dspark_draw(p, 0, 0, 0, 0, 0, &next), "draw: vocab = 0, expected 1 or more") &
+        names(dspark_draw(p, 2, 0, 4, 0, 0, &next), "draw: purpose = 4, expected 0 .. 3") &
+        names(dspark_draw(p, 2, 0, 0, 0, 65536, &next), "draw: k = 65536, expected 0 .. 65535") &
+        names(dspark_distribution(p, 2, -1, 0, 0, 0, p), "distribution: temperature = -1, expected 0 or more") &
+        names(dspark_distribution(p, 2, nan, 0, 0, 0, p), "distribution: temperature = nan, expected 0 or more") &
+        names(dspark_distribution(p, 2, 1, -3, 0, 0, p), "distribution: top_k = -3, expected 0 or more") &
+        names(dspark_distribution(p, 2, 1, 0, -.5f, 0, p), "distribution: top_p = -0.5, expected 0 or more") &
+        names(dspark_distribution(p, 2, 1, 0, 0, 1.5f, p), "distribution: min_p = 1.5, expected 0 .. 1");
+    named &= names(dspark_schedule(NULL, &n), "schedule: desc is NULL");
+    s.gamma = -1;
+    named &= names(dspark_schedule(&s, &n), "schedule: gamma = -1, expected 0 or more");
+    s.gamma = 1, s.mode = 6;
+    named &= names(dspark_schedule(&s, &n), "schedule: mode = 6, expected 0 .. 5");
+    s.mode = DSPARK_SCHEDULE_BLOCK, s.n_requests = 1;
+    named &= names(dspark_schedule(&s, NULL), "schedule: lengths is NULL");
+    named &= names(dspark_verify(NULL, &n, &next), "verify: desc is NULL");
+    v.p_target = p, v.vocab = 2, v.n = 2;
+    named &= names(dspark_verify(&v, &n, &next), "verify: draft is NULL");
+    v.draft = draft;
+    named &= names(dspark_verify(&v, &n, &next), "verify: draft[1] = 2, expected 0 .. 1");
+    v.position = -1;
+    named &= names(dspark_verify(&v, &n, &next), "verify: position = -1, expected 0 or more");
+    named &= names(dspark_sts_fit(NULL, &t, NULL, NULL), "sts: desc is NULL");
+    f.n_cycles = 1, f.gamma = 1, f.scratch = room;
+    named &= names(dspark_sts_fit(&f, &t, NULL, NULL), "sts: logits is NULL");
+    f.logits = p, f.accepted = &n, n = 0, f.n_bins = 1025;
+    named &= names(dspark_sts_fit(&f, &t, NULL, NULL), "sts: n_bins = 1025, expected 0 .. 1024");
+    f.n_bins = 0;
+    named &= names(dspark_sts_fit(&f, NULL, NULL, NULL), "sts: temperature is NULL");
+    ok(named, "an argument that is wrong is named, with what was expected and found");
 }
 
 /* Errors in units of the last place against libm's long double. */
@@ -241,7 +279,7 @@ int main(void) {
     check_file("account", check_account);
     check_elementary();
     check_subnormals();
-    check_no_desc();
+    check_arguments();
     check_limits();
     return tap_done();
 }
