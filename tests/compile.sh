@@ -1,6 +1,6 @@
 #!/bin/sh
 # The header as each user would compile it, TAP: C11 and C++17, gcc and clang, no warning; in two objects of
-# one program; static; declarations alone. And its table of contents against its sections.
+# one program; static; declarations alone; layer 1 alone. README's example. The table of contents against the sections.
 cd "$(dirname "$0")/.." || exit 1
 dir=build/compile.$$
 mkdir -p $dir && trap 'rm -rf $dir' EXIT
@@ -73,6 +73,39 @@ compilers() {   # a language, its standard, its compilers
 }
 compilers c c11 gcc clang
 compilers c++ c++17 g++ clang++
+
+# README's first example, in a function, with arrays for it.
+example() {     # 1: up to the first empty line; 0: what follows
+    awk -v head=$1 'on && /^```$/ { exit } /^```c$/ { on = 1; next } on && /^$/ { body = 1 } on && head != body + 0' \
+        README.md
+}
+cat > $dir/example.c <<END
+$(example 1)
+enum { vocab = 50, position = 7 };
+int main(void) {
+    static float q[5 * vocab], logits[6 * vocab], p[6 * vocab];
+    static double scratch[1024];
+    float c[5] = { .95f, .99f, .90f, .98f, .40f };
+    int32_t draft[5] = { 0 }, next, token;
+    int length, n_accepted, plain = sizeof scratch >= dspark_schedule_scratch_bytes(1, 5), accepted = 0;
+    for (uint64_t seed = 0; seed < 200; seed++) {
+        for (int i = 0; i < 6 * vocab; i++) logits[i] = 6 * (float)dspark_uniform(seed, 0, 0, 0, (uint32_t)i);
+        for (int i = 0; i < 5; i++) dspark_distribution(logits + i * vocab, vocab, 1, 0, 0, 0, q + i * vocab);
+        {
+$(example 0)
+        }
+        for (int i = 0; i <= n_accepted; i++) {
+            dspark_draw(p + i * vocab, vocab, seed, DSPARK_DRAW_PLAIN, (uint64_t)(position + i), 0, &token);
+            plain &= token == (i < n_accepted ? draft[i] : next);
+        }
+        plain &= length == 4, accepted += n_accepted;
+    }
+    printf("%d drafts accepted\\n", accepted);
+    return !(plain && accepted > 100 && accepted < 800);
+}
+END
+example_runs() { ${CC:-cc} -std=c11 -O1 -I. -Wall -Wextra -Werror $dir/example.c -o $dir/example -lm && $dir/example; }
+check "README's cycle verifies four drafts and gives plain decoding's tokens" example_runs
 
 # The manual is the comment in front; its contents name the sections in their order.
 sed '/^#ifndef DSPARK__PATH/,$d' dspark.h | sed -n '/CONTENTS/,/^ *A section/p' | grep -v '^ *A section' |
