@@ -8007,8 +8007,23 @@ DSPARK__V2(dspark__v_mul, a.f[i] * b.f[i])
 DSPARK__V2(dspark__v_div, a.f[i] / b.f[i])
 DSPARK__V2(dspark__v_max, a.f[i] > b.f[i] ? a.f[i] : b.f[i])
 DSPARK__V2(dspark__v_min, a.f[i] < b.f[i] ? a.f[i] : b.f[i])
+#ifdef FP_FAST_FMAF
+#define dspark__fmaf fmaf
+#else
+// fmaf: a call takes longer, and not every libm rounds once (MinGW's does not). The product is exact in double. A sum
+// that is not is made odd, towards what was lost, so that float rounds it as it would round the exact one.
+DSPARK__INLINE float dspark__fmaf(float a, float b, float c) {
+    double p = (double)a * (double)b, s = p + (double)c, t = s - p, lost = (p - (s - t)) + ((double)c - t);
+    uint64_t u;
+    memcpy(&u, &s, sizeof u);
+    if (lost == 0 || (u & 1) || !(s - s == 0)) return (float)s;
+    u = (lost > 0) == (s > 0) ? u + 1 : u - 1;
+    memcpy(&s, &u, sizeof s);
+    return (float)s;
+}
+#endif
 DSPARK__CALLED dspark__v dspark__v_fma(dspark__v a, dspark__v b, dspark__v c) {
-    DSPARK__EACH(dspark__v, .f[i] = fmaf(a.f[i], b.f[i], c.f[i]));
+    DSPARK__EACH(dspark__v, .f[i] = dspark__fmaf(a.f[i], b.f[i], c.f[i]));
 }
 DSPARK__CALLED dspark__v dspark__v_sqrt(dspark__v a) { DSPARK__EACH(dspark__v, .f[i] = sqrtf(a.f[i])); }
 DSPARK__CALLED dspark__v dspark__v_less(dspark__v a, dspark__v b, dspark__v x, dspark__v y0) {

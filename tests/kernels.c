@@ -372,6 +372,28 @@ static void check_float_mode(void) {
 #endif
 }
 
+/* Plain C's fused multiply-add against libm's: any bits, subnormal results, sums that all but cancel, and sums so close
+   to the middle of two floats that a double has the middle itself. */
+static void check_fma(void) {
+    int same = 1;
+    for (int i = 0; i < 3000000; i++) {
+        uint32_t u[3] = { random_bits(), random_bits(), random_bits() };
+        float x[3], expected, got, product;
+        if (i % 4 == 1) u[0] &= 0x81ffffff, u[1] = (u[1] & 0x80ffffff) | 0x3f000000, u[2] &= 0x80ffffff;
+        memcpy(x, u, sizeof x);
+        product = -x[0] * x[1];
+        if (i % 4 == 2) x[2] = product * (1 + (float)((int)(u[2] >> 29) - 4) * FLT_EPSILON);
+        if (i % 4 == 3) {
+            float less = (float)(u[0] % 1000) * FLT_EPSILON;
+            x[0] = 1 + less, x[1] = u[1] & 1 ? less - 1 : 1 - less, x[2] = (float)(u[2] | 1u << 31 | 1u << 30);
+            x[2] = (u[1] & 2 ? 1 : -1) * ldexpf(x[2], 24 - 31);
+        }
+        expected = fmaf(x[0], x[1], x[2]), got = dspark__fmaf(x[0], x[1], x[2]);
+        same &= !memcmp(&expected, &got, sizeof got) || (isnan(expected) && isnan(got));
+    }
+    ok(same, "a fused multiply-add is rounded once");
+}
+
 /* Whether the system's flags of the processor have all of these words. */
 static int has_all(const char *flags, const char *words) {
     char word[32];
@@ -430,6 +452,7 @@ int main(void) {
         check_mix(k);
         check_attend(k);
     }
+    check_fma();
     check_paths();
     check_float_mode();
     tensors_close(&t);
