@@ -91,8 +91,8 @@
        DSPARK_NO_MODEL         layer 1 alone, for an engine that has its own model: libc and libm on any platform,
                                compiled in half a second
        DSPARK_NO_STDIO         without dspark_session_save and _restore, dspark_model_save_profile and _load_profile
-   A model needs libc with POSIX mmap, libm, and nothing else; threads come from OpenMP if it is on. The header compiles
-   as C11 and C++17 and refuses -ffast-math. The file includes itself, as "dspark.h".
+   A model needs libc with POSIX mmap, or Windows, libm, and nothing else; threads come from OpenMP if it is on. The
+   header compiles as C11 and C++17 and refuses -ffast-math. The file includes itself, as "dspark.h".
 
    MEMORY
    Weights stay in the mapped files. dspark_model_bytes and dspark_session_bytes say what is allocated besides;
@@ -119,7 +119,7 @@
    two tokens are within 1e-7. FP8 weights of NaN are NaN. README.md says what has run on which device.
 
    WHAT IT DOES NOT DO
-   Models on Windows and big-endian machines. Several GPUs. Tool calls in the chat form.
+   Big-endian machines; compilers other than gcc and clang. Several GPUs. Tool calls in the chat form.
    Models other than DeepSeek-V4. Conversion: checkpoints are the official safetensors or nothing.
 
    VERSIONS
@@ -372,8 +372,8 @@ typedef struct {
 typedef struct dspark_model dspark_model;
 typedef struct dspark_backend dspark_backend;
 
-// How files become bytes; NULL fields: mmap. data stays valid until unmap. Threads that open models at the same time
-// call these at the same time.
+// How files become bytes; NULL fields: the system's mapping. data stays valid until unmap. Threads that open models at
+// the same time call these at the same time.
 typedef struct {
     dspark_status (*map)(void *user, const char *path, const void **data, uint64_t *size);
     void (*unmap)(void *user, const void *data, uint64_t size);
@@ -813,11 +813,16 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #endif
 #ifndef DSPARK_NO_MODEL
 #include <errno.h>
+#include <time.h>
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -881,6 +886,13 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #define DSPARK__INLINE static inline
 #define DSPARK__CALLED static inline
 #endif
+#if defined __MINGW32__ && !defined __clang__
+#define DSPARK__PRINTF __attribute__((format(gnu_printf, 2, 3)))
+#elif defined __GNUC__
+#define DSPARK__PRINTF __attribute__((format(printf, 2, 3)))
+#else
+#define DSPARK__PRINTF
+#endif
 
 // >>base
 // Failures, memory, sizes, files, time. A failure is a status and its thread's message; memory comes only from
@@ -902,10 +914,7 @@ DSPARK_API const char *dspark_status_name(dspark_status status) {
     return (unsigned)status < sizeof names / sizeof *names ? names[status] : "unknown status";
 }
 
-#ifdef __GNUC__
-__attribute__((format(printf, 2, 3)))
-#endif
-static dspark_status dspark__fail(dspark_status status, const char *format, ...) {
+DSPARK__PRINTF static dspark_status dspark__fail(dspark_status status, const char *format, ...) {
     char text[sizeof dspark__message];      // an argument may be the message itself
     va_list args;
     va_start(args, format);
@@ -993,6 +1002,31 @@ static int dspark__min(int a, int b) { return a < b ? a : b; }
 static int dspark__max(int a, int b) { return a > b ? a : b; }
 
 // Maps a file into memory; the caller may supply functions of its own (dspark_files).
+#ifdef _WIN32
+static dspark_status dspark__file_map(void *user, const char *path, const void **data, uint64_t *size) {
+    HANDLE mapping = NULL, file = CreateFileA(path, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, 0, NULL);
+    LARGE_INTEGER bytes;
+    void *p = NULL;
+    (void)user;
+    bytes.QuadPart = 0;
+    if (file == INVALID_HANDLE_VALUE)
+        return dspark__fail(DSPARK_ERROR_IO, "%s: Windows error %lu", path, GetLastError());
+    if (GetFileSizeEx(file, &bytes) && bytes.QuadPart > 0)
+        mapping = CreateFileMappingA(file, NULL, PAGE_READONLY, 0, 0, NULL);
+    if (mapping) p = MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+    if (!p && bytes.QuadPart) dspark__fail(DSPARK_ERROR_IO, "%s: mapping: Windows error %lu", path, GetLastError());
+    else if (!p) dspark__fail(DSPARK_ERROR_IO, "%s: expected a file that is not empty", path);
+    if (mapping) CloseHandle(mapping);      // the view keeps them
+    CloseHandle(file);
+    *data = p;
+    *size = (uint64_t)bytes.QuadPart;
+    return p ? DSPARK_OK : DSPARK_ERROR_IO;
+}
+static void dspark__file_unmap(void *user, const void *data, uint64_t size) {
+    (void)user, (void)size;
+    UnmapViewOfFile(data);
+}
+#else
 static dspark_status dspark__file_map(void *user, const char *path, const void **data, uint64_t *size) {
     struct stat st;
     void *p;
@@ -1014,6 +1048,7 @@ static void dspark__file_unmap(void *user, const void *data, uint64_t size) {
     (void)user;
     munmap((void *)(uintptr_t)data, (size_t)size);
 }
+#endif
 #endif
 
 // >>elementary
@@ -2900,10 +2935,7 @@ static void dspark__count_stages(dspark__loader *b) {
 
 // ---- binding
 
-#ifdef __GNUC__
-__attribute__((format(printf, 2, 3)))
-#endif
-static void dspark__scope(dspark__loader *b, const char *format, ...) {
+DSPARK__PRINTF static void dspark__scope(dspark__loader *b, const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(b->scope, sizeof b->scope, format, args);
@@ -5268,7 +5300,7 @@ static float dspark__learned(float was, double us, unsigned char *seen) {
     return (float)((double)was + fmax(-bound, fmin(error, bound)) / (*seen < 8 ? *seen : 16));
 }
 
-// A pass of `rows` rows took `us`: its point moves, or a new one is added if none is near. More rows cost no less:
+// A pass of `rows` rows took `us`: its point moves, or a new one is added if none is close. More rows cost no less:
 // where points disagree, the newer counts.
 static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
     int i = 0;
@@ -5276,9 +5308,9 @@ static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
     if (i < p->n && p->seen[i] == 8) dspark__learn_speed(p, us / dspark_profile_us(p, rows));
     if (i == p->n || p->rows[i] != rows) {
         int last = i == p->n;
-        int near = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
+        int close = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
         double expected = p->n ? dspark_profile_us(p, rows) : us;
-        if (near || p->n == DSPARK_MAX_PROFILE) {       // the nearest takes the error
+        if (close || p->n == DSPARK_MAX_PROFILE) {       // the nearest takes the error
             if (last || (i && rows - p->rows[i - 1] < p->rows[i] - rows)) i--;
             us = (double)p->us[i] * us / expected;
         } else {
@@ -6308,10 +6340,7 @@ DSPARK_API dspark_summary dspark_stats_summary(const dspark_stats *t) {
 }
 
 typedef struct { char *text; int cap, n; } dspark__writer;
-#ifdef __GNUC__
-__attribute__((format(printf, 2, 3)))
-#endif
-static void dspark__write(dspark__writer *w, const char *format, ...) {
+DSPARK__PRINTF static void dspark__write(dspark__writer *w, const char *format, ...) {
     int left = dspark__max(w->cap - w->n, 0), n;
     va_list args;
     va_start(args, format);

@@ -74,6 +74,12 @@ compilers() {   # a language, its standard, its compilers
 compilers c c11 gcc clang
 compilers c++ c++17 g++ clang++
 
+windows=x86_64-w64-mingw32-gcc
+if command -v $windows >/dev/null; then
+    check "$windows -O2: the implementation compiles without a warning" \
+        $windows -std=c11 -O2 -I. -Wall -Wextra -Wshadow -Wconversion -Werror -c $dir/implementation.c -o $dir/windows.o
+else skip "$windows -O2: the implementation compiles without a warning" "there is no $windows"; fi
+
 # README's first example, in a function, with arrays for it.
 example() {     # 1: up to the first empty line; 0: what follows
     awk -v head=$1 'on && /^```$/ { exit } /^```c$/ { on = 1; next } on && /^$/ { body = 1 } on && head != body + 0' \
