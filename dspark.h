@@ -815,7 +815,9 @@ DSPARK_API dspark_status dspark_fail(dspark_status status, const char *message);
 #include <errno.h>
 #include <time.h>
 #ifdef _WIN32
+#ifndef WIN32_LEAN_AND_MEAN
 #define WIN32_LEAN_AND_MEAN
+#endif
 #include <windows.h>
 #else
 #include <fcntl.h>
@@ -5300,7 +5302,7 @@ static float dspark__learned(float was, double us, unsigned char *seen) {
     return (float)((double)was + fmax(-bound, fmin(error, bound)) / (*seen < 8 ? *seen : 16));
 }
 
-// A pass of `rows` rows took `us`: its point moves, or a new one is added if none is close. More rows cost no less:
+// A pass of `rows` rows took `us`: its point moves, or a new one is added if none is near. More rows cost no less:
 // where points disagree, the newer counts.
 static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
     int i = 0;
@@ -5308,9 +5310,9 @@ static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
     if (i < p->n && p->seen[i] == 8) dspark__learn_speed(p, us / dspark_profile_us(p, rows));
     if (i == p->n || p->rows[i] != rows) {
         int last = i == p->n;
-        int close = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
+        int nearby = (i && 8 * (rows - p->rows[i - 1]) < rows) || (!last && 8 * (p->rows[i] - rows) < rows);
         double expected = p->n ? dspark_profile_us(p, rows) : us;
-        if (close || p->n == DSPARK_MAX_PROFILE) {       // the nearest takes the error
+        if (nearby || p->n == DSPARK_MAX_PROFILE) {     // the nearest takes the error
             if (last || (i && rows - p->rows[i - 1] < p->rows[i] - rows)) i--;
             us = (double)p->us[i] * us / expected;
         } else {

@@ -1729,7 +1729,8 @@ static __device__ void compress(const kv_args &p, const row &s, int which, float
     if ((s.position + 1) % p.ratio || s.keep_rows) return;
     pool_row(p, o, s, (int)i, x, scratch);
     if (!which) {
-        round_row(x, D - R, state[ROW_CODES] + i * (size_t)(D - R), state[ROW_SCALES] + i * (size_t)((D - R + 63) / 64));
+        round_row(x, D - R, state[ROW_CODES] + i * (size_t)(D - R),
+                  state[ROW_SCALES] + i * (size_t)((D - R + 63) / 64));
         for (int k = (int)threadIdx.x; k < R; k += THREADS)
             ((float *)(void *)state[ROPE])[i * (size_t)R + (size_t)k] = x[D - R + k];
     } else if (threadIdx.x < WARP) {
@@ -2100,8 +2101,8 @@ static __host__ __device__ size_t attend_shared(const shape *c, char *base, atte
 typedef struct { const float *floats, *rope; const uint8_t *codes, *scales; } key_at;
 static __device__ __forceinline__ key_at keys_in(const attend_args &p, const row &s) {
     uint8_t *const *state = s.state + p.layer * N_ARRAYS;
-    key_at all = { (const float *)(const void *)state[WINDOW], (const float *)(const void *)state[ROPE], state[ROW_CODES],
-                   state[ROW_SCALES] };
+    key_at all = { (const float *)(const void *)state[WINDOW], (const float *)(const void *)state[ROPE],
+                   state[ROW_CODES], state[ROW_SCALES] };
     return all;
 }
 // Which array has key j of a view, and at which row.
