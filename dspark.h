@@ -51,7 +51,7 @@
    A section opens with a paragraph that says what it takes and gives.
 
    THREE WAYS TO USE IT
-   1. The algorithm alone (>>api-algorithm): pure functions on arrays, no model, no allocation. An engine that has
+   1. The algorithm alone (>>api-algorithm; DSPARK_NO_MODEL): pure functions on arrays, no model, no allocation. An engine that has
       its own model takes dspark_schedule, dspark_verify, dspark_draw, dspark_sts_fit and leaves the rest.
    2. A model (>>api-model, >>api-engine): a released checkpoint directory is mapped as it is, and speaks.
    3. To read: >>forward is DeepSeek-V4 on one screen, >>engine is DSpark's cycle. Names are the papers'.

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The same bits with every compiler and optimization level, on every path of this machine, with 1 and 2 threads,
-# and on aarch64 (under qemu), TAP: all lines of `hashes kernels` are one hash, all lines of `hashes model` are one hash.
+# The same bits with every compiler and optimization level, on every path of this machine, with 1 and 2 threads, and on
+# other systems (under qemu and Wine), TAP: all lines of `hashes kernels` are one hash, all of `hashes model` are one.
 cd "$(dirname "$0")/.." || exit 1
 dir=build/same_bits.$$
 mkdir -p $dir && trap 'rm -rf $dir' EXIT
@@ -15,12 +15,12 @@ same() {
     compiled=$?
     for part in kernels model; do
         n=$((n + 1)) claim="$part, $*: every path gives the same hash"
-        if [ $compiled -eq 0 ] && $run $dir/hashes $part > $dir/log 2>&1 && [ -s $dir/log ]; then
+        if [ $compiled -eq 0 ] && $run $dir/hashes $part > $dir/log 2> $dir/errors && [ -s $dir/log ]; then
             [ -e $dir/$part ] || head -n 1 $dir/log | cut -d' ' -f1 > $dir/$part
             grep -qv "^$(cat $dir/$part) " $dir/log || { echo "ok $n - $claim"; continue; }
         fi
         echo "not ok $n - $claim"
-        sed 's/^/# /' $dir/log | head -n 20
+        cat $dir/log $dir/errors 2>/dev/null | sed 's/^/# /' | head -n 20
         bad=$((bad + 1))
     done
 }
@@ -34,11 +34,17 @@ for cc in gcc clang; do
     for flags in -O0 -O2 "-O3 -march=native"; do same "" $cc $flags $openmp; done
 done
 
-arm=aarch64-linux-gnu-gcc
-qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static)
-if ! command -v $arm >/dev/null; then skip "kernels and model, $arm: every path gives the same hash" "there is no $arm"
-elif [ -z "$qemu" ]; then skip "kernels and model, $arm: every path gives the same hash" "there is no qemu-aarch64"
-else same $qemu $arm -O2 -static; fi
+# Compilers for other systems, and what runs their programs here
+export WINEDEBUG=-all
+for there in "aarch64-linux-gnu-gcc qemu-aarch64 qemu-aarch64-static" "riscv64-linux-gnu-gcc qemu-riscv64 qemu-riscv64-static" \
+    "x86_64-w64-mingw32-gcc wine wine64"; do
+    set -- $there
+    run=$(command -v $2 || command -v $3)
+    claim="kernels and model, $1: every path gives the same hash"
+    if ! command -v $1 >/dev/null; then skip "$claim" "there is no $1"
+    elif [ -z "$run" ]; then skip "$claim" "there is no $2"
+    else same $run $1 -O2 -static; fi
+done
 
 echo "1..$n"
 [ $bad -eq 0 ]
