@@ -5443,7 +5443,7 @@ static dspark_status dspark__measure(dspark_session **s, int n, int most, int de
     dspark__profile_rows(t + ROWS, n_timed - ROWS, p);
     // bounded, as an error of it counts up to 255 times
     if (n > 1) p->session_us = (float)fmin(fmax(t[TOGETHER].us - dspark_profile_us(p, n), 0) / (n - 1),
-                                           (double)p->us[0] / 8);
+                                           (double)p->us[0] / 2);
     if (deeper) p->context_us = (float)(fmax(t[DEEP].us - dspark_profile_us(p, rows), 0) / rows * 1024 / deeper);
     if (gamma) {
         p->draft_us = p->draft_more_us = (float)t[DRAFT].us, p->draft_seen = 8;
@@ -5455,7 +5455,17 @@ static dspark_status dspark__measure(dspark_session **s, int n, int most, int de
     return status;
 }
 
-// What passes cost does not depend on what a state holds: nothing needs to have been run.
+// A state of zeros for n tokens. What a pass costs does not depend on what a state holds, but on its memory: all pages
+// that were never written are one page, which never leaves the caches.
+static dspark_status dspark__piece_zero(void *user, void *data, size_t bytes) {
+    (void)user, memset(data, 0, bytes);
+    return DSPARK_OK;
+}
+static dspark_status dspark__run_blank(dspark_session *s, int n) {
+    s->n_run = n;
+    return s->model->backend->state_pieces(s->state, s->desc.max_context, 1, dspark__piece_zero, NULL);
+}
+
 static dspark_status dspark__measure_sessions(dspark_model *m, dspark_profile *p) {
     const dspark_config *c = &m->checkpoint.config;
     dspark_session *s[DSPARK__COMPANY];
@@ -5469,8 +5479,8 @@ static dspark_status dspark__measure_sessions(dspark_model *m, dspark_profile *p
     for (; n < dspark__min(DSPARK__COMPANY, m->max_rows); n++) {
         desc.max_context = depth + (n ? dspark__min(most, c->dspark_block_size + 1) : most + deeper);
         status = dspark_session_open(&s[n], m, &desc);
+        if (!status && (status = dspark__run_blank(s[n], depth)) != DSPARK_OK) dspark_session_close(s[n]);
         if (status) break;      // fewer will do
-        s[n]->n_run = depth;
         for (int i = 0; i < desc.max_context; i++) s[n]->tokens[i] = (int32_t)((int64_t)(i + n) * 7919 % c->vocab_size);
     }
     if (n) status = dspark__measure(s, n, most, deeper, p);

@@ -75,7 +75,10 @@ static void measure_model(dspark_model *m, const dspark_profile *p, const char *
     dspark_session *s[SESSIONS];
     dspark_session_desc d = plain_desc(DEEPEST + BLOCK);
     double n = PASSES / 2, f = 0, y = 0, ff = 0, fy = 0, slope;     // us / T against experts / T
-    for (int k = 0; k < SESSIONS; k++) s[k] = session_open(m, &d), noise(m, s[k]->tokens, DEEPEST, (uint64_t)k);
+    for (int k = 0; k < SESSIONS; k++) {
+        s[k] = session_open(m, &d), noise(m, s[k]->tokens, DEEPEST, (uint64_t)k);
+        must(dspark__run_blank(s[k], DEEPEST));
+    }
     for (int i = 0; i < PASSES; i++) x[i] = random_pass(m, s, i);
     for (int i = 0; i < PASSES; i += 2) {
         double T = predicted(p, &x[i], 3), e = x[i].experts / T, us = x[i].us / T;

@@ -510,6 +510,31 @@ static void test_interrupted(void) {
     dspark_model_close(m);
 }
 
+/* Memory that was never written reads as one page, faster than any session's. */
+static struct { int states, passes, early; } written;
+static dspark_status counting_pieces(void *state, int n_tokens, int restore, dspark_piece piece, void *user) {
+    written.states += restore && n_tokens > 256;
+    return dspark_cpu_backend()->state_pieces(state, n_tokens, restore, piece, user);
+}
+static dspark_status written_begin(void *device, const dspark_pass *pass) {
+    written.passes++, written.early += pass->n_segments > written.states;
+    return dspark_cpu_backend()->pass_begin(device, pass);
+}
+static void test_measured_memory(void) {
+    dspark_backend backend = *dspark_cpu_backend();
+    dspark_model_desc desc;
+    dspark_model *m;
+    dspark_profile p;
+    memset(&desc, 0, sizeof desc);
+    backend.pass_begin = written_begin, backend.state_pieces = counting_pieces;
+    desc.backend = &backend, desc.n_threads = 1;
+    must(dspark_model_open(&m, golden_b, &desc));
+    must(dspark_model_profile(m, &p));
+    ok(written.passes && !written.early && written.states == 8,
+       "costs are measured with sessions whose whole states were written before (%d)", written.states);
+    dspark_model_close(m);
+}
+
 /* A machine that for a quarter of a second, while costs are measured, has a third of its speed. */
 static int has_slow_moments;
 static double slow_from;
@@ -850,7 +875,7 @@ int main(void) {
     test_files(), test_long_token();
     test_calibration(text), test_curve();
     test_one_model(text), test_learning(), test_learning_speed();
-    test_interrupted(), test_slow_moments(), test_steep_context(), test_beyond_profile();
+    test_interrupted(), test_measured_memory(), test_slow_moments(), test_steep_context(), test_beyond_profile();
     test_profile_file(), test_twice();
     test_counters(text), test_stop_within_block(text);
     free(text);
