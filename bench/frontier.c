@@ -16,8 +16,7 @@
 //   open tT S P first p50 ...    seconds from arrival to the first token, ms a token from there on; p50 and p95
 #include "bench.h"
 
-enum { MOST = 256, FEW = 64, TOKENS = 64, ROUNDS = 5, PROMPT_ROWS = 64, WARM = 2, LEARNING = 50,
-       IN_A_ROW = 8, OPEN_PARTS = 5 };
+enum { MOST = 256, FEW = 64, TOKENS = 64, ROUNDS = 5, PROMPT_ROWS = 64, WARM = 2, LEARNING = 50, OPEN_PARTS = 5 };
 
 typedef struct { const char *name; int plain, schedule, cap; float threshold; } policy;
 static const policy policies[] = {
@@ -140,14 +139,14 @@ static void house_step(house *h) {
     }
 }
 
-// Houses side by side, so that other load hits them alike: the one with the fewest tokens takes a few steps, so that
-// what is in the caches is mostly its own, as in service.
+// Houses side by side, so that other load hits them alike: the one with the fewest tokens takes steps for 20 ms, so
+// that the caches hold what is its own, as in service.
 static void race(house *h, int n_houses, double tokens) {
     int through;
     do {
         int least = 0;
         for (int i = 1; i < n_houses; i++) if (h[i].made < h[least].made) least = i;
-        for (int i = 0; i < IN_A_ROW; i++) house_step(&h[least]);
+        for (double until = seconds() + .02; seconds() < until;) house_step(&h[least]);
         through = 0;
         for (int i = 0; i < n_houses; i++) through += h[i].steps > h[i].warm && h[i].got.tokens >= tokens;
     } while (through < n_houses);
