@@ -5,7 +5,8 @@
 //   pass error +context       also from their depths: what the engine uses
 //   pass error +scale         the same, times a factor learned from half of the passes, on the other half
 //   pass error +experts       also with a learned term for the distinct experts of all layers
-//   expert                    that term for one expert
+//   pass error +constant      with a learned constant instead
+//   expert, constant          those terms
 //   schedule 256              microseconds to decide and schedule 256 sessions that all have drafts
 //   schedule 256 share        its share of a plain pass of 256 rows
 #include "bench.h"
@@ -60,37 +61,51 @@ static double predicted(const dspark_profile *p, const passage *x, int terms) {
     return us;
 }
 
-// Of every step-th pass: scale T + per_expert x experts.
-static void report(const char *name, const dspark_profile *p, const passage *x, int terms, double scale,
-                   double per_expert, int step, const char *model, int threads) {
+// scale T + per x one more number of each pass, f
+typedef struct { double scale, per, f[PASSES]; } model_fit;
+
+// By the least squares of us / T, over every second pass.
+static void fit(model_fit *m, const dspark_profile *p, const passage *x) {
+    double n = PASSES / 2, f = 0, y = 0, ff = 0, fy = 0;
+    for (int i = 0; i < PASSES; i += 2) {
+        double T = predicted(p, &x[i], 3), e = m->f[i] / T, us = x[i].us / T;
+        f += e / n, y += us / n, ff += e * e / n, fy += e * us / n;
+    }
+    m->per = ff > f * f ? (fy - f * y) / (ff - f * f) : 0, m->scale = y - m->per * f;
+}
+
+// Of every step-th pass, by the profile alone (fitted NULL) or as fitted.
+static void report(const char *question, const dspark_profile *p, const passage *x, int terms, const model_fit *fitted,
+                   int step, const char *model, int threads) {
     samples error = { NULL, 0, 0 };
-    for (int i = step - 1; i < PASSES; i += step)
-        sample(&error, 100 * fabs((scale * predicted(p, &x[i], terms) + per_expert * x[i].experts) / x[i].us - 1));
-    result(name, model, threads, &error, "%");
+    for (int i = step - 1; i < PASSES; i += step) {
+        double us = predicted(p, &x[i], terms);
+        if (fitted) us = fitted->scale * us + fitted->per * fitted->f[i];
+        sample(&error, 100 * fabs(us / x[i].us - 1));
+    }
+    result(question, model, threads, &error, "%");
     free(error.x);
 }
 
 static void measure_model(dspark_model *m, const dspark_profile *p, const char *name, int threads) {
     static passage x[PASSES];
+    static model_fit scaled, experts, constant;
     dspark_session *s[SESSIONS];
     dspark_session_desc d = plain_desc(DEEPEST + BLOCK);
-    double n = PASSES / 2, f = 0, y = 0, ff = 0, fy = 0, slope;     // us / T against experts / T
     for (int k = 0; k < SESSIONS; k++) {
         s[k] = session_open(m, &d), noise(m, s[k]->tokens, DEEPEST, (uint64_t)k);
         must(dspark__run_blank(s[k], DEEPEST));
     }
-    for (int i = 0; i < PASSES; i++) x[i] = random_pass(m, s, i);
-    for (int i = 0; i < PASSES; i += 2) {
-        double T = predicted(p, &x[i], 3), e = x[i].experts / T, us = x[i].us / T;
-        f += e / n, y += us / n, ff += e * e / n, fy += e * us / n;
-    }
-    slope = ff > f * f ? (fy - f * y) / (ff - f * f) : 0;
-    report("pass error T(B)", p, x, 1, 1, 0, 1, name, threads);
-    report("pass error +sessions", p, x, 2, 1, 0, 1, name, threads);
-    report("pass error +context", p, x, 3, 1, 0, 1, name, threads);
-    report("pass error +scale", p, x, 3, y, 0, 2, name, threads);
-    report("pass error +experts", p, x, 3, y - slope * f, slope, 2, name, threads);
-    result_one("expert", name, threads, slope, "us");
+    for (int i = 0; i < PASSES; i++) x[i] = random_pass(m, s, i), experts.f[i] = x[i].experts, constant.f[i] = 1;
+    fit(&scaled, p, x), fit(&experts, p, x), fit(&constant, p, x);
+    report("pass error T(B)", p, x, 1, NULL, 1, name, threads);
+    report("pass error +sessions", p, x, 2, NULL, 1, name, threads);
+    report("pass error +context", p, x, 3, NULL, 1, name, threads);
+    report("pass error +scale", p, x, 3, &scaled, 2, name, threads);
+    report("pass error +experts", p, x, 3, &experts, 2, name, threads);
+    report("pass error +constant", p, x, 3, &constant, 2, name, threads);
+    result_one("expert", name, threads, experts.per, "us");
+    result_one("constant", name, threads, constant.per, "us");
     for (int k = 0; k < SESSIONS; k++) dspark_session_close(s[k]);
 }
 
