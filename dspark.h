@@ -6149,6 +6149,13 @@ static void dspark__experience_add(dspark__experience *e, const dspark_step_resu
     e->got += rate * ((float)r->n_accepted - e->got);
 }
 
+// What a text saw before it stopped drafting counts less and less: a few unlucky cycles should not stop it for good.
+static void dspark__experience_fade(dspark__experience *e, const dspark__experience *all) {
+    const float rate = 1.f / 32;        // so most of it is gone after 32 steps
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) e->survival[k] += rate * (all->survival[k] - e->survival[k]);
+    e->hoped += rate * (all->hoped - e->hoped), e->got += rate * (all->got - e->got);
+}
+
 // Settles the accounts in modelled time: this cycle's cost to the session against that of its tokens plainly decoded.
 // In the pass, `drafts` drafts were verified; `drafted` sessions drafted.
 static void dspark__settle(dspark__lane *a, int drafts, int drafted, int tau) {
@@ -6189,14 +6196,16 @@ static void dspark__draw_ahead(dspark_model *m, dspark__lane *lanes, int n, cons
 static void dspark__commit(dspark__lane *a, const dspark_pass_result *out, const float *p_draft, int drafts,
                            int drafted) {
     dspark_session *s = a->s;
+    dspark__experience *all = &dspark__kind_of(s)->experience;
     int before = s->n_tokens;
     a->r->n_scheduled = a->length;
     a->r->status = dspark__verify_lane(a, dspark__lane_logits(a, out), dspark__lane_drafts(a, p_draft),
                                        dspark__drawn_there(s) ? out->tokens + a->logits_row : NULL);
     s->n_run = dspark__min(before + a->r->n_accepted, s->n_tokens - 1);
     dspark__settle(a, drafts, drafted, s->n_tokens - before);
-    dspark__experience_add(&s->experience, a->r, 16);
-    dspark__experience_add(&dspark__kind_of(s)->experience, a->r, 1024);
+    if (a->drafted) dspark__experience_add(&s->experience, a->r, 16);
+    else dspark__experience_fade(&s->experience, all);
+    dspark__experience_add(all, a->r, 1024);
 }
 
 // ---- a step

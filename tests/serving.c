@@ -697,6 +697,32 @@ static void test_each_text_tries(dspark_model *m, const int32_t *text) {
     dspark_session_close(s), *all = was;
 }
 
+/* Steps until a text drafts again whose own drafts did not please, where those of its kind have this survival. */
+static int steps_until_retry(dspark_model *m, const int32_t *text, float survival) {
+    static const float flat_us[] = { 100, 101, 102, 103, 104, 105 };
+    dspark__experience *all = &m->kinds[0].experience, bad, kind;
+    dspark_session_desc d = session_desc(320);
+    dspark_session *s;
+    int steps = 0;
+    set_costs(m, flat_us, COUNT(flat_us), 50, 0);
+    d.ignore_eos = 1, s = open_session_as(m, &d);
+    must(dspark_session_append(s, text, 20));
+    step(s), s->account.balance_us = s->account.limit_us = 1e9;
+    memset(&bad, 0, sizeof bad), bad.hoped = bad.got = 1, bad.cycles = 16, kind = bad;
+    for (int k = 0; k < DSPARK_MAX_BLOCK; k++) kind.survival[k] = survival;
+    for (s->experience = bad, *all = kind; steps < 60 && !step(s).n_drafted; steps++) *all = kind;
+    dspark_session_close(s);
+    return steps;
+}
+static void test_text_tries_again(dspark_model *m, const int32_t *text) {
+    dspark__kind was = m->kinds[0];
+    int good = steps_until_retry(m, text, 1), bad = steps_until_retry(m, text, .1f);
+    ok(good > 3 && good < 16 && bad == 60,
+       "a text whose drafts did not please tries again after %d steps if those of its kind do, else not (%d)", good,
+       bad);
+    m->kinds[0] = was;
+}
+
 /* Its rows would go to the same places of its state. */
 static void test_twice(void) {
     dspark_model *m = open_for(golden_b, 0, 0, 0);
@@ -861,7 +887,7 @@ static void test_one_model(const int32_t *text) {
     test_async(m, text, DSPARK_VERIFY_COUPLED), test_async(m, text, DSPARK_VERIFY_REJECTION);
     test_share(m, text), test_refused_global(m), test_presets(m);
     test_no_profile(m, text);
-    test_each_text_tries(m, text), test_accounts_anew(m, text);
+    test_each_text_tries(m, text), test_text_tries_again(m, text), test_accounts_anew(m, text);
     dspark_model_close(m);
 }
 
