@@ -5455,12 +5455,12 @@ static dspark_status dspark__measure(dspark_session **s, int n, int most, int de
     return status;
 }
 
-// A state of zeros for n tokens. What a pass costs does not depend on what a state holds, but on its memory: all pages
-// that were never written are one page, which never leaves the caches.
 static dspark_status dspark__piece_zero(void *user, void *data, size_t bytes) {
     (void)user, memset(data, 0, bytes);
     return DSPARK_OK;
 }
+// A state of zeros for n tokens. What a pass costs does not depend on what a state holds, but on its memory: all pages
+// that were never written are one page, which never leaves the caches.
 static dspark_status dspark__run_blank(dspark_session *s, int n) {
     s->n_run = n;
     return s->model->backend->state_pieces(s->state, s->desc.max_context, 1, dspark__piece_zero, NULL);
