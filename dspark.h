@@ -51,8 +51,8 @@
    A section opens with a paragraph that says what it takes and gives.
 
    THREE WAYS TO USE IT
-   1. The algorithm alone (>>api-algorithm; DSPARK_NO_MODEL): pure functions on arrays, no model, no allocation. An engine that has
-      its own model takes dspark_schedule, dspark_verify, dspark_draw, dspark_sts_fit and leaves the rest.
+   1. The algorithm alone (>>api-algorithm; DSPARK_NO_MODEL): pure functions on arrays, no model, no allocation. An
+      engine with its own model takes dspark_schedule, dspark_verify, dspark_draw, dspark_sts_fit and leaves the rest.
    2. A model (>>api-model, >>api-engine): a released checkpoint directory is mapped as it is, and speaks.
    3. To read: >>forward is DeepSeek-V4 on one screen, >>engine is DSpark's cycle. Names are the papers'.
 
@@ -5459,8 +5459,8 @@ static dspark_status dspark__piece_zero(void *user, void *data, size_t bytes) {
     (void)user, memset(data, 0, bytes);
     return DSPARK_OK;
 }
-// A state of zeros for n tokens. What a pass costs does not depend on what a state holds, but on its memory: all pages
-// that were never written are one page, which never leaves the caches.
+// As if n tokens had been run. What a pass costs does not depend on what a state holds, but on its memory: all pages
+// that were never written are one page, which never leaves the caches. So all of it is written.
 static dspark_status dspark__run_blank(dspark_session *s, int n) {
     s->n_run = n;
     return s->model->backend->state_pieces(s->state, s->desc.max_context, 1, dspark__piece_zero, NULL);
