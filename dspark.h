@@ -6757,10 +6757,11 @@ typedef void (*dspark__work)(dspark__cpu *, int thread, int item, void *arg);
 static int dspark__share_of(int n, int each, int share, int n_shares) {
     return dspark__min(each * (int)((int64_t)((n + each - 1) / each) * share / n_shares), n);
 }
-// Many rows are split by rows in every operation: a thread then finds its rows in its own L2 cache.
-static int dspark__many_rows(int n, int n_shares) { return n >= n_shares * DSPARK__LINEAR_ROWS; }
+// Many rows are split by rows in every operation: each input is packed by one thread, which finds its rows in its own
+// L2 cache.
+static int dspark__many_rows(int n, int n_shares) { return n >= n_shares * 16; }
 static int dspark__rows_begin(int n, int share, int n_shares) {
-    return dspark__share_of(n, dspark__many_rows(n, n_shares) ? 16 : 1, share, n_shares);
+    return dspark__share_of(n, dspark__many_rows(n, n_shares) ? 4 : 1, share, n_shares);
 }
 
 // A thread's share of the items, in the float mode that the bits are defined by.
@@ -6816,7 +6817,7 @@ static void dspark__run_share(dspark__cpu *d, int thread, int share, void *arg) 
         int begin = dspark__share_begin(&job, share, n_shares),
             end = dspark__share_begin(&job, share + 1, n_shares);
         if (j + 1 < d->n_jobs) dspark__fetch_first(next, dspark__share_begin(next, share, n_shares));
-        if (dspark__many_rows(job.n_rows, n_shares)) {      // by rows: each input is packed by one thread
+        if (dspark__many_rows(job.n_rows, n_shares)) {
             int first = dspark__rows_begin(job.n_rows, share, n_shares);
             job.n_rows = dspark__rows_begin(job.n_rows, share + 1, n_shares) - first;
             job.x += first, job.y += first, begin = 0, end = job.n;
