@@ -592,7 +592,7 @@ DSPARK_API int dspark_stats_prometheus(const dspark_stats *, const char *labels,
 DSPARK_API int dspark_step_json(const dspark_step_result *, int64_t id, char *text, int cap);
 
 // The schedules' cost model: the time of a pass here, in microseconds. With B rows of n sessions, d tokens deep on
-// average: T(B) + (n - 1) session_us + B context_us (d - 256) / 1024; SPS(B) is its inverse.
+// average: T(B) + (n - 1) session_us min(d / sliding_window, 1) + B context_us (d - 256) / 1024; SPS(B) is its inverse.
 enum { DSPARK_MAX_PROFILE = 64 };
 typedef struct {
     int n;                              // points of T: B = rows[i] rows of one session, 256 tokens deep, take us[i]
@@ -5647,8 +5647,9 @@ static void dspark__costs_open(dspark_model *m, const dspark__lane *lanes, int n
         depth += lanes[i].s->n_run, draws += dspark__sample_us(lanes[i].s);
     }
     if (!p->n || !c->R) return;
-    c->base_us = (double)p->session_us * (c->R - 1);
-    c->context_us = (double)p->context_us * (depth / c->R - (double)DSPARK__DEPTH) / 1024;
+    depth /= c->R;
+    c->base_us = (double)p->session_us * (c->R - 1) * fmin(depth / m->checkpoint.config.sliding_window, 1);
+    c->context_us = (double)p->context_us * (depth - (double)DSPARK__DEPTH) / 1024;
     c->row_us = c->context_us + draws / c->R / dspark__min(c->R, m->backend->threads(m->device));
     T = dspark__pass_time(m, c->R), c->plain_us = T / c->R, others = (c->R - 1) * gamma;
     for (int rows = 1; rows <= gamma + others && c->drafting; rows++) {

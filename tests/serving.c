@@ -752,6 +752,25 @@ static void test_steep_context(void) {
        "a pass at a small depth takes time, however steep its cost by depth");
     dspark_session_close(s), dspark_model_close(m);
 }
+/* Beside the first, a session costs the reading of its window: little of it at first. */
+static void test_shallow_sessions(void) {
+    static const float us[] = { 1000, 1010, 1020, 1030 };
+    dspark_model *m = open_for(golden_b, 0, 0, 0);
+    dspark_session *s[] = { open_session(m), open_session(m) };
+    dspark_step_result r[2];
+    int window = m->checkpoint.config.sliding_window, right = 1;
+    int32_t ids[320] = { 3, 4, 5 };
+    set_costs(m, us, COUNT(us), 1, 0), m->profile.session_us = 80;
+    for (int i = 0, n[] = { window / 4, 2 * window }, run = 0; i < 2; run = n[i++]) {
+        for (int j = 0; j < 2; j++) must(dspark_session_append(s[j], ids, n[i] - run));
+        must(dspark_step(s, 2, NULL, r));
+        right &= fabs(m->batch.costs.base_us - (i ? 80 : 20)) < 1;
+        for (int j = 0; j < 2; j++) must(dspark_session_truncate(s[j], n[i]));
+    }
+    ok(right, "a session at a depth of a quarter of the window costs a quarter");
+    for (int j = 0; j < 2; j++) dspark_session_close(s[j]);
+    dspark_model_close(m);
+}
 /* The last half of the points may be too flat: 256 rows are not nearly as cheap as 128. */
 static void test_beyond_profile(void) {
     dspark_profile p;
@@ -901,7 +920,8 @@ int main(void) {
     test_files(), test_long_token();
     test_calibration(text), test_curve();
     test_one_model(text), test_learning(), test_learning_speed();
-    test_interrupted(), test_measured_memory(), test_slow_moments(), test_steep_context(), test_beyond_profile();
+    test_interrupted(), test_measured_memory(), test_slow_moments(), test_steep_context();
+    test_shallow_sessions(), test_beyond_profile();
     test_profile_file(), test_twice();
     test_counters(text), test_stop_within_block(text);
     free(text);
