@@ -602,7 +602,7 @@ typedef struct {
     float draft_us, draft_more_us;      // gamma drafts of one session; of each further one in the same draft pass
     float inject_us;                    // each tap beyond two that a draft must inject
     float sample_us;                    // drawing a token from its logits
-    int learn;                          // 1: every step's passes correct it
+    int learn;                          // 1: every step's passes correct it; close choices are tried both ways
     unsigned char seen[DSPARK_MAX_PROFILE], draft_seen;     // times seen, up to 8: more means smaller corrections
 } dspark_profile;
 
@@ -4296,6 +4296,7 @@ typedef struct {
     int trial;                  // to learn what that costs
     double plain_us;            // P of its account; 0: no account is kept
     double extra_us;            // what its draft takes beyond its share of the pass
+    int is_close;               // its draft is neither clearly worth its cost nor clearly not
     int n_p, n_ahead;           // before its commit: rows turned into p, and those of them verified
     struct { int32_t token; int accepted; } ahead[DSPARK_MAX_BLOCK + 1];
 } dspark__lane;
@@ -4328,6 +4329,9 @@ typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dsp
 // opened since the profile was set.
 enum { DSPARK__KINDS = 7, DSPARK__PRIOR = 8 };     // PRIOR: cycles that an initial experience counts as
 typedef struct { dspark_account account; dspark__experience experience; } dspark__kind;
+// dspark__take_turns: steps left, plain (0) or with drafts (1); steps since one was plain, or all drafted that may; how
+// many of these there are before the next turn, with about n sessions.
+typedef struct { int drafts, left, since[2], wait, n; } dspark__turns;
 
 struct dspark_model {
     dspark__checkpoint checkpoint;
@@ -4337,6 +4341,7 @@ struct dspark_model {
     int max_rows, max_token_bytes, fast_prefill;
     size_t memory_limit, session_bytes;     // session_bytes: of all open sessions
     int n_profiles, has_calibration;        // n_profiles: how many were set; 0: there is none
+    dspark__turns turns;
     dspark__kind kinds[DSPARK__KINDS];
     dspark_stats stats;         // of all its sessions
     dspark_profile profile;
@@ -5251,6 +5256,7 @@ static void dspark__text_end(dspark_session *s, dspark_step_result *r) {
 
 enum { DSPARK__FRESH_TAPS = 2 };        // taps that a draft usually injects: draft_us includes them
 enum { DSPARK__DEPTH = 256, DSPARK__DEEPER = 2048, DSPARK__COMPANY = 8 };      // measured: depth, more depth, sessions
+enum { DSPARK__SEEN_SOME = 4 };         // sightings that a cost counts as which was measured, or lies between others
 
 DSPARK_API double dspark_profile_us(const dspark_profile *p, int64_t rows) {
     double slope;
@@ -5320,7 +5326,7 @@ static void dspark__learn_pass(dspark_profile *p, int rows, double us) {
             memmove(p->rows + i + 1, p->rows + i, after * sizeof *p->rows);
             memmove(p->us + i + 1, p->us + i, after * sizeof *p->us);
             memmove(p->seen + i + 1, p->seen + i, after);
-            p->rows[i] = rows, p->us[i] = (float)expected, p->seen[i] = i && !last ? 4 : 0, p->n++;
+            p->rows[i] = rows, p->us[i] = (float)expected, p->seen[i] = i && !last ? DSPARK__SEEN_SOME : 0, p->n++;
         }
     }
     p->us[i] = dspark__learned(p->us[i], us, &p->seen[i]);
@@ -5420,7 +5426,7 @@ static void dspark__profile_rows(const dspark__timed *t, int n, dspark_profile *
         double us = t[i].us;
         for (int j = 0; j < i; j++) p->us[j] = fminf(p->us[j], (float)us);
         if (i) us = fmin(us, (double)p->us[i - 1] + dspark_profile_us(p, t[i].rows - t[i - 1].rows));
-        p->rows[i] = t[i].rows, p->us[i] = (float)us, p->seen[i] = 8, p->n = i + 1;
+        p->rows[i] = t[i].rows, p->us[i] = (float)us, p->seen[i] = DSPARK__SEEN_SOME, p->n = i + 1;
     }
 }
 
@@ -5446,7 +5452,7 @@ static dspark_status dspark__measure(dspark_session **s, int n, int most, int de
                                            (double)p->us[0] / 2);
     if (deeper) p->context_us = (float)(fmax(t[DEEP].us - dspark_profile_us(p, rows), 0) / rows * 1024 / deeper);
     if (gamma) {
-        p->draft_us = p->draft_more_us = (float)t[DRAFT].us, p->draft_seen = 8;
+        p->draft_us = p->draft_more_us = (float)t[DRAFT].us, p->draft_seen = DSPARK__SEEN_SOME;
         p->inject_us = (float)(fmax(t[INJECT].us - t[DRAFT].us, 0) / 64);
         if (company > 1) p->draft_more_us = (float)(fmax(t[DRAFTS].us - t[DRAFT].us, 0) / (company - 1));
     }
@@ -5523,6 +5529,7 @@ DSPARK_API dspark_status dspark_model_set_profile(dspark_model *m, const dspark_
             return dspark__fail(DSPARK_ERROR_ARGUMENT, "profile: %s is %g: expected 0 to %g",
                                 dspark__profile_costs[i].name, (double)*dspark__profile_cost(p, i), dspark__most_us);
     for (int i = 0; i < DSPARK__KINDS; i++) m->kinds[i].account.limit_us = 0;
+    memset(&m->turns, 0, sizeof m->turns);
     m->profile = *p, m->n_profiles++;
     return DSPARK_OK;
 }
@@ -5678,9 +5685,9 @@ static int dspark__is_forced(const dspark_session *s) {
     return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
 }
 
-// A draft's expected gain in microseconds: tokens at price P, minus the cost of rows and draft, minus a twentieth of
-// the cycle's time for costs outside passes. e NULL: every draft accepted.
-static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e) {
+// A draft's expected gain in microseconds: tokens at price P, minus the cost of rows and draft, minus `margin` of the
+// cycle's time. e NULL: every draft accepted.
+static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e, double margin) {
     const dspark__costs *c = &m->batch.costs;
     double tokens = 0, best = 0, took = c->plain_us, kept = e ? (double)e->got / (double)e->hoped : 1;
     double draft = dspark__draft_time(m, dspark__max(1, c->drafting)) + a->extra_us;
@@ -5689,7 +5696,7 @@ static double dspark__gain(const dspark_model *m, const dspark__lane *a, const d
         tokens += e ? fmin(1, kept * (double)e->survival[l - 1]) : 1, gain = tokens * c->plain_us - c->growth[l];
         if (gain > best) best = gain, took = c->plain_us + c->growth[l];
     }
-    return best - draft - (took + draft) / 20;
+    return best - draft - margin * (took + draft);
 }
 
 // A text probes at its first step and every PROBE steps: texts differ, and change.
@@ -5734,8 +5741,39 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     a->plain_us = c->plain_us;
     dspark__account_begin(s, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
     while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
-    return dspark__gain(m, a, &s->experience) > 0 ||
-           (s->stats.steps % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > 0);
+    a->is_close = a->limit && dspark__gain(m, a, &s->experience, -.1) > 0 &&
+                  dspark__gain(m, a, &s->experience, .25) < 0;
+    // a twentieth for costs outside passes
+    return dspark__gain(m, a, &s->experience, .05) > 0 ||
+           (s->stats.steps % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL, .05) > 0);
+}
+
+// Plain steps do not show what drafts cost now, nor steps with drafts what plain ones do, and a machine's speeds do not
+// change alike. So where the comparison is close, some steps of one kind are followed by TURN_STEPS of the other, from
+// which costs are learned quickly: soon after the number of sessions has changed, and then ever less often.
+enum { DSPARK__TURN = 256, DSPARK__TURN_STEPS = 4 };
+static void dspark__turn_open(dspark_model *m) {
+    dspark__turns *t = &m->turns;
+    dspark_profile *p = &m->profile;
+    t->drafts = t->since[1] >= t->wait, t->left = DSPARK__TURN_STEPS, t->wait = dspark__min(2 * t->wait, DSPARK__TURN);
+    for (int i = 0; i < p->n; i++) p->seen[i] = (unsigned char)dspark__min(p->seen[i], DSPARK__SEEN_SOME);
+    p->draft_seen = (unsigned char)dspark__min(p->draft_seen, DSPARK__SEEN_SOME);
+}
+static void dspark__take_turns(dspark_model *m, dspark__lane *lanes, int n) {
+    dspark__turns *t = &m->turns;
+    int block = m->checkpoint.config.dspark_block_size, any = 0, all = 1, close = 0;
+    if (!m->profile.learn || m->batch.costs.R < n || n * (1 + block) > m->max_rows || lanes != m->batch.lanes) return;
+    for (int i = 0; i < n; i++) {
+        if (lanes[i].trial || (lanes[i].limit && dspark__is_forced(lanes[i].s))) return;
+        close += lanes[i].is_close;
+    }
+    if (8 * dspark__max(n - t->n, t->n - n) > n) t->n = n, t->wait = 2 * DSPARK__TURN_STEPS;
+    if (!t->left && close && dspark__max(t->since[0], t->since[1]) >= t->wait) dspark__turn_open(m);
+    for (int i = 0; i < n && t->left; i++)
+        if (lanes[i].is_close) lanes[i].drafted = t->drafts;
+    t->left = dspark__max(t->left - 1, 0);
+    for (int i = 0; i < n; i++) any |= lanes[i].drafted, all &= lanes[i].drafted || !lanes[i].limit;
+    t->since[0] = any ? t->since[0] + 1 : 0, t->since[1] = any && all ? 0 : t->since[1] + 1;
 }
 
 static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
@@ -5745,9 +5783,13 @@ static void dspark__decide(dspark_model *m, dspark__lane *lanes, int n) {
     for (int i = 0; i < n; i++) {
         dspark__lane *a = &lanes[i];
         if (a->limit) a->extra_us = dspark__draft_extra(a->s);
-        a->trial = 0;
-        if (!dspark__decides_to_draft(a, &trials)) a->limit = 0;
-        a->n_drafted = a->limit ? dspark__config(a->s)->dspark_block_size : 0, a->drafted = a->limit > 0;
+        a->trial = a->is_close = 0;
+        a->drafted = dspark__decides_to_draft(a, &trials) && a->limit;
+    }
+    dspark__take_turns(m, lanes, n);
+    for (int i = 0; i < n; i++) {
+        if (!lanes[i].drafted) lanes[i].limit = 0;
+        lanes[i].n_drafted = lanes[i].drafted ? m->checkpoint.config.dspark_block_size : 0;
     }
 }
 // Decides how many of n lanes share the next pass, and what they draft: all lanes if they fit; else as many as fit if
