@@ -3,7 +3,8 @@
 //
 // Closed loop: N requests are always being served; one that has its TOKENS is replaced by the next held-out prompt's.
 // The policies serve the same requests side by side, ROUNDS times (half as often from 64 on); prompts have been run
-// before the clock starts. 256 requests of ten policies take 6.5 GB; all takes four to six minutes.
+// before the clock starts. Those that weigh costs have a model each, as in service: it begins each N with the costs
+// measured at the start, and an account of nothing. 256 requests of ten policies take 8.5 GB; all takes eight minutes.
 //   closed tT N P throughput     tokens a second in all: median and quartiles of the rounds
 //   closed tT N P user           tokens a second for each of the N
 //   closed tT N P verified       drafts verified a request and step
@@ -29,6 +30,7 @@ static const policy policies[] = {
     { "scheduler", 0, 0, 0, 0 }         // the engine's own choice, never slower
 };
 enum { N_POLICIES = sizeof policies / sizeof *policies, N_FIXED = 6, SCHEDULER = N_POLICIES - 1 };
+enum { WEIGHING = 7, N_KITCHENS = 1 + N_POLICIES - WEIGHING };       // from there on policies weigh costs
 
 static dspark_policy policy_of(const policy *p, int quota) {
     dspark_policy out;
@@ -179,16 +181,18 @@ static void report_policy(const kitchen *k, int n, const char *name, const serve
     say(k, &verified, "drafts", "closed t%g %d %s verified", t, n, name);
 }
 
-// All policies with n requests at once; tokens a second of plain decoding.
-static double at_load(const kitchen *k, int n, int rounds) {
+// All policies with n requests at once, k [N_KITCHENS]; tokens a second of plain decoding.
+static double at_load(const kitchen *k, const dspark_profile *measured, int n, int rounds) {
     static const served nothing;
     served got[N_POLICIES][ROUNDS] = { { nothing } };
     samples over_plain = { NULL, 0, 0 }, over_fixed = over_plain, over_bound = over_plain;
     const served *fixed, *bound;
     double t = (double)k->temperature;
+    for (int i = 1; i < N_KITCHENS; i++) must(dspark_model_set_profile(k[i].m, measured));
     for (int round = 0; round < rounds; round++) {
         static house h[N_POLICIES];
-        for (int i = 0; i < N_POLICIES; i++) house_open(&h[i], k, &policies[i], n, round * (n + TOKENS), WARM);
+        for (int i = 0; i < N_POLICIES; i++)
+            house_open(&h[i], i < WEIGHING ? k : &k[1 + i - WEIGHING], &policies[i], n, round * (n + TOKENS), WARM);
         race(h, N_POLICIES, 6 * n > 768 ? 6 * n : 768);
         for (int i = 0; i < N_POLICIES; i++) got[i][round] = h[i].got;
     }
@@ -207,17 +211,16 @@ static double at_load(const kitchen *k, int n, int rounds) {
 
 // What the scheduler makes without a profile, learning, over what it makes with one, n requests at once. Both begin
 // with an account of nothing.
-static void without_profile(const kitchen *k, const char *dir, const char *file, int rounds) {
+static void without_profile(const kitchen *k, const dspark_profile *measured, const char *dir, const char *file,
+                            int rounds) {
     kitchen learner = { .model = k->model, .threads = k->threads, .temperature = k->temperature };
-    dspark_profile measured;
     texts all;
-    must(dspark_model_profile(k->m, &measured));
     prepare(&learner, dir, file, FEW, &all);
     for (int n = 1; n <= FEW; n *= 8) {
         samples ratio = { NULL, 0, 0 };
         for (int round = 0; round < (n == 1 ? 3 : 1) * rounds; round++) {       // one alone is the noisiest
             static house h[2];
-            must(dspark_model_set_profile(k->m, &measured)), must(dspark_model_set_profile(learner.m, NULL));
+            must(dspark_model_set_profile(k->m, measured)), must(dspark_model_set_profile(learner.m, NULL));
             house_open(&h[0], k, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
             house_open(&h[1], &learner, &policies[SCHEDULER], n, round * (n + TOKENS), LEARNING);
             race(h, 2, 16 * n > 1024 ? 16 * n : 1024);
@@ -289,23 +292,31 @@ int main(int argc, char **argv) {
     static const int loads[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256 };
     const char *dir = argc > 1 ? argv[1] : "tools/spark-tiny/model", *file = argc > 2 ? argv[2] : "bench/heldout.jsonl";
     int threads = argc > 3 ? atoi(argv[3]) : 2, quick = argc > 5 && atoi(argv[5]), rounds = quick ? 1 : ROUNDS;
-    kitchen k = { .model = model_name(dir), .threads = threads, .temperature = argc > 4 ? (float)atof(argv[4]) : 0 };
+    static kitchen kitchens[N_KITCHENS];
+    static texts all[N_KITCHENS];
+    const kitchen *own = &kitchens[N_KITCHENS - 1];         // the scheduler's
+    dspark_profile measured;
     double capacity = 0;
-    texts all;
-    prepare(&k, dir, file, MOST, &all);
+    for (int i = 0; i < N_KITCHENS; i++) {
+        kitchen *k = &kitchens[i];
+        k->model = model_name(dir), k->threads = threads, k->temperature = argc > 4 ? (float)atof(argv[4]) : 0;
+        prepare(k, dir, file, MOST, &all[i]);
+    }
+    must(dspark_model_profile(own->m, &measured));
     for (int i = 0; i < 9; i += quick ? 2 : 1) {
-        double plain = at_load(&k, loads[i], loads[i] < FEW ? rounds : (rounds + 1) / 2);     // they are long
+        int fewer = loads[i] < FEW ? rounds : (rounds + 1) / 2;         // they are long
+        double plain = at_load(kitchens, &measured, loads[i], fewer);
         capacity = plain > capacity ? plain : capacity;
     }
-    without_profile(&k, dir, file, rounds);
+    without_profile(own, &measured, dir, file, rounds);
     for (int i = 0; i < 2; i++) {
         const policy *p[2] = { &policies[0], &policies[SCHEDULER] };
         double share = i ? .4 : .2;
         waits w[2];
         memset(w, 0, sizeof w);
         for (int part = 0; part < 2 * OPEN_PARTS; part++)       // in turn: the machine's speed changes
-            open_loop(&k, p[part % 2], share * capacity / TOKENS, (quick ? 4. : 10.) / OPEN_PARTS, &w[part % 2]);
-        for (int j = 0; j < 2; j++) report_waits(&k, share, p[j], &w[j]);
+            open_loop(own, p[part % 2], share * capacity / TOKENS, (quick ? 4. : 10.) / OPEN_PARTS, &w[part % 2]);
+        for (int j = 0; j < 2; j++) report_waits(own, share, p[j], &w[j]);
     }
-    tidy(&k, &all);
+    for (int i = 0; i < N_KITCHENS; i++) tidy(&kitchens[i], &all[i]);
 }
