@@ -4329,8 +4329,8 @@ typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dsp
 // opened since the profile was set.
 enum { DSPARK__KINDS = 7, DSPARK__PRIOR = 8 };     // PRIOR: cycles that an initial experience counts as
 typedef struct { dspark_account account; dspark__experience experience; } dspark__kind;
-// dspark__take_turns: steps left, plain (0) or with drafts (1); steps since one was plain, or all drafted that may; how
-// many of these there are before the next turn, with about n sessions.
+// dspark__take_turns: steps left, plain (0) or with drafts (1); steps since one was plain, or all drafted that may, or
+// since a turn tried so; how many of these there are before the next, with about n sessions.
 typedef struct { int drafts, left, since[2], wait, n; } dspark__turns;
 
 struct dspark_model {
@@ -5756,6 +5756,7 @@ static void dspark__turn_open(dspark_model *m) {
     dspark__turns *t = &m->turns;
     dspark_profile *p = &m->profile;
     t->drafts = t->since[1] >= t->wait, t->left = DSPARK__TURN_STEPS, t->wait = dspark__min(2 * t->wait, DSPARK__TURN);
+    t->since[t->drafts] = 0;            // though sessions whose choice is clear may keep a turn from being whole
     for (int i = 0; i < p->n; i++) p->seen[i] = (unsigned char)dspark__min(p->seen[i], DSPARK__SEEN_SOME);
     p->draft_seen = (unsigned char)dspark__min(p->draft_seen, DSPARK__SEEN_SOME);
 }
