@@ -5750,7 +5750,8 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
 
 // Plain steps do not show what drafts cost now, nor steps with drafts what plain ones do, and a machine's speeds do not
 // change alike. So where the comparison is close, some steps of one kind are followed by TURN_STEPS of the other, from
-// which costs are learned quickly: soon after the number of sessions has changed, and then ever less often.
+// which costs are learned quickly: soon after the number of sessions has changed, but not before 32 cycles, as a text
+// knows little about itself in its first; and then ever less often.
 enum { DSPARK__TURN = 256, DSPARK__TURN_STEPS = 4 };
 static void dspark__turn_open(dspark_model *m) {
     dspark__turns *t = &m->turns;
@@ -5768,7 +5769,7 @@ static void dspark__take_turns(dspark_model *m, dspark__lane *lanes, int n) {
         if (lanes[i].trial || (lanes[i].limit && dspark__is_forced(lanes[i].s))) return;
         close += lanes[i].is_close;
     }
-    if (8 * dspark__max(n - t->n, t->n - n) > n) t->n = n, t->wait = 2 * DSPARK__TURN_STEPS;
+    if (8 * dspark__max(n - t->n, t->n - n) > n) t->n = n, t->wait = dspark__max(32 / n, 2 * DSPARK__TURN_STEPS);
     if (!t->left && close && dspark__max(t->since[0], t->since[1]) >= t->wait) dspark__turn_open(m);
     for (int i = 0; i < n && t->left; i++)
         if (lanes[i].is_close) lanes[i].drafted = t->drafts;
