@@ -4329,8 +4329,8 @@ typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dsp
 // opened since the profile was set.
 enum { DSPARK__KINDS = 7, DSPARK__PRIOR = 8 };     // PRIOR: cycles that an initial experience counts as
 typedef struct { dspark_account account; dspark__experience experience; } dspark__kind;
-// dspark__take_turns: steps left, plain (0) or with drafts (1); steps since one was plain, or all drafted that may, or
-// since a turn tried so; how many of these there are before the next, with about n sessions.
+// A turn of `left` more steps, plain (0) or with drafts (1); steps since one was plain, or all drafted in it that may, or
+// since a turn to that began; after how many the next begins, with about n sessions.
 typedef struct { int drafts, left, since[2], wait, n; } dspark__turns;
 
 struct dspark_model {
@@ -5685,9 +5685,9 @@ static int dspark__is_forced(const dspark_session *s) {
     return s->desc.policy.schedule == DSPARK_SCHEDULE_BLOCK || s->desc.policy.schedule == DSPARK_SCHEDULE_THRESHOLD;
 }
 
-// A draft's expected gain in microseconds: tokens at price P, minus the cost of rows and draft, minus `margin` of the
-// cycle's time. e NULL: every draft accepted.
-static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e, double margin) {
+// A draft's expected gain, as a share of the cycle's time: tokens at price P, minus the cost of rows and draft. e NULL:
+// every draft accepted.
+static double dspark__gain(const dspark_model *m, const dspark__lane *a, const dspark__experience *e) {
     const dspark__costs *c = &m->batch.costs;
     double tokens = 0, best = 0, took = c->plain_us, kept = e ? (double)e->got / (double)e->hoped : 1;
     double draft = dspark__draft_time(m, dspark__max(1, c->drafting)) + a->extra_us;
@@ -5696,7 +5696,7 @@ static double dspark__gain(const dspark_model *m, const dspark__lane *a, const d
         tokens += e ? fmin(1, kept * (double)e->survival[l - 1]) : 1, gain = tokens * c->plain_us - c->growth[l];
         if (gain > best) best = gain, took = c->plain_us + c->growth[l];
     }
-    return best - draft - margin * (took + draft);
+    return (best - draft) / (took + draft);
 }
 
 // A text probes at its first step and every PROBE steps: texts differ, and change.
@@ -5725,13 +5725,13 @@ static int dspark__affords(const dspark_session *s, double plain_us, double wors
            dspark_account_affords(&credit, plain_us, worst_us);
 }
 
-// Does this lane draft? This depends on the past only, so it is safe for REJECTION. While costs are unknown, a few
-// sessions draft to learn them, with plain passes between and no account.
+// Does this lane draft? If it gains a twentieth, for costs outside passes. This depends on the past only, so it is safe
+// for REJECTION. While costs are unknown, a few sessions draft to learn them, with plain passes between and no account.
 static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     dspark_session *s = a->s;
     const dspark_model *m = s->model;
     const dspark__costs *c = &m->batch.costs;
-    double worst;
+    double worst, gain;
     if (!s->experience.cycles) s->experience = dspark__kind_of(s)->experience, s->experience.cycles = DSPARK__PRIOR;
     if (!a->limit || dspark__is_forced(s)) return a->limit > 0;
     if (!m->profile.n) return 0;
@@ -5741,11 +5741,9 @@ static int dspark__decides_to_draft(dspark__lane *a, int *trials) {
     a->plain_us = c->plain_us;
     dspark__account_begin(s, c->plain_us, worst + c->worst[dspark__config(s)->dspark_block_size]);
     while (a->limit && !dspark__affords(s, c->plain_us, worst + c->worst[a->limit])) a->limit--;
-    a->is_close = a->limit && dspark__gain(m, a, &s->experience, -.1) > 0 &&
-                  dspark__gain(m, a, &s->experience, .25) < 0;
-    // a twentieth for costs outside passes
-    return dspark__gain(m, a, &s->experience, .05) > 0 ||
-           (s->stats.steps % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL, .05) > 0);
+    gain = dspark__gain(m, a, &s->experience);
+    a->is_close = a->limit && gain > -.1 && gain < .25;
+    return gain > .05 || (s->stats.steps % DSPARK__PROBE == 0 && dspark__gain(m, a, NULL) > .05);
 }
 
 // Plain steps do not show what drafts cost now, nor steps with drafts what plain ones do, and a machine's speeds do not
@@ -6802,8 +6800,8 @@ typedef void (*dspark__work)(dspark__cpu *, int thread, int item, void *arg);
 static int dspark__share_of(int n, int each, int share, int n_shares) {
     return dspark__min(each * (int)((int64_t)((n + each - 1) / each) * share / n_shares), n);
 }
-// Many rows are split by rows in every operation: each input is packed by one thread, which finds its rows in its own
-// L2 cache.
+// Many rows (16 a thread, by measurement) are split by rows in every operation: each input is packed by one thread,
+// which finds its rows in its own L2 cache.
 static int dspark__many_rows(int n, int n_shares) { return n >= n_shares * 16; }
 static int dspark__rows_begin(int n, int share, int n_shares) {
     return dspark__share_of(n, dspark__many_rows(n, n_shares) ? 4 : 1, share, n_shares);

@@ -304,8 +304,8 @@ int main(int argc, char **argv) {
     }
     must(dspark_model_profile(own->m, &measured));
     for (int i = 0; i < 9; i += quick ? 2 : 1) {
-        int fewer = loads[i] < FEW ? rounds : (rounds + 1) / 2;         // they are long
-        double plain = at_load(kitchens, &measured, loads[i], fewer);
+        double plain = at_load(kitchens, &measured, loads[i],
+                               loads[i] < FEW ? rounds : (rounds + 1) / 2);      // they are long
         capacity = plain > capacity ? plain : capacity;
     }
     without_profile(own, &measured, dir, file, rounds);
