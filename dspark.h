@@ -4329,8 +4329,8 @@ typedef struct { float survival[DSPARK_MAX_BLOCK], hoped, got; int cycles; } dsp
 // opened since the profile was set.
 enum { DSPARK__KINDS = 7, DSPARK__PRIOR = 8 };     // PRIOR: cycles that an initial experience counts as
 typedef struct { dspark_account account; dspark__experience experience; } dspark__kind;
-// A turn of `left` more steps, plain (0) or with drafts (1); steps since one was plain, or all drafted in it that may, or
-// since a turn to that began; after how many the next begins, with about n sessions.
+// A turn of `left` more steps, plain (0) or with drafts (1); steps since one was plain, or all drafted in it that may,
+// or since a turn to that began; after how many the next begins, with about n sessions.
 typedef struct { int drafts, left, since[2], wait, n; } dspark__turns;
 
 struct dspark_model {
